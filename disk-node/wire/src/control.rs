@@ -1,0 +1,144 @@
+//! Everything said over the one multiplexed control connection of a peer: chunk housekeeping, metadata, Raft, status.
+
+use crate::chunk::{ChunkHealth, ChunkId, ChunkInfo};
+use crate::meta::{Answer, MetaRequest, Query, Reply, ShardStatus};
+use bytes::Bytes;
+use granary_placement::id::{DiskId, DiskUuid, Epoch, ShardId};
+use granary_placement::map::ClusterMap;
+use serde::{Deserialize, Serialize};
+
+/// A request to a disk node. Postcard-encoded: variants are only ever added at the end, and with a new protocol version.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ControlRequest {
+    /// Answers Status.
+    Status,
+    /// Deletes chunks, at most 1,000. Answers Deleted when the deletions are durable. A chunk that is not there counts as deleted.
+    DeleteChunks(Vec<ChunkId>),
+    /// Which of these chunks (at most 1,000) are in the index? Reads no payload. Answers Have.
+    HaveChunks(Vec<ChunkId>),
+    /// Reads these chunks (at most 256) from the disk and checks every block. Answers Health.
+    VerifyChunks(Vec<ChunkId>),
+    /// Chunks in order of their ids. Answers Chunks.
+    ListChunks {
+        /// After this one.
+        after: Option<ChunkId>,
+        /// At most this many, 1 to 1,000.
+        limit: u32,
+    },
+    /// A command for a shard whose leader is here. Answers Meta.
+    Meta {
+        /// The shard.
+        shard: ShardId,
+        /// The command.
+        request: Box<MetaRequest>,
+    },
+    /// A query for a shard whose leader is here. Answers Query.
+    Query {
+        /// The shard.
+        shard: ShardId,
+        /// The query.
+        query: Box<Query>,
+    },
+    /// A Raft message between replicas; the body is the metadata crate's own. Answers Raft.
+    Raft {
+        /// The shard.
+        shard: ShardId,
+        /// Who sends it.
+        from: DiskId,
+        /// The message.
+        message: Bytes,
+    },
+    /// Makes this node the first of a new shard with these members; repeated, it does nothing. Answers Done.
+    InitShard {
+        /// The shard.
+        shard: ShardId,
+        /// All members, this one among them.
+        members: Vec<DiskId>,
+    },
+    /// Here is a map; taken if its epoch is higher than the one known. Answers Done.
+    OfferMap(Box<ClusterMap>),
+    /// The newest map this node knows. Answers Map.
+    GetMap,
+    /// How the replicas on this node stand. Answers Shards.
+    ShardStatus,
+}
+
+/// The answer of a disk node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ControlResponse {
+    /// Done.
+    Done,
+    /// How the node stands.
+    Status(NodeStatus),
+    /// How many of them were there.
+    Deleted(u32),
+    /// In the order asked.
+    Have(Vec<bool>),
+    /// In the order asked.
+    Health(Vec<ChunkHealth>),
+    /// A page.
+    Chunks {
+        /// In order.
+        chunks: Vec<ChunkInfo>,
+        /// There is more.
+        more: bool,
+    },
+    /// The command was applied; this is its reply.
+    Meta(Reply),
+    /// What the query found.
+    Query(Answer),
+    /// The Raft answer.
+    Raft(Bytes),
+    /// The map, if there is one.
+    Map(Option<Box<ClusterMap>>),
+    /// How the replicas stand.
+    Shards(Vec<ShardStatus>),
+    /// It could not be done.
+    Error(ControlError),
+}
+
+/// Why a request could not be done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum ControlError {
+    /// Ask the leader; None when an election is under way. The command was not proposed.
+    #[error("not the leader (leader: {leader:?})")]
+    NotLeader {
+        /// Who leads.
+        leader: Option<DiskId>,
+    },
+    /// No majority answered, or leadership was lost on the way. A command may or may not have been applied: retry it under the same
+    /// request id.
+    #[error("shard unavailable: {0}")]
+    Unavailable(String),
+    /// This node holds no replica of that shard.
+    #[error("no replica of shard {0} here")]
+    NoSuchShard(ShardId),
+    /// Queues are full; nothing was done. Wait and retry.
+    #[error("overloaded")]
+    Overloaded,
+    /// The request makes no sense.
+    #[error("bad request: {0}")]
+    BadRequest(String),
+    /// The node cannot use its disk.
+    #[error("disk error: {0}")]
+    Disk(String),
+}
+
+/// How a disk node stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Its number by its own label; None before it was given one.
+    pub disk: Option<DiskId>,
+    /// Its UUID.
+    pub uuid: DiskUuid,
+    /// Epoch of the newest map it knows; zero for none.
+    pub epoch: Epoch,
+    /// Size of the file system, in bytes.
+    pub capacity_bytes: u64,
+    /// What new chunks may still take, reserve left out, in bytes.
+    pub free_bytes: u64,
+    /// Chunks in the index.
+    pub chunks: u64,
+    /// Payload of them, in bytes.
+    pub chunk_bytes: u64,
+}

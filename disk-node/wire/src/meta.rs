@@ -1,0 +1,516 @@
+//! Commands that change a metadata shard and queries that read it.
+//!
+//! A shard is a deterministic state machine: time, ids and randomness arrive inside the command. A command that was applied under
+//! a request id is not applied again: its first reply is given back.
+
+use crate::record::{
+    AccountId, BucketId, BucketRecord, ExtentRecord, ObjectRecord, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
+};
+use granary_placement::id::{DiskId, Epoch, ExtentId, PlacementGroupId};
+use granary_placement::map::ClusterMap;
+use serde::{Deserialize, Serialize};
+
+/// A command and what makes it safe to send twice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MetaRequest {
+    /// Random, made once per client operation and kept over its retries.
+    pub request_id: [u8; 16],
+    /// The gateway's clock, Unix milliseconds.
+    pub now_ms: u64,
+    /// What to do.
+    pub command: Command,
+}
+
+/// If-Match and If-None-Match of a write.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Conditions {
+    /// The current object must have this ETag (without quotes), or just exist when `*`. A missing one is `NoSuchKey`.
+    pub if_match: Option<String>,
+    /// No current object may exist. (`If-None-Match: *`; other values are refused by the gateway.)
+    pub if_none_match_any: bool,
+}
+
+/// The bucket's versioning at the time of a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VersionMode {
+    /// The write replaces the null version.
+    Off,
+    /// The write adds a version.
+    On,
+}
+
+/// One chunk of an extent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ChunkRef {
+    /// The extent's group.
+    pub group: PlacementGroupId,
+    /// The extent.
+    pub extent: ExtentId,
+    /// The chunk's index.
+    pub index: u8,
+}
+
+/// Which version a request names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VersionPick {
+    /// The newest.
+    Current,
+    /// The version `null`.
+    Null,
+    /// That one.
+    Seq(VersionSeq),
+}
+
+/// A change of a shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// Stores an object. Replies [`Reply::Put`].
+    PutObject {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The record; its version is set when applied.
+        record: ObjectRecord,
+        /// Chunks that did not reach their disk: enter the repair queue in the same commit.
+        missing: Vec<ChunkRef>,
+        /// Conditions, decided when applied.
+        conditions: Conditions,
+        /// Versioning.
+        mode: VersionMode,
+    },
+    /// Deletes an object, a version, or adds a delete marker. Replies [`Reply::Deleted`], also when nothing was there.
+    DeleteObject {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// Which version.
+        version: VersionPick,
+        /// Conditions (If-Match only).
+        conditions: Conditions,
+        /// Versioning.
+        mode: VersionMode,
+    },
+    /// Begins a multipart upload. Replies [`Reply::Done`].
+    CreateUpload {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// Its id.
+        upload: UploadId,
+        /// What it will become.
+        record: UploadRecord,
+    },
+    /// Stores a part; the last one of a number wins. Replies [`Reply::Done`] or NoSuchUpload.
+    PutPart {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The upload.
+        upload: UploadId,
+        /// The part.
+        part: PartRecord,
+        /// Chunks that did not reach their disk.
+        missing: Vec<ChunkRef>,
+    },
+    /// Turns parts into an object. The gateway has read the parts and made the record, without data; the shard takes the data of the
+    /// parts named, if they are still the ones the gateway saw (same number and ETag), frees the parts not named, and answers as PutObject does.
+    /// Repeated after success with the same parts, it gives the same answer again.
+    CompleteUpload {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The upload.
+        upload: UploadId,
+        /// (number, ETag) in ascending order.
+        parts: Vec<(u16, String)>,
+        /// The record; `data` is ignored.
+        record: ObjectRecord,
+        /// Conditions, decided when applied.
+        conditions: Conditions,
+        /// Versioning.
+        mode: VersionMode,
+    },
+    /// Gives a multipart upload up. Replies [`Reply::Done`] or NoSuchUpload.
+    AbortUpload {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The upload.
+        upload: UploadId,
+    },
+    /// Stops all writes to a bucket in this shard, if it is empty here. Replies [`Reply::Fenced`].
+    FenceBucket {
+        /// Bucket.
+        bucket: BucketId,
+    },
+    /// Takes a fence back: the bucket was not empty somewhere else. Replies [`Reply::Done`].
+    UnfenceBucket {
+        /// Bucket.
+        bucket: BucketId,
+    },
+    /// Queues chunks for repair that a reader found missing or corrupt. Those of extents the shard does not own any more are
+    /// ignored; so is an index the extent does not have. Replies [`Reply::Done`].
+    ReportMissing {
+        /// The chunks.
+        chunks: Vec<ChunkRef>,
+    },
+    /// Takes chunks off the repair queue: they were rebuilt and verified. Replies [`Reply::Done`].
+    RepairDone {
+        /// The chunks.
+        chunks: Vec<ChunkRef>,
+    },
+    /// Takes extents off the garbage queue: all their chunks are deleted. Replies [`Reply::Done`].
+    GarbageDone {
+        /// (time queued, extent) as listed.
+        extents: Vec<(u64, ExtentId)>,
+    },
+    /// Root shard: makes a bucket. Replies [`Reply::Bucket`], or BucketExists with the one that is there.
+    CreateBucket {
+        /// Name.
+        name: String,
+        /// Owner.
+        owner: AccountId,
+    },
+    /// Root shard: marks a bucket as being deleted. Replies [`Reply::Bucket`] or NoSuchBucket.
+    BeginDeleteBucket {
+        /// Name.
+        name: String,
+        /// The bucket the caller means.
+        bucket: BucketId,
+    },
+    /// Root shard: removes a bucket that is marked and fenced everywhere, or takes the mark back. Replies [`Reply::Done`].
+    EndDeleteBucket {
+        /// Name.
+        name: String,
+        /// The bucket the caller means.
+        bucket: BucketId,
+        /// True: remove it. False: it was not empty, take the mark back.
+        remove: bool,
+    },
+    /// Root shard: installs a map whose epoch is one above the present one (any epoch when there is none). Replies
+    /// [`Reply::Done`] or EpochConflict.
+    SetMap {
+        /// The map, valid.
+        map: Box<ClusterMap>,
+    },
+    /// Does nothing; measures a round through the log.
+    Noop,
+}
+
+/// What a command came to. Refusals are replies, not errors: they are part of the replicated history.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// Stored.
+    Put {
+        /// Version given.
+        version: VersionSeq,
+        /// ETag stored.
+        etag: String,
+    },
+    /// Deleted, or nothing was there.
+    Deleted {
+        /// A version or object was removed, or a marker added.
+        existed: bool,
+        /// The delete marker's version, when one was added.
+        marker: Option<VersionSeq>,
+    },
+    /// The bucket as it is now.
+    Bucket(BucketRecord),
+    /// FenceBucket: is the fenced bucket empty in this shard (no versions, no uploads)? When false the fence was not set.
+    Fenced {
+        /// Nothing there.
+        empty: bool,
+    },
+    /// A bucket of that name exists.
+    BucketExists(BucketRecord),
+    /// No such bucket.
+    NoSuchBucket,
+    /// The bucket is fenced: it is being or was deleted. Look its name up again.
+    BucketFenced,
+    /// No such object (If-Match on nothing).
+    NoSuchKey,
+    /// A condition is false.
+    PreconditionFailed,
+    /// No such upload.
+    NoSuchUpload,
+    /// A part named at Complete is not there or has another ETag.
+    InvalidPart {
+        /// Its number.
+        number: u16,
+    },
+    /// Another map was installed first.
+    EpochConflict {
+        /// The epoch in force.
+        current: Epoch,
+    },
+    /// The command does not belong to this shard, or is malformed.
+    Refused(String),
+}
+
+/// Where a listing goes on from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ListFrom {
+    /// The first key of the prefix.
+    Start,
+    /// After this key (or, with a delimiter, after this common prefix and everything under it).
+    After(String),
+}
+
+/// A read of a shard; linearizable.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Query {
+    /// One object record. Answers Object, NoSuchKey or BucketFenced.
+    GetObject {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// Which version.
+        version: VersionPick,
+    },
+    /// Current objects in byte order of their keys. Answers Listing or BucketFenced.
+    ListObjects {
+        /// Bucket.
+        bucket: BucketId,
+        /// Only keys with this prefix; may be empty.
+        prefix: String,
+        /// Keys that contain it after the prefix are folded into a common prefix; may be empty.
+        delimiter: String,
+        /// Where to go on.
+        from: ListFrom,
+        /// At most this many items, 1 to 1,001.
+        limit: u32,
+    },
+    /// Uploads in byte order of key, then upload id. Answers Uploads or BucketFenced.
+    ListUploads {
+        /// Bucket.
+        bucket: BucketId,
+        /// Only keys with this prefix.
+        prefix: String,
+        /// After this key and upload; None for the first. An upload id of None: after all uploads of the key.
+        after: Option<(String, Option<UploadId>)>,
+        /// At most this many, 1 to 1,001.
+        limit: u32,
+    },
+    /// An upload and its parts in order. Answers Parts or NoSuchUpload. A completed upload answers NoSuchUpload.
+    ListParts {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The upload.
+        upload: UploadId,
+        /// After this number.
+        after: u16,
+        /// At most this many, 1 to 10,000.
+        limit: u32,
+    },
+    /// Was this upload completed, and how? Answers Completed or NoSuchUpload. For a repeated Complete.
+    CompletedUpload {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The upload.
+        upload: UploadId,
+    },
+    /// Extents of one group, in order of their ids. Answers Extents. For repair and census.
+    ExtentsOfGroup {
+        /// Which group; None for all groups in order.
+        group: Option<PlacementGroupId>,
+        /// After this one.
+        after: Option<(PlacementGroupId, ExtentId)>,
+        /// At most this many, 1 to 1,000.
+        limit: u32,
+    },
+    /// Which of these extents does the shard own? Answers Alive, in the same order. What garbage collection asks.
+    ExtentsAlive {
+        /// At most 1,000.
+        extents: Vec<(PlacementGroupId, ExtentId)>,
+    },
+    /// The repair queue, in order. Answers Missing.
+    ListMissing {
+        /// After this chunk.
+        after: Option<ChunkRef>,
+        /// At most this many, 1 to 1,000.
+        limit: u32,
+    },
+    /// The garbage queue, oldest first. Answers Garbage.
+    ListGarbage {
+        /// Only what was queued at or before this time, Unix milliseconds.
+        until_ms: u64,
+        /// At most this many, 1 to 1,000.
+        limit: u32,
+    },
+    /// Usage of a bucket in this shard. Answers Usage.
+    BucketUsage {
+        /// Bucket.
+        bucket: BucketId,
+    },
+    /// Root shard: a bucket by name. Answers Bucket or NoSuchBucket.
+    GetBucket {
+        /// Name.
+        name: String,
+    },
+    /// Root shard: buckets in order of name. Answers Buckets.
+    ListBuckets {
+        /// After this name; empty for the first.
+        after: String,
+        /// At most this many, 1 to 1,000.
+        limit: u32,
+    },
+    /// Root shard: the cluster map. Answers Map or NoMap.
+    GetMap,
+}
+
+/// One item of a listing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ListItem {
+    /// An object.
+    Object(ObjectSummary),
+    /// Keys folded by the delimiter, with the delimiter at its end.
+    Prefix(String),
+}
+
+impl ListItem {
+    /// What it sorts by.
+    pub fn sort_key(&self) -> &str {
+        match self {
+            ListItem::Object(object) => &object.key,
+            ListItem::Prefix(prefix) => prefix,
+        }
+    }
+}
+
+/// What a listing says of an object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectSummary {
+    /// Key.
+    pub key: String,
+    /// Payload, in bytes.
+    pub size_bytes: u64,
+    /// Without quotes.
+    pub etag: String,
+    /// Unix milliseconds.
+    pub modified_ms: u64,
+    /// Empty means STANDARD.
+    pub storage_class: String,
+    /// Owner.
+    pub owner: AccountId,
+    /// Algorithm and kind of its checksum.
+    pub checksum: Option<(crate::record::ChecksumAlgorithm, crate::record::ChecksumKind)>,
+}
+
+/// What a query found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// The record.
+    Object(Box<ObjectRecord>),
+    /// Nothing there.
+    NoSuchKey,
+    /// See [`Reply::BucketFenced`].
+    BucketFenced,
+    /// No such upload.
+    NoSuchUpload,
+    /// No such bucket.
+    NoSuchBucket,
+    /// A page of a listing.
+    Listing {
+        /// In byte order of their sort keys.
+        items: Vec<ListItem>,
+        /// There is more after the last item.
+        more: bool,
+    },
+    /// A page of uploads.
+    Uploads {
+        /// Key, id, record; in order.
+        uploads: Vec<(String, UploadId, UploadRecord)>,
+        /// There is more.
+        more: bool,
+    },
+    /// An upload and a page of its parts.
+    Parts {
+        /// The upload.
+        upload: UploadRecord,
+        /// In order. Their data is left out (empty Extents): a part may have many extents.
+        parts: Vec<PartRecord>,
+        /// There is more.
+        more: bool,
+    },
+    /// A completed upload: the reply it got.
+    Completed {
+        /// Version given.
+        version: VersionSeq,
+        /// ETag stored.
+        etag: String,
+        /// The parts it was completed with.
+        parts: Vec<(u16, String)>,
+    },
+    /// A page of extents.
+    Extents {
+        /// In order of (group, extent).
+        extents: Vec<ExtentRecord>,
+        /// There is more.
+        more: bool,
+    },
+    /// In the order asked.
+    Alive(Vec<bool>),
+    /// A page of the repair queue: chunk, when it was queued (Unix ms), the extent.
+    Missing {
+        /// In order.
+        chunks: Vec<(ChunkRef, u64, ExtentRecord)>,
+        /// There is more.
+        more: bool,
+    },
+    /// A page of the garbage queue.
+    Garbage {
+        /// (time queued, the extent).
+        extents: Vec<(u64, crate::record::ExtentRef)>,
+        /// There is more.
+        more: bool,
+    },
+    /// Usage.
+    Usage(Usage),
+    /// A bucket.
+    Bucket(BucketRecord),
+    /// A page of buckets.
+    Buckets {
+        /// In order of name; those being deleted are left out.
+        buckets: Vec<BucketRecord>,
+        /// There is more.
+        more: bool,
+    },
+    /// The map.
+    Map(Box<ClusterMap>),
+    /// No map was installed yet.
+    NoMap,
+    /// The query does not belong to this shard, or is malformed.
+    Refused(String),
+}
+
+/// How a shard's replica on one disk stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardStatus {
+    /// Which shard.
+    pub shard: granary_placement::id::ShardId,
+    /// `leader`, `follower`, `candidate`, `learner` or `stopped`.
+    pub state: String,
+    /// Current term.
+    pub term: u64,
+    /// Who leads, as far as this replica knows.
+    pub leader: Option<DiskId>,
+    /// Last log index on this disk.
+    pub last_log_index: u64,
+    /// Last applied index.
+    pub applied_index: u64,
+    /// Voters by the membership in force.
+    pub voters: Vec<DiskId>,
+}

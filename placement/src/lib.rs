@@ -1,0 +1,14 @@
+//! Where data goes and how it is coded: pure values, no I/O, no async, no clock.
+//!
+//! Reading order:
+//! 1. [`id`]: a type for every id, so that a disk is never mistaken for a server;
+//! 2. [`scheme`] and [`map`]: redundancy schemes and the cluster map, versioned by epoch, with validation;
+//! 3. [`place`] and [`moves`]: lay placement groups out over failure domains, and what changes between two maps;
+//! 4. [`extent`]: the geometry of one extent: stripes, units, chunks;
+//! 5. [`codec`]: np16, the erasure code.
+
+pub mod codec;
+pub mod extent;
+pub mod id;
+pub mod map;
+pub mod scheme;
