@@ -1,2 +1,37 @@
-//! stub
-fn main() {}
+//! `granary-bench`: what Granary does per second, measured.
+//!
+//! One module per subcommand; this file only hands over to them.
+//! - [`codec`]: the erasure codec by kernel, beside other crates, in one run.
+
+mod codec;
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "granary-bench", version, about = "Benchmarks of Granary")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Erasure codec: encode and rebuild, every kernel of this CPU, beside other crates
+    Codec(codec::Args),
+}
+
+fn main() -> ExitCode {
+    let done: Result<(), Box<dyn Error>> = match Cli::parse().command {
+        Command::Codec(args) => codec::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("granary-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
