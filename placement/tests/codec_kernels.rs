@@ -9,8 +9,8 @@ use granary_placement::codec::{kernel_name, ChunkSet, Codec, CodecError, Kernel}
 
 /// Around every boundary a kernel or the tail code could have.
 const LENGTHS: [usize; 25] = [
-    0, 2, 14, 16, 30, 32, 34, 62, 64, 66, 126, 128, 130, 190, 192, 254, 256, 258, 4094, 4096, 4098, 65_534, 65_536, 65_538,
-    131_074,
+    0, 2, 14, 16, 30, 32, 34, 62, 64, 66, 126, 128, 130, 190, 192, 254, 256, 258, 4094, 4096, 4098, 65_534, 65_536,
+    65_538, 131_074,
 ];
 
 const SCHEMES: [(u8, u8); 8] = [(1, 1), (1, 16), (2, 1), (4, 2), (8, 4), (10, 4), (16, 6), (32, 16)];
@@ -162,7 +162,8 @@ fn encode(kernel: Kernel, k: u8, m: u8, data: &[Vec<u8>], random: &mut Random) -
 }
 
 fn rebuild(kernel: Kernel, k: u8, m: u8, units: &[Vec<u8>], lost: ChunkSet, random: &mut Random) -> Vec<Vec<u8>> {
-    let plan = Codec::with_kernel(k, m, kernel).unwrap().plan(ChunkSet::range(0, k + m).difference(lost), lost).unwrap();
+    let plan =
+        Codec::with_kernel(k, m, kernel).unwrap().plan(ChunkSet::range(0, k + m).difference(lost), lost).unwrap();
     let sources: Vec<Placed> =
         plan.sources().iter().map(|&index| Placed::with(&units[usize::from(index)], random)).collect();
     let mut rebuilt: Vec<Placed> = lost.iter().map(|_| Placed::new(units[0].len(), random)).collect();

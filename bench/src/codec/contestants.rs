@@ -97,7 +97,8 @@ impl Stripe {
     fn check_rebuilt(&self) -> Outcome {
         let start = aligned(&self.rebuilt);
         let rebuilt = self.rebuilt[start..].chunks(self.unit_bytes + EXTRA_STRIDE_BYTES);
-        let all_equal = self.units().iter().take(self.lost).zip(rebuilt).all(|(unit, it)| **unit == it[..self.unit_bytes]);
+        let all_equal =
+            self.units().iter().take(self.lost).zip(rebuilt).all(|(unit, it)| **unit == it[..self.unit_bytes]);
         right(all_equal)
     }
 }

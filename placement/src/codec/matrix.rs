@@ -107,9 +107,9 @@ mod tests {
     /// Lagrange interpolation through the points 0..k_code, taken at k_code + p.
     fn closed_form(k_code: u16, p: u16, j: u16) -> u16 {
         let x = k_code + p;
-        (0..k_code).filter(|&i| i != j).fold(1, |product, i| {
-            multiply_symbols(product, multiply_symbols(x ^ i, invert_symbol(j ^ i)))
-        })
+        (0..k_code)
+            .filter(|&i| i != j)
+            .fold(1, |product, i| multiply_symbols(product, multiply_symbols(x ^ i, invert_symbol(j ^ i))))
     }
 
     #[test]

@@ -5,12 +5,12 @@
 //! says the same for someone who writes another implementation.
 //!
 //! Reading order:
-//! - [`field`]: the byte field GF(2^8), the twist between stored symbols and field bytes;
-//! - [`matrix`]: the coding matrix from the crate, held against pinned hashes;
-//! - [`plan`]: from "these chunks are present, those are wanted" to one row of byte constants per wanted chunk;
+//! - `field.rs`: the byte field GF(2^8), the twist between stored symbols and field bytes;
+//! - `matrix.rs`: the coding matrix from the crate, held against pinned hashes;
+//! - `plan.rs`, [`Plan`]: from "these chunks are present, those are wanted" to one row of byte constants per wanted chunk;
 //! - [`kernel`]: the same row arithmetic once per CPU family, chosen at run time, byte-identical;
-//! - [`coder`]: [`Codec`], the door for callers; [`self_test()`], run by every daemon before it touches data;
-//! - [`reference`]: the crate itself on Granary's chunk layout: slow, the oracle of the self-test and of the tests.
+//! - `coder.rs`, [`Codec`]: the door for callers; [`self_test()`], run by every daemon before it touches data;
+//! - [`reference`](mod@reference): the crate itself on Granary's chunk layout: slow, the oracle of the self-test and of the tests.
 //!
 //! ```
 //! use granary_placement::codec::{ChunkSet, Codec};

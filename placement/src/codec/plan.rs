@@ -86,7 +86,7 @@ impl Plan {
         }
     }
 
-    /// `present` must be [`usable`]; `wanted` within the scheme; `kernel` available.
+    /// `present` must be `usable`; `wanted` within the scheme; `kernel` available.
     pub(super) fn new(k: u8, kernel: Kernel, present: ChunkSet, wanted: ChunkSet) -> Result<Self, CodecError> {
         let rows = solve(k, present, wanted)?;
         let is_needed = |&index: &u8| rows.iter().any(|row| row[usize::from(index)] != 0);
@@ -108,7 +108,7 @@ fn check_count(role: &'static str, given: usize, needed: usize) -> Result<(), Co
 
 fn check_lengths(role: &'static str, lengths: impl Iterator<Item = usize>, needed: usize) -> Result<(), CodecError> {
     for given in lengths {
-        if given != needed || given % 2 != 0 {
+        if given != needed || !given.is_multiple_of(2) {
             return Err(CodecError::UnitLength { role, given, needed });
         }
     }

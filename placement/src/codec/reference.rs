@@ -45,7 +45,7 @@ pub fn rebuild_data(chunks: &[Option<&[u8]>], k: u8) -> Result<Vec<Vec<u8>>, Cod
 fn common_length<'a>(mut units: impl Iterator<Item = &'a [u8]>) -> Result<usize, CodecError> {
     let needed = units.next().map_or(0, <[u8]>::len);
     let odd_one = units.map(<[u8]>::len).find(|&len| len != needed);
-    match odd_one.or((needed == 0 || needed % 2 != 0).then_some(needed)) {
+    match odd_one.or((needed == 0 || !needed.is_multiple_of(2)).then_some(needed)) {
         Some(given) => Err(CodecError::UnitLength { role: "source", given, needed }),
         None => Ok(needed),
     }

@@ -18,7 +18,8 @@ pub fn self_test() -> Result<(), CodecError> {
 }
 
 fn test_scheme(k: u8, m: u8, kernel: Kernel) -> Result<(), CodecError> {
-    let broken = |what: &str| Err(CodecError::broken(format!("{what} of {k}+{m} on kernel {kernel} differs from the crate's")));
+    let broken =
+        |what: &str| Err(CodecError::broken(format!("{what} of {k}+{m} on kernel {kernel} differs from the crate's")));
     let codec = Codec::with_kernel(k, m, kernel)?;
     let mut units = vec![vec![0u8; LEN_BYTES]; usize::from(k + m)];
     let (data, coding) = units.split_at_mut(k.into());

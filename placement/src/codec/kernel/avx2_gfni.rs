@@ -1,8 +1,8 @@
 //! 32-byte vectors with `gf2p8affineqb`, for CPUs that have it without AVX-512.
 
 use std::arch::x86_64::{
-    __m256i, _mm256_gf2p8affine_epi64_epi8, _mm256_loadu_si256, _mm256_set1_epi64x, _mm256_setzero_si256, _mm256_slli_epi16,
-    _mm256_storeu_si256, _mm256_xor_si256,
+    __m256i, _mm256_gf2p8affine_epi64_epi8, _mm256_loadu_si256, _mm256_set1_epi64x, _mm256_setzero_si256,
+    _mm256_slli_epi16, _mm256_storeu_si256, _mm256_xor_si256,
 };
 
 use super::{twist_matrix, Addresses};

@@ -1,8 +1,8 @@
 //! 64-byte vectors with `gf2p8affineqb`: one instruction multiplies 64 bytes by a constant.
 
 use std::arch::x86_64::{
-    __m512i, _mm512_gf2p8affine_epi64_epi8, _mm512_loadu_si512, _mm512_set1_epi64, _mm512_setzero_si512, _mm512_slli_epi16,
-    _mm512_storeu_si512, _mm512_xor_si512,
+    __m512i, _mm512_gf2p8affine_epi64_epi8, _mm512_loadu_si512, _mm512_set1_epi64, _mm512_setzero_si512,
+    _mm512_slli_epi16, _mm512_storeu_si512, _mm512_xor_si512,
 };
 
 use super::{twist_matrix, Addresses};

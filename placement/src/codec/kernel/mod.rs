@@ -1,8 +1,8 @@
 //! Row arithmetic, once per CPU family: `out[r] = sum over j of constant[r][j] * source[j]`, symbol by symbol.
 //!
 //! All kernels give the same bytes, so the choice among them is no matter of format. Each works on columns: it takes one or
-//! two vectors from every source in turn, twists them once (see [`super::field`]), and keeps the sums of up to
-//! [`ROWS_AT_ONCE`] output rows in registers until the last source. Sources are read once per block of rows, outputs written once.
+//! two vectors from every source in turn, twists them once (see `field.rs`), and keeps the sums of up to
+//! `ROWS_AT_ONCE` output rows in registers until the last source. Sources are read once per block of rows, outputs written once.
 //!
 //! **Invariant:** `unsafe` in this crate is in the files of this folder only, and each kernel's `run` is safe to call: it
 //! asserts that the CPU has the instructions and that every slice holds the bytes it is about to touch.
@@ -104,7 +104,9 @@ impl Kernel {
     /// [`self_test`](super::self_test()); whoever goes on regardless gets the fastest kernel, which gives the same bytes.
     pub fn chosen() -> Result<Self, CodecError> {
         static CHOSEN: OnceLock<Result<Kernel, CodecError>> = OnceLock::new();
-        CHOSEN.get_or_init(|| Self::choose(std::env::var_os(KERNEL_VARIABLE).map(|v| v.to_string_lossy().into_owned()))).clone()
+        CHOSEN
+            .get_or_init(|| Self::choose(std::env::var_os(KERNEL_VARIABLE).map(|v| v.to_string_lossy().into_owned())))
+            .clone()
     }
 
     fn choose(named: Option<String>) -> Result<Self, CodecError> {
@@ -130,7 +132,7 @@ pub fn kernel_name() -> &'static str {
     Kernel::chosen().unwrap_or_else(|_| Kernel::fastest()).name()
 }
 
-/// The constants of up to [`ROWS_AT_ONCE`] output rows, in the form their kernel multiplies with, in the order it reads
+/// The constants of up to `ROWS_AT_ONCE` output rows, in the form their kernel multiplies with, in the order it reads
 /// them: all rows of the first source, all rows of the second, and so on.
 #[derive(Debug)]
 pub(super) struct RowBlock {
@@ -214,7 +216,7 @@ impl<const R: usize> Addresses<R> {
     /// Panics unless there are R outputs, at most [`MAX_CHUNKS`] sources, R tables per source, `len_bytes` in every slice, and
     /// a whole number of column blocks: afterwards a kernel may read and write `len_bytes` at every address.
     fn checked(tables: usize, sources: &[&[u8]], out: &mut [&mut [u8]], len_bytes: usize) -> Self {
-        assert!(len_bytes % UNIT_ALIGN_BYTES == 0 && sources.len() <= MAX_CHUNKS);
+        assert!(len_bytes.is_multiple_of(UNIT_ALIGN_BYTES) && sources.len() <= MAX_CHUNKS);
         assert!(out.len() == R && tables == R * sources.len());
         let mut addresses =
             Self { sources: [std::ptr::null(); MAX_CHUNKS], count: sources.len(), out: [std::ptr::null_mut(); R] };

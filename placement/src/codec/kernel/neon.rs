@@ -1,8 +1,8 @@
 //! 16-byte vectors with `tbl`: a product by a constant is two look-ups in tables of 16, one per nibble.
 
 use std::arch::aarch64::{
-    uint8x16_t, vandq_u8, vdupq_n_u8, veorq_u8, vld1q_u8, vqtbl1q_u8, vreinterpretq_u16_u8, vreinterpretq_u8_u16, vshlq_n_u16,
-    vshrq_n_u8, vst1q_u8,
+    uint8x16_t, vandq_u8, vdupq_n_u8, veorq_u8, vld1q_u8, vqtbl1q_u8, vreinterpretq_u16_u8, vreinterpretq_u8_u16,
+    vshlq_n_u16, vshrq_n_u8, vst1q_u8,
 };
 use std::arch::is_aarch64_feature_detected;
 

@@ -1,8 +1,8 @@
 //! 16-byte vectors with `pshufb`: a product by a constant is two look-ups in tables of 16, one per nibble.
 
 use std::arch::x86_64::{
-    __m128i, _mm_and_si128, _mm_loadu_si128, _mm_set1_epi8, _mm_setzero_si128, _mm_shuffle_epi8, _mm_slli_epi16, _mm_srli_epi16,
-    _mm_storeu_si128, _mm_xor_si128,
+    __m128i, _mm_and_si128, _mm_loadu_si128, _mm_set1_epi8, _mm_setzero_si128, _mm_shuffle_epi8, _mm_slli_epi16,
+    _mm_srli_epi16, _mm_storeu_si128, _mm_xor_si128,
 };
 
 use super::{twist_nibbles, Addresses};
