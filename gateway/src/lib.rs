@@ -1,1 +1,12 @@
-//! stub
+//! The gateway: a stateless front end. Any number of them run beside each other, all equal.
+//!
+//! Reading order:
+//! 1. [`settings`], [`metrics`]: what it is told, and what it tells;
+//! 2. [`shards`]: the way to the metadata shards: leaders, retries, listings over all shards, the cluster map;
+//! 3. `gateway`: one gateway put together, from start to drain; `bootstrap` forms a new cluster;
+//! 4. `admin`: health, metrics, status page and the admin API; `cli`: the `granary` command on top of it;
+//! 5. `dev`: a whole cluster on one machine, for `granary dev`.
+
+pub mod metrics;
+pub mod settings;
+pub mod shards;

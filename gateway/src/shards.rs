@@ -1,0 +1,352 @@
+//! The way to the metadata shards.
+//!
+//! [`Shards`] knows which disk leads which shard, goes elsewhere when it does not, and asks until an answer comes or the deadline
+//! passes, always under the same request id, so that a command is applied once however often it was sent.
+//!
+//! - this file: one request to one shard, and the object helpers on it;
+//! - [`buckets`]: buckets: cache, making, and deleting behind fences;
+//! - [`list`]: listings over all shards, merged;
+//! - [`map_watch`]: the cluster map, kept up to date here and on the disk nodes;
+//! - [`peers`]: the seam to the disk nodes, which tests replace.
+//!
+//! **Invariant:** a stale leader, member list or bucket in a cache costs a round trip, never a wrong answer: leaders answer for
+//! themselves, bucket ids are never used again, and a bucket's shards refuse everything once it is fenced.
+
+pub mod buckets;
+pub mod list;
+pub mod map_watch;
+pub mod peers;
+
+#[cfg(test)]
+pub(crate) mod fake;
+
+use crate::metrics::Metrics;
+use granary_placement::id::{DiskId, ShardId};
+use granary_placement::map::ClusterMap;
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
+use granary_wire::meta::{Answer, Command, MetaRequest, Query, Reply};
+use granary_wire::record::BucketId;
+use peers::{PeerError, Peers};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// How long things may take. The defaults are for service; tests are in more of a hurry.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// How long a request to a shard is tried in all.
+    pub deadline: Duration,
+    /// How long one attempt may take. Longer than an election, so that a busy leader is not deserted; short enough that a hung one is.
+    pub attempt: Duration,
+    /// How long a member that did not answer is left alone within one request.
+    pub silence: Duration,
+    /// The first pause after all members were asked; each next one is twice as long.
+    pub first_pause: Duration,
+    /// The longest pause.
+    pub longest_pause: Duration,
+    /// How long a bucket lookup waits for a deletion under way to end one way or the other.
+    pub settle: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Timing {
+        Timing {
+            deadline: Duration::from_secs(20),
+            attempt: Duration::from_secs(4),
+            silence: Duration::from_secs(2),
+            first_pause: Duration::from_millis(20),
+            longest_pause: Duration::from_secs(1),
+            settle: Duration::from_secs(3),
+        }
+    }
+}
+
+/// In the leader cache: not known. Disk ids begin far below.
+const NO_LEADER: u32 = u32::MAX;
+
+/// Why a shard did not answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ShardError {
+    /// No answer until the deadline. Whether a command was applied is not known.
+    #[error("shard {shard} did not answer: {detail}")]
+    Unavailable {
+        /// Which shard.
+        shard: ShardId,
+        /// What the last attempt met.
+        detail: String,
+    },
+    /// There is no cluster map yet, or it has no such shard. Nothing was sent.
+    #[error("no cluster map with shard {0} yet")]
+    NoMap(ShardId),
+    /// The bucket was fenced in a shard: it is being deleted, or is gone. Look its name up again.
+    #[error("the bucket is being deleted or gone")]
+    BucketFenced,
+    /// The shard calls the request senseless; a mistake on our side. A command was not applied.
+    #[error("shard {shard} refused: {why}")]
+    Refused {
+        /// Which shard.
+        shard: ShardId,
+        /// Its words.
+        why: String,
+    },
+}
+
+impl ShardError {
+    /// May the command have been applied although there was no answer?
+    pub fn outcome_unknown(&self) -> bool {
+        matches!(self, ShardError::Unavailable { .. })
+    }
+}
+
+/// The shards of a cluster. A cheap handle.
+#[derive(Clone)]
+pub struct Shards {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    peers: Arc<dyn Peers>,
+    map: watch::Sender<Option<Arc<ClusterMap>>>,
+    /// True once the root shard itself has told us the map.
+    confirmed: watch::Sender<bool>,
+    /// By shard number; fixed in length because a cluster's number of shards is.
+    leaders: Vec<AtomicU32>,
+    buckets: buckets::BucketCache,
+    timing: Timing,
+    metrics: Metrics,
+}
+
+impl Shards {
+    /// Shards behind `peers`. `map` holds the map given at start (bootstrap file) and is where newer maps are published; its receivers
+    /// were handed to `peers` beforehand.
+    pub fn new(peers: Arc<dyn Peers>, map: watch::Sender<Option<Arc<ClusterMap>>>, metrics: Metrics) -> Shards {
+        Shards::with_timing(peers, map, metrics, Timing::default())
+    }
+
+    /// As [`Shards::new`], with other times.
+    pub fn with_timing(peers: Arc<dyn Peers>, map: watch::Sender<Option<Arc<ClusterMap>>>, metrics: Metrics, timing: Timing) -> Shards {
+        let leaders = (0..=u16::MAX).map(|_| AtomicU32::new(NO_LEADER)).collect();
+        let confirmed = watch::Sender::new(false);
+        Shards { inner: Arc::new(Inner { peers, map, confirmed, leaders, buckets: buckets::BucketCache::default(), timing, metrics }) }
+    }
+
+    /// The newest map known here, and news of it.
+    pub fn map(&self) -> watch::Receiver<Option<Arc<ClusterMap>>> {
+        self.inner.map.subscribe()
+    }
+
+    /// The newest map known here.
+    pub fn current_map(&self) -> Option<Arc<ClusterMap>> {
+        self.inner.map.borrow().clone()
+    }
+
+    /// True once the root shard has confirmed or renewed the map given at start.
+    pub fn confirmed(&self) -> watch::Receiver<bool> {
+        self.inner.confirmed.subscribe()
+    }
+
+    /// The shard that owns a key.
+    ///
+    /// # Errors
+    /// [`ShardError::NoMap`].
+    pub fn shard_of(&self, bucket: BucketId, key: &str) -> Result<ShardId, ShardError> {
+        self.current_map().and_then(|map| map.shard_of(bucket.0, key)).ok_or(ShardError::NoMap(ShardId::ROOT))
+    }
+
+    /// The shards that hold objects, in order.
+    pub fn object_shards(&self) -> Vec<ShardId> {
+        let count = self.current_map().map_or(0, |map| map.object_shards());
+        (1..=count).map(ShardId).collect()
+    }
+
+    /// Applies a command to a shard, exactly once if it answers. Refusals of the state machine that callers act on come back as
+    /// replies.
+    ///
+    /// # Errors
+    /// [`ShardError::Unavailable`] with unknown outcome; the others before anything was applied.
+    pub async fn command(&self, shard: ShardId, command: Command) -> Result<Reply, ShardError> {
+        let request_id = random_id().map_err(|why| ShardError::Refused { shard, why })?;
+        self.command_as(shard, request_id, command).await
+    }
+
+    /// As [`Shards::command`], under a request id of the caller, who may send the same command again later.
+    ///
+    /// # Errors
+    /// As [`Shards::command`].
+    pub async fn command_as(&self, shard: ShardId, request_id: [u8; 16], command: Command) -> Result<Reply, ShardError> {
+        let request = ControlRequest::Meta { shard, request: Box::new(MetaRequest { request_id, now_ms: now_ms(), command }) };
+        match self.timed("command", shard, request).await? {
+            ControlResponse::Meta(Reply::Refused(why)) => Err(ShardError::Refused { shard, why }),
+            ControlResponse::Meta(reply) => Ok(reply),
+            other => Err(ShardError::Refused { shard, why: unexpected(&other) }),
+        }
+    }
+
+    /// Reads from a shard, linearizably.
+    ///
+    /// # Errors
+    /// As [`Shards::command`]; nothing is ever applied.
+    pub async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, ShardError> {
+        match self.timed("query", shard, ControlRequest::Query { shard, query: Box::new(query) }).await? {
+            ControlResponse::Query(Answer::Refused(why)) => Err(ShardError::Refused { shard, why }),
+            ControlResponse::Query(answer) => Ok(answer),
+            other => Err(ShardError::Refused { shard, why: unexpected(&other) }),
+        }
+    }
+
+    /// [`Shards::command`] on the shard that owns the key.
+    ///
+    /// # Errors
+    /// As [`Shards::command`].
+    pub async fn command_for(&self, bucket: BucketId, key: &str, command: Command) -> Result<Reply, ShardError> {
+        self.command(self.shard_of(bucket, key)?, command).await
+    }
+
+    /// [`Shards::query`] on the shard that owns the key.
+    ///
+    /// # Errors
+    /// As [`Shards::query`].
+    pub async fn query_for(&self, bucket: BucketId, key: &str, query: Query) -> Result<Answer, ShardError> {
+        self.query(self.shard_of(bucket, key)?, query).await
+    }
+
+    /// The disk that was last seen leading a shard.
+    pub fn leader(&self, shard: ShardId) -> Option<DiskId> {
+        let leader = self.inner.leaders.get(usize::from(shard.0))?.load(Ordering::Relaxed);
+        (leader != NO_LEADER).then_some(DiskId(leader))
+    }
+
+    fn set_leader(&self, shard: ShardId, leader: Option<DiskId>) {
+        if let Some(place) = self.inner.leaders.get(usize::from(shard.0)) {
+            place.store(leader.map_or(NO_LEADER, |disk| disk.0), Ordering::Relaxed);
+        }
+    }
+
+    async fn timed(&self, kind: &str, shard: ShardId, request: ControlRequest) -> Result<ControlResponse, ShardError> {
+        let begun = Instant::now();
+        let result = self.ask(shard, request).await;
+        let name = match &result {
+            Ok(_) => "ok",
+            Err(error) if error.outcome_unknown() => "unavailable",
+            Err(_) => "refused",
+        };
+        self.inner.metrics.shard_requests.with_label_values(&[kind, name]).inc();
+        self.inner.metrics.shard_seconds.with_label_values(&[kind]).observe(begun.elapsed().as_secs_f64());
+        result
+    }
+
+    /// Asks the leader; looks for it among the members when it is not where it was. The request goes out unchanged each time.
+    async fn ask(&self, shard: ShardId, request: ControlRequest) -> Result<ControlResponse, ShardError> {
+        let deadline = Instant::now() + self.inner.timing.deadline;
+        let mut pause = self.inner.timing.first_pause;
+        // Members asked since the last pause: each is asked once, then all are given time to elect.
+        let mut asked: BTreeSet<DiskId> = BTreeSet::new();
+        // Members that did not answer at all, and until when they are left alone: a hung leader is still named by the others.
+        let mut silent: BTreeMap<DiskId, Instant> = BTreeMap::new();
+        let mut hint = self.leader(shard);
+        loop {
+            let map = self.current_map().ok_or(ShardError::NoMap(shard))?;
+            let members = map.shards.get(usize::from(shard.0)).map(|replicas| replicas.members.as_slice());
+            let members = members.ok_or(ShardError::NoMap(shard))?;
+            let begun = Instant::now();
+            silent.retain(|_, until| *until > begun);
+            let target = hint.take().filter(|disk| map.disk(*disk).is_some() && !silent.contains_key(disk));
+            let Some(target) = target.or_else(|| pick(members, |disk| !asked.contains(&disk) && !silent.contains_key(&disk))) else {
+                self.pause(shard, deadline, &mut pause, "no member answers").await?;
+                asked.clear();
+                continue;
+            };
+            asked.insert(target);
+            let left = deadline.saturating_duration_since(Instant::now());
+            let outcome = self.inner.peers.control(target, request.clone(), left.min(self.inner.timing.attempt)).await;
+            let (reason, detail) = match outcome {
+                Ok(ControlResponse::Error(error)) => match error {
+                    ControlError::BadRequest(why) => return Err(ShardError::Refused { shard, why }),
+                    ControlError::NotLeader { leader } => {
+                        hint = leader.filter(|leader| !asked.contains(leader));
+                        ("not_leader", format!("disk {target} does not lead, it names {leader:?}"))
+                    }
+                    ControlError::Overloaded => ("overloaded", format!("disk {target} is overloaded")),
+                    ControlError::Unavailable(why) => ("unavailable", format!("disk {target}: {why}")),
+                    ControlError::NoSuchShard(_) => ("not_leader", format!("disk {target} holds no replica")),
+                    ControlError::Disk(why) => ("unavailable", format!("disk {target}: {why}")),
+                },
+                Ok(response) => {
+                    self.set_leader(shard, Some(target));
+                    return Ok(response);
+                }
+                Err(PeerError { detail }) => {
+                    silent.insert(target, Instant::now() + self.inner.timing.silence);
+                    ("link", format!("disk {target}: {detail}"))
+                }
+            };
+            self.inner.metrics.shard_retries.with_label_values(&[reason]).inc();
+            if self.leader(shard) == Some(target) {
+                self.set_leader(shard, None);
+            }
+            tracing::debug!(shard = shard.0, %reason, %detail, "shard request goes on elsewhere");
+            let all_asked = hint.is_none() && members.iter().all(|member| asked.contains(member));
+            if all_asked || reason == "overloaded" {
+                self.pause(shard, deadline, &mut pause, &detail).await?;
+                asked.clear();
+            } else if Instant::now() >= deadline {
+                return Err(ShardError::Unavailable { shard, detail });
+            }
+        }
+    }
+
+    /// Waits a little longer each time, with jitter, or gives up when the deadline comes first.
+    async fn pause(&self, shard: ShardId, deadline: Instant, pause: &mut Duration, detail: &str) -> Result<(), ShardError> {
+        let wait = jitter(*pause);
+        if Instant::now() + wait >= deadline {
+            return Err(ShardError::Unavailable { shard, detail: detail.to_owned() });
+        }
+        tokio::time::sleep(wait).await;
+        *pause = (*pause * 2).min(self.inner.timing.longest_pause);
+        Ok(())
+    }
+}
+
+/// A member that may be asked, drawn at random so that gateways do not all press on the first.
+fn pick(members: &[DiskId], may: impl Fn(DiskId) -> bool) -> Option<DiskId> {
+    let fresh: Vec<DiskId> = members.iter().copied().filter(|member| may(*member)).collect();
+    let at = usize::try_from(random_below(fresh.len() as u64)).unwrap_or(0);
+    fresh.get(at).copied()
+}
+
+fn unexpected(response: &ControlResponse) -> String {
+    let kind: String = format!("{response:?}").chars().take(40).collect();
+    format!("answer of another kind: {kind}")
+}
+
+/// 16 random bytes.
+pub(crate) fn random_id() -> Result<[u8; 16], String> {
+    let mut id = [0u8; 16];
+    getrandom::fill(&mut id).map_err(|error| format!("no randomness: {error}"))?;
+    Ok(id)
+}
+
+/// A number below `bound`, 0 for 0; for spreading load, not for secrets.
+pub(crate) fn random_below(bound: u64) -> u64 {
+    let mut bytes = [0u8; 8];
+    if bound == 0 || getrandom::fill(&mut bytes).is_err() {
+        return 0;
+    }
+    u64::from_be_bytes(bytes) % bound
+}
+
+/// Between half of `base` and one and a half of it.
+pub(crate) fn jitter(base: Duration) -> Duration {
+    base / 2 + Duration::from_micros(random_below(u64::try_from(base.as_micros()).unwrap_or(u64::MAX)))
+}
+
+/// Unix time by this machine's clock, in milliseconds.
+pub(crate) fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,137 @@
+//! The cluster map: asked of the root shard each second, published here, and offered to disk nodes that lag behind.
+//!
+//! A gateway begins with a copy of the map given at start, so that it knows addresses before the first answer. The root shard's word
+//! replaces it as soon as there is one; nothing serves S3 before that ([`Shards::confirmed`]).
+
+use super::{jitter, ShardError, Shards};
+use futures::stream::{self, StreamExt};
+use granary_placement::id::{DiskId, Epoch, ShardId};
+use granary_placement::map::{ClusterMap, DiskState};
+use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::meta::{Answer, Command, Query, Reply};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+const POLL: Duration = Duration::from_secs(1);
+/// Nodes are asked for their epoch every so many polls.
+const OFFER_POLLS: u32 = 5;
+/// Nodes spoken to at the same time.
+const OFFERS_AT_ONCE: usize = 32;
+const OFFER_DEADLINE: Duration = Duration::from_secs(3);
+
+/// What SetMap came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MapSet {
+    /// It is the map now.
+    Done,
+    /// Another map was installed first; make the change again on top of it.
+    Conflict {
+        /// The epoch in force.
+        current: Epoch,
+    },
+}
+
+impl Shards {
+    /// Keeps the map fresh until `stop`. One task per gateway.
+    pub async fn watch_map(&self, stop: CancellationToken) {
+        let mut polls = 0u32;
+        let mut root_lost = false;
+        loop {
+            match self.refresh_map().await {
+                Ok(changed) => {
+                    if root_lost {
+                        tracing::info!("the root shard answers again");
+                        root_lost = false;
+                    }
+                    if changed || polls.is_multiple_of(OFFER_POLLS) {
+                        self.offer_map().await;
+                    }
+                }
+                Err(error) => {
+                    if !root_lost {
+                        tracing::warn!(%error, "cannot ask the root shard for the cluster map");
+                        root_lost = true;
+                    }
+                    // Nodes that lost everything but their disk learn the map from us even while the root shard has no leader.
+                    self.offer_map().await;
+                }
+            }
+            polls = polls.wrapping_add(1);
+            tokio::select! {
+                () = tokio::time::sleep(jitter(POLL)) => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// Asks the root shard for the map once. True when it is newer than the one known.
+    ///
+    /// # Errors
+    /// The root shard does not answer or has no map yet.
+    pub async fn refresh_map(&self) -> Result<bool, ShardError> {
+        match self.query(ShardId::ROOT, Query::GetMap).await? {
+            Answer::Map(map) => {
+                let changed = self.take_map(*map);
+                self.inner.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
+                Ok(changed)
+            }
+            Answer::NoMap => Err(ShardError::NoMap(ShardId::ROOT)),
+            other => Err(super::buckets::odd_answer(ShardId::ROOT, &other)),
+        }
+    }
+
+    /// Publishes a map if its epoch is higher than the known one's.
+    fn take_map(&self, map: ClusterMap) -> bool {
+        let epoch = map.epoch;
+        let taken = self.inner.map.send_if_modified(|known| {
+            let newer = known.as_ref().is_none_or(|known| known.cluster_id == map.cluster_id && known.epoch < map.epoch);
+            if newer {
+                *known = Some(Arc::new(map));
+            }
+            newer
+        });
+        if taken {
+            tracing::info!(epoch = epoch.0, "cluster map in use");
+            self.inner.metrics.map_epoch.set(i64::try_from(epoch.0).unwrap_or(i64::MAX));
+        }
+        taken
+    }
+
+    /// Installs a map whose epoch is one above the one in force.
+    ///
+    /// # Errors
+    /// As [`Shards::command`].
+    pub async fn set_map(&self, map: ClusterMap) -> Result<MapSet, ShardError> {
+        match self.command(ShardId::ROOT, Command::SetMap { map: Box::new(map.clone()) }).await? {
+            Reply::Done => {
+                self.take_map(map);
+                self.inner.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
+                self.offer_map().await;
+                Ok(MapSet::Done)
+            }
+            Reply::EpochConflict { current } => Ok(MapSet::Conflict { current }),
+            other => Err(super::buckets::odd_reply(ShardId::ROOT, &other)),
+        }
+    }
+
+    /// Tells every disk node that knows an older map about ours. Those that do not answer are told another time.
+    pub async fn offer_map(&self) {
+        let Some(map) = self.current_map() else { return };
+        let disks: Vec<DiskId> = map.disks.values().filter(|disk| disk.state != DiskState::Out).map(|disk| disk.id).collect();
+        stream::iter(disks).for_each_concurrent(OFFERS_AT_ONCE, |disk| self.offer_to(disk, &map)).await;
+    }
+
+    async fn offer_to(&self, disk: DiskId, map: &Arc<ClusterMap>) {
+        match self.inner.peers.control(disk, ControlRequest::Status, OFFER_DEADLINE).await {
+            Ok(ControlResponse::Status(status)) if status.epoch < map.epoch => {}
+            _ => return,
+        }
+        let offer = ControlRequest::OfferMap(Box::new(map.as_ref().clone()));
+        match self.inner.peers.control(disk, offer, OFFER_DEADLINE).await {
+            Ok(ControlResponse::Done) => tracing::debug!(disk = disk.0, epoch = map.epoch.0, "disk node took the map"),
+            Ok(other) => tracing::warn!(disk = disk.0, epoch = map.epoch.0, answer = ?other, "disk node did not take the map"),
+            Err(error) => tracing::debug!(disk = disk.0, %error, "disk node was not told the map"),
+        }
+    }
+}

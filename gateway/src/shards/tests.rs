@@ -1,0 +1,251 @@
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use super::buckets::{Created, Removed};
+use super::fake::{map, naive_list, FakeCluster, Fault};
+use super::list::merge;
+use super::map_watch::MapSet;
+use super::{random_below, ShardError, Shards, Timing};
+use crate::metrics::Metrics;
+use granary_placement::id::{DiskId, Epoch, ShardId};
+use granary_wire::control::ControlError;
+use granary_wire::meta::{Command, ListFrom, Query, Reply};
+use granary_wire::record::{AccountId, BucketId, ObjectMeta, UploadId, UploadRecord};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+const OBJECT_SHARDS: usize = 5;
+
+/// The default times, twenty times as fast.
+const HURRY: Timing = Timing {
+    deadline: Duration::from_millis(1000),
+    attempt: Duration::from_millis(200),
+    silence: Duration::from_millis(100),
+    first_pause: Duration::from_millis(1),
+    longest_pause: Duration::from_millis(50),
+    settle: Duration::from_millis(150),
+};
+
+fn cluster() -> (Arc<FakeCluster>, Shards) {
+    let map = map(5, OBJECT_SHARDS + 1, 1);
+    let fake = Arc::new(FakeCluster::new(&map));
+    let known = watch::Sender::new(Some(Arc::new(map)));
+    (fake.clone(), Shards::with_timing(fake, known, Metrics::new().unwrap(), HURRY))
+}
+
+/// A small generator, so that a failing seed can be run again.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % bound as u64).unwrap()
+    }
+}
+
+async fn put(shards: &Shards, bucket: BucketId, key: &str) -> Result<Reply, ShardError> {
+    let record = UploadRecord { initiated_ms: 1, meta: ObjectMeta::default(), checksum: None, owner: AccountId::ROOT };
+    let command = Command::CreateUpload { bucket, key: key.to_owned(), upload: UploadId([1; 16]), record };
+    shards.command_for(bucket, key, command).await
+}
+
+#[tokio::test]
+async fn a_request_follows_the_leader_and_remembers_it() {
+    let (fake, shards) = cluster();
+    fake.state.lock().unwrap().leaders.insert(ShardId(2), DiskId(4));
+    assert_eq!(shards.command(ShardId(2), Command::Noop).await.unwrap(), Reply::Done);
+    let asked = fake.state.lock().unwrap().asked.len();
+    assert!(asked <= 2, "a hint leads straight to the leader: {asked} requests");
+    shards.command(ShardId(2), Command::Noop).await.unwrap();
+    assert_eq!(fake.state.lock().unwrap().asked.len(), asked + 1);
+    assert_eq!(shards.leader(ShardId(2)), Some(DiskId(4)));
+}
+
+#[tokio::test]
+async fn a_command_whose_answer_is_lost_is_applied_once() {
+    let (fake, shards) = cluster();
+    let faults = [Fault::LoseAnswer, Fault::LoseRequest, Fault::Answer(ControlError::Unavailable("election".into())), Fault::LoseAnswer];
+    fake.state.lock().unwrap().faults.extend(faults);
+    let created = shards.create_bucket("b", AccountId::ROOT).await.unwrap();
+    assert!(matches!(created, Created::New(_)), "{created:?}");
+    let state = fake.state.lock().unwrap();
+    assert_eq!(state.applied.len(), 1, "{:?}", state.applied);
+}
+
+#[tokio::test]
+async fn a_hung_leader_that_the_others_still_name_costs_one_attempt_not_the_deadline() {
+    let (fake, shards) = cluster();
+    shards.command(ShardId(1), Command::Noop).await.unwrap();
+    fake.state.lock().unwrap().hung.insert(DiskId(1));
+    let begun = tokio::time::Instant::now();
+    let moving = fake.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(225)).await;
+        moving.state.lock().unwrap().leaders.insert(ShardId(1), DiskId(3));
+    });
+    shards.command(ShardId(1), Command::Noop).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(700), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn without_an_answer_the_deadline_ends_it_and_the_outcome_is_unknown() {
+    let (fake, shards) = cluster();
+    fake.state.lock().unwrap().leaders.remove(&ShardId(1));
+    let begun = tokio::time::Instant::now();
+    let error = shards.command(ShardId(1), Command::Noop).await.unwrap_err();
+    assert!(error.outcome_unknown(), "{error}");
+    assert!((Duration::from_millis(750)..=Duration::from_millis(2000)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    let asked = fake.state.lock().unwrap().asked.len();
+    assert!(asked < 300, "backs off: {asked} requests");
+}
+
+#[tokio::test]
+async fn a_senseless_request_is_refused_at_once() {
+    let (fake, shards) = cluster();
+    fake.state.lock().unwrap().faults.push_back(Fault::Answer(ControlError::BadRequest("no".into())));
+    let error = shards.query(ShardId(1), Query::GetMap).await.unwrap_err();
+    assert_eq!(error, ShardError::Refused { shard: ShardId(1), why: "no".into() });
+    assert!(matches!(shards.command(ShardId(99), Command::Noop).await, Err(ShardError::NoMap(ShardId(99)))));
+}
+
+#[tokio::test]
+async fn listings_over_shards_equal_a_naive_sort() {
+    let seed = random_below(u64::MAX - 1) + 1;
+    println!("seed {seed}");
+    listings_equal_a_naive_sort(seed).await;
+    listings_equal_a_naive_sort(0x5eed).await;
+}
+
+async fn listings_equal_a_naive_sort(seed: u64) {
+    let mut dice = Dice(seed);
+    for _ in 0..40 {
+        let (fake, shards) = cluster();
+        let bucket = BucketId(9);
+        let alphabet = ["a", "b", "/", ".", "é", "a/", "-"];
+        let mut keys = BTreeSet::new();
+        for _ in 0..dice.below(120) {
+            let length = 1 + dice.below(6);
+            let key: String = (0..length).map(|_| alphabet[dice.below(alphabet.len())]).collect();
+            let shard = shards.shard_of(bucket, &key).unwrap();
+            fake.state.lock().unwrap().keys.entry((shard, bucket.0)).or_default().insert(key.clone());
+            keys.insert(key);
+        }
+        for (prefix, delimiter) in [("", ""), ("", "/"), ("a", "/"), ("a/", "/"), ("a", ""), ("", "a/"), ("zz", "/")] {
+            let limit = 1 + dice.below(40);
+            let mut from = match dice.below(3) {
+                0 => ListFrom::After(alphabet[dice.below(alphabet.len())].repeat(2)),
+                _ => ListFrom::Start,
+            };
+            loop {
+                let page = shards.list_objects(bucket, prefix, delimiter, from.clone(), u32::try_from(limit).unwrap()).await.unwrap();
+                let (items, more) = naive_list(&keys, prefix, delimiter, &from, limit);
+                assert_eq!((&page.items, page.more), (&items, more), "seed {seed}, {prefix:?} {delimiter:?} {from:?} {limit} of {keys:?}");
+                match page.items.last() {
+                    Some(last) if page.more => from = ListFrom::After(last.sort_key().to_owned()),
+                    _ => break,
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_merge_of_large_uneven_sources_reads_little_more_than_it_gives() {
+    let sources: Vec<Vec<u64>> = vec![(0..50_000).collect(), (0..50_000).map(|n| n * 3).collect(), vec![], vec![7]];
+    let fetched = std::sync::atomic::AtomicUsize::new(0);
+    let fetch = |at: usize, after: Option<u64>, want: usize| {
+        let rest: Vec<u64> = sources[at].iter().copied().filter(|n| after.is_none_or(|after| *n > after)).collect();
+        fetched.fetch_add(want, std::sync::atomic::Ordering::Relaxed);
+        async move { Ok::<_, ()>((rest.iter().copied().take(want).collect(), rest.len() > want)) }
+    };
+    let (items, more) = merge(4, 1000, |n| *n, fetch).await.unwrap();
+    assert_eq!(items, (0..1000).collect::<Vec<u64>>());
+    assert!(more);
+    assert!(fetched.into_inner() < 4000);
+}
+
+#[tokio::test]
+async fn a_listing_fails_rather_than_leave_a_shard_out() {
+    let (fake, shards) = cluster();
+    put(&shards, BucketId(1), "k").await.unwrap();
+    fake.state.lock().unwrap().leaders.remove(&ShardId(3));
+    assert!(shards.list_objects(BucketId(1), "", "", ListFrom::Start, 10).await.unwrap_err().outcome_unknown());
+}
+
+#[tokio::test]
+async fn a_bucket_is_deleted_only_when_empty_and_its_name_is_free_again_under_a_new_id() {
+    let (fake, shards) = cluster();
+    let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
+    put(&shards, bucket.id, "k").await.unwrap();
+    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::NotEmpty);
+    assert!(fake.state.lock().unwrap().fences.is_empty());
+    assert_eq!(put(&shards, bucket.id, "k2").await.unwrap(), Reply::Done);
+
+    fake.state.lock().unwrap().keys.clear();
+    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::Done);
+    assert_eq!(put(&shards, bucket.id, "k3").await.unwrap(), Reply::BucketFenced);
+    assert_eq!(shards.get_bucket("b").await.unwrap(), None);
+    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::NoSuchBucket);
+    let Created::New(again) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
+    assert_ne!(again.id, bucket.id);
+}
+
+#[tokio::test]
+async fn a_deletion_that_was_broken_off_is_finished_by_the_next_one_or_by_create() {
+    for finish_by_create in [false, true] {
+        let (fake, shards) = cluster();
+        let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
+        shards.command(ShardId::ROOT, Command::BeginDeleteBucket { name: "b".into(), bucket: bucket.id }).await.unwrap();
+        shards.command(ShardId(2), Command::FenceBucket { bucket: bucket.id }).await.unwrap();
+        // Meanwhile it is neither gone nor there.
+        assert!(shards.fresh_bucket("b").await.unwrap().unwrap().deleting);
+        if finish_by_create {
+            let Created::New(again) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
+            assert_ne!(again.id, bucket.id);
+        } else {
+            assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::Done);
+        }
+        assert_eq!(fake.state.lock().unwrap().fences.len(), OBJECT_SHARDS);
+    }
+}
+
+#[tokio::test]
+async fn no_acknowledged_put_is_lost_in_a_race_with_deletions() {
+    for round in 0..200 {
+        let (fake, shards) = cluster();
+        let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
+        let puts = (0..3).map(|n| {
+            let shards = shards.clone();
+            tokio::spawn(async move { put(&shards, bucket.id, &format!("key{round}-{n}")).await.unwrap() })
+        });
+        let deletes = (0..2).map(|_| {
+            let shards = shards.clone();
+            tokio::spawn(async move { shards.delete_bucket("b").await.unwrap() })
+        });
+        let (puts, deletes): (Vec<_>, Vec<_>) = (puts.collect(), deletes.collect());
+        let puts = futures::future::try_join_all(puts).await.unwrap();
+        let deletes = futures::future::try_join_all(deletes).await.unwrap();
+        let stored = puts.iter().filter(|reply| **reply == Reply::Done).count();
+        let state = fake.state.lock().unwrap();
+        let gone = !state.buckets.contains_key("b");
+        assert_eq!(gone, deletes.contains(&Removed::Done), "{deletes:?}");
+        assert!(!gone || stored == 0, "round {round}: {stored} acknowledged puts in a deleted bucket");
+        assert!(gone || state.fences.is_empty(), "round {round}: a living bucket keeps a fence");
+    }
+}
+
+#[tokio::test]
+async fn a_newer_map_is_taken_confirmed_and_offered_to_disks_that_lag() {
+    let (fake, shards) = cluster();
+    assert!(!*shards.confirmed().borrow());
+    assert!(!shards.refresh_map().await.unwrap());
+    assert!(*shards.confirmed().borrow());
+    assert_eq!(shards.set_map(map(5, OBJECT_SHARDS + 1, 2)).await.unwrap(), MapSet::Done);
+    assert_eq!(shards.set_map(map(5, OBJECT_SHARDS + 1, 2)).await.unwrap(), MapSet::Conflict { current: Epoch(2) });
+    assert_eq!(shards.current_map().unwrap().epoch, Epoch(2));
+    let state = fake.state.lock().unwrap();
+    assert!((1..=5).all(|disk| state.epochs.get(&DiskId(disk)) == Some(&Epoch(2))), "{:?}", state.epochs);
+}
