@@ -138,22 +138,37 @@ pub fn invert(a: u8) -> Option<u8> {
     multiples(a).iter().position(|&product| product == 1).map(|at| at as u8)
 }
 
-/// A linear map of bytes as the 8x8 bit matrix that `gf2p8affineqb` takes: output bit i is byte 7-i, and bit b in it says
-/// whether input bit b counts.
-pub fn bit_matrix(map: impl Fn(u8) -> u8) -> u64 {
-    let mut rows = [0u8; 8];
-    for b in 0..8 {
-        let image = map(1 << b);
-        for (i, row) in rows.iter_mut().enumerate() {
-            *row |= (image >> i & 1) << b;
-        }
-    }
-    u64::from_be_bytes(rows)
+/// What a constant makes of the eight single bits: enough to know the whole map.
+pub fn images(c: u8) -> [u8; 8] {
+    std::array::from_fn(|bit| multiply(c, 1 << bit))
 }
 
-/// A linear map of bytes as two tables of 16: images of the low nibble, then images of the high nibble.
-pub fn nibble_tables(map: impl Fn(u8) -> u8) -> [u8; 32] {
-    std::array::from_fn(|i| if i < 16 { map(i as u8) } else { map(((i - 16) << 4) as u8) })
+/// A linear map of bytes, given by the images of single bits, as the 8x8 bit matrix that `gf2p8affineqb` takes: output
+/// bit i is byte 7-i, and bit b in it says whether input bit b counts.
+pub const fn bit_matrix(images: [u8; 8]) -> u64 {
+    let mut matrix = 0;
+    let mut at = 0;
+    while at < 64 {
+        let (i, b) = (at / 8, at % 8);
+        matrix |= (images[b] as u64 >> i & 1) << (8 * (7 - i) + b);
+        at += 1;
+    }
+    matrix
+}
+
+/// A linear map of bytes, given by the images of single bits, as two tables of 16: images of the low nibble, then images
+/// of the high nibble.
+pub const fn nibble_tables(images: [u8; 8]) -> [u8; 32] {
+    let mut tables = [0u8; 32];
+    let mut at = 0;
+    while at < 32 * 4 {
+        let (entry, bit) = (at / 4, at % 4);
+        if (entry % 16) >> bit & 1 == 1 {
+            tables[entry] ^= images[entry / 16 * 4 + bit];
+        }
+        at += 1;
+    }
+    tables
 }
 
 #[cfg(test)]
@@ -174,7 +189,7 @@ mod tests {
     #[test]
     fn twist_is_the_pinned_one() {
         assert_eq!(TWIST, [0x00, 0xcf, 0xab, 0x21, 0x8a, 0x9d, 0x27, 0x1f]);
-        assert_eq!(bit_matrix(twist), 0xeed6_e2b6_a04c_0236);
+        assert_eq!(bit_matrix(TWIST), 0xeed6_e2b6_a04c_0236);
     }
 
     #[test]
@@ -214,7 +229,7 @@ mod tests {
     #[test]
     fn both_table_forms_give_the_map_back() {
         for c in 0..=255u8 {
-            let (matrix, nibbles) = (bit_matrix(|v| multiply(c, v)), nibble_tables(|v| multiply(c, v)));
+            let (matrix, nibbles) = (bit_matrix(images(c)), nibble_tables(images(c)));
             for v in 0..=255u8 {
                 let by_nibbles = nibbles[usize::from(v & 15)] ^ nibbles[16 + usize::from(v >> 4)];
                 let rows = matrix.to_be_bytes();

@@ -31,9 +31,12 @@
 //!
 //! **Erasure codes do not detect corruption.** A unit whose checksum failed is absent; it must never be a source.
 
+#![deny(unsafe_code)]
+
 mod coder;
 mod error;
 mod field;
+#[allow(unsafe_code)]
 pub mod kernel;
 mod matrix;
 mod plan;

@@ -5,7 +5,7 @@ use std::arch::x86_64::{
     _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_srli_epi16, _mm256_storeu_si256, _mm256_xor_si256, _mm_loadu_si128,
 };
 
-use super::{twist_nibbles, Addresses};
+use super::{Addresses, TWIST_NIBBLES};
 
 /// Two vectors wide, so that each table is loaded once for both.
 const COLUMN_BYTES: usize = 64;
@@ -31,7 +31,7 @@ pub(super) fn run(tables: &[[u8; 32]], sources: &[&[u8]], out: &mut [&mut [u8]],
 #[target_feature(enable = "avx2")]
 fn pass<const R: usize>(tables: &[[u8; 32]], sources: &[&[u8]], out: &mut [&mut [u8]], len_bytes: usize) {
     let addresses = Addresses::<R>::checked(tables.len(), sources, out, len_bytes);
-    let twister = Pair::load(&twist_nibbles());
+    let twister = Pair::load(&TWIST_NIBBLES);
     for at in (0..len_bytes).step_by(COLUMN_BYTES) {
         let mut sums = [[_mm256_setzero_si256(); 2]; R];
         let mut table = tables.as_ptr();

@@ -5,7 +5,7 @@ use std::arch::x86_64::{
     _mm256_slli_epi16, _mm256_storeu_si256, _mm256_xor_si256,
 };
 
-use super::{twist_matrix, Addresses};
+use super::{Addresses, TWIST_MATRIX};
 
 /// Two vectors wide, so that each matrix is broadcast once for both; eight sums of four rows leave half the registers.
 const COLUMN_BYTES: usize = 64;
@@ -31,7 +31,7 @@ pub(super) fn run(matrices: &[u64], sources: &[&[u8]], out: &mut [&mut [u8]], le
 #[target_feature(enable = "avx2,gfni")]
 fn pass<const R: usize>(matrices: &[u64], sources: &[&[u8]], out: &mut [&mut [u8]], len_bytes: usize) {
     let addresses = Addresses::<R>::checked(matrices.len(), sources, out, len_bytes);
-    let twister = _mm256_set1_epi64x(twist_matrix() as i64);
+    let twister = _mm256_set1_epi64x(TWIST_MATRIX as i64);
     for at in (0..len_bytes).step_by(COLUMN_BYTES) {
         let mut sums = [[_mm256_setzero_si256(); 2]; R];
         let mut matrix = matrices.as_ptr();

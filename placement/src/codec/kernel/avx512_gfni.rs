@@ -5,7 +5,7 @@ use std::arch::x86_64::{
     _mm512_slli_epi16, _mm512_storeu_si512, _mm512_ternarylogic_epi64, _mm512_xor_si512,
 };
 
-use super::{twist_matrix, Addresses};
+use super::{Addresses, TWIST_MATRIX};
 
 /// Two vectors wide, so that each matrix is broadcast once for both.
 const COLUMN_BYTES: usize = 128;
@@ -31,7 +31,7 @@ pub(super) fn run(matrices: &[u64], sources: &[&[u8]], out: &mut [&mut [u8]], le
 #[target_feature(enable = "avx512f,avx512bw,gfni")]
 fn pass<const R: usize>(matrices: &[u64], sources: &[&[u8]], out: &mut [&mut [u8]], len_bytes: usize) {
     let addresses = Addresses::<R>::checked(matrices.len(), sources, out, len_bytes);
-    let twister = _mm512_set1_epi64(twist_matrix() as i64);
+    let twister = _mm512_set1_epi64(TWIST_MATRIX as i64);
     for at in (0..len_bytes).step_by(COLUMN_BYTES) {
         let mut sums = [[_mm512_setzero_si512(); 2]; R];
         let mut matrix = matrices.as_ptr();

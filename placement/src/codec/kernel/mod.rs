@@ -22,7 +22,7 @@ mod ssse3;
 use std::fmt;
 use std::sync::OnceLock;
 
-use super::field::{bit_matrix, multiply, nibble_tables, twist};
+use super::field::{bit_matrix, images, nibble_tables};
 use super::{CodecError, MAX_CHUNKS, UNIT_ALIGN_BYTES};
 
 /// Environment variable that names the kernel to use, for operators and tests.
@@ -143,6 +143,7 @@ pub(super) struct RowBlock {
 }
 
 #[derive(Debug)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 enum Tables {
     /// 8x8 bit matrices.
     Matrices(Vec<u64>),
@@ -162,10 +163,10 @@ impl RowBlock {
         let constants = (0..sources).flat_map(|j| rows.iter().map(move |row| row[j]));
         let tables = match kernel {
             Kernel::Avx512Gfni | Kernel::Avx2Gfni => {
-                Tables::Matrices(constants.map(|c| bit_matrix(|v| multiply(c, v))).collect())
+                Tables::Matrices(constants.map(|c| bit_matrix(images(c))).collect())
             }
             Kernel::Avx2 | Kernel::Ssse3 | Kernel::Neon => {
-                Tables::Nibbles(constants.map(|c| nibble_tables(|v| multiply(c, v))).collect())
+                Tables::Nibbles(constants.map(|c| nibble_tables(images(c))).collect())
             }
             Kernel::Scalar => Tables::Constants(constants.collect()),
         };
@@ -234,15 +235,11 @@ impl<const R: usize> Addresses<R> {
 
 /// The twist as a bit matrix.
 #[cfg(target_arch = "x86_64")]
-fn twist_matrix() -> u64 {
-    bit_matrix(twist)
-}
+const TWIST_MATRIX: u64 = bit_matrix(super::field::TWIST);
 
 /// The twist as nibble tables.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-fn twist_nibbles() -> [u8; 32] {
-    nibble_tables(twist)
-}
+const TWIST_NIBBLES: [u8; 32] = nibble_tables(super::field::TWIST);
 
 #[cfg(test)]
 mod tests {

@@ -6,7 +6,7 @@ use std::arch::aarch64::{
 };
 use std::arch::is_aarch64_feature_detected;
 
-use super::{twist_nibbles, Addresses};
+use super::{Addresses, TWIST_NIBBLES};
 
 /// Two vectors wide, so that each table is loaded once for both.
 const COLUMN_BYTES: usize = 32;
@@ -32,7 +32,7 @@ pub(super) fn run(tables: &[[u8; 32]], sources: &[&[u8]], out: &mut [&mut [u8]],
 #[target_feature(enable = "neon")]
 fn pass<const R: usize>(tables: &[[u8; 32]], sources: &[&[u8]], out: &mut [&mut [u8]], len_bytes: usize) {
     let addresses = Addresses::<R>::checked(tables.len(), sources, out, len_bytes);
-    let twister = Pair::load(&twist_nibbles());
+    let twister = Pair::load(&TWIST_NIBBLES);
     for at in (0..len_bytes).step_by(COLUMN_BYTES) {
         let mut sums = [[vdupq_n_u8(0); 2]; R];
         let mut table = tables.as_ptr();

@@ -5,7 +5,7 @@ use std::arch::x86_64::{
     _mm_srli_epi16, _mm_storeu_si128, _mm_xor_si128,
 };
 
-use super::{twist_nibbles, Addresses};
+use super::{Addresses, TWIST_NIBBLES};
 
 /// Two vectors wide, so that each table is loaded once for both.
 const COLUMN_BYTES: usize = 32;
@@ -31,7 +31,7 @@ pub(super) fn run(tables: &[[u8; 32]], sources: &[&[u8]], out: &mut [&mut [u8]],
 #[target_feature(enable = "ssse3")]
 fn pass<const R: usize>(tables: &[[u8; 32]], sources: &[&[u8]], out: &mut [&mut [u8]], len_bytes: usize) {
     let addresses = Addresses::<R>::checked(tables.len(), sources, out, len_bytes);
-    let twister = Pair::load(&twist_nibbles());
+    let twister = Pair::load(&TWIST_NIBBLES);
     for at in (0..len_bytes).step_by(COLUMN_BYTES) {
         let mut sums = [[_mm_setzero_si128(); 2]; R];
         let mut table = tables.as_ptr();
