@@ -1,0 +1,396 @@
+//! The handshake that opens every connection, and the keys it leaves behind.
+//!
+//! ```text
+//! client -> server  hello    magic 8 | version u16 | purpose u8 | 0 | cluster id 16 | client nonce 32
+//! server -> client  hello    magic 8 | version u16 | verdict u8 | 0 | server nonce 32 | server proof 32
+//! client -> server  proof    client proof 32
+//! server -> client  verdict  u8
+//! ```
+//!
+//! Numbers are big-endian. The transcript is the client's hello and the first 44 bytes of the server's (all but its proof). A
+//! proof is HMAC-SHA256 under the cluster secret over a label of its role and the transcript; so is each direction's session key.
+//! Both nonces are fresh, so no proof and no key is ever good for a second connection; the label keeps an end from being handed
+//! its own proof. The first 12 bytes of either hello never change their meaning, so that ends of different versions can say so.
+
+use crate::error::{AuthError, LinkError};
+use granary_placement::id::ClusterId;
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
+use std::fmt;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use subtle::ConstantTimeEq;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// Version of everything said between nodes: handshake, chunk requests, frames, and the messages inside them.
+///
+/// 1: the first.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+const MAGIC: [u8; 8] = *b"granary\0";
+const NONCE_BYTES: usize = 32;
+const PREFIX_BYTES: usize = 12;
+const CLIENT_HELLO_BYTES: usize = PREFIX_BYTES + 16 + NONCE_BYTES;
+const SERVER_HEAD_BYTES: usize = PREFIX_BYTES + NONCE_BYTES;
+const PROOF_BYTES: usize = 32;
+
+const LABEL_SERVER_PROOF: &[u8] = b"granary proof of the server\0";
+const LABEL_CLIENT_PROOF: &[u8] = b"granary proof of the client\0";
+const LABEL_TO_SERVER: &[u8] = b"granary key client to server\0";
+const LABEL_TO_CLIENT: &[u8] = b"granary key server to client\0";
+
+/// Shortest cluster secret, in bytes.
+pub const MIN_SECRET_BYTES: usize = 32;
+
+/// Longest secret file, in bytes: guards against being pointed at something else.
+const MAX_SECRET_FILE_BYTES: u64 = 4096;
+
+/// Why there is no cluster secret.
+#[derive(Debug, thiserror::Error)]
+pub enum SecretError {
+    /// The file cannot be read.
+    #[error("cannot read the cluster secret file {path}: {source}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Others than its owner may read or write the file.
+    #[error("the cluster secret file {path} is open to other users (mode {mode:03o}): run `chmod 600 {path}`")]
+    Mode {
+        /// Which file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// Not hexadecimal.
+    #[error("the cluster secret is not hexadecimal digits, two per byte")]
+    NotHex,
+    /// Too short to be a secret.
+    #[error("the cluster secret has {len_bytes} bytes, fewer than {MIN_SECRET_BYTES}: make one with `openssl rand -hex 32`")]
+    TooShort {
+        /// How long it is.
+        len_bytes: usize,
+    },
+    /// Longer than any secret.
+    #[error("the cluster secret file {path} is larger than {MAX_SECRET_FILE_BYTES} bytes: is it the right file?")]
+    TooLong {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// The operating system gave no random bytes.
+    #[error("no random bytes from the operating system: {0}")]
+    Random(String),
+}
+
+/// What every node of a cluster knows and nobody else. There is no default.
+#[derive(Clone)]
+pub struct ClusterSecret(Arc<[u8]>);
+
+impl ClusterSecret {
+    /// The secret in these hexadecimal digits; white space around them is ignored.
+    ///
+    /// # Errors
+    /// [`SecretError::NotHex`], [`SecretError::TooShort`].
+    pub fn from_hex(text: &str) -> Result<ClusterSecret, SecretError> {
+        let bytes = hex::decode(text.trim()).map_err(|_| SecretError::NotHex)?;
+        if bytes.len() < MIN_SECRET_BYTES {
+            return Err(SecretError::TooShort { len_bytes: bytes.len() });
+        }
+        Ok(ClusterSecret(bytes.into()))
+    }
+
+    /// A new secret of 32 random bytes.
+    ///
+    /// # Errors
+    /// [`SecretError::Random`].
+    pub fn generate() -> Result<ClusterSecret, SecretError> {
+        let mut bytes = [0u8; MIN_SECRET_BYTES];
+        getrandom::fill(&mut bytes).map_err(|error| SecretError::Random(error.to_string()))?;
+        Ok(ClusterSecret(Arc::new(bytes)))
+    }
+
+    /// The secret in a file of hexadecimal digits that only its owner can read.
+    ///
+    /// # Errors
+    /// Each says what to do about it.
+    pub fn read_file(path: &Path) -> Result<ClusterSecret, SecretError> {
+        let failed = |source| SecretError::Read { path: path.to_owned(), source };
+        let file = std::fs::File::open(path).map_err(failed)?;
+        // Of the open file, not of the path: what is judged is what is read.
+        let mode = file.metadata().map_err(failed)?.mode() & 0o777;
+        if mode & 0o077 != 0 {
+            return Err(SecretError::Mode { path: path.to_owned(), mode });
+        }
+        let mut text = String::new();
+        file.take(MAX_SECRET_FILE_BYTES + 1).read_to_string(&mut text).map_err(failed)?;
+        if text.len() as u64 > MAX_SECRET_FILE_BYTES {
+            return Err(SecretError::TooLong { path: path.to_owned() });
+        }
+        ClusterSecret::from_hex(&text)
+    }
+
+    /// The digits [`ClusterSecret::from_hex`] takes. For writing a secret file, never for logs.
+    pub fn to_hex(&self) -> String {
+        hex::encode(&self.0)
+    }
+
+    fn key(&self) -> MacKey {
+        MacKey::new(&self.0)
+    }
+}
+
+impl fmt::Debug for ClusterSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ClusterSecret(redacted)")
+    }
+}
+
+/// Which cluster a node belongs to and how it proves it.
+#[derive(Debug, Clone)]
+pub struct Credentials {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// Its secret.
+    pub secret: ClusterSecret,
+}
+
+/// What a connection is for. Part of the proof: a connection made for one cannot be used for the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Chunk requests, HTTP/1.1.
+    Data,
+    /// Control frames.
+    Control,
+}
+
+impl Purpose {
+    fn number(self) -> u8 {
+        match self {
+            Purpose::Data => 1,
+            Purpose::Control => 2,
+        }
+    }
+
+    fn from_number(number: u8) -> Option<Purpose> {
+        match number {
+            1 => Some(Purpose::Data),
+            2 => Some(Purpose::Control),
+            _ => None,
+        }
+    }
+}
+
+/// A key for HMAC-SHA256, with its pads already hashed.
+#[derive(Clone)]
+pub(crate) struct MacKey(Hmac<Sha256>);
+
+impl MacKey {
+    fn new(key: &[u8]) -> MacKey {
+        // HMAC takes keys of any length, so the error cannot occur; the empty-keyed fallback would authenticate nobody.
+        MacKey(Hmac::new_from_slice(key).unwrap_or_else(|_| Hmac::new(&Default::default())))
+    }
+
+    /// HMAC-SHA256 of the parts, one after the other. Callers make the parts unambiguous.
+    pub(crate) fn mac(&self, parts: &[&[u8]]) -> [u8; 32] {
+        let mut mac = self.0.clone();
+        for part in parts {
+            mac.update(part);
+        }
+        mac.finalize().into_bytes().into()
+    }
+}
+
+impl fmt::Debug for MacKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("MacKey(redacted)")
+    }
+}
+
+/// Are these equal? Takes the same time wherever they differ.
+pub(crate) fn same(a: &[u8], b: &[u8]) -> bool {
+    a.ct_eq(b).into()
+}
+
+/// The keys of one connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Session {
+    /// Authenticates what the client says.
+    pub to_server: MacKey,
+    /// Authenticates what the server says.
+    pub to_client: MacKey,
+}
+
+/// The server's verdict on a hello or a proof.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Accepted,
+    Version,
+    Cluster,
+    Secret,
+    Busy,
+}
+
+impl Verdict {
+    fn number(self) -> u8 {
+        match self {
+            Verdict::Accepted => 0,
+            Verdict::Version => 1,
+            Verdict::Cluster => 2,
+            Verdict::Secret => 3,
+            Verdict::Busy => 4,
+        }
+    }
+
+    /// What the client makes of it.
+    fn check(number: u8, theirs: u16) -> Result<(), LinkError> {
+        match number {
+            0 => Ok(()),
+            1 => Err(AuthError::Version { ours: PROTOCOL_VERSION, theirs }.into()),
+            2 => Err(AuthError::Cluster.into()),
+            3 => Err(AuthError::Secret.into()),
+            4 => Err(LinkError::Connect("the peer has no room for more connections".to_owned())),
+            other => Err(LinkError::Protocol(format!("unknown verdict {other} in the handshake"))),
+        }
+    }
+}
+
+/// Fresh random bytes for one handshake.
+pub(crate) fn nonce() -> Result<[u8; NONCE_BYTES], LinkError> {
+    let mut nonce = [0u8; NONCE_BYTES];
+    getrandom::fill(&mut nonce).map_err(|error| LinkError::Connect(format!("no random bytes: {error}")))?;
+    Ok(nonce)
+}
+
+struct Transcript {
+    key: MacKey,
+    client_hello: [u8; CLIENT_HELLO_BYTES],
+    server_head: [u8; SERVER_HEAD_BYTES],
+}
+
+impl Transcript {
+    fn mac(&self, label: &[u8]) -> [u8; 32] {
+        self.key.mac(&[label, &self.client_hello, &self.server_head])
+    }
+
+    fn session(&self) -> Session {
+        Session { to_server: MacKey::new(&self.mac(LABEL_TO_SERVER)), to_client: MacKey::new(&self.mac(LABEL_TO_CLIENT)) }
+    }
+}
+
+fn prefix(version: u16, third: u8) -> [u8; PREFIX_BYTES] {
+    let mut bytes = [0u8; PREFIX_BYTES];
+    bytes[..8].copy_from_slice(&MAGIC);
+    bytes[8..10].copy_from_slice(&version.to_be_bytes());
+    bytes[10] = third;
+    bytes
+}
+
+/// The version and third field of a hello's first bytes.
+fn read_prefix(bytes: &[u8; PREFIX_BYTES]) -> Result<(u16, u8), AuthError> {
+    if bytes[..8] != MAGIC {
+        return Err(AuthError::Magic);
+    }
+    Ok((u16::from_be_bytes([bytes[8], bytes[9]]), bytes[10]))
+}
+
+fn lost(error: std::io::Error) -> LinkError {
+    LinkError::Closed(format!("in the handshake: {error}"))
+}
+
+/// The client's side. The caller sets the deadline.
+pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    credentials: &Credentials,
+    purpose: Purpose,
+    nonce: [u8; NONCE_BYTES],
+) -> Result<Session, LinkError> {
+    let mut client_hello = [0u8; CLIENT_HELLO_BYTES];
+    client_hello[..12].copy_from_slice(&prefix(PROTOCOL_VERSION, purpose.number()));
+    client_hello[12..28].copy_from_slice(&credentials.cluster.0);
+    client_hello[28..].copy_from_slice(&nonce);
+    stream.write_all(&client_hello).await.map_err(lost)?;
+
+    let mut head = [0u8; PREFIX_BYTES];
+    stream.read_exact(&mut head).await.map_err(lost)?;
+    let (theirs, verdict) = read_prefix(&head)?;
+    Verdict::check(verdict, theirs)?;
+    if theirs != PROTOCOL_VERSION {
+        return Err(AuthError::Version { ours: PROTOCOL_VERSION, theirs }.into());
+    }
+    let mut server_head = [0u8; SERVER_HEAD_BYTES];
+    server_head[..PREFIX_BYTES].copy_from_slice(&head);
+    stream.read_exact(&mut server_head[PREFIX_BYTES..]).await.map_err(lost)?;
+    let mut server_proof = [0u8; PROOF_BYTES];
+    stream.read_exact(&mut server_proof).await.map_err(lost)?;
+
+    let transcript = Transcript { key: credentials.secret.key(), client_hello, server_head };
+    if !same(&server_proof, &transcript.mac(LABEL_SERVER_PROOF)) {
+        return Err(AuthError::Secret.into());
+    }
+    stream.write_all(&transcript.mac(LABEL_CLIENT_PROOF)).await.map_err(lost)?;
+    let mut verdict = [0u8; 1];
+    stream.read_exact(&mut verdict).await.map_err(lost)?;
+    Verdict::check(verdict[0], theirs)?;
+    Ok(transcript.session())
+}
+
+/// The server's side. The caller sets the deadline.
+pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    credentials: &Credentials,
+    nonce: [u8; NONCE_BYTES],
+) -> Result<(Purpose, Session), LinkError> {
+    let mut client_hello = [0u8; CLIENT_HELLO_BYTES];
+    let mut head = [0u8; PREFIX_BYTES];
+    stream.read_exact(&mut head).await.map_err(lost)?;
+    let (theirs, purpose) = read_prefix(&head)?;
+    if theirs != PROTOCOL_VERSION {
+        refuse(stream, Verdict::Version).await;
+        return Err(AuthError::Version { ours: PROTOCOL_VERSION, theirs }.into());
+    }
+    client_hello[..PREFIX_BYTES].copy_from_slice(&head);
+    stream.read_exact(&mut client_hello[PREFIX_BYTES..]).await.map_err(lost)?;
+    if client_hello[12..28] != credentials.cluster.0 {
+        refuse(stream, Verdict::Cluster).await;
+        return Err(AuthError::Cluster.into());
+    }
+    let purpose = Purpose::from_number(purpose)
+        .ok_or_else(|| LinkError::Protocol(format!("unknown purpose {purpose} in the handshake")))?;
+
+    let mut server_head = [0u8; SERVER_HEAD_BYTES];
+    server_head[..PREFIX_BYTES].copy_from_slice(&prefix(PROTOCOL_VERSION, Verdict::Accepted.number()));
+    server_head[PREFIX_BYTES..].copy_from_slice(&nonce);
+    let transcript = Transcript { key: credentials.secret.key(), client_hello, server_head };
+    let mut hello = [0u8; SERVER_HEAD_BYTES + PROOF_BYTES];
+    hello[..SERVER_HEAD_BYTES].copy_from_slice(&server_head);
+    hello[SERVER_HEAD_BYTES..].copy_from_slice(&transcript.mac(LABEL_SERVER_PROOF));
+    stream.write_all(&hello).await.map_err(lost)?;
+
+    let mut client_proof = [0u8; PROOF_BYTES];
+    stream.read_exact(&mut client_proof).await.map_err(|error| match error.kind() {
+        // A client that hangs up here found our proof wrong.
+        std::io::ErrorKind::UnexpectedEof => LinkError::Auth(AuthError::Secret),
+        _ => lost(error),
+    })?;
+    if !same(&client_proof, &transcript.mac(LABEL_CLIENT_PROOF)) {
+        let _ = stream.write_all(&[Verdict::Secret.number()]).await;
+        return Err(AuthError::Secret.into());
+    }
+    stream.write_all(&[Verdict::Accepted.number()]).await.map_err(lost)?;
+    Ok((purpose, transcript.session()))
+}
+
+/// Tells a client why it is turned away; whether it hears it does not matter.
+async fn refuse<S: AsyncWrite + Unpin>(stream: &mut S, verdict: Verdict) {
+    let _ = stream.write_all(&prefix(PROTOCOL_VERSION, verdict.number())).await;
+    let _ = stream.shutdown().await;
+}
+
+/// Tells a client that there is no room for it.
+pub(crate) async fn refuse_busy<S: AsyncWrite + Unpin>(stream: &mut S) {
+    refuse(stream, Verdict::Busy).await;
+}

@@ -1,0 +1,231 @@
+//! Chunk requests of one connection.
+
+use super::{ChunkBlocks, Server};
+use crate::auth::Session;
+use crate::body::WireBody;
+use crate::chunk::{block_count, ChunkId, ChunkSpec, BLOCK_BYTES};
+use crate::error::ChunkError;
+use crate::head;
+use bytes::{Bytes, BytesMut};
+use http::header::{HeaderValue, CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// hyper's buffers, in bytes: see the client's.
+const BUFFER_BYTES: usize = 512 * 1024;
+const MAX_HEAD_BYTES: usize = 16 * 1024;
+const MAX_HEADERS: usize = 32;
+
+/// How long the rest of a refused body is read. Closing a socket that has unread bytes resets the connection, and the reset can
+/// overtake the refusal; a sender that hears the refusal stops by itself.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Serves one connection to its end.
+pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, session: Session, peer: SocketAddr) {
+    let requests = Arc::new(Requests { server: Arc::clone(server), session, counter: AtomicU64::new(0), peer });
+    let service = service_fn(move |request| {
+        let requests = Arc::clone(&requests);
+        async move { Ok::<_, Infallible>(requests.answer(request).await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(server.limits.head_timeout)
+        .max_buf_size(BUFFER_BYTES)
+        .max_headers(MAX_HEADERS)
+        .max_header_size(MAX_HEAD_BYTES)
+        .auto_date_header(false)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = pin!(connection);
+    let result = tokio::select! {
+        result = connection.as_mut() => result,
+        () = server.stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            match timeout(server.limits.stop_grace, connection).await {
+                Ok(result) => result,
+                Err(_) => return,
+            }
+        }
+    };
+    if let Err(error) = result {
+        // Peers that hang up and idle connections that end look like errors too.
+        tracing::debug!(%peer, %error, "data connection ended");
+    }
+}
+
+/// What went wrong with a request.
+enum Refusal {
+    /// Not from who holds the session key, or not at this place in the order.
+    Unauthenticated,
+    Chunk(ChunkError),
+}
+
+impl From<ChunkError> for Refusal {
+    fn from(error: ChunkError) -> Refusal {
+        Refusal::Chunk(error)
+    }
+}
+
+fn rejected(why: impl Into<String>) -> Refusal {
+    Refusal::Chunk(ChunkError::Rejected(why.into()))
+}
+
+/// The requests of one connection, which hyper hands over one after the other.
+struct Requests {
+    server: Arc<Server>,
+    session: Session,
+    counter: AtomicU64,
+    peer: SocketAddr,
+}
+
+impl Requests {
+    async fn answer(&self, request: Request<Incoming>) -> Response<WireBody> {
+        let counter = self.counter.fetch_add(1, Ordering::Relaxed);
+        let (parts, mut body) = request.into_parts();
+        let result = self.handle(&parts, &mut body, counter).await;
+        let mut close = false;
+        let (status, text, body_out) = match result {
+            Ok((text, frames)) => (StatusCode::OK, text, frames),
+            Err(Refusal::Unauthenticated) => {
+                self.server.complaints.warn(self.peer, "a chunk request without the right authentication code");
+                close = true;
+                (StatusCode::UNAUTHORIZED, "unauthenticated".to_owned(), VecDeque::new())
+            }
+            Err(Refusal::Chunk(error)) => {
+                if !http_body::Body::is_end_stream(&body) {
+                    // Ends by itself after a while; and each connection has one request at a time.
+                    tokio::spawn(timeout(DRAIN_TIMEOUT, drain(body)));
+                }
+                let (status, text) = head::error_answer(&error);
+                (status, text, VecDeque::new())
+            }
+        };
+        let body_out = WireBody::list(body_out);
+        let len_bytes = body_out.remaining_bytes();
+        let mac = head::answer_mac(&self.session.to_client, counter, status, &text, len_bytes);
+        let mut response = Response::new(body_out);
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        if close {
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        headers.insert(CONTENT_LENGTH, len_bytes.into());
+        for (name, value) in [(head::ANSWER_HEADER, text), (head::MAC_HEADER, hex::encode(mac))] {
+            if let Ok(value) = HeaderValue::try_from(value) {
+                headers.insert(name, value);
+            }
+        }
+        response
+    }
+
+    async fn handle(
+        &self,
+        parts: &http::request::Parts,
+        body: &mut Incoming,
+        counter: u64,
+    ) -> Result<(String, VecDeque<Bytes>), Refusal> {
+        let content_len = match head::single_header(&parts.headers, CONTENT_LENGTH.as_str()) {
+            Some(text) => Some(text.parse::<u64>().map_err(|_| Refusal::Unauthenticated)?),
+            None if parts.headers.contains_key(CONTENT_LENGTH) => return Err(Refusal::Unauthenticated),
+            None => None,
+        };
+        let target = parts.uri.path_and_query().map_or("", |target| target.as_str());
+        let expected = head::request_mac(&self.session.to_server, counter, parts.method.as_str(), target, content_len);
+        if !head::mac_matches(&parts.headers, &expected) || parts.headers.contains_key(TRANSFER_ENCODING) {
+            return Err(Refusal::Unauthenticated);
+        }
+        let id: ChunkId = parts
+            .uri
+            .path()
+            .strip_prefix(head::CHUNKS_PATH)
+            .and_then(|id| id.parse().ok())
+            .ok_or_else(|| rejected("no such path"))?;
+        let query = parts.uri.query().unwrap_or_default();
+        match parts.method {
+            Method::PUT => {
+                let spec = head::parse_spec(query).ok_or_else(|| rejected("not a chunk's spec"))?;
+                head::check_spec(&id, &spec).map_err(rejected)?;
+                if content_len != Some(head::put_len_bytes(spec.len_bytes)) {
+                    return Err(rejected("the body's length is not that of the chunk and its checksums"));
+                }
+                self.put(id, spec, body).await?;
+                Ok((String::new(), VecDeque::new()))
+            }
+            Method::GET => {
+                let (first, blocks) = head::parse_read(query).ok_or_else(|| rejected("not a range of blocks"))?;
+                if blocks == 0 || blocks > super::MAX_READ_BLOCKS {
+                    return Err(rejected(format!("{blocks} blocks at once")));
+                }
+                let found = self.server.service.read_blocks(id, first, blocks).await?;
+                check_blocks(first, blocks, &found).map_err(|why| ChunkError::Disk(why.to_owned()))?;
+                let mut table = BytesMut::with_capacity(found.crcs.len() * 4);
+                for crc in &found.crcs {
+                    table.extend_from_slice(&crc.to_be_bytes());
+                }
+                let text = head::blocks_answer(first, found.data.len(), &found.spec);
+                Ok((text, std::iter::once(table.freeze()).chain(found.data).collect()))
+            }
+            _ => Err(rejected("no such method")),
+        }
+    }
+
+    /// Passes the payload to a sink as it comes, then the checksum table. On any error the sink is dropped, which undoes it.
+    async fn put(&self, id: ChunkId, spec: ChunkSpec, body: &mut Incoming) -> Result<(), ChunkError> {
+        let mut sink = self.server.service.begin_chunk(id, spec).await?;
+        let mut data_left = spec.len_bytes;
+        let blocks = block_count(spec.len_bytes);
+        let table_bytes = usize::try_from(blocks * 4).map_err(|_| ChunkError::Rejected("too many blocks".to_owned()))?;
+        let mut table = BytesMut::with_capacity(table_bytes);
+        while data_left > 0 || table.len() < table_bytes {
+            let frame = timeout(self.server.limits.stall_timeout, body.frame())
+                .await
+                .map_err(|_| ChunkError::Rejected("the body stopped coming".to_owned()))?
+                .ok_or_else(|| ChunkError::Rejected("the body is too short".to_owned()))?
+                .map_err(|error| ChunkError::Rejected(format!("the body broke off: {error}")))?;
+            let Ok(mut bytes) = frame.into_data() else { continue };
+            let here = usize::try_from(data_left).map_or(bytes.len(), |left| left.min(bytes.len()));
+            let data = bytes.split_to(here);
+            if !data.is_empty() {
+                data_left -= data.len() as u64;
+                sink.write(data).await?;
+            }
+            if table.len() + bytes.len() > table_bytes {
+                return Err(ChunkError::Rejected("the body is too long".to_owned()));
+            }
+            table.extend_from_slice(&bytes);
+        }
+        let crcs = table.as_chunks::<4>().0.iter().map(|crc| u32::from_be_bytes(*crc)).collect();
+        sink.finish(crcs).await
+    }
+}
+
+/// Are these the blocks that were asked for? A service that is wrong here must not be believed by the other side either.
+fn check_blocks(first: u32, blocks: u32, found: &ChunkBlocks) -> Result<(), &'static str> {
+    let total = block_count(found.spec.len_bytes);
+    let wanted = total.saturating_sub(first.into()).min(blocks.into());
+    if found.first_block != first || wanted == 0 || found.data.len() as u64 != wanted || found.crcs.len() as u64 != wanted {
+        return Err("other blocks were read than asked for");
+    }
+    for (block, data) in (u64::from(first)..).zip(&found.data) {
+        if data.len() as u64 != (found.spec.len_bytes - block * BLOCK_BYTES).min(BLOCK_BYTES) {
+            return Err("a block was read with the wrong length");
+        }
+    }
+    Ok(())
+}
+
+async fn drain(mut body: Incoming) {
+    while let Some(Ok(_)) = body.frame().await {}
+}

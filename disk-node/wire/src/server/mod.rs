@@ -1,0 +1,199 @@
+//! The server's end: what a disk node implements, and the loop that serves it.
+//!
+//! 1. this file: [`NodeService`], limits, accepting and stopping;
+//! 2. [`data`]: chunk requests, HTTP/1.1;
+//! 3. [`control`]: control frames.
+//!
+//! Every connection is bounded in number, has a deadline until it is authenticated, and ends with [`serve`]: dropping its future
+//! closes them all.
+
+mod control;
+mod data;
+
+use crate::auth::{nonce, refuse_busy, server_handshake, Credentials, Purpose};
+use crate::chunk::{ChunkId, ChunkSpec};
+use crate::control::{ControlRequest, ControlResponse};
+use crate::error::{ChunkError, LinkError};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+/// Most blocks one read may ask for.
+pub const MAX_READ_BLOCKS: u32 = 64;
+
+/// What a disk node does with what peers ask. Futures may be dropped at any await when the peer goes away.
+pub trait NodeService: Send + Sync + 'static {
+    /// Answers a control request.
+    fn control(&self, request: ControlRequest) -> BoxFuture<'_, ControlResponse>;
+
+    /// Begins to store a chunk. Refuses early what cannot be stored, before its payload is on the way.
+    fn begin_chunk(&self, id: ChunkId, spec: ChunkSpec) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>>;
+
+    /// Reads blocks of a chunk: `blocks` is 1 to [`MAX_READ_BLOCKS`], clipped at the chunk's end.
+    fn read_blocks(&self, id: ChunkId, first_block: u32, blocks: u32) -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>>;
+}
+
+/// Takes one chunk. Dropped without [`ChunkSink::finish`], the chunk was never there.
+pub trait ChunkSink: Send {
+    /// Takes the next bytes of the payload; never more in all than the spec announced.
+    fn write(&mut self, data: Bytes) -> BoxFuture<'_, Result<(), ChunkError>>;
+
+    /// All bytes came; `crcs` are the sender's checksums, one per block, to be compared with the sink's own. Ok only when the chunk
+    /// is durable.
+    fn finish(self: Box<Self>, crcs: Vec<u32>) -> BoxFuture<'static, Result<(), ChunkError>>;
+}
+
+/// Blocks of a chunk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChunkBlocks {
+    /// What the chunk is part of.
+    pub spec: ChunkSpec,
+    /// Number of the first block.
+    pub first_block: u32,
+    /// Checksum per block.
+    pub crcs: Vec<u32>,
+    /// One `Bytes` per block: 64 KiB each, the chunk's last may be shorter.
+    pub data: Vec<Bytes>,
+}
+
+/// Bounds and deadlines of [`serve`].
+#[derive(Debug, Clone)]
+pub struct ServerLimits {
+    /// Connections at once.
+    pub max_connections: usize,
+    /// Of these, not authenticated yet.
+    pub max_handshakes: usize,
+    /// From accept to the end of the handshake.
+    pub handshake_timeout: Duration,
+    /// For the whole head of a request, counted from the end of the one before: also how long a data connection may be idle.
+    pub head_timeout: Duration,
+    /// Without a byte more, in a body or a frame, either way.
+    pub stall_timeout: Duration,
+    /// Control requests at work at once, per connection.
+    pub max_control_in_flight: usize,
+    /// Bodies of control requests at work, in bytes, over all connections.
+    pub max_control_bytes: usize,
+    /// A control connection on which nothing came for this long is closed; clients ping more often.
+    pub control_idle_timeout: Duration,
+    /// When stopping: how long requests under way may take to end.
+    pub stop_grace: Duration,
+}
+
+impl Default for ServerLimits {
+    fn default() -> ServerLimits {
+        ServerLimits {
+            max_connections: 4096,
+            max_handshakes: 256,
+            handshake_timeout: Duration::from_secs(5),
+            head_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(30),
+            max_control_in_flight: 1024,
+            max_control_bytes: 256 * 1024 * 1024,
+            control_idle_timeout: Duration::from_secs(30),
+            stop_grace: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What all connections of a server share.
+struct Server {
+    service: Arc<dyn NodeService>,
+    credentials: Credentials,
+    limits: ServerLimits,
+    stop: CancellationToken,
+    handshakes: Arc<Semaphore>,
+    control_units: Arc<Semaphore>,
+    complaints: Complaints,
+}
+
+/// Serves peers until `stop` is cancelled, and then until requests under way have ended or `stop_grace` is over. Dropping the
+/// future ends everything at once.
+pub async fn serve(
+    listener: TcpListener,
+    service: Arc<dyn NodeService>,
+    credentials: Credentials,
+    limits: ServerLimits,
+    stop: CancellationToken,
+) {
+    let server = Arc::new(Server {
+        handshakes: Arc::new(Semaphore::new(limits.max_handshakes.clamp(1, Semaphore::MAX_PERMITS))),
+        control_units: Arc::new(Semaphore::new(control::units(limits.max_control_bytes) as usize)),
+        service,
+        credentials,
+        limits,
+        stop,
+        complaints: Complaints::default(),
+    });
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            biased;
+            () = server.stop.cancelled() => break,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => match accepted {
+                Ok((stream, peer)) if connections.len() < server.limits.max_connections => {
+                    connections.spawn(Arc::clone(&server).connection(stream, peer));
+                }
+                Ok((_, peer)) => server.complaints.warn(peer, "too many connections: one was turned away"),
+                Err(error) => {
+                    // Out of file descriptors, most likely: closing ones will free some, trying again at once will not.
+                    tracing::warn!(%error, "cannot accept connections");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+impl Server {
+    async fn connection(self: Arc<Self>, mut stream: TcpStream, peer: SocketAddr) {
+        let _ = stream.set_nodelay(true);
+        let authenticated = {
+            let Ok(_place) = self.handshakes.try_acquire() else {
+                let _ = timeout(Duration::from_millis(100), refuse_busy(&mut stream)).await;
+                return self.complaints.warn(peer, "too many connections that are not authenticated yet: one was turned away");
+            };
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                done = timeout(self.limits.handshake_timeout, self.handshake(&mut stream)) => done,
+            }
+        };
+        match authenticated {
+            Ok(Ok((Purpose::Data, session))) => data::serve(&self, stream, session, peer).await,
+            Ok(Ok((Purpose::Control, session))) => control::serve(&self, stream, session, peer).await,
+            Ok(Err(LinkError::Closed(_))) => {} // A port check, or a peer that died.
+            Ok(Err(error)) => self.complaints.warn(peer, &error.to_string()),
+            Err(_) => self.complaints.warn(peer, "no handshake in time"),
+        }
+    }
+
+    async fn handshake(&self, stream: &mut TcpStream) -> Result<(Purpose, crate::auth::Session), LinkError> {
+        server_handshake(stream, &self.credentials, nonce()?).await
+    }
+}
+
+/// Log lines about peers: strangers can provoke them, so at most one a second, each with how many were left out.
+#[derive(Default)]
+struct Complaints(Mutex<(Option<Instant>, u64)>);
+
+impl Complaints {
+    fn warn(&self, peer: SocketAddr, what: &str) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (last, left_out) = &mut *state;
+        if last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
+            *left_out += 1;
+            return;
+        }
+        tracing::warn!(%peer, left_out = *left_out, "connection refused: {what}");
+        (*last, *left_out) = (Some(Instant::now()), 0);
+    }
+}
