@@ -1,0 +1,53 @@
+# Granary. `make run` and `make test` do all set-up by themselves; `make help` lists the rest.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# Compiled dependencies are shared by all clones of this user: RocksDB is built once.
+export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/granary/target
+BIN := $(CARGO_TARGET_DIR)/release
+# s3s declares a newer compiler than it needs; --locked keeps every build the same.
+CARGO_FLAGS := --release --locked --ignore-rust-version
+
+# make run DIR=/mnt/backup S3=0.0.0.0:9000
+DIR ?= $(CURDIR)/.granary
+S3 ?= 127.0.0.1:9000
+ADMIN ?= 127.0.0.1:9001
+
+.PHONY: help setup setup-test build run test check soak bench clean-data
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## install missing system packages
+	@tests/setup.sh build
+
+setup-test: ## install what the tests need: clients, strace, file system tools
+	@tests/setup.sh test
+
+build: setup ## build the server and the disk node
+	@echo "==> building Granary (the first build on a machine compiles RocksDB: 10 to 20 minutes on two cores)"
+	cargo build $(CARGO_FLAGS) -p granary-gateway -p granary-disk-node -p granary-bench
+
+run: build ## start an embedded cluster of six disk nodes: S3 on $(S3), data kept in $(DIR)
+	@exec $(BIN)/granary dev --dir "$(DIR)" --s3 "$(S3)" --admin "$(ADMIN)"
+
+test: setup setup-test ## the whole suite, with real clients and real faults
+	@echo "==> building Granary and its tests"
+	cargo build $(CARGO_FLAGS) --workspace --bins
+	cargo test $(CARGO_FLAGS) --workspace
+
+check: setup ## formatting and lints
+	cargo fmt --all --check
+	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+
+soak: setup setup-test ## the long forms: hours, results go to docs/reliability.md
+	cargo build $(CARGO_FLAGS) --workspace --bins
+	GRANARY_SOAK=1 cargo test $(CARGO_FLAGS) -p granary-tests -- --nocapture --test-threads 1
+
+bench: build ## codec kernels, then PUT and GET against a fresh cluster
+	$(BIN)/granary-bench codec
+	$(BIN)/granary-bench load --embedded
+
+clean-data: ## remove the data of `make run`
+	@read -r -p "Remove all data in $(DIR)? [y/N] " answer && [ "$$answer" = y ] && rm -rf -- "$(DIR)"

@@ -1,0 +1,272 @@
+//! kill -9 under load: nothing acknowledged is lost or wrong, listings are right, everything is up again without a hand.
+//!
+//! Each writer owns its keys, so what a key may hold is known: the last acknowledged state, or one whose outcome the writer never
+//! learned since. (kill -9 keeps the page cache: this is no test of power loss; the chunk store's crash enumeration is.)
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use bytes::Bytes;
+use granary_bench::s3::Client;
+use granary_tests::cluster::{signal, Cluster, Options};
+use granary_tests::seed::Random;
+use http::StatusCode;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+const BUCKET: &str = "faults";
+const WRITERS: u64 = 6;
+const KEYS_EACH: u64 = 12;
+
+/// What one key may hold: None is "no such key", a number says which body.
+#[derive(Debug, Clone, Default)]
+struct MayHold {
+    acknowledged: Option<u64>,
+    unknown: Vec<Option<u64>>,
+}
+
+impl MayHold {
+    fn allows(&self, found: Option<u64>) -> bool {
+        self.acknowledged == found || self.unknown.contains(&found)
+    }
+}
+
+type Model = Arc<Mutex<BTreeMap<String, MayHold>>>;
+
+/// The body of that number: its number, then bytes that follow from it. Sizes from inline to several stripes.
+fn body(number: u64) -> Bytes {
+    let mut random = Random::new(number);
+    let length = match random.below(10) {
+        0..=3 => 16 + random.below(8_000),
+        4..=6 => 8_200 + random.below(60_000),
+        7..=8 => 100_000 + random.below(600_000),
+        _ => 1_000_000 + random.below(2_000_000),
+    };
+    let mut bytes = random.bytes(length as usize);
+    bytes[..8].copy_from_slice(&number.to_be_bytes());
+    bytes.into()
+}
+
+/// Which body is this? Panics on bytes that no writer ever made.
+fn number_of(key: &str, found: &[u8]) -> u64 {
+    let number = u64::from_be_bytes(found[..8].try_into().unwrap());
+    assert!(body(number) == found, "{key}: {} bytes that nobody wrote (they begin with number {number})", found.len());
+    number
+}
+
+async fn writer(client: Client, id: u64, mut random: Random, model: Model, numbers: Arc<AtomicU64>, stop: Arc<AtomicBool>, done: Arc<AtomicU64>) {
+    while !stop.load(Ordering::Relaxed) {
+        let key = format!("w{id}/{}key {}", if random.below(2) == 0 { "a/" } else { "" }, random.below(KEYS_EACH));
+        let (state, outcome) = if random.below(5) == 0 {
+            (None, client.delete(BUCKET, &key).await.map(|answer| answer.status == StatusCode::NO_CONTENT))
+        } else {
+            let number = numbers.fetch_add(1, Ordering::Relaxed);
+            (Some(number), client.put(BUCKET, &key, body(number)).await.map(|answer| answer.status == StatusCode::OK))
+        };
+        let acknowledged = matches!(outcome, Ok(true));
+        {
+            let mut model = model.lock().unwrap();
+            let may = model.entry(key).or_default();
+            if acknowledged {
+                *may = MayHold { acknowledged: state, unknown: Vec::new() };
+            } else {
+                may.unknown.push(state);
+            }
+        }
+        if acknowledged {
+            done.fetch_add(1, Ordering::Relaxed);
+        } else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+/// Reads every key and the listing, and compares with what may be there.
+async fn check(client: &Client, model: &Model) -> usize {
+    let expected = model.lock().unwrap().clone();
+    let mut present = Vec::new();
+    for (key, may) in &expected {
+        let answer = patiently(|| client.get(BUCKET, key)).await;
+        let found = match answer.status {
+            StatusCode::OK => Some(number_of(key, &answer.body)),
+            StatusCode::NOT_FOUND => None,
+            other => panic!("GET {key}: {other} {}", answer.text()),
+        };
+        assert!(may.allows(found), "{key} holds {found:?}, may hold {may:?}");
+        if found.is_some() {
+            present.push(key.clone());
+        }
+        // What was read stays: a later read must find the same.
+        model.lock().unwrap().insert(key.clone(), MayHold { acknowledged: found, unknown: Vec::new() });
+    }
+    let started = Instant::now();
+    let listed = loop {
+        match client.list(BUCKET, "").await {
+            Ok(listed) => break listed,
+            Err(error) => assert!(started.elapsed() < Duration::from_secs(30), "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    assert_eq!(listed, present, "the listing is not what GET finds");
+    expected.len()
+}
+
+async fn patiently<F, W>(request: F) -> granary_bench::s3::Answer
+where
+    F: Fn() -> W,
+    W: std::future::Future<Output = Result<granary_bench::s3::Answer, granary_bench::s3::NoAnswer>>,
+{
+    let started = Instant::now();
+    loop {
+        match request().await {
+            Ok(answer) if !answer.status.is_server_error() => return answer,
+            other => assert!(started.elapsed() < Duration::from_secs(30), "still no answer: {other:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[test]
+fn one_hundred_kills_lose_nothing_acknowledged() {
+    let points = if granary_tests::soak() { 1000 } else { 100 };
+    let mut random = Random::of_this_run("one_hundred_kills_lose_nothing_acknowledged");
+    let mut cluster = Cluster::start(Options { restart: true, ..Options::default() });
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let client = cluster.client();
+    assert_eq!(runtime.block_on(client.make_bucket(BUCKET)).unwrap().status, StatusCode::OK);
+    let model: Model = Arc::default();
+    let numbers = Arc::new(AtomicU64::new(1 + random.below(1 << 40)));
+    let done = Arc::new(AtomicU64::new(0));
+    let (mut killed_disks, mut killed_gateway, mut killed_all) = (0, 0, 0);
+    let rounds = points / 10;
+    for round in 0..rounds {
+        let stop = Arc::new(AtomicBool::new(false));
+        let writers: Vec<_> = (0..WRITERS)
+            .map(|id| {
+                let random = Random::new(random.next());
+                runtime.spawn(writer(client.clone(), id, random, model.clone(), numbers.clone(), stop.clone(), done.clone()))
+            })
+            .collect();
+        for _ in 0..10 {
+            std::thread::sleep(Duration::from_millis(100 + random.below(700)));
+            match random.below(16) {
+                0 => {
+                    cluster.kill_gateway_and_restart();
+                    killed_gateway += 1;
+                }
+                1 => {
+                    cluster.kill_all_and_restart();
+                    killed_all += 1;
+                }
+                _ => {
+                    let disks = cluster.disks();
+                    let disk = &disks[random.below(disks.len() as u64) as usize];
+                    signal(disk.pid, rustix::process::Signal::KILL);
+                    killed_disks += 1;
+                }
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        for writer in writers {
+            runtime.block_on(writer).unwrap();
+        }
+        let keys = runtime.block_on(check(&client, &model));
+        println!("    round {round}: {} acknowledged so far, {keys} keys right", done.load(Ordering::Relaxed));
+    }
+    let acknowledged = done.load(Ordering::Relaxed);
+    println!("    {points} kills ({killed_disks} disk nodes, {killed_gateway} gateways, {killed_all} times everything), {acknowledged} acknowledged, none lost");
+    assert!(acknowledged > points * 5, "only {acknowledged} writes were acknowledged: the load was no load");
+    // Everything is up again by itself, and redundancy comes back.
+    cluster.wait_ready(Duration::from_secs(60));
+    let census = cluster.wait_full_redundancy(Duration::from_secs(120));
+    assert_eq!(census["extents_lost"].as_u64(), Some(0), "{census}");
+}
+
+/// With two disks gone the cluster takes writes and answers reads; with a third gone it refuses both clearly, and loses nothing.
+#[test]
+fn a_third_dead_disk_refuses_clearly_and_loses_nothing() {
+    let cluster = Cluster::start(Options::default());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let client = cluster.client();
+    runtime.block_on(async {
+        assert_eq!(client.make_bucket(BUCKET).await.unwrap().status, StatusCode::OK);
+        assert_eq!(client.put(BUCKET, "healthy", body(7)).await.unwrap().status, StatusCode::OK);
+    });
+    let dead = [cluster.kill_disk(0), cluster.kill_disk(5), cluster.kill_disk(2)];
+    runtime.block_on(async {
+        let started = Instant::now();
+        // 3 of 6 left, 2 or 3 of 5 metadata replicas: big objects cannot be read, and nothing wrong comes back.
+        let big = client.put(BUCKET, "refused", body(9)).await;
+        if let Ok(answer) = &big {
+            println!("    PUT with three of six disks dead: {} {}", answer.status, answer.code());
+            assert!(answer.status.is_server_error() || answer.status == StatusCode::OK, "{}", answer.text());
+        }
+        match client.get(BUCKET, "healthy").await {
+            Ok(answer) if answer.status == StatusCode::OK => assert_eq!(number_of("healthy", &answer.body), 7),
+            Ok(answer) => assert!(answer.status.is_server_error(), "GET below K: {} {}", answer.status, answer.text()),
+            Err(error) => println!("    GET with three of six disks dead: {error}"),
+        }
+        assert!(started.elapsed() < Duration::from_secs(100), "a refusal takes {:?}", started.elapsed());
+    });
+    for disk in &dead {
+        cluster.start_disk(disk);
+    }
+    runtime.block_on(async {
+        let answer = patiently(|| client.get(BUCKET, "healthy")).await;
+        assert_eq!(number_of("healthy", &answer.body), 7);
+        let again = patiently(|| client.put(BUCKET, "after", body(11))).await;
+        assert_eq!(again.status, StatusCode::OK);
+    });
+    cluster.wait_full_redundancy(Duration::from_secs(60));
+}
+
+/// A flipped byte on a disk is never given to a client, and is repaired.
+#[test]
+fn flipped_bytes_on_two_disks_are_never_served_and_are_repaired() {
+    let mut random = Random::of_this_run("flipped_bytes_on_two_disks_are_never_served_and_are_repaired");
+    let cluster = Cluster::start(Options::default());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let client = cluster.client();
+    let numbers: Vec<u64> = (0..40).map(|_| random.next() >> 1).collect();
+    runtime.block_on(async {
+        assert_eq!(client.make_bucket(BUCKET).await.unwrap().status, StatusCode::OK);
+        for number in &numbers {
+            assert_eq!(client.put(BUCKET, &format!("k{number}"), body(*number)).await.unwrap().status, StatusCode::OK);
+        }
+    });
+    // Every 64 KiB of every segment of two disks gets a flipped byte, behind the daemons' backs.
+    let disks = cluster.disks();
+    let mut flips = 0u64;
+    for disk in &disks[1..3] {
+        for entry in std::fs::read_dir(disk.dir.join("segments")).unwrap() {
+            use std::os::unix::fs::FileExt;
+            let file = std::fs::OpenOptions::new().read(true).write(true).open(entry.unwrap().path()).unwrap();
+            let length = file.metadata().unwrap().len();
+            let mut at = 4096;
+            while at + 65_536 < length {
+                let place = at + random.below(65_536);
+                let mut byte = [0u8];
+                file.read_exact_at(&mut byte, place).unwrap();
+                if byte[0] != 0 {
+                    file.write_all_at(&[byte[0] ^ 0x40], place).unwrap();
+                    flips += 1;
+                }
+                at += 65_536;
+            }
+        }
+    }
+    println!("    {flips} bytes flipped");
+    assert!(flips > 20);
+    runtime.block_on(async {
+        for number in &numbers {
+            let key = format!("k{number}");
+            let answer = patiently(|| client.get(BUCKET, &key)).await;
+            assert_eq!(number_of(&key, &answer.body), *number, "{key}");
+        }
+    });
+    // What a read did not touch (coding chunks) the census finds; reads of the damaged chunks queue their repair.
+    let census = cluster.census();
+    println!("    census after the flips: {census}");
+    assert_eq!(census["extents_lost"].as_u64(), Some(0), "{census}");
+    cluster.wait_full_redundancy(Duration::from_secs(120));
+}

@@ -1,0 +1,148 @@
+//! The house rules that a compiler does not hold: the layer table, one door per foreign library, the top level.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
+}
+
+/// Names under `[dependencies]` of a manifest.
+fn dependencies(manifest: &str) -> BTreeSet<String> {
+    let text = std::fs::read_to_string(root().join(manifest)).unwrap();
+    let mut inside = false;
+    let mut names = BTreeSet::new();
+    for line in text.lines() {
+        if line.starts_with('[') {
+            inside = line.trim() == "[dependencies]";
+        } else if inside {
+            if let Some((name, _)) = line.split_once('=') {
+                names.insert(name.trim().trim_end_matches(".workspace").to_owned());
+            }
+        }
+    }
+    assert!(!names.is_empty(), "{manifest} has no [dependencies]");
+    names
+}
+
+fn rust_files(folder: &str) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut folders = vec![root().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|end| end == "rs") {
+                files.push(path);
+            }
+        }
+    }
+    assert!(!files.is_empty(), "{folder} has no Rust file");
+    files
+}
+
+/// Files below `folder` whose code (comments aside) names the crate as a path.
+fn naming(folder: &str, library: &str) -> BTreeSet<String> {
+    let path = format!("{library}::");
+    rust_files(folder)
+        .into_iter()
+        .filter(|file| {
+            let text = std::fs::read_to_string(file).unwrap();
+            text.lines().map(|line| line.split("//").next().unwrap_or("")).any(|line| {
+                line.match_indices(&path).any(|(at, _)| !line[..at].ends_with(|before: char| before.is_alphanumeric() || before == '_' || before == ':'))
+            })
+        })
+        .map(|file| file.strip_prefix(root()).unwrap().display().to_string())
+        .collect()
+}
+
+#[test]
+fn the_layer_table_holds() {
+    let table: [(&str, &[&str]); 5] = [
+        ("placement/Cargo.toml", &[]),
+        ("disk-node/wire/Cargo.toml", &["granary-placement"]),
+        ("gateway/meta/Cargo.toml", &["granary-placement", "granary-wire"]),
+        ("disk-node/Cargo.toml", &["granary-placement", "granary-wire", "granary-meta"]),
+        ("gateway/Cargo.toml", &["granary-placement", "granary-wire"]),
+    ];
+    for (manifest, allowed) in table {
+        let ours: BTreeSet<String> = dependencies(manifest).into_iter().filter(|name| name.starts_with("granary-")).collect();
+        let allowed: BTreeSet<String> = allowed.iter().map(|name| (*name).to_owned()).collect();
+        assert!(ours.is_subset(&allowed), "{manifest} depends on {ours:?}, allowed are {allowed:?}");
+    }
+}
+
+#[test]
+fn placement_does_no_io_and_knows_no_clock() {
+    let foreign = dependencies("placement/Cargo.toml");
+    let allowed: BTreeSet<String> = ["reed-solomon-novelpoly", "serde", "thiserror"].map(str::to_owned).into();
+    assert!(foreign.is_subset(&allowed), "placement depends on {foreign:?}");
+    for library in ["std::fs", "std::net", "std::time::Instant", "std::time::SystemTime", "std::thread", "tokio"] {
+        assert_eq!(naming("placement/src", library), BTreeSet::new(), "{library} in placement");
+    }
+}
+
+#[test]
+fn the_disk_node_knows_the_metadata_crate_in_one_file() {
+    let files = naming("disk-node/src", "granary_meta");
+    assert_eq!(files, ["disk-node/src/roles.rs".to_owned()].into());
+}
+
+#[test]
+fn each_foreign_library_has_one_door() {
+    assert_eq!(naming("disk-node/src", "rocksdb").len(), 1, "RocksDB in the disk node: {:?}", naming("disk-node/src", "rocksdb"));
+    assert_eq!(naming("gateway/meta/src", "rocksdb").len(), 1, "RocksDB in the metadata crate: {:?}", naming("gateway/meta/src", "rocksdb"));
+    let raft = naming("gateway/meta/src", "openraft");
+    assert!((1..=2).contains(&raft.len()), "openraft has at most two doors: {raft:?}");
+    for file in naming("gateway/src", "s3s") {
+        assert!(file.starts_with("gateway/src/s3/"), "s3s in {file}");
+    }
+    for (folder, library) in [("gateway/src", "rocksdb"), ("gateway/src", "openraft"), ("disk-node/src", "openraft"), ("disk-node/src", "s3s"), ("disk-node/wire/src", "openraft")] {
+        assert_eq!(naming(folder, library), BTreeSet::new(), "{library} in {folder}");
+    }
+}
+
+#[test]
+fn the_top_level_is_what_the_design_names() {
+    let allowed: BTreeSet<&str> = [
+        ".ci", ".git", ".github", ".gitignore", ".granary", ".gitattributes", "CHANGELOG.md", "CONTRIBUTING.md", "Cargo.lock", "Cargo.toml", "LICENSE",
+        "Makefile", "README.md", "bench", "clippy.toml", "disk-node", "docs", "gateway", "helm", "placement", "rustfmt.toml", "target", "tests",
+    ]
+    .into();
+    for entry in std::fs::read_dir(root()).unwrap() {
+        let name = entry.unwrap().file_name().to_string_lossy().into_owned();
+        assert!(allowed.contains(name.as_str()), "{name} at the top level");
+    }
+}
+
+#[test]
+fn no_source_file_is_longer_than_one_sitting() {
+    for folder in ["placement/src", "disk-node/wire/src", "disk-node/src", "gateway/meta/src", "gateway/src", "bench/src", "tests/src", "tests/tests"] {
+        for file in rust_files(folder) {
+            let lines = std::fs::read_to_string(&file).unwrap().lines().count();
+            assert!(lines <= 900, "{} has {lines} lines", file.display());
+        }
+    }
+}
+
+#[test]
+fn every_byte_format_has_a_page() {
+    for page in ["cluster-map", "codec-np16", "chunk-store", "wire", "metadata"] {
+        let path = root().join(format!("docs/formats/{page}.md"));
+        assert!(path.exists(), "{} is missing", path.display());
+    }
+}
+
+#[test]
+fn no_secret_has_a_default() {
+    for folder in ["disk-node/wire/src", "disk-node/src", "gateway/src"] {
+        for file in rust_files(folder) {
+            let text = std::fs::read_to_string(&file).unwrap();
+            for forbidden in ["minioadmin", "changeme", "default_secret", "DEFAULT_SECRET"] {
+                assert!(!text.contains(forbidden), "{forbidden} in {}", file.display());
+            }
+        }
+    }
+}
