@@ -1,9 +1,13 @@
 //! `granary-bench`: what Granary does per second, measured.
 //!
 //! One module per subcommand; this file only hands over to them.
-//! - [`codec`]: the erasure codec by kernel, beside other crates, in one run.
+//! - [`codec`]: the erasure codec by kernel, beside other crates, in one run;
+//! - [`load`]: PUT and GET against an S3 endpoint, with the CPU-seconds of every process.
 
 mod codec;
+mod load;
+
+use granary_bench::s3;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -21,11 +25,14 @@ struct Cli {
 enum Command {
     /// Erasure codec: encode and rebuild, every kernel of this CPU, beside other crates
     Codec(codec::Args),
+    /// PUT and GET against an S3 endpoint or a fresh embedded cluster, with CPU-seconds of every process
+    Load(load::Args),
 }
 
 fn main() -> ExitCode {
     let done: Result<(), Box<dyn Error>> = match Cli::parse().command {
         Command::Codec(args) => codec::run(&args),
+        Command::Load(args) => load::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
