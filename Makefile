@@ -47,6 +47,7 @@ soak: setup setup-test ## the long forms: hours, results go to docs/reliability.
 
 bench: build ## codec kernels, then PUT and GET against a fresh cluster
 	$(BIN)/granary-bench codec
+	$(BIN)/granary-bench floor
 	$(BIN)/granary-bench load --embedded
 
 clean-data: ## remove the data of `make run`

@@ -2,9 +2,11 @@
 //!
 //! One module per subcommand; this file only hands over to them.
 //! - [`codec`]: the erasure codec by kernel, beside other crates, in one run;
+//! - [`floor`]: the CPU-seconds that a PUT and a GET cannot avoid, step by step;
 //! - [`load`]: PUT and GET against an S3 endpoint, with the CPU-seconds of every process.
 
 mod codec;
+mod floor;
 mod load;
 
 use granary_bench::s3;
@@ -25,6 +27,8 @@ struct Cli {
 enum Command {
     /// Erasure codec: encode and rebuild, every kernel of this CPU, beside other crates
     Codec(codec::Args),
+    /// CPU-seconds per GiB that a PUT and a GET cannot avoid, each step measured alone
+    Floor(floor::Args),
     /// PUT and GET against an S3 endpoint or a fresh embedded cluster, with CPU-seconds of every process
     Load(load::Args),
 }
@@ -32,6 +36,7 @@ enum Command {
 fn main() -> ExitCode {
     let done: Result<(), Box<dyn Error>> = match Cli::parse().command {
         Command::Codec(args) => codec::run(&args),
+        Command::Floor(args) => floor::run(&args),
         Command::Load(args) => load::run(&args),
     };
     match done {
