@@ -11,4 +11,6 @@ pub mod codec;
 pub mod extent;
 pub mod id;
 pub mod map;
+pub mod moves;
+pub mod place;
 pub mod scheme;

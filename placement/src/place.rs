@@ -1,0 +1,225 @@
+//! Placement: lay groups and shard replicas out over failure domains, and change a layout as little as possible.
+//!
+//! Everything here is a function from values to values, and the same map always gives the same answer. The rules, in
+//! order of rank:
+//!
+//! 1. no two chunks of a group on one disk; at most M in one domain of the scheme's kind and in those nested in it. A
+//!    layout that cannot keep this is refused;
+//! 2. every disk holds its weight's share of the slots, within 5 % or rounding, as far as rule 1 allows;
+//! 3. a group has as few chunks in one zone, rack and server as rule 2 allows;
+//! 4. a change moves no more than 1.1 times the slots that rules 1 and 2 demand.
+//!
+//! How: [`tree`] says what share of an average group each domain is to hold, [`deal`] lays fresh groups out by those
+//! shares, and [`settle`] repairs an existing layout on a [`board`]. Why so: docs/decisions/0002-placement.md.
+
+mod board;
+mod deal;
+mod error;
+mod fresh;
+mod replicas;
+mod settle;
+mod tree;
+
+pub use error::PlaceError;
+pub use fresh::{new_map, NewCluster, NewDisk};
+pub use replicas::{choose_shard_replicas, default_replicas};
+
+use crate::id::{DiskId, DiskUuid, Epoch, PlacementGroupId};
+use crate::map::{ClusterMap, Disk, DiskState, MapError, PlacementGroup};
+use crate::scheme::{FailureDomain, Scheme};
+use board::{Band, Board};
+use deal::Dealer;
+use settle::Allowance;
+use std::collections::BTreeMap;
+use tree::{Caps, Item, Tree};
+
+/// Slots of placement groups per disk, unless a cluster is made with another number: fine enough to share a disk's data
+/// out to 50 others and to hold weights within 2 %, few enough that groups are full of extents and the map stays small.
+pub const DEFAULT_GROUPS_PER_DISK: u32 = 50;
+
+/// Placement groups of a scheme for disks that hold none of it yet: about `groups_per_disk` slots a disk.
+///
+/// Reads the map's disks and the named scheme, nothing else; the caller gives the groups their ids.
+///
+/// # Errors
+/// [`PlaceError`] when the scheme is unknown or invalid, when the disks in service cannot keep it, or when
+/// `groups_per_disk` is zero or gives more groups than ids.
+pub fn lay_out(map: &ClusterMap, scheme_name: &str, groups_per_disk: u32) -> Result<Vec<PlacementGroup>, PlaceError> {
+    let scheme = scheme_of(map, scheme_name)?;
+    let tree = storage_tree(map, scheme_name, scheme)?;
+    let width = scheme.width();
+    let groups = group_count(storage_disks(map).count(), width, groups_per_disk)?;
+    let shares = tree.shares(width, groups);
+    let mut board = Board::new(&tree, &shares, tree.caps.clone(), groups, width, Band::Whole);
+    let mut dealer = Dealer::new(&tree, &shares.quota);
+    for group in 0..groups {
+        dealer.deal(&mut board, group, width);
+    }
+    board.settle(Allowance::All);
+    let group = |group| -> Option<PlacementGroup> {
+        let slots = board.slots_of(group).map(|slot| board.disk_at(slot)).collect::<Option<Vec<_>>>()?;
+        Some(PlacementGroup { scheme: scheme_name.to_owned(), slots })
+    };
+    // A tree with room for a group fills every slot, so None would be a defect here; refuse rather than commit it.
+    (0..groups).map(group).collect::<Option<Vec<_>>>().ok_or_else(|| PlaceError::no_room(scheme_name, scheme, &tree))
+}
+
+/// The map at the next epoch with groups and replicas changed as little as possible, so that every rule holds for the
+/// disks as they are in `map`: after a disk was added, set draining or out, or given another weight, place or role.
+///
+/// A shard replica on a disk out of service for which there is no substitute stays named in its shard: a smaller group
+/// would not survive more. It moves as soon as a metadata disk is added.
+///
+/// # Errors
+/// [`PlaceError::TooFewDisks`] or [`PlaceError::NoRoom`] when the disks left cannot keep a scheme that has groups: the
+/// change is refused as a whole. [`PlaceError::Map`] when the map breaks a rule that moving slots does not repair.
+pub fn rebalance(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
+    map.validate_structure()?;
+    let mut next = map.clone();
+    let mut by_scheme: BTreeMap<&str, Vec<PlacementGroupId>> = BTreeMap::new();
+    for (id, group) in &map.groups {
+        by_scheme.entry(&group.scheme).or_default().push(*id);
+    }
+    for (name, ids) in by_scheme {
+        let scheme = scheme_of(map, name)?;
+        let tree = storage_tree(map, name, scheme)?;
+        settle_groups(&mut next, &ids, &tree, scheme.width());
+    }
+    replicas::settle(&mut next);
+    next.epoch = next_epoch(map)?;
+    next.validate()?;
+    Ok(next)
+}
+
+/// The map at the next epoch with a new disk in the place of `old`: same location, weight, roles and slots under a new
+/// id, and the same address unless another is given. `old` is out of service.
+///
+/// # Errors
+/// [`PlaceError::NoSuchDisk`], [`PlaceError::AlreadyOut`]; [`PlaceError::Map`] when the new UUID or address is taken.
+pub fn replace_disk(
+    map: &ClusterMap,
+    old: DiskId,
+    new_uuid: DiskUuid,
+    address: Option<String>,
+) -> Result<(ClusterMap, DiskId), PlaceError> {
+    let was = map.disk(old).ok_or(PlaceError::NoSuchDisk(old))?;
+    if was.state == DiskState::Out {
+        return Err(PlaceError::AlreadyOut(old));
+    }
+    let id = DiskId(map.next_disk_id);
+    let new = Disk {
+        id,
+        uuid: new_uuid,
+        address: address.unwrap_or_else(|| was.address.clone()),
+        state: DiskState::In,
+        ..was.clone()
+    };
+    let mut next = map.clone();
+    next.next_disk_id = map.next_disk_id.checked_add(1).ok_or(PlaceError::IdsExhausted)?;
+    if let Some(disk) = next.disks.get_mut(&old) {
+        disk.state = DiskState::Out;
+    }
+    next.disks.insert(id, new);
+    let slots = next.groups.values_mut().flat_map(|group| &mut group.slots);
+    let members = next.shards.iter_mut().flat_map(|shard| &mut shard.members);
+    for holder in slots.chain(members).filter(|holder| **holder == old) {
+        *holder = id;
+    }
+    next.epoch = next_epoch(map)?;
+    next.validate()?;
+    Ok((next, id))
+}
+
+/// The map at the next epoch with one more scheme and its groups, ids following the highest in use.
+///
+/// # Errors
+/// [`PlaceError::SchemeExists`], and those of [`lay_out`].
+pub fn add_scheme(map: &ClusterMap, name: &str, scheme: Scheme, groups_per_disk: u32) -> Result<ClusterMap, PlaceError> {
+    if map.schemes.contains_key(name) {
+        return Err(PlaceError::SchemeExists(name.to_owned()));
+    }
+    let mut next = map.clone();
+    next.schemes.insert(name.to_owned(), scheme);
+    let groups = lay_out(&next, name, groups_per_disk)?;
+    let first = next.groups.last_key_value().map_or(0, |(id, _)| u64::from(id.0) + 1);
+    for (number, group) in (first..).zip(groups) {
+        let id = u32::try_from(number).map_err(|_| PlaceError::IdsExhausted)?;
+        next.groups.insert(PlacementGroupId(id), group);
+    }
+    next.epoch = next_epoch(map)?;
+    next.validate()?;
+    Ok(next)
+}
+
+fn settle_groups(map: &mut ClusterMap, ids: &[PlacementGroupId], tree: &Tree, width: usize) {
+    let shares = tree.shares(width, ids.len());
+    let mut board = Board::new(tree, &shares, tree.caps.clone(), ids.len(), width, Band::FivePercent);
+    for (group, id) in ids.iter().enumerate() {
+        let Some(existing) = map.groups.get(id) else { continue };
+        for (slot, disk) in board.slots_of(group).zip(&existing.slots) {
+            // A disk that is not in the tree can hold no slot, and a disk named twice keeps the first.
+            let leaf = tree.leaf(*disk).filter(|leaf| !board.slots_of(group).any(|other| board.at(other) == Some(*leaf)));
+            if let Some(leaf) = leaf {
+                board.place(slot, leaf);
+            }
+        }
+    }
+    board.remember_origin();
+    board.settle(Allowance::Few);
+    for (group, id) in ids.iter().enumerate() {
+        let Some(existing) = map.groups.get_mut(id) else { continue };
+        for (slot, disk) in board.slots_of(group).zip(&mut existing.slots) {
+            if let Some(new) = board.disk_at(slot) {
+                *disk = new;
+            }
+        }
+    }
+}
+
+/// The disks that can take slots.
+fn storage_disks(map: &ClusterMap) -> impl Iterator<Item = &Disk> {
+    map.disks.values().filter(|disk| disk.state == DiskState::In && disk.roles.storage && disk.weight > 0)
+}
+
+fn storage_tree(map: &ClusterMap, name: &str, scheme: Scheme) -> Result<Tree, PlaceError> {
+    let items: Vec<Item<'_>> =
+        storage_disks(map).map(|disk| Item { id: disk.id, location: &disk.location, weight: disk.weight }).collect();
+    if items.len() < scheme.width() {
+        return Err(PlaceError::TooFewDisks { scheme: name.to_owned(), needed: scheme.width(), present: items.len() });
+    }
+    let tree = Tree::build(&items, caps_of(scheme));
+    if tree.room() < scheme.width() {
+        return Err(PlaceError::no_room(name, scheme, &tree));
+    }
+    Ok(tree)
+}
+
+fn caps_of(scheme: Scheme) -> Caps {
+    let m = usize::from(scheme.m);
+    // A domain inside one that keeps the limit keeps it too.
+    match scheme.failure_domain {
+        FailureDomain::Disk => Caps::NONE,
+        FailureDomain::Server => Caps { server: m, ..Caps::NONE },
+        FailureDomain::Rack => Caps { server: m, rack: m, ..Caps::NONE },
+        FailureDomain::Zone => Caps { server: m, rack: m, zone: m },
+    }
+}
+
+fn scheme_of(map: &ClusterMap, name: &str) -> Result<Scheme, PlaceError> {
+    let scheme = *map.schemes.get(name).ok_or_else(|| MapError::NoSuchScheme(name.to_owned()))?;
+    scheme.validate().map_err(|source| MapError::BadScheme { name: name.to_owned(), source })?;
+    Ok(scheme)
+}
+
+fn group_count(disks: usize, width: usize, groups_per_disk: u32) -> Result<usize, PlaceError> {
+    if groups_per_disk == 0 {
+        return Err(PlaceError::NoGroupsPerDisk);
+    }
+    let (slots, width) = (disks as u64 * u64::from(groups_per_disk), width as u64);
+    let groups = ((slots + width / 2) / width).max(1);
+    u32::try_from(groups).map(|groups| groups as usize).map_err(|_| PlaceError::IdsExhausted)
+}
+
+fn next_epoch(map: &ClusterMap) -> Result<Epoch, PlaceError> {
+    map.epoch.0.checked_add(1).map(Epoch).ok_or(PlaceError::IdsExhausted)
+}
