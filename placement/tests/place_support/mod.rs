@@ -161,6 +161,9 @@ pub fn most_in_one(map: &ClusterMap, kind: FailureDomain) -> usize {
 
 /// The hard rules, checked without any code of the crate.
 pub fn broken_rule(map: &ClusterMap) -> Option<String> {
+    let kinds = [FailureDomain::Server, FailureDomain::Rack, FailureDomain::Zone];
+    let home_of = |disk: &Disk| kinds.map(|kind| domain(&disk.location, kind));
+    let homes: BTreeMap<DiskId, _> = map.disks.values().map(|disk| (disk.id, home_of(disk))).collect();
     for (id, group) in &map.groups {
         let scheme = &map.schemes[&group.scheme];
         if group.slots.len() != usize::from(scheme.k + scheme.m) {
@@ -173,12 +176,12 @@ pub fn broken_rule(map: &ClusterMap) -> Option<String> {
             if group.slots[..number].contains(disk) {
                 return Some(format!("group {id} has disk {disk} twice"));
             }
-            for kind in [FailureDomain::Server, FailureDomain::Rack, FailureDomain::Zone] {
-                if kind > scheme.failure_domain {
+            for (level, kind) in kinds.iter().enumerate() {
+                if *kind > scheme.failure_domain {
                     continue;
                 }
-                let home = domain(&map.disks[disk].location, kind);
-                let chunks = group.slots.iter().filter(|other| domain(&map.disks[other].location, kind) == home).count();
+                let home = &homes[disk][level];
+                let chunks = group.slots.iter().filter(|other| homes[other][level] == *home).count();
                 if chunks > usize::from(scheme.m) {
                     return Some(format!("group {id} has {chunks} chunks in {home:?}"));
                 }
