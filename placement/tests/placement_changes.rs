@@ -6,12 +6,12 @@ mod place_support;
 use granary_placement::id::DiskId;
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::moves::{moves, replica_moves, Move};
-use granary_placement::place::{rebalance, replace_disk, PlaceError};
+use granary_placement::place::{add_scheme, rebalance, replace_disk, PlaceError};
 use granary_placement::scheme::FailureDomain;
 use place_support::flow::fewest_moves;
 use place_support::{
     add_disk, broken_rule, cluster, fair_shares, fair_slots, loads, most_in_one, new_disk, place, random_disks, random_domain, scheme,
-    set_state, takes_slots, unfair_disk, uniform, uuid, Random,
+    seeds, set_state, takes_slots, unfair_disk, uniform, uuid, Random,
 };
 
 /// Fewest moves that the hard rules and fairness demand: slots on disks that may hold none, or slots that disks beyond
@@ -155,10 +155,49 @@ fn a_change_that_leaves_no_room_is_refused_as_a_whole() {
     assert!(matches!(rebalance(&map), Err(PlaceError::NoRoom { needed: 3, present: 3, room: 5, .. })));
 }
 
+/// One change that operators and healers make; says what it was.
+fn change_at_random(random: &mut Random, map: &mut ClusterMap, number: u32) -> String {
+    let alive: Vec<DiskId> = map.disks.values().filter(|disk| takes_slots(disk)).map(|disk| disk.id).collect();
+    let any = *random.pick(&alive);
+    match random.below(10) {
+        0..=2 => {
+            set_state(map, any, DiskState::Out);
+            format!("disk {any} out")
+        }
+        3 => {
+            set_state(map, any, DiskState::Draining);
+            format!("disk {any} draining")
+        }
+        4 => {
+            map.disks.get_mut(&any).unwrap().weight = *random.pick(&[0, 500, 1500, 3000]);
+            format!("disk {any} weighs {}", map.disks[&any].weight)
+        }
+        5 => {
+            let home = map.disks[&any].location.clone();
+            for disk in map.disks.values_mut().filter(|disk| disk.location == home) {
+                disk.state = DiskState::Out;
+            }
+            format!("server {home:?} out")
+        }
+        6 => {
+            let location = place(random.below(3) as usize, random.below(2) as usize, 100 + number as usize);
+            for disk in 0..random.between(1, 4) as u32 {
+                add_disk(map, new_disk(1000 + 10 * number + disk, location.clone(), 1000));
+            }
+            format!("server {location:?} in")
+        }
+        _ => {
+            let location = map.disks[&any].location.clone();
+            let id = add_disk(map, new_disk(1000 + 10 * number, location, *random.pick(&[1000, 2000])));
+            format!("disk {id} in")
+        }
+    }
+}
+
 #[test]
 fn random_clusters_stay_right_through_chains_of_changes() {
     let (mut changes, mut refused) = (0, 0);
-    for seed in 0..250 {
+    for seed in seeds(250) {
         let mut random = Random::new(seed);
         let disks = random_disks(&mut random, [3, 2, 4, 6]);
         let (k, m) = *random.pick(&[(2, 1), (4, 2), (4, 2), (6, 3), (8, 3), (8, 4)]);
@@ -169,24 +208,8 @@ fn random_clusters_stay_right_through_chains_of_changes() {
         let mut map = cluster(disks, scheme);
         for step in 0..12 {
             let mut changed = map.clone();
-            let alive: Vec<DiskId> = map.disks.values().filter(|disk| takes_slots(disk)).map(|disk| disk.id).collect();
-            let any = *random.pick(&alive);
-            let what = match random.below(5) {
-                0 | 1 => {
-                    set_state(&mut changed, any, DiskState::Out);
-                    format!("disk {any} out")
-                }
-                2 | 3 => {
-                    let location = changed.disks[&any].location.clone();
-                    let id = add_disk(&mut changed, new_disk(1000 + step, location, *random.pick(&[1000, 2000])));
-                    format!("disk {id} in")
-                }
-                _ => {
-                    set_state(&mut changed, any, DiskState::Draining);
-                    format!("disk {any} draining")
-                }
-            };
-            let scene = format!("seed {seed} step {step}: {scheme} {:?} on {} disks, {what}", scheme.failure_domain, alive.len());
+            let what = change_at_random(&mut random, &mut changed, step);
+            let scene = format!("seed {seed} step {step}: {scheme} {:?} on {} disks, {what}", scheme.failure_domain, map.disks.len());
             if fair_shares(&changed, &scheme).is_none() {
                 assert!(rebalance(&changed).is_err(), "{scene}: must be refused");
                 refused += 1;
@@ -197,6 +220,23 @@ fn random_clusters_stay_right_through_chains_of_changes() {
         }
     }
     assert!(changes > 1000 && refused > 10, "{changes} changes, {refused} refused");
+}
+
+#[test]
+fn every_scheme_is_settled_when_a_disk_leaves() {
+    let before = cluster(uniform(1, 1, 12, 3), scheme(4, 2, FailureDomain::Server));
+    let before = add_scheme(&before, "wide", scheme(8, 4, FailureDomain::Server), 20).unwrap();
+    let mut changed = before.clone();
+    set_state(&mut changed, DiskId(7), DiskState::Out);
+    let after = rebalance(&changed).unwrap();
+    assert_eq!(broken_rule(&after), None);
+    assert_eq!(moves(&before, &after).len(), loads(&before)[&DiskId(7)]);
+    // The wide scheme needs 12 disks on different servers; without room for it nothing changes, the narrow one included.
+    let mut changed = before;
+    for disk in 4..=30 {
+        set_state(&mut changed, DiskId(disk), DiskState::Draining);
+    }
+    assert!(rebalance(&changed).unwrap_err().to_string().contains("`wide`"));
 }
 
 #[test]

@@ -34,6 +34,11 @@ impl Random {
     }
 }
 
+/// The seeds of a random test: the first `count`, or as many as PLACEMENT_SEEDS says for a longer search.
+pub fn seeds(count: u64) -> std::ops::Range<u64> {
+    0..std::env::var("PLACEMENT_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(count)
+}
+
 pub fn place(zone: usize, rack: usize, server: usize) -> Location {
     Location { zone: format!("zone-{zone}"), rack: format!("rack-{rack}"), server: format!("server-{server}") }
 }
