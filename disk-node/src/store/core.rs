@@ -1,0 +1,652 @@
+//! Every decision of the one writer of a disk: where a record goes, what is synced before what, when space comes back.
+//!
+//! No threads, no queue and no clock of its own, so that the crash tests can stop it at any call to the device. [`super::writer`] is the thread
+//! around it.
+//!
+//! The order of a group: records written, one `fdatasync` per touched segment, one index batch, answers to the puts; when something was
+//! deleted, an index flush, answers to the deletes. Then the housekeeping: seals, flushes, holes, removal of dead segments.
+
+use super::device::{is_full, SegmentFile};
+use super::format::{header_region_bytes, page_up, record_bytes, RecordHeader, Seal, SegmentHeader, SegmentUuid, PAGE_BYTES, RECORDS_AT, SEAL_AT};
+use super::index::{Batch, DiskInfo, Hole, Location, SegmentInfo, SegmentState};
+use super::shared::Shared;
+use super::StoreError;
+use bytes::Bytes;
+use granary_wire::chunk::{ChunkId, ChunkSpec};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Display;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// One request of a group.
+#[derive(Debug)]
+pub enum Op {
+    /// A whole chunk.
+    Put {
+        /// Which.
+        id: ChunkId,
+        /// What it is part of.
+        spec: ChunkSpec,
+        /// Its payload, in order.
+        payload: Vec<Bytes>,
+        /// Checksum of each block.
+        crcs: Vec<u32>,
+    },
+    /// An upload whose pieces are all written.
+    Commit {
+        /// Which upload.
+        ticket: Ticket,
+        /// Checksum of each block.
+        crcs: Vec<u32>,
+    },
+    /// Chunks to remove.
+    Delete {
+        /// Which.
+        ids: Vec<ChunkId>,
+    },
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Done {
+    /// The chunk is on the disk for certain.
+    Stored,
+    /// So many of them were there, and are gone for certain.
+    Deleted(u32),
+}
+
+/// An upload in progress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Ticket(pub u64);
+
+/// Holes punched in one round of housekeeping; writes wait while they are.
+const HOLES_PER_ROUND: usize = 256;
+
+/// A new segment takes at most this part of the free space, so that a small disk is not allocated at once.
+const SEGMENT_SHARE: u64 = 8;
+
+/// Space taken in a segment.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    segment: u32,
+    offset: u64,
+}
+
+struct Reservation {
+    id: ChunkId,
+    spec: ChunkSpec,
+    place: Place,
+    /// A piece found no room; the upload cannot be committed.
+    full: bool,
+}
+
+/// A segment as the writer knows it.
+pub(super) struct Segment {
+    pub(super) info: SegmentInfo,
+    /// `info` changed since the last batch.
+    pub(super) dirty: bool,
+    /// Only of segments that take records or wait for uploads.
+    file: Option<Arc<dyn SegmentFile>>,
+    /// Where the next record goes.
+    tail: u64,
+    /// Records being written.
+    taken: BTreeSet<u64>,
+    /// A record was finished since the last sync.
+    touched: bool,
+    /// Takes no new records; sealed when the last upload ends.
+    closing: bool,
+}
+
+impl Segment {
+    pub(super) fn sealed(info: SegmentInfo) -> Segment {
+        Segment { info, dirty: false, file: None, tail: info.length_bytes, taken: BTreeSet::new(), touched: false, closing: false }
+    }
+}
+
+/// The writer's state.
+pub struct Core {
+    shared: Arc<Shared>,
+    segments: BTreeMap<u32, Segment>,
+    active: Option<u32>,
+    uploads: HashMap<Ticket, Reservation>,
+    next_ticket: u64,
+    disk: DiskInfo,
+    /// Changes that ride in the next batch.
+    carry: Batch,
+    /// Dead pieces whose index entry is not flushed yet.
+    holes_waiting: Vec<Hole>,
+    /// Dead pieces that may be punched.
+    holes_ready: Vec<Hole>,
+    unflushed: bool,
+    appended_bytes: u64,
+    last_flush: Instant,
+}
+
+/// A record that was written, or a deletion, before the group's sync.
+enum Step {
+    Stored { id: ChunkId, at: Location },
+    Delete { ids: Vec<ChunkId> },
+}
+
+impl Core {
+    pub(super) fn new(shared: Arc<Shared>, disk: DiskInfo, segments: BTreeMap<u32, Segment>) -> Core {
+        let core = Core {
+            shared,
+            segments,
+            active: None,
+            uploads: HashMap::new(),
+            next_ticket: 0,
+            disk,
+            carry: Batch::default(),
+            holes_waiting: Vec::new(),
+            holes_ready: Vec::new(),
+            unflushed: false,
+            appended_bytes: 0,
+            last_flush: Instant::now(),
+        };
+        core.publish();
+        core
+    }
+
+    /// What readers and status see.
+    fn publish(&self) {
+        self.shared.chunks.store(self.disk.chunks, Ordering::Relaxed);
+        self.shared.chunk_bytes.store(self.disk.chunk_bytes, Ordering::Relaxed);
+        let open = self.active.and_then(|number| self.segments.get(&number));
+        let open = open.map_or(0, |segment| segment.info.length_bytes.saturating_sub(segment.tail));
+        self.shared.open_bytes.store(open, Ordering::Relaxed);
+    }
+
+    fn broken(&self, what: &str, why: impl Display) -> StoreError {
+        self.shared.fail(format!("{what}: {why}"))
+    }
+
+    // --- Space -----------------------------------------------------------------------------------------------------
+
+    /// Takes space for a record.
+    fn place(&mut self, len_bytes: u64) -> Result<Place, StoreError> {
+        let need = record_bytes(len_bytes);
+        let fits = |segment: &Segment| segment.tail + need <= segment.info.length_bytes;
+        let number = match self.active {
+            Some(number) if self.segments.get(&number).is_some_and(fits) => number,
+            before => {
+                let number = match self.birth(need) {
+                    Err(StoreError::DiskFull) if !(self.holes_waiting.is_empty() && self.holes_ready.is_empty()) => {
+                        self.flush()?;
+                        self.punch(usize::MAX)?;
+                        self.birth(need)?
+                    }
+                    other => other?,
+                };
+                // Only now: a record that found no room for a segment of its own must not close one that others still fit in.
+                if let Some(segment) = before.and_then(|before| self.segments.get_mut(&before)) {
+                    segment.closing = true;
+                }
+                self.active = Some(number);
+                number
+            }
+        };
+        let shared = self.shared.clone();
+        let segment = self.segments.get_mut(&number).ok_or_else(|| shared.fail(format!("segment {number} vanished")))?;
+        let offset = segment.tail;
+        segment.tail += need;
+        segment.taken.insert(offset);
+        Ok(Place { segment: number, offset })
+    }
+
+    /// Makes a segment that holds a record of `need` bytes, and makes its name certain before anything is written to it.
+    fn birth(&mut self, need: u64) -> Result<u32, StoreError> {
+        let settings = self.shared.settings;
+        let device = self.shared.device.clone();
+        let space = device.space().map_err(|error| self.broken("free space", error))?;
+        let least = (RECORDS_AT + need).max(settings.min_segment_bytes.min(settings.segment_bytes));
+        let available = space.free_bytes.saturating_sub(settings.reserve_bytes);
+        if available < least {
+            return Err(StoreError::DiskFull);
+        }
+        let wanted = settings.segment_bytes.min(available / SEGMENT_SHARE).max(least);
+        let length_bytes = (wanted / PAGE_BYTES * PAGE_BYTES).max(page_up(least));
+        let number = self.disk.next_segment;
+        self.disk.next_segment += 1;
+        let mut uuid = SegmentUuid::default();
+        getrandom::fill(&mut uuid.0).map_err(|error| self.broken("random numbers", error))?;
+        let header = SegmentHeader { number, uuid, disk: self.shared.disk, length_bytes };
+        let made = device.create(number, length_bytes).and_then(|file| {
+            file.pwrite(0, &header.encode())?;
+            Ok(file)
+        });
+        let file = match made {
+            Ok(file) => file,
+            Err(error) if is_full(&error) => {
+                return match device.unlink(number) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.broken("remove segment", error)),
+                    _ => Err(StoreError::DiskFull),
+                };
+            }
+            Err(error) => return Err(self.broken("create segment", error)),
+        };
+        file.fdatasync().map_err(|error| self.broken("sync of a new segment", error))?;
+        device.sync_dir().map_err(|error| self.broken("sync of the segment folder", error))?;
+        self.shared.remember(number, file.clone());
+        let info = SegmentInfo { uuid, length_bytes, watermark: RECORDS_AT, state: SegmentState::Open, live_records: 0, live_bytes: 0 };
+        let segment =
+            Segment { info, dirty: true, file: Some(file), tail: RECORDS_AT, taken: BTreeSet::new(), touched: false, closing: false };
+        self.segments.insert(number, segment);
+        Ok(number)
+    }
+
+    fn file(&self, number: u32) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        let file = self.segments.get(&number).and_then(|segment| segment.file.clone());
+        file.ok_or_else(|| self.broken("writer", format!("segment {number} is not open")))
+    }
+
+    /// A piece of a segment is dead: its hole waits for the index to know.
+    fn bury_piece(&mut self, batch: &mut Batch, hole: Hole) {
+        if self.segments.contains_key(&hole.segment) {
+            batch.put_hole(&hole);
+            self.holes_waiting.push(hole);
+        }
+    }
+
+    // --- Uploads ---------------------------------------------------------------------------------------------------
+
+    /// Takes space for a long chunk.
+    ///
+    /// # Errors
+    /// [`StoreError::DiskFull`]; [`StoreError::Failed`].
+    pub fn reserve(&mut self, id: ChunkId, spec: ChunkSpec) -> Result<Ticket, StoreError> {
+        self.shared.alive()?;
+        let place = self.place(spec.len_bytes)?;
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
+        self.uploads.insert(ticket, Reservation { id, spec, place, full: false });
+        self.publish();
+        Ok(ticket)
+    }
+
+    /// Writes a piece of an upload's payload. An upload whose piece found no room says so when it is committed.
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`].
+    pub fn write_piece(&mut self, ticket: Ticket, at: u64, pieces: &[Bytes]) -> Result<(), StoreError> {
+        self.shared.alive()?;
+        let Some(upload) = self.uploads.get(&ticket) else { return Ok(()) };
+        let (place, len_bytes) = (upload.place, upload.spec.len_bytes);
+        let file = self.file(place.segment)?;
+        let mut offset = place.offset + header_region_bytes(len_bytes) + at;
+        let end = place.offset + header_region_bytes(len_bytes) + len_bytes;
+        for piece in pieces {
+            if offset + piece.len() as u64 > end {
+                return Err(self.broken("writer", "a piece reaches beyond its chunk"));
+            }
+            match file.pwrite(offset, piece) {
+                Ok(()) => offset += piece.len() as u64,
+                Err(error) if is_full(&error) => {
+                    if let Some(upload) = self.uploads.get_mut(&ticket) {
+                        upload.full = true;
+                    }
+                    return Ok(());
+                }
+                Err(error) => return Err(self.broken("write", error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Payload of an upload, in bytes; zero for one that is not there.
+    pub fn upload_bytes(&self, ticket: Ticket) -> u64 {
+        self.uploads.get(&ticket).map_or(0, |upload| upload.spec.len_bytes)
+    }
+
+    /// Gives an upload's space back. Nothing of it was indexed.
+    pub fn abort(&mut self, ticket: Ticket) {
+        if let Some(upload) = self.uploads.remove(&ticket) {
+            self.abandon(upload.place, upload.spec.len_bytes);
+        }
+    }
+
+    fn abandon(&mut self, place: Place, len_bytes: u64) {
+        if let Some(segment) = self.segments.get_mut(&place.segment) {
+            segment.taken.remove(&place.offset);
+            segment.dirty = true;
+        }
+        let mut carry = std::mem::take(&mut self.carry);
+        self.bury_piece(&mut carry, Hole { segment: place.segment, offset: place.offset, len_bytes: record_bytes(len_bytes) });
+        self.carry = carry;
+    }
+
+    // --- Groups ----------------------------------------------------------------------------------------------------
+
+    /// Carries out a group of requests. `answer` is called once for each, by its place in the group, as soon as it may be believed.
+    pub fn commit(&mut self, group: Vec<Op>, answer: &mut dyn FnMut(usize, Result<Done, StoreError>)) {
+        let mut open: BTreeSet<usize> = (0..group.len()).collect();
+        let mut close = |place: usize, outcome: Result<Done, StoreError>| {
+            open.remove(&place);
+            answer(place, outcome);
+        };
+        if let Err(error) = self.commit_inner(group, &mut close) {
+            for place in open {
+                answer(place, Err(error.clone()));
+            }
+        }
+        self.publish();
+    }
+
+    fn commit_inner(&mut self, group: Vec<Op>, answer: &mut dyn FnMut(usize, Result<Done, StoreError>)) -> Result<(), StoreError> {
+        self.shared.alive()?;
+        let mut steps = Vec::with_capacity(group.len());
+        for (number, op) in group.into_iter().enumerate() {
+            match self.write_op(op) {
+                Ok(step) => steps.push((number, step)),
+                Err(error @ StoreError::Failed(_)) => return Err(error),
+                Err(error) => answer(number, Err(error)),
+            }
+        }
+        self.sync_touched()?;
+        let deleted = self.index_steps(&steps)?;
+        for (number, step) in &steps {
+            if matches!(step, Step::Stored { .. }) {
+                answer(*number, Ok(Done::Stored));
+            }
+        }
+        if deleted.values().any(|count| *count > 0) {
+            self.flush()?;
+        }
+        for (number, count) in deleted {
+            answer(number, Ok(Done::Deleted(count)));
+        }
+        Ok(())
+    }
+
+    fn write_op(&mut self, op: Op) -> Result<Step, StoreError> {
+        match op {
+            Op::Delete { ids } => Ok(Step::Delete { ids }),
+            Op::Put { id, spec, payload, crcs } => {
+                let place = self.place(spec.len_bytes)?;
+                let file = self.file(place.segment)?;
+                let mut offset = place.offset + header_region_bytes(spec.len_bytes);
+                for piece in &payload {
+                    if let Err(error) = file.pwrite(offset, piece) {
+                        return Err(self.write_failed(place, spec.len_bytes, &error));
+                    }
+                    offset += piece.len() as u64;
+                }
+                self.finish_record(id, spec, place, crcs)
+            }
+            Op::Commit { ticket, crcs } => {
+                let upload = self.uploads.remove(&ticket).ok_or_else(|| StoreError::Rejected("no such upload".to_owned()))?;
+                if upload.full {
+                    self.abandon(upload.place, upload.spec.len_bytes);
+                    return Err(StoreError::DiskFull);
+                }
+                self.finish_record(upload.id, upload.spec, upload.place, crcs)
+            }
+        }
+    }
+
+    fn write_failed(&mut self, place: Place, len_bytes: u64, error: &io::Error) -> StoreError {
+        if is_full(error) {
+            self.abandon(place, len_bytes);
+            return StoreError::DiskFull;
+        }
+        self.broken("write", error)
+    }
+
+    /// Writes the header of a record whose payload is written.
+    fn finish_record(&mut self, id: ChunkId, spec: ChunkSpec, place: Place, crcs: Vec<u32>) -> Result<Step, StoreError> {
+        let file = self.file(place.segment)?;
+        let uuid = self.segments.get(&place.segment).map(|segment| segment.info.uuid).unwrap_or_default();
+        let sequence = self.disk.next_sequence;
+        self.disk.next_sequence += 1;
+        let header = RecordHeader { segment: uuid, offset: place.offset, sequence, id, spec, crcs };
+        if let Err(error) = file.pwrite(place.offset, &header.encode()) {
+            return Err(self.write_failed(place, spec.len_bytes, &error));
+        }
+        if let Some(segment) = self.segments.get_mut(&place.segment) {
+            segment.taken.remove(&place.offset);
+            segment.touched = true;
+            segment.dirty = true;
+        }
+        self.appended_bytes += record_bytes(spec.len_bytes);
+        Ok(Step::Stored { id, at: Location { segment: place.segment, offset: place.offset, sequence, spec } })
+    }
+
+    fn sync_touched(&mut self) -> Result<(), StoreError> {
+        for segment in self.segments.values_mut() {
+            if std::mem::take(&mut segment.touched) {
+                let Some(file) = &segment.file else { continue };
+                let begun = Instant::now();
+                if let Err(error) = file.fdatasync() {
+                    return Err(self.shared.fail(format!("sync: {error}")));
+                }
+                self.shared.metrics.sync_seconds.observe(begun.elapsed().as_secs_f64());
+            }
+        }
+        Ok(())
+    }
+
+    /// One batch for the whole group. Returns, for each deletion, how many chunks were there.
+    fn index_steps(&mut self, steps: &[(usize, Step)]) -> Result<BTreeMap<usize, u32>, StoreError> {
+        let mut batch = Batch::default();
+        // What earlier steps of this group did to a chunk: the index does not show it yet.
+        let mut group: HashMap<ChunkId, Option<Location>> = HashMap::new();
+        let mut deleted = BTreeMap::new();
+        for (number, step) in steps {
+            match step {
+                Step::Stored { id, at } => {
+                    let before = self.lookup(&group, id)?;
+                    self.unlink_record(&mut batch, before);
+                    batch.put_chunk(id, at);
+                    self.count(at, 1);
+                    group.insert(*id, Some(*at));
+                }
+                Step::Delete { ids } => {
+                    let mut count = 0;
+                    for id in ids {
+                        let before = self.lookup(&group, id)?;
+                        if before.is_some() {
+                            count += 1;
+                            self.unlink_record(&mut batch, before);
+                            batch.remove_chunk(id);
+                            group.insert(*id, None);
+                        }
+                    }
+                    deleted.insert(*number, count);
+                }
+            }
+        }
+        if !group.is_empty() {
+            self.write_index(batch)?;
+        }
+        Ok(deleted)
+    }
+
+    fn lookup(&self, group: &HashMap<ChunkId, Option<Location>>, id: &ChunkId) -> Result<Option<Location>, StoreError> {
+        match group.get(id) {
+            Some(known) => Ok(*known),
+            None => self.shared.index.chunk(id).map_err(|error| self.shared.fail_index(&error)),
+        }
+    }
+
+    fn unlink_record(&mut self, batch: &mut Batch, before: Option<Location>) {
+        if let Some(at) = before {
+            self.count(&at, -1);
+            self.bury_piece(batch, Hole { segment: at.segment, offset: at.offset, len_bytes: at.record_bytes() });
+        }
+    }
+
+    /// Adds or takes away one record in the totals.
+    fn count(&mut self, at: &Location, records: i64) {
+        let step = |value: &mut u64, by: u64| *value = if records > 0 { *value + by } else { value.saturating_sub(by) };
+        step(&mut self.disk.chunks, 1);
+        step(&mut self.disk.chunk_bytes, at.spec.len_bytes);
+        if let Some(segment) = self.segments.get_mut(&at.segment) {
+            step(&mut segment.info.live_records, 1);
+            step(&mut segment.info.live_bytes, at.record_bytes());
+            segment.dirty = true;
+        }
+    }
+
+    /// Writes a batch with all that was carried, and the watermarks, counts and totals that follow.
+    fn write_index(&mut self, batch: Batch) -> Result<(), StoreError> {
+        let mut all = std::mem::take(&mut self.carry);
+        all.changes.extend(batch.changes);
+        for (number, segment) in &mut self.segments {
+            if std::mem::take(&mut segment.dirty) {
+                if segment.info.state == SegmentState::Open {
+                    segment.info.watermark = segment.taken.first().copied().unwrap_or(segment.tail);
+                }
+                all.put_segment(*number, &segment.info);
+            }
+        }
+        all.put_disk(&self.disk);
+        self.unflushed = true;
+        self.shared.index.write(all).map_err(|error| self.shared.fail_index(&error))
+    }
+
+    // --- Housekeeping ----------------------------------------------------------------------------------------------
+
+    /// Makes everything the index knows certain.
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`].
+    pub fn flush(&mut self) -> Result<(), StoreError> {
+        self.shared.alive()?;
+        if !self.carry.is_empty() || self.segments.values().any(|segment| segment.dirty) {
+            self.write_index(Batch::default())?;
+        }
+        if self.unflushed {
+            self.shared.index.flush().map_err(|error| self.shared.fail_index(&error))?;
+            self.unflushed = false;
+        }
+        self.appended_bytes = 0;
+        self.last_flush = Instant::now();
+        self.holes_ready.append(&mut self.holes_waiting);
+        Ok(())
+    }
+
+    /// Seals what is to be sealed, flushes what is due, punches holes, removes dead segments. Called after each group and from time to time.
+    /// True when it left work for the next round.
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`].
+    pub fn housekeep(&mut self, now: Instant) -> Result<bool, StoreError> {
+        self.shared.alive()?;
+        let sealed = self.seal_closed()?;
+        let settings = self.shared.settings;
+        let age = now.saturating_duration_since(self.last_flush);
+        let pending = self.unflushed || !self.carry.is_empty();
+        if sealed
+            || self.appended_bytes >= settings.flush_bytes
+            || (pending && age >= settings.flush_interval)
+            || (!self.holes_waiting.is_empty() && age >= settings.punch_interval)
+        {
+            self.flush()?;
+        }
+        self.remove_dead()?;
+        self.punch(HOLES_PER_ROUND)?;
+        self.publish();
+        Ok(!self.holes_ready.is_empty())
+    }
+
+    /// Seals segments that take no more records: their records are synced already, so whoever finds the seal may believe every header.
+    fn seal_closed(&mut self) -> Result<bool, StoreError> {
+        let mut any = false;
+        for (number, segment) in &mut self.segments {
+            if !segment.closing || !segment.taken.is_empty() || segment.touched {
+                continue;
+            }
+            let Some(file) = segment.file.take() else { continue };
+            if let Err(error) = seal(&*file, *number, &segment.info, segment.tail, &[(segment.tail, segment.info.length_bytes)]) {
+                return Err(self.shared.fail(format!("seal: {error}")));
+            }
+            segment.closing = false;
+            segment.info.state = SegmentState::Sealed;
+            segment.info.watermark = segment.info.length_bytes;
+            segment.dirty = true;
+            any = true;
+        }
+        Ok(any)
+    }
+
+    /// Punches holes that the flushed index knows of, syncs them, and only then forgets them.
+    fn punch(&mut self, at_most: usize) -> Result<(), StoreError> {
+        let take = self.holes_ready.len().min(at_most);
+        if take == 0 {
+            return Ok(());
+        }
+        let holes: Vec<Hole> = self.holes_ready.drain(..take).collect();
+        let mut files = BTreeMap::new();
+        for hole in &holes {
+            if !self.segments.contains_key(&hole.segment) {
+                continue;
+            }
+            if !files.contains_key(&hole.segment) {
+                let file = self.shared.segment(hole.segment).map_err(|error| self.broken("open segment", error))?;
+                files.insert(hole.segment, file);
+            }
+            if let Some(file) = files.get(&hole.segment) {
+                file.punch(hole.offset, hole.len_bytes).map_err(|error| self.broken("punch", error))?;
+            }
+        }
+        for file in files.values() {
+            file.fdatasync().map_err(|error| self.broken("sync of holes", error))?;
+        }
+        for hole in &holes {
+            self.carry.remove_hole(hole);
+        }
+        Ok(())
+    }
+
+    /// Removes sealed segments with nothing alive in them: marked dead in the flushed index first, so that a file that comes back after a
+    /// crash is not taken for an unknown one and read.
+    fn remove_dead(&mut self) -> Result<(), StoreError> {
+        let is_dead = |segment: &Segment| segment.info.state == SegmentState::Sealed && segment.info.live_records == 0;
+        let dead: BTreeSet<u32> = self.segments.iter().filter(|(_, segment)| is_dead(segment)).map(|(number, _)| *number).collect();
+        if dead.is_empty() {
+            return Ok(());
+        }
+        for number in &dead {
+            if let Some(segment) = self.segments.get_mut(number) {
+                segment.info.state = SegmentState::Dead;
+                segment.dirty = true;
+            }
+        }
+        for holes in [&mut self.holes_waiting, &mut self.holes_ready] {
+            holes.retain(|hole| {
+                let keep = !dead.contains(&hole.segment);
+                if !keep {
+                    self.carry.remove_hole(hole);
+                }
+                keep
+            });
+        }
+        self.flush()?;
+        for number in &dead {
+            self.shared.forget(*number);
+            match self.shared.device.unlink(*number) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.broken("remove segment", error)),
+                _ => {}
+            }
+        }
+        self.shared.device.sync_dir().map_err(|error| self.broken("sync of the segment folder", error))?;
+        for number in &dead {
+            self.segments.remove(number);
+            self.carry.remove_segment(*number);
+        }
+        Ok(())
+    }
+}
+
+/// Gives the unused pieces of a segment back and writes its seal, for certain. All its records are synced, or are by this.
+pub(super) fn seal(file: &dyn SegmentFile, number: u32, info: &SegmentInfo, end: u64, unused: &[(u64, u64)]) -> io::Result<()> {
+    for (from, until) in unused {
+        if from < until {
+            file.punch(*from, until - from)?;
+        }
+    }
+    file.pwrite(SEAL_AT, &Seal { number, uuid: info.uuid, end }.encode())?;
+    file.fdatasync()
+}

@@ -1,0 +1,386 @@
+//! Start-up: from whatever a clean stop or a crash left to a store that may be written to.
+//!
+//! Segments that were open are read from their watermark on, straight from the disk. A whole record that the index does not know, or knows an
+//! older one of, is taken in; a torn one is dropped: it was never answered for. Then the segment is given back what it did not use and
+//! sealed: no segment is ever appended to by a second process, so nothing of an earlier life can lie in the way of a new record.
+//!
+//! Every step leaves a state from which recovery can begin again; each record is taken in with one batch that carries the counts too.
+//!
+//! An index without a disk entry is empty or half rebuilt, and is rebuilt from all segments. Records of sealed segments are believed by their
+//! headers then (a seal is written after all records were synced; reads verify anyway), so a rebuild reads headers and not payloads.
+//! What a rebuild cannot know are deletions whose holes were not certain yet: such chunks come back, and the owner shard calls them garbage.
+
+use super::core::{seal, Core, Segment};
+use super::device::SegmentFile;
+use super::format::{FormatError, RecordHeader, Seal, SegmentHeader, PAGE_BYTES, RECORDS_AT, SEAL_AT};
+use super::index::{Batch, DiskInfo, Hole, Location, SegmentInfo, SegmentState};
+use super::read::verify_payload;
+use super::shared::Shared;
+use super::OpenError;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io;
+use std::sync::Arc;
+
+/// What recovery found and did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Recovered {
+    /// The index was lost and rebuilt from all segments.
+    pub rebuilt: bool,
+    /// Segments that were read.
+    pub segments_scanned: u64,
+    /// Records the index did not know.
+    pub records_taken_in: u64,
+    /// Records that were not whole.
+    pub records_torn: u64,
+    /// Holes that were punched again.
+    pub holes_replayed: u64,
+    /// Segments the index knows and the folder does not have: their chunks are lost on this disk.
+    pub segments_missing: u64,
+    /// Pages that could not be read, or headers of segments that are damaged.
+    pub damage: u64,
+}
+
+/// How much a scan reads at a time, in bytes.
+const SCAN_BYTES: u64 = 1024 * 1024;
+
+fn device_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> OpenError {
+    let what = what.into();
+    move |source| OpenError::Device { what, source }
+}
+
+struct Recovery {
+    shared: Arc<Shared>,
+    disk: DiskInfo,
+    segments: BTreeMap<u32, SegmentInfo>,
+    holes: BTreeSet<Hole>,
+    done: Recovered,
+}
+
+/// Recovers a store.
+///
+/// # Errors
+/// [`OpenError`]; nothing may be written then.
+pub fn recover(shared: Arc<Shared>) -> Result<(Core, Recovered), OpenError> {
+    let known = shared.index.disk()?;
+    let rebuilt = known.is_none();
+    if rebuilt {
+        shared.index.clear()?;
+    }
+    let disk = known.unwrap_or(DiskInfo { disk: shared.disk, ..DiskInfo::default() });
+    if disk.disk != shared.disk {
+        return Err(OpenError::Foreign { segment: 0, found: disk.disk, expected: shared.disk });
+    }
+    let segments = shared.index.segments()?.into_iter().collect();
+    let holes = shared.index.holes()?.into_iter().collect();
+    let done = Recovered { rebuilt, ..Recovered::default() };
+    Recovery { shared, disk, segments, holes, done }.run()
+}
+
+impl Recovery {
+    fn run(mut self) -> Result<(Core, Recovered), OpenError> {
+        let files: BTreeSet<u32> = self.shared.device.list().map_err(device_error("list segments"))?.into_iter().collect();
+        if let Some(last) = files.last() {
+            self.disk.next_segment = self.disk.next_segment.max(last + 1);
+        }
+        let known: Vec<u32> = self.segments.keys().copied().collect();
+        let mut removed = Vec::new();
+        let mut batch = Batch::default();
+        let mut missing = HashSet::new();
+        for number in known {
+            let Some(info) = self.segments.get(&number).copied() else { continue };
+            match (files.contains(&number), info.state) {
+                (true, SegmentState::Dead) => {
+                    self.unlink(number)?;
+                    removed.push(number);
+                }
+                (false, state) if state == SegmentState::Dead || info.live_records == 0 => removed.push(number),
+                (false, _) => {
+                    tracing::error!(segment = number, chunks = info.live_records, "a segment file is missing: its chunks are lost on this disk");
+                    self.done.segments_missing += 1;
+                    missing.insert(number);
+                }
+                (true, _) => {}
+            }
+        }
+        for number in files {
+            if !removed.contains(&number) {
+                self.segment(number)?;
+            }
+        }
+        // Names first: only what is gone for certain may be forgotten.
+        self.shared.device.sync_dir().map_err(device_error("sync of the segment folder"))?;
+        for number in removed {
+            self.segments.remove(&number);
+            batch.remove_segment(number);
+        }
+        self.replay_holes(&missing, &mut batch)?;
+        batch.put_disk(&self.disk);
+        self.shared.index.write(batch)?;
+        self.shared.index.flush()?;
+        let present = self.segments.into_iter().filter(|(number, _)| !missing.contains(number));
+        let segments = present.map(|(number, info)| (number, Segment::sealed(info))).collect();
+        Ok((Core::new(self.shared, self.disk, segments), self.done))
+    }
+
+    fn unlink(&self, number: u32) -> Result<(), OpenError> {
+        self.shared.device.unlink(number).map_err(device_error(format!("remove segment {number}")))
+    }
+
+    /// One segment file.
+    fn segment(&mut self, number: u32) -> Result<(), OpenError> {
+        let known = self.segments.get(&number).copied();
+        if known.is_some_and(|info| info.state == SegmentState::Sealed) {
+            return Ok(());
+        }
+        let context = |what: &str| device_error(format!("{what} segment {number}"));
+        let file = self.shared.device.open(number).map_err(context("open"))?;
+        // What an earlier process wrote and did not sync becomes certain now, and what its failed sync left in the cache is forgotten.
+        file.fdatasync().map_err(context("sync"))?;
+        file.drop_cache().map_err(context("drop the cache of"))?;
+        let length = file.length().map_err(context("measure"))?;
+        let Some(mut info) = self.identify(number, &*file, length, known)? else {
+            // Its birth was not finished: nothing in it was ever answered for.
+            return self.unlink(number);
+        };
+        info.length_bytes = info.length_bytes.min(length);
+        let sealed = self.done.rebuilt && read_seal(&*file, number, &info).is_some();
+        self.segments.insert(number, info);
+        self.done.segments_scanned += 1;
+        let mut scan = Scan { number, file: &*file, at: info.watermark.max(RECORDS_AT), end: info.length_bytes, damage: 0 };
+        let mut used: Vec<(u64, u64)> = Vec::new();
+        while let Some(header) = scan.next(&info) {
+            let at = Location { segment: number, offset: header.offset, sequence: header.sequence, spec: header.spec };
+            if self.take_in(&header, &at, &*file, sealed)? {
+                used.push((header.offset, header.end()));
+                scan.at = header.end();
+            } else if sealed {
+                scan.at = header.end();
+            } else {
+                scan.at = header.offset + PAGE_BYTES;
+            }
+        }
+        self.done.damage += scan.damage;
+        let mut unused = Vec::new();
+        let mut from = info.watermark.max(RECORDS_AT);
+        for (begin, end) in used {
+            unused.push((from, begin));
+            from = end;
+        }
+        let end = from;
+        unused.push((from, info.length_bytes));
+        if scan.damage > 0 || sealed {
+            // Something here cannot be read, or is believed as it is: rather keep dead bytes than punch what a better day may read.
+            unused.clear();
+        }
+        if !sealed {
+            seal(&*file, number, &info, end, &unused).map_err(context("seal"))?;
+        }
+        if let Some(info) = self.segments.get_mut(&number) {
+            info.state = SegmentState::Sealed;
+            info.watermark = info.length_bytes;
+            let mut batch = Batch::default();
+            batch.put_segment(number, info);
+            self.shared.index.write(batch)?;
+        }
+        Ok(())
+    }
+
+    /// Which segment is this? None for a file whose birth was not finished.
+    fn identify(&mut self, number: u32, file: &dyn SegmentFile, length: u64, known: Option<SegmentInfo>) -> Result<Option<SegmentInfo>, OpenError> {
+        let mut page = Vec::new();
+        let header = match file.pread(0, PAGE_BYTES as usize, &mut page) {
+            Ok(()) => SegmentHeader::decode(&page),
+            Err(_) => Err(FormatError::Damaged { what: "segment header", why: "unreadable" }),
+        };
+        let fresh = |uuid, length_bytes| SegmentInfo {
+            uuid,
+            length_bytes,
+            watermark: RECORDS_AT,
+            state: SegmentState::Open,
+            live_records: 0,
+            live_bytes: 0,
+        };
+        match header {
+            Ok(header) if header.disk != self.shared.disk => {
+                Err(OpenError::Foreign { segment: number, found: header.disk, expected: self.shared.disk })
+            }
+            Ok(header) if header.number == number => Ok(Some(known.unwrap_or(fresh(header.uuid, header.length_bytes)))),
+            Err(source @ FormatError::Version { .. }) => Err(OpenError::Version { segment: number, source }),
+            wrong => {
+                // A known segment with a bad header keeps its records: they carry the identity too. So does an unknown one that has any.
+                let found = known.or_else(|| first_record(file, number, length).map(|record| fresh(record.segment, length)));
+                if found.is_some() {
+                    self.done.damage += 1;
+                    tracing::error!(segment = number, header = ?wrong, "the segment header is damaged; its records are read without it");
+                }
+                Ok(found)
+            }
+        }
+    }
+
+    /// Takes one record in unless the index knows better. True when its bytes are to be kept.
+    fn take_in(&mut self, header: &RecordHeader, at: &Location, file: &dyn SegmentFile, believed: bool) -> Result<bool, OpenError> {
+        let piece = Hole { segment: at.segment, offset: at.offset, len_bytes: at.record_bytes() };
+        self.disk.next_sequence = self.disk.next_sequence.max(at.sequence + 1);
+        if self.holes.contains(&piece) {
+            return Ok(false);
+        }
+        let before = self.shared.index.chunk(&header.id)?;
+        match before {
+            Some(before) if before.sequence == at.sequence => return Ok(true),
+            Some(before) if before.sequence > at.sequence => {
+                if believed {
+                    self.dead_piece(piece)?;
+                }
+                return Ok(false);
+            }
+            _ => {}
+        }
+        if !believed {
+            if let Err(block) = verify_payload(file, header) {
+                self.done.records_torn += 1;
+                tracing::warn!(segment = at.segment, offset = at.offset, chunk = %header.id, block, "dropped a record that was not whole");
+                return Ok(false);
+            }
+        }
+        let mut batch = Batch::default();
+        if let Some(before) = before {
+            self.disk.chunks = self.disk.chunks.saturating_sub(1);
+            self.disk.chunk_bytes = self.disk.chunk_bytes.saturating_sub(before.spec.len_bytes);
+            if let Some(segment) = self.segments.get_mut(&before.segment) {
+                segment.live_records = segment.live_records.saturating_sub(1);
+                segment.live_bytes = segment.live_bytes.saturating_sub(before.record_bytes());
+                batch.put_segment(before.segment, segment);
+                let hole = Hole { segment: before.segment, offset: before.offset, len_bytes: before.record_bytes() };
+                batch.put_hole(&hole);
+                self.holes.insert(hole);
+            }
+        }
+        self.disk.chunks += 1;
+        self.disk.chunk_bytes += at.spec.len_bytes;
+        if let Some(segment) = self.segments.get_mut(&at.segment) {
+            segment.live_records += 1;
+            segment.live_bytes += at.record_bytes();
+            batch.put_segment(at.segment, segment);
+        }
+        batch.put_chunk(&header.id, at);
+        if !self.done.rebuilt {
+            // A rebuild writes the disk entry last: until then the index counts as lost.
+            batch.put_disk(&self.disk);
+        }
+        self.shared.index.write(batch)?;
+        self.done.records_taken_in += 1;
+        Ok(true)
+    }
+
+    fn dead_piece(&mut self, hole: Hole) -> Result<(), OpenError> {
+        self.holes.insert(hole);
+        let mut batch = Batch::default();
+        batch.put_hole(&hole);
+        Ok(self.shared.index.write(batch)?)
+    }
+
+    /// Punches every hole that was recorded and may not have been certain. The index that records them is flushed before: a hole may only
+    /// be punched when no crash can bring the entry back that pointed there.
+    fn replay_holes(&mut self, missing: &HashSet<u32>, batch: &mut Batch) -> Result<(), OpenError> {
+        if self.holes.is_empty() {
+            return Ok(());
+        }
+        self.shared.index.flush()?;
+        let mut files: BTreeMap<u32, Arc<dyn SegmentFile>> = BTreeMap::new();
+        for hole in &self.holes {
+            batch.remove_hole(hole);
+            if missing.contains(&hole.segment) || !self.segments.contains_key(&hole.segment) {
+                continue;
+            }
+            let context = device_error(format!("punch segment {}", hole.segment));
+            let file = match files.get(&hole.segment) {
+                Some(file) => file.clone(),
+                None => {
+                    let file = self.shared.device.open(hole.segment).map_err(device_error("open segment"))?;
+                    // Few at a time: a rebuild may find holes in thousands of segments.
+                    if files.len() >= 64 {
+                        for file in std::mem::take(&mut files).values() {
+                            file.fdatasync().map_err(device_error("sync of holes"))?;
+                        }
+                    }
+                    files.insert(hole.segment, file.clone());
+                    file
+                }
+            };
+            file.punch(hole.offset, hole.len_bytes).map_err(context)?;
+            self.done.holes_replayed += 1;
+        }
+        for file in files.values() {
+            file.fdatasync().map_err(device_error("sync of holes"))?;
+        }
+        Ok(())
+    }
+}
+
+fn read_seal(file: &dyn SegmentFile, number: u32, info: &SegmentInfo) -> Option<Seal> {
+    let mut page = Vec::new();
+    file.pread(SEAL_AT, PAGE_BYTES as usize, &mut page).ok()?;
+    Seal::decode(&page).ok().filter(|seal| seal.number == number && seal.uuid == info.uuid)
+}
+
+/// The first record header of a file that says it lies where it does, whatever segment it names.
+fn first_record(file: &dyn SegmentFile, number: u32, length: u64) -> Option<RecordHeader> {
+    let mut scan = Scan { number, file, at: RECORDS_AT, end: length, damage: 0 };
+    scan.find(|header, at| header.offset == at)
+}
+
+/// Walks over a segment page by page and finds record headers. Also what `inspect` walks with.
+pub struct Scan<'a> {
+    /// Segment number, for the log.
+    pub number: u32,
+    /// The segment.
+    pub file: &'a dyn SegmentFile,
+    /// Where to look next. The caller moves it behind a record it took.
+    pub at: u64,
+    /// Where to stop.
+    pub end: u64,
+    /// Pages that could not be read.
+    pub damage: u64,
+}
+
+impl Scan<'_> {
+    /// The next header that belongs to this segment and lies where it says; `at` then stands on it.
+    pub fn next(&mut self, info: &SegmentInfo) -> Option<RecordHeader> {
+        let end = self.end;
+        self.find(|header, at| header.belongs(&info.uuid, at) && header.end() <= end)
+    }
+
+    fn find(&mut self, wanted: impl Fn(&RecordHeader, u64) -> bool) -> Option<RecordHeader> {
+        let mut window = Vec::new();
+        let mut region = Vec::new();
+        while self.at < self.end {
+            let length = SCAN_BYTES.min(self.end - self.at);
+            let step = match self.file.pread(self.at, length as usize, &mut window) {
+                Ok(()) => PAGE_BYTES as usize,
+                Err(_) => {
+                    // Somewhere in here the disk cannot be read: go on page by page.
+                    if self.file.pread(self.at, PAGE_BYTES.min(length) as usize, &mut window).is_err() {
+                        self.damage += 1;
+                        tracing::error!(segment = self.number, offset = self.at, "a page cannot be read");
+                        self.at += PAGE_BYTES;
+                        continue;
+                    }
+                    PAGE_BYTES as usize
+                }
+            };
+            for page in window.chunks(step) {
+                if let Some(region_bytes) = RecordHeader::region_hint(page) {
+                    if self.file.pread(self.at, region_bytes as usize, &mut region).is_ok() {
+                        match RecordHeader::decode(&region) {
+                            Ok(header) if wanted(&header, self.at) => return Some(header),
+                            _ => {}
+                        }
+                    }
+                }
+                self.at += PAGE_BYTES;
+            }
+        }
+        None
+    }
+}

@@ -1,0 +1,224 @@
+//! What the writer and the readers of one store have in common: the device, the index, bounded caches, and the end of it all.
+
+use super::device::{Device, SegmentFile};
+use super::format::RecordHeader;
+use super::index::{Index, IndexError};
+use super::{StoreError, StoreSettings};
+use crate::metrics::Metrics;
+use granary_placement::id::DiskUuid;
+use granary_wire::chunk::ChunkId;
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::io;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// Called once, with the reason, when the store has failed.
+pub type OnFatal = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// State shared by all parts of a store.
+pub struct Shared {
+    /// The disk.
+    pub device: Arc<dyn Device>,
+    /// Where chunks lie.
+    pub index: Index,
+    /// The disk's UUID; segments carry it.
+    pub disk: DiskUuid,
+    /// Settings.
+    pub settings: StoreSettings,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Chunks in the index.
+    pub chunks: AtomicU64,
+    /// Their payload, in bytes.
+    pub chunk_bytes: AtomicU64,
+    /// Room left in the segment being filled, in bytes.
+    pub open_bytes: AtomicU64,
+    pub(super) headers: Cache<(ChunkId, u64), Arc<RecordHeader>>,
+    pub(super) buffers: Arc<BufferPool>,
+    files: Cache<u32, Arc<dyn SegmentFile>>,
+    failed: OnceLock<String>,
+    on_fatal: OnFatal,
+}
+
+const HEADER_CACHE_WEIGHT: usize = 16 * 1024 * 1024;
+const OPEN_FILES: usize = 256;
+const POOLED_BUFFERS: usize = 16;
+
+impl Shared {
+    /// Puts the parts together.
+    pub fn new(
+        device: Arc<dyn Device>,
+        index: Index,
+        disk: DiskUuid,
+        settings: StoreSettings,
+        metrics: Arc<Metrics>,
+        on_fatal: OnFatal,
+    ) -> Shared {
+        Shared {
+            device,
+            index,
+            disk,
+            settings,
+            metrics,
+            chunks: AtomicU64::new(0),
+            chunk_bytes: AtomicU64::new(0),
+            open_bytes: AtomicU64::new(0),
+            headers: Cache::new(HEADER_CACHE_WEIGHT),
+            buffers: Arc::new(BufferPool::default()),
+            files: Cache::new(OPEN_FILES),
+            failed: OnceLock::new(),
+            on_fatal,
+        }
+    }
+
+    /// An error when the store has failed: nothing is answered after that.
+    ///
+    /// # Errors
+    /// [`StoreError::Failed`].
+    pub fn alive(&self) -> Result<(), StoreError> {
+        match self.failed.get() {
+            None => Ok(()),
+            Some(reason) => Err(StoreError::Failed(reason.clone())),
+        }
+    }
+
+    /// Ends the store. The first reason counts.
+    pub fn fail(&self, reason: String) -> StoreError {
+        let mut first = false;
+        let reason = self.failed.get_or_init(|| {
+            first = true;
+            reason
+        });
+        if first {
+            (self.on_fatal)(reason);
+        }
+        StoreError::Failed(reason.clone())
+    }
+
+    /// An index error ends the store; a damaged index is marked, so that the next start rebuilds it.
+    pub fn fail_index(&self, error: &IndexError) -> StoreError {
+        if matches!(error, IndexError::Damaged(_)) {
+            self.index.condemn();
+        }
+        self.fail(error.to_string())
+    }
+
+    /// An open segment, from the cache or the disk.
+    ///
+    /// # Errors
+    /// `NotFound` when the segment is gone.
+    pub fn segment(&self, number: u32) -> io::Result<Arc<dyn SegmentFile>> {
+        if let Some(file) = self.files.get(&number) {
+            return Ok(file);
+        }
+        let file = self.device.open(number)?;
+        self.files.put(number, file.clone(), 1);
+        Ok(file)
+    }
+
+    /// A segment that was just made.
+    pub fn remember(&self, number: u32, file: Arc<dyn SegmentFile>) {
+        self.files.put(number, file, 1);
+    }
+
+    /// Forgets a segment that is being removed.
+    pub fn forget(&self, number: u32) {
+        self.files.remove(&number);
+    }
+}
+
+/// A map bounded by weight, in two generations: what was not asked for during one whole filling is dropped. As good as least-recently-used
+/// for a cache, and short.
+pub struct Cache<K, V> {
+    limit: usize,
+    maps: Mutex<Generations<K, V>>,
+}
+
+struct Generations<K, V> {
+    young: HashMap<K, (V, usize)>,
+    old: HashMap<K, (V, usize)>,
+    weight: usize,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<K: Eq + Hash, V: Clone> Cache<K, V> {
+    /// Holds entries of up to `limit` weight in all.
+    pub fn new(limit: usize) -> Cache<K, V> {
+        Cache { limit, maps: Mutex::new(Generations { young: HashMap::new(), old: HashMap::new(), weight: 0 }) }
+    }
+
+    /// Looks up.
+    pub fn get(&self, key: &K) -> Option<V>
+    where
+        K: Clone,
+    {
+        let (value, weight) = {
+            let mut maps = lock(&self.maps);
+            if let Some((value, _)) = maps.young.get(key) {
+                return Some(value.clone());
+            }
+            maps.old.remove(key)?
+        };
+        self.put(key.clone(), value.clone(), weight);
+        Some(value)
+    }
+
+    /// Adds or replaces.
+    pub fn put(&self, key: K, value: V, weight: usize) {
+        let mut maps = lock(&self.maps);
+        if maps.weight + weight > self.limit / 2 {
+            maps.old = std::mem::take(&mut maps.young);
+            maps.weight = 0;
+        }
+        maps.weight += weight;
+        if let Some((_, replaced)) = maps.young.insert(key, (value, weight)) {
+            maps.weight -= replaced;
+        }
+    }
+
+    /// Removes.
+    pub fn remove(&self, key: &K) {
+        let mut maps = lock(&self.maps);
+        maps.old.remove(key);
+        if let Some((_, weight)) = maps.young.remove(key) {
+            maps.weight -= weight;
+        }
+    }
+}
+
+/// Read buffers that come back when the last slice of them is sent. Saves the kernel from mapping and zeroing megabytes for each read.
+#[derive(Default)]
+pub struct BufferPool(Mutex<Vec<Vec<u8>>>);
+
+/// A buffer on loan.
+pub struct PooledBuffer {
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    pool: Arc<BufferPool>,
+}
+
+impl BufferPool {
+    /// An empty buffer, if possible one that was used before.
+    pub fn take(self: &Arc<Self>) -> PooledBuffer {
+        PooledBuffer { bytes: lock(&self.0).pop().unwrap_or_default(), pool: self.clone() }
+    }
+}
+
+impl AsRef<[u8]> for PooledBuffer {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for PooledBuffer {
+    fn drop(&mut self) {
+        let mut free = lock(&self.pool.0);
+        if free.len() < POOLED_BUFFERS {
+            free.push(std::mem::take(&mut self.bytes));
+        }
+    }
+}
