@@ -15,7 +15,7 @@
 use crate::error::{AuthError, LinkError};
 use granary_placement::id::ClusterId;
 use hmac::{Hmac, Mac};
-use sha2::Sha256;
+use sha2::{Digest, Sha256};
 use std::fmt;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -190,8 +190,14 @@ pub(crate) struct MacKey(Hmac<Sha256>);
 
 impl MacKey {
     fn new(key: &[u8]) -> MacKey {
-        // HMAC takes keys of any length, so the error cannot occur; the empty-keyed fallback would authenticate nobody.
-        MacKey(Hmac::new_from_slice(key).unwrap_or_else(|_| Hmac::new(&Default::default())))
+        // The key block of RFC 2104, made here because it cannot fail, as the crate's constructor for slices could.
+        let mut block = hmac::digest::Key::<Hmac<Sha256>>::default();
+        let hashed = Sha256::digest(key);
+        let key = if key.len() > block.len() { &hashed[..] } else { key };
+        for (place, byte) in block.iter_mut().zip(key) {
+            *place = *byte;
+        }
+        MacKey(Hmac::new(&block))
     }
 
     /// HMAC-SHA256 of the parts, one after the other. Callers make the parts unambiguous.
@@ -394,3 +400,6 @@ async fn refuse<S: AsyncWrite + Unpin>(stream: &mut S, verdict: Verdict) {
 pub(crate) async fn refuse_busy<S: AsyncWrite + Unpin>(stream: &mut S) {
     refuse(stream, Verdict::Busy).await;
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -248,3 +248,6 @@ pub(crate) fn decode<'a, T: serde::Deserialize<'a>>(body: &'a [u8]) -> Result<T,
         Err(error) => Err(LinkError::Protocol(format!("cannot decode: {error}"))),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -197,3 +197,6 @@ fn header_text(text: &str) -> String {
         text.chars().take(MAX_ERROR_TEXT_BYTES).map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' }).collect();
     visible.trim().to_owned()
 }
+
+#[cfg(test)]
+mod tests;

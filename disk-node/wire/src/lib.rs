@@ -21,6 +21,13 @@ pub mod meta;
 pub mod record;
 pub mod server;
 
+// The test support is shared with the integration tests and names this crate as they do.
+#[cfg(test)]
+extern crate self as granary_wire;
+#[cfg(test)]
+#[path = "../tests/support/mod.rs"]
+mod test_support;
+
 pub use auth::{ClusterSecret, Credentials, PROTOCOL_VERSION};
 pub use client::{ChunkWriter, ClientLimits, NodeClient};
 pub use error::{AuthError, ChunkError, LinkError};

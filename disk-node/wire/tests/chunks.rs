@@ -7,8 +7,7 @@ use futures::future::join_all;
 use granary_wire::chunk::BLOCK_BYTES;
 use granary_wire::error::{ChunkError, LinkError};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
-use support::{chunk_id, payload, read_all, spec, start};
+use support::{chunk_id, payload, reaches, read_all, spec, start};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn chunks_of_every_size_come_back_as_they_were_sent() {
@@ -73,19 +72,19 @@ async fn many_requests_at_once_do_not_mix() {
 async fn an_early_refusal_comes_through_as_itself() {
     let server = start().await;
     let client = server.client();
-    let len = 32 << 20;
+    let (len, data) = (32 << 20, payload(32 << 20));
     for error in [ChunkError::DiskFull, ChunkError::Overloaded, ChunkError::AlreadyThere, ChunkError::Rejected("no such group".into())] {
         *server.node.refuse.lock().unwrap() = Some(error.clone());
         for _ in 0..10 {
-            assert_eq!(client.put_chunk(chunk_id(1), spec(len), vec![payload(len)]).await, Err(error.clone()));
+            assert_eq!(client.put_chunk(chunk_id(1), spec(len), vec![data.clone()]).await, Err(error.clone()));
         }
     }
     *server.node.refuse.lock().unwrap() = None;
     *server.node.refuse_after.lock().unwrap() = Some((1 << 20, ChunkError::DiskFull));
     for _ in 0..10 {
-        assert_eq!(client.put_chunk(chunk_id(1), spec(len), vec![payload(len)]).await, Err(ChunkError::DiskFull));
+        assert_eq!(client.put_chunk(chunk_id(1), spec(len), vec![data.clone()]).await, Err(ChunkError::DiskFull));
     }
-    assert_eq!(server.node.aborted.load(Ordering::SeqCst), 10);
+    reaches(&server.node.aborted, 10).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -94,14 +93,9 @@ async fn a_dropped_writer_leaves_nothing_behind() {
     let client = server.client();
     let mut writer = client.begin_chunk(chunk_id(1), spec(1 << 20)).await.unwrap();
     writer.write(payload(1 << 19)).await.unwrap();
+    reaches(&server.node.begun, 1).await;
     drop(writer);
-    for _ in 0..500 {
-        if server.node.aborted.load(Ordering::SeqCst) == 1 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert_eq!(server.node.aborted.load(Ordering::SeqCst), 1);
+    reaches(&server.node.aborted, 1).await;
     assert!(server.node.chunks.lock().unwrap().is_empty());
 }
 
@@ -150,7 +144,7 @@ async fn a_server_killed_in_the_middle_is_a_lost_connection() {
     let client = server.client();
     let mut writer = client.begin_chunk(chunk_id(1), spec(1 << 20)).await.unwrap();
     writer.write(payload(1 << 19)).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    reaches(&server.node.begun, 1).await;
     server.task.abort();
     let _ = server.task.await;
     let _ = writer.write(payload(1 << 19)).await;

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 /// Pieces in a writer's queue, each at most [`PIECE_BYTES`]: what a slow node can make us hold per chunk.
-const QUEUE_PIECES: usize = 16;
+const QUEUE_PIECES: usize = 8;
 /// Longest piece, in bytes.
 const PIECE_BYTES: usize = 256 * 1024;
 
@@ -293,7 +293,7 @@ async fn read_once(pool: &Pool, mut lease: Lease, id: ChunkId, first: u32, block
     let target = format!("{}{id}?{}", head::CHUNKS_PATH, head::read_query(first, blocks));
     let (mut answer, counter) = send(&mut lease, Method::GET, &target, WireBody::empty())?;
     let good = match answer_head(&mut answer, &lease, pool, counter).await {
-        Err(error @ (ChunkError::Link(_) | ChunkError::Disk(_))) => return Err(error),
+        Err(error @ ChunkError::Link(_)) => return Err(error),
         // A refusal is a whole answer without a body: the connection is as good as before.
         Err(error) => {
             lease.give_back();

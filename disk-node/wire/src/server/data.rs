@@ -1,5 +1,6 @@
 //! Chunk requests of one connection.
 
+use super::stall::WriteDeadline;
 use super::{ChunkBlocks, Server};
 use crate::auth::Session;
 use crate::body::WireBody;
@@ -47,7 +48,7 @@ pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, session: Sess
         .max_headers(MAX_HEADERS)
         .max_header_size(MAX_HEAD_BYTES)
         .auto_date_header(false)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(WriteDeadline::new(stream, server.limits.stall_timeout)), service);
     let mut connection = pin!(connection);
     let result = tokio::select! {
         result = connection.as_mut() => result,

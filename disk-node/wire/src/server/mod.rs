@@ -2,13 +2,17 @@
 //!
 //! 1. this file: [`NodeService`], limits, accepting and stopping;
 //! 2. [`data`]: chunk requests, HTTP/1.1;
-//! 3. [`control`]: control frames.
+//! 3. [`control`]: control frames;
+//! 4. [`stall`]: a stream that gives up on a peer that does not read.
 //!
 //! Every connection is bounded in number, has a deadline until it is authenticated, and ends with [`serve`]: dropping its future
 //! closes them all.
 
 mod control;
 mod data;
+mod stall;
+#[cfg(test)]
+mod tests;
 
 use crate::auth::{nonce, refuse_busy, server_handshake, Credentials, Purpose};
 use crate::chunk::{ChunkId, ChunkSpec};

@@ -25,6 +25,8 @@ pub const DEADLINE: Duration = Duration::from_secs(20);
 #[derive(Default)]
 pub struct MemoryNode {
     pub chunks: Mutex<HashMap<ChunkId, (ChunkSpec, Vec<u8>)>>,
+    /// Chunks begun.
+    pub begun: AtomicUsize,
     /// Sinks dropped without finish.
     pub aborted: AtomicUsize,
     /// Refuses every chunk with this.
@@ -115,6 +117,7 @@ impl NodeService for Service {
             if let Some(error) = &*self.0.refuse.lock().unwrap() {
                 return Err(error.clone());
             }
+            self.0.begun.fetch_add(1, Ordering::SeqCst);
             let sink: Box<dyn ChunkSink> = Box::new(MemorySink { node: Some(Arc::clone(&self.0)), id, spec, data: Vec::new() });
             Ok(sink)
         }
@@ -210,6 +213,15 @@ pub fn spec(len_bytes: u64) -> ChunkSpec {
         len_bytes,
         owner: ShardId(1),
         created_ms: 1_700_000_000_000,
+    }
+}
+
+/// Waits until the counter has that value, some seconds at most.
+pub async fn reaches(counter: &AtomicUsize, value: usize) {
+    let begin = std::time::Instant::now();
+    while counter.load(Ordering::SeqCst) != value {
+        assert!(begin.elapsed() < DEADLINE, "{} instead of {value}", counter.load(Ordering::SeqCst));
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
 

@@ -1,0 +1,223 @@
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use super::*;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use tokio::io::{duplex, DuplexStream};
+
+const SECRET: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
+
+// Computed with another implementation of HMAC from the description at the top of `auth.rs`: secret and cluster id as in `known`,
+// client nonce 11 11 .., server nonce 22 22 .. .
+const CLIENT_HELLO: &str =
+    "6772616e6172790000010200070707070707070707070707070707071111111111111111111111111111111111111111111111111111111111111111";
+const SERVER_HELLO: &str = "6772616e61727900000100002222222222222222222222222222222222222222222222222222222222222222bab138f272a26e8ae472912ccde8359cbeb69ade9f24536d8ffc0210e53bed6f";
+const CLIENT_PROOF: &str = "1956789b4d380d30f1df81e48f043566c8b5b715fd535adbae7261602c0ddd9c";
+
+fn known() -> Credentials {
+    Credentials { cluster: ClusterId([7; 16]), secret: ClusterSecret::from_hex(SECRET).unwrap() }
+}
+
+/// The session of the golden handshake.
+pub(crate) fn known_session() -> Session {
+    let mut client_hello = [0; CLIENT_HELLO_BYTES];
+    hex::decode_to_slice(CLIENT_HELLO, &mut client_hello).unwrap();
+    let mut server_head = [0; SERVER_HEAD_BYTES];
+    hex::decode_to_slice(&SERVER_HELLO[..2 * SERVER_HEAD_BYTES], &mut server_head).unwrap();
+    Transcript { key: known().secret.key(), client_hello, server_head }.session()
+}
+
+async fn expect(stream: &mut DuplexStream, golden: &str) {
+    let mut bytes = vec![0; golden.len() / 2];
+    stream.read_exact(&mut bytes).await.unwrap();
+    assert_eq!(hex::encode(bytes), golden);
+}
+
+#[tokio::test]
+async fn a_client_says_the_golden_bytes() {
+    let (mut ours, mut theirs) = duplex(1024);
+    let server = tokio::spawn(async move {
+        expect(&mut theirs, CLIENT_HELLO).await;
+        theirs.write_all(&hex::decode(SERVER_HELLO).unwrap()).await.unwrap();
+        expect(&mut theirs, CLIENT_PROOF).await;
+        theirs.write_all(&[0]).await.unwrap();
+    });
+    let session = client_handshake(&mut ours, &known(), Purpose::Control, [0x11; 32]).await.unwrap();
+    server.await.unwrap();
+    assert_eq!(session.to_server.mac(&[b"x"]), known_session().to_server.mac(&[b"x"]));
+    assert_ne!(session.to_server.mac(&[b"x"]), session.to_client.mac(&[b"x"]));
+}
+
+#[tokio::test]
+async fn a_server_says_the_golden_bytes() {
+    let (mut ours, mut theirs) = duplex(1024);
+    let client = tokio::spawn(async move {
+        theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();
+        expect(&mut theirs, SERVER_HELLO).await;
+        theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
+        expect(&mut theirs, "00").await;
+    });
+    let (purpose, session) = server_handshake(&mut ours, &known(), [0x22; 32]).await.unwrap();
+    client.await.unwrap();
+    assert_eq!(purpose, Purpose::Control);
+    assert_eq!(session.to_client.mac(&[b"x"]), known_session().to_client.mac(&[b"x"]));
+}
+
+/// Runs both ends against each other.
+async fn meet(client: Credentials, server: Credentials) -> (Result<Session, LinkError>, Result<(Purpose, Session), LinkError>) {
+    let (mut ours, mut theirs) = duplex(1024);
+    tokio::join!(
+        async move { client_handshake(&mut ours, &client, Purpose::Data, nonce().unwrap()).await },
+        async move { server_handshake(&mut theirs, &server, nonce().unwrap()).await }
+    )
+}
+
+#[tokio::test]
+async fn another_secret_is_refused_on_both_sides() {
+    let other = Credentials { secret: ClusterSecret::generate().unwrap(), ..known() };
+    let (client, server) = meet(other, known()).await;
+    assert_eq!(client.unwrap_err(), LinkError::Auth(AuthError::Secret));
+    assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
+}
+
+#[tokio::test]
+async fn another_cluster_is_refused_on_both_sides() {
+    let other = Credentials { cluster: ClusterId([8; 16]), ..known() };
+    let (client, server) = meet(other, known()).await;
+    assert_eq!(client.unwrap_err(), LinkError::Auth(AuthError::Cluster));
+    assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Cluster));
+}
+
+#[tokio::test]
+async fn a_client_that_skips_the_proof_of_the_server_gains_nothing() {
+    for proof in [[0u8; 32], [0xff; 32]] {
+        let (mut ours, mut theirs) = duplex(1024);
+        let attacker = async move {
+            theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();
+            let mut hello = [0; 76];
+            theirs.read_exact(&mut hello).await.unwrap();
+            theirs.write_all(&proof).await.unwrap();
+            let mut verdict = [0; 1];
+            theirs.read_exact(&mut verdict).await.unwrap();
+            verdict[0]
+        };
+        let credentials = known();
+        let (verdict, server) = tokio::join!(attacker, server_handshake(&mut ours, &credentials, [0x22; 32]));
+        assert_eq!(verdict, 3);
+        assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
+    }
+}
+
+#[tokio::test]
+async fn the_servers_own_proof_is_not_a_proof_of_the_client() {
+    let (mut ours, mut theirs) = duplex(1024);
+    let attacker = async move {
+        theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();
+        let mut hello = [0; 76];
+        theirs.read_exact(&mut hello).await.unwrap();
+        theirs.write_all(&hello[44..]).await.unwrap();
+    };
+    let credentials = known();
+    let (_, server) = tokio::join!(attacker, server_handshake(&mut ours, &credentials, [0x22; 32]));
+    assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
+}
+
+#[tokio::test]
+async fn a_recorded_handshake_is_not_good_for_a_second_connection() {
+    let (mut ours, mut theirs) = duplex(1024);
+    theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();
+    theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
+    let server = server_handshake(&mut ours, &known(), nonce().unwrap()).await;
+    assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
+}
+
+#[tokio::test]
+async fn every_altered_byte_of_a_handshake_is_noticed() {
+    // Bytes 8 and 9 are the version and byte 11 is zero today; those that are only in the transcript count most.
+    for at in 0..60 {
+        let (mut ours, mut theirs) = duplex(1024);
+        let mut hello = hex::decode(CLIENT_HELLO).unwrap();
+        hello[at] ^= 1;
+        theirs.write_all(&hello).await.unwrap();
+        theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
+        assert!(server_handshake(&mut ours, &known(), [0x22; 32]).await.is_err(), "byte {at}");
+    }
+    for at in 0..76 {
+        let (mut ours, mut theirs) = duplex(1024);
+        let mut hello = hex::decode(SERVER_HELLO).unwrap();
+        hello[at] ^= 1;
+        theirs.write_all(&hello).await.unwrap();
+        theirs.write_all(&[0]).await.unwrap();
+        assert!(client_handshake(&mut ours, &known(), Purpose::Control, [0x11; 32]).await.is_err(), "byte {at}");
+    }
+}
+
+#[tokio::test]
+async fn ends_of_different_versions_say_so_to_each_other() {
+    let (mut ours, mut theirs) = duplex(1024);
+    let mut hello = hex::decode(CLIENT_HELLO).unwrap();
+    hello[9] = 2;
+    theirs.write_all(&hello).await.unwrap();
+    let server = server_handshake(&mut ours, &known(), [0x22; 32]).await;
+    assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Version { ours: 1, theirs: 2 }));
+    expect(&mut theirs, "6772616e6172790000010100").await;
+
+    let (mut ours, mut theirs) = duplex(1024);
+    theirs.write_all(&prefix(2, Verdict::Version.number())).await.unwrap();
+    let client = client_handshake(&mut ours, &known(), Purpose::Data, [0x11; 32]).await;
+    assert_eq!(client.unwrap_err(), LinkError::Auth(AuthError::Version { ours: 1, theirs: 2 }));
+}
+
+#[tokio::test]
+async fn a_stranger_is_told_apart_from_a_peer() {
+    let (mut ours, mut theirs) = duplex(1024);
+    theirs.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    assert_eq!(server_handshake(&mut ours, &known(), [0x22; 32]).await.unwrap_err(), LinkError::Auth(AuthError::Magic));
+}
+
+#[test]
+fn keys_of_any_length_give_the_hmac_of_the_standard() {
+    // RFC 4231, test cases 2 and 6: a short key and one longer than a block.
+    let short = MacKey::new(b"Jefe").mac(&[b"what do ya want ", b"for nothing?"]);
+    assert_eq!(hex::encode(short), "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
+    let long = MacKey::new(&[0xaa; 131]).mac(&[b"Test Using Larger Than Block-Size Key - Hash Key First"]);
+    assert_eq!(hex::encode(long), "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54");
+}
+
+#[test]
+fn secrets_do_not_show_in_debug_output() {
+    let shown = format!("{:?} {:?}", known(), known_session());
+    assert!(!shown.contains("0001") && !shown.contains("0, 1, 2") && shown.contains("redacted"), "{shown}");
+}
+
+fn secret_file(text: &str, mode: u32) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file.as_file().set_permissions(std::fs::Permissions::from_mode(mode)).unwrap();
+    file
+}
+
+#[test]
+fn a_secret_file_must_be_private_and_long_enough() {
+    let read = |text: &str, mode| {
+        let file = secret_file(text, mode);
+        ClusterSecret::read_file(file.path()).map_err(|error| error.to_string())
+    };
+    assert_eq!(read(&format!("{SECRET}\n"), 0o600).unwrap().to_hex(), SECRET);
+    assert_eq!(read(SECRET, 0o400).unwrap().to_hex(), SECRET);
+    for mode in [0o640, 0o604, 0o620, 0o660, 0o666, 0o610] {
+        let error = read(SECRET, mode).unwrap_err();
+        assert!(error.contains("chmod 600"), "{mode:o}: {error}");
+    }
+    assert!(read("", 0o600).unwrap_err().contains("fewer than 32"));
+    assert!(read(&SECRET[2..], 0o600).unwrap_err().contains("31 bytes"));
+    assert!(read(&SECRET.replace('0', "g"), 0o600).unwrap_err().contains("hexadecimal"));
+    assert!(read(&SECRET.repeat(100), 0o600).unwrap_err().contains("larger than"));
+    let missing = ClusterSecret::read_file(Path::new("/no/such/secret")).unwrap_err().to_string();
+    assert!(missing.contains("/no/such/secret"), "{missing}");
+}
+
+#[test]
+fn generated_secrets_differ() {
+    assert_ne!(ClusterSecret::generate().unwrap().to_hex(), ClusterSecret::generate().unwrap().to_hex());
+}
