@@ -3,10 +3,13 @@
 //! Reading order:
 //! 1. [`settings`], [`metrics`]: what it is told, and what it tells;
 //! 2. [`shards`]: the way to the metadata shards: leaders, retries, listings over all shards, the cluster map;
-//! 3. `gateway`: one gateway put together, from start to drain; `bootstrap` forms a new cluster;
-//! 4. `admin`: health, metrics, status page and the admin API; `cli`: the `granary` command on top of it;
-//! 5. `dev`: a whole cluster on one machine, for `granary dev`.
+//! 3. [`disks`], [`object`]: disk nodes and whether they answer; payloads on their way into extents and back;
+//! 4. `gateway`: one gateway put together, from start to drain; `bootstrap` forms a new cluster;
+//! 5. `admin`: health, metrics, status page and the admin API; `cli`: the `granary` command on top of it;
+//! 6. `dev`: a whole cluster on one machine, for `granary dev`.
 
+pub mod disks;
 pub mod metrics;
+pub mod object;
 pub mod settings;
 pub mod shards;

@@ -1,0 +1,164 @@
+//! Up, Suspect, Down: what a series of pings and errors says about a disk. Pure: the clock comes in.
+
+use super::DiskSettings;
+use granary_wire::control::NodeStatus;
+use serde::Serialize;
+use std::time::Instant;
+
+/// Whether a disk answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskHealth {
+    /// It answers.
+    Up,
+    /// New, or an error was seen a moment ago: asked, but not relied on.
+    Suspect,
+    /// It does not answer; asked only when nobody else can help.
+    Down,
+}
+
+/// What is known about one disk's health.
+#[derive(Debug)]
+pub(super) struct State {
+    health: DiskHealth,
+    failing_since: Option<Instant>,
+    last_service_error: Option<Instant>,
+    unwritable_until: Option<Instant>,
+    pinged: bool,
+    times_up: u64,
+    status: Option<NodeStatus>,
+    last_error: Option<String>,
+}
+
+impl Default for State {
+    fn default() -> State {
+        State {
+            health: DiskHealth::Suspect,
+            failing_since: None,
+            last_service_error: None,
+            unwritable_until: None,
+            pinged: false,
+            times_up: 0,
+            status: None,
+            last_error: None,
+        }
+    }
+}
+
+impl State {
+    pub(super) fn health(&self) -> DiskHealth {
+        self.health
+    }
+
+    pub(super) fn was_pinged(&self) -> bool {
+        self.pinged
+    }
+
+    pub(super) fn times_up(&self) -> u64 {
+        self.times_up
+    }
+
+    pub(super) fn status(&self) -> Option<&NodeStatus> {
+        self.status.as_ref()
+    }
+
+    pub(super) fn last_error(&self) -> Option<&str> {
+        self.last_error.as_deref()
+    }
+
+    pub(super) fn is_unwritable(&self, now: Instant) -> bool {
+        self.unwritable_until.is_some_and(|until| now < until)
+    }
+
+    pub(super) fn unwritable_until(&mut self, until: Instant) {
+        self.unwritable_until = Some(until);
+    }
+
+    /// An error of a request or a ping. `refused`: nobody (or the wrong disk) is there at all.
+    pub(super) fn error(&mut self, now: Instant, refused: bool, error: &str, settings: &DiskSettings) {
+        let since = *self.failing_since.get_or_insert(now);
+        self.last_service_error = Some(now);
+        self.last_error = Some(error.chars().take(200).collect());
+        self.pinged = true;
+        if refused || now.duration_since(since) >= settings.down_after {
+            self.health = DiskHealth::Down;
+        } else if self.health == DiskHealth::Up {
+            self.health = DiskHealth::Suspect;
+        }
+    }
+
+    /// A good ping.
+    pub(super) fn pinged(&mut self, now: Instant, status: NodeStatus, settings: &DiskSettings) {
+        self.status = Some(status);
+        self.pinged = true;
+        let held = self.last_service_error.is_some_and(|at| now.duration_since(at) < settings.suspect_hold);
+        match self.health {
+            DiskHealth::Up => self.failing_since = None,
+            DiskHealth::Suspect if held && self.times_up > 0 => self.failing_since = None,
+            DiskHealth::Suspect | DiskHealth::Down => {
+                if self.health == DiskHealth::Down || self.times_up == 0 {
+                    self.times_up += 1;
+                }
+                self.health = DiskHealth::Up;
+                self.failing_since = None;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use granary_placement::id::{DiskUuid, Epoch};
+    use std::time::Duration;
+
+    fn status() -> NodeStatus {
+        NodeStatus {
+            disk: None,
+            uuid: DiskUuid([1; 16]),
+            epoch: Epoch(1),
+            capacity_bytes: 1,
+            free_bytes: 1,
+            chunks: 0,
+            chunk_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn an_error_makes_an_up_disk_suspect_at_once_and_pings_bring_it_back_after_the_hold() {
+        let (settings, start) = (DiskSettings::default(), Instant::now());
+        let mut state = State::default();
+        state.pinged(start, status(), &settings);
+        assert_eq!((state.health(), state.times_up()), (DiskHealth::Up, 1));
+        state.error(start, false, "slow", &settings);
+        assert_eq!(state.health(), DiskHealth::Suspect);
+        state.pinged(start + settings.suspect_hold / 2, status(), &settings);
+        assert_eq!(state.health(), DiskHealth::Suspect, "a sick disk often answers pings");
+        state.pinged(start + settings.suspect_hold, status(), &settings);
+        assert_eq!((state.health(), state.times_up()), (DiskHealth::Up, 1), "it was never Down");
+    }
+
+    #[test]
+    fn errors_without_a_good_ping_between_lead_to_down_and_a_good_ping_back_up() {
+        let (settings, start) = (DiskSettings::default(), Instant::now());
+        let mut state = State::default();
+        state.pinged(start, status(), &settings);
+        state.error(start, false, "timeout", &settings);
+        state.error(start + settings.down_after - Duration::from_millis(1), false, "timeout", &settings);
+        assert_eq!(state.health(), DiskHealth::Suspect);
+        state.error(start + settings.down_after, false, "timeout", &settings);
+        assert_eq!(state.health(), DiskHealth::Down);
+        state.pinged(start + settings.down_after, status(), &settings);
+        assert_eq!((state.health(), state.times_up()), (DiskHealth::Up, 2));
+    }
+
+    #[test]
+    fn a_refused_connection_is_down_at_once() {
+        let (settings, start) = (DiskSettings::default(), Instant::now());
+        let mut state = State::default();
+        state.error(start, true, "connection refused", &settings);
+        assert_eq!(state.health(), DiskHealth::Down);
+        assert!(state.was_pinged(), "whoever waits for readiness need not wait for a dead disk");
+    }
+}

@@ -1,0 +1,215 @@
+//! Object payloads: streaming bytes into extents on disks, and back.
+//!
+//! Reading order:
+//! - [`choose`]: pure; which placement group an extent goes to, and how wide it is while disks are down;
+//! - [`write`]: [`ObjectStore::stage`], the body's way into extents; [`extent_write`]: one extent's way onto its disks, by
+//!   [`lane`], one task per chunk; [`staged`]: what happens to chunks whose commit never came;
+//! - [`read`]: [`ObjectStore::read`], a range as a stream of windows; [`fetch`]: blocks of one extent from whichever disks can
+//!   give them, decoding what is lost, slow or corrupt;
+//! - [`reports`]: chunks that readers found missing or corrupt, on their way to the healer.
+//!
+//! **Invariant:** `stage` returns only after at least K+1 chunks of every extent are durable, and names the others.
+//! **Invariant:** no byte leaves [`read`] that was not verified against its block's checksum or decoded from blocks that were.
+//! **Invariant:** nothing here deletes a chunk of an extent whose commit may have happened.
+
+pub mod choose;
+mod counters;
+mod extent_write;
+pub mod fetch;
+mod lane;
+mod read;
+pub mod reports;
+mod staged;
+mod write;
+
+pub use counters::ObjectCounters;
+pub use read::{ObjectReader, ReadError};
+pub use staged::Staged;
+pub use write::StageError;
+
+use crate::disks::Disks;
+use choose::GroupIndex;
+use fetch::Pulse;
+use granary_placement::codec::{Codec, CodecError};
+use granary_placement::id::DiskId;
+use granary_placement::map::ClusterMap;
+use granary_wire::chunk::ChunkId;
+use granary_wire::record::ExtentRef;
+use reports::Reports;
+use staged::Cleaner;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// An error of the stream that a payload comes from; handed back untouched in [`StageError::Body`].
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// How payloads are written and read.
+#[derive(Debug, Clone)]
+pub struct ObjectSettings {
+    /// Payloads up to this many bytes ride in the object record.
+    pub inline_limit_bytes: u64,
+    /// Longest extent, in payload bytes: at most 64 MiB.
+    pub extent_bytes: u64,
+    /// Extents whose chunks are at most this long are sent with one request per chunk, all bytes at hand.
+    pub whole_chunk_bytes: u64,
+    /// An extent that fails is written again elsewhere while no more than this much of it was taken from the body.
+    pub replay_bytes: u64,
+    /// How long one write to one disk may take, and how long its answer may take after the last byte.
+    pub write_deadline: Duration,
+    /// How long one read from one disk may take.
+    pub read_deadline: Duration,
+    /// Bytes of one chunk per read request; a unit at least. A reader holds two windows of K of these.
+    pub window_bytes: u64,
+    /// The shortest time after which other disks are asked for what one is late with.
+    pub hedge_floor: Duration,
+    /// Extra reads for slow disks, in percent of all reads. Reads in place of failed disks are not counted.
+    pub hedge_percent: u64,
+}
+
+impl Default for ObjectSettings {
+    fn default() -> ObjectSettings {
+        ObjectSettings {
+            inline_limit_bytes: 8 * 1024,
+            extent_bytes: granary_placement::extent::MAX_EXTENT_BYTES,
+            whole_chunk_bytes: 1024 * 1024,
+            replay_bytes: 8 * 1024 * 1024,
+            write_deadline: Duration::from_secs(10),
+            read_deadline: Duration::from_secs(10),
+            window_bytes: 1024 * 1024,
+            hedge_floor: Duration::from_millis(30),
+            hedge_percent: 10,
+        }
+    }
+}
+
+/// Writes and reads payloads. Cheap to clone.
+#[derive(Clone)]
+pub struct ObjectStore {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    disks: Disks,
+    settings: ObjectSettings,
+    counters: Arc<ObjectCounters>,
+    codecs: Mutex<HashMap<(u8, u8), Codec>>,
+    groups: Mutex<Option<Arc<GroupIndex>>>,
+    pulse: Pulse,
+    reports: Reports,
+    cleaner: Cleaner,
+}
+
+impl ObjectStore {
+    /// A store over those disks. Must be called inside a tokio runtime: it starts the task that deletes what was staged and never
+    /// committed, which ends with the last clone.
+    pub fn new(disks: Disks, settings: ObjectSettings) -> ObjectStore {
+        let counters = Arc::new(ObjectCounters::default());
+        let cleaner = Cleaner::start(disks.clone(), counters.clone());
+        ObjectStore {
+            inner: Arc::new(Inner {
+                disks,
+                settings,
+                counters,
+                codecs: Mutex::default(),
+                groups: Mutex::default(),
+                pulse: Pulse::default(),
+                reports: Reports::default(),
+                cleaner,
+            }),
+        }
+    }
+
+    /// The disks below.
+    pub fn disks(&self) -> &Disks {
+        &self.inner.disks
+    }
+
+    /// Chunks that readers found missing or corrupt; the healer takes them from here.
+    pub fn reports(&self) -> &Reports {
+        &self.inner.reports
+    }
+
+    /// Counters.
+    pub fn counters(&self) -> &ObjectCounters {
+        &self.inner.counters
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &ObjectSettings {
+        &self.inner.settings
+    }
+
+    /// The codec of that K and M; made once. There are at most 512.
+    ///
+    /// # Errors
+    /// K or M out of range, or a codec that is not what it should be.
+    pub fn codec(&self, k: u8, m: u8) -> Result<Codec, CodecError> {
+        let mut codecs = self.inner.codecs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(codec) = codecs.get(&(k, m)) {
+            return Ok(codec.clone());
+        }
+        let codec = Codec::new(k, m)?;
+        codecs.insert((k, m), codec.clone());
+        Ok(codec)
+    }
+
+    /// The groups of each scheme by the map of that epoch; made once per epoch.
+    fn group_index(&self, map: &ClusterMap) -> Arc<GroupIndex> {
+        let mut groups = self.inner.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*groups {
+            Some(index) if index.epoch() == map.epoch => index.clone(),
+            _ => {
+                let index = Arc::new(GroupIndex::new(map));
+                *groups = Some(index.clone());
+                index
+            }
+        }
+    }
+}
+
+/// The disk that chunk `index` of an extent lies on by this map; None when the map has no such group or slot.
+pub fn disk_of(map: &ClusterMap, extent: &ExtentRef, index: u8) -> Option<DiskId> {
+    let slot = extent.slots.get(usize::from(index))?;
+    map.group(extent.group)?.slots.get(usize::from(*slot)).copied()
+}
+
+/// The name of chunk `index` of an extent.
+pub fn chunk_id(extent: &ExtentRef, index: u8) -> ChunkId {
+    ChunkId { group: extent.group, extent: extent.extent, index, generation: extent.generation }
+}
+
+/// Whether an extent's record can be used at all: limits of the codec, a unit a stripe can have, as many slots as chunks.
+///
+/// # Errors
+/// What is wrong with it, for the log.
+pub fn check_extent(extent: &ExtentRef) -> Result<(), String> {
+    let (k, m) = (extent.k, extent.m);
+    if k == 0 || k > granary_placement::codec::MAX_K || m == 0 || m > granary_placement::codec::MAX_M {
+        return Err(format!("extent {} has K+M {k}+{m}", extent.extent));
+    }
+    let unit = u64::from(extent.unit_bytes);
+    if unit == 0 || unit % granary_wire::chunk::BLOCK_BYTES != 0 {
+        return Err(format!("extent {} has a unit of {unit} bytes", extent.extent));
+    }
+    if extent.len_bytes == 0 || extent.len_bytes > granary_placement::extent::MAX_EXTENT_BYTES {
+        return Err(format!("extent {} has {} bytes", extent.extent, extent.len_bytes));
+    }
+    if extent.slots.len() != usize::from(k) + usize::from(m) {
+        return Err(format!("extent {} names {} slots for {k}+{m}", extent.extent, extent.slots.len()));
+    }
+    Ok(())
+}
+
+/// Random bytes from the operating system.
+fn random<const N: usize>() -> Result<[u8; N], StageError> {
+    let mut bytes = [0u8; N];
+    getrandom::fill(&mut bytes).map_err(|error| StageError::Unavailable(format!("no randomness: {error}")))?;
+    Ok(bytes)
+}
+
+/// The gateway's clock, Unix milliseconds. For ages only, never for order.
+pub(crate) fn now_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,257 @@
+//! A disk node whose disk is a map, with faults on demand.
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use granary_placement::id::{DiskId, DiskUuid, Epoch};
+use granary_wire::chunk::{block_count, block_crc, ChunkHealth, ChunkId, ChunkSpec, BLOCK_BYTES};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
+use granary_wire::error::ChunkError;
+use granary_wire::server::{serve, ChunkBlocks, ChunkSink, NodeService, ServerLimits};
+use granary_wire::Credentials;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// How a block lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Damage {
+    /// A bit is flipped, and the node does not notice.
+    Flip,
+    /// The node notices that its checksum fails.
+    Noticed,
+    /// Bytes and checksum of another block of the chunk.
+    Misplaced,
+}
+
+#[derive(Clone)]
+pub struct Stored {
+    pub spec: ChunkSpec,
+    pub bytes: Bytes,
+    pub crcs: Vec<u32>,
+}
+
+/// The disk and its faults; outlives the server in front of it.
+pub struct Disk {
+    pub id: DiskId,
+    pub uuid: DiskUuid,
+    pub chunks: Mutex<BTreeMap<ChunkId, Stored>>,
+    pub damage: Mutex<BTreeMap<(ChunkId, u32), Damage>>,
+    /// Reads find nothing.
+    pub blind: AtomicBool,
+    /// Every request hangs for ever, as if the process were stopped.
+    pub hung: AtomicBool,
+    /// Reads take this long.
+    pub read_delay_ms: AtomicU64,
+    /// The server is gone after so many bytes written from now on.
+    pub die_after_bytes: AtomicU64,
+    pub full: AtomicBool,
+    pub reads_begun: AtomicU64,
+    pub reads_ended: AtomicU64,
+    pub deletes: AtomicU64,
+    server: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Disk {
+    pub fn new(id: u32) -> Arc<Disk> {
+        Arc::new(Disk {
+            id: DiskId(id),
+            uuid: DiskUuid([id as u8; 16]),
+            chunks: Mutex::default(),
+            damage: Mutex::default(),
+            blind: AtomicBool::new(false),
+            hung: AtomicBool::new(false),
+            read_delay_ms: AtomicU64::new(0),
+            die_after_bytes: AtomicU64::new(u64::MAX),
+            full: AtomicBool::new(false),
+            reads_begun: AtomicU64::new(0),
+            reads_ended: AtomicU64::new(0),
+            deletes: AtomicU64::new(0),
+            server: Mutex::new(None),
+        })
+    }
+
+    pub fn serve(self: &Arc<Disk>, listener: TcpListener, credentials: Credentials) {
+        let service: Arc<dyn NodeService> = Arc::new(Service(self.clone()));
+        let server = tokio::spawn(serve(listener, service, credentials, ServerLimits::default(), CancellationToken::new()));
+        *self.server.lock().unwrap() = Some(server);
+    }
+
+    /// As kill -9: every connection breaks, new ones are refused.
+    pub fn kill(&self) {
+        if let Some(server) = self.server.lock().unwrap().take() {
+            server.abort();
+        }
+    }
+
+    pub fn count(&self) -> usize {
+        self.chunks.lock().unwrap().len()
+    }
+
+    async fn hang(&self) {
+        if self.hung.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    fn health(&self, id: &ChunkId) -> ChunkHealth {
+        let chunks = self.chunks.lock().unwrap();
+        let Some(stored) = chunks.get(id).filter(|_| !self.blind.load(Ordering::SeqCst)) else { return ChunkHealth::Missing };
+        let damage = self.damage.lock().unwrap();
+        let damaged = damage.keys().any(|(damaged, _)| damaged == id);
+        let wrong = stored.bytes.chunks(BLOCK_BYTES as usize).zip(&stored.crcs).zip(0u32..);
+        let wrong = wrong.into_iter().any(|((bytes, crc), block)| block_crc(id, block, bytes) != *crc);
+        if damaged || wrong {
+            ChunkHealth::Corrupt
+        } else {
+            ChunkHealth::Good
+        }
+    }
+
+    fn read(&self, id: ChunkId, first: u32, blocks: u32) -> Result<ChunkBlocks, ChunkError> {
+        let chunks = self.chunks.lock().unwrap();
+        let stored = chunks.get(&id).filter(|_| !self.blind.load(Ordering::SeqCst)).ok_or(ChunkError::NotFound)?;
+        let total = block_count(stored.spec.len_bytes) as u32;
+        let damage = self.damage.lock().unwrap();
+        let (mut crcs, mut data) = (Vec::new(), Vec::new());
+        for block in first..total.min(first + blocks) {
+            let at = |block: u32| {
+                let start = block as usize * BLOCK_BYTES as usize;
+                stored.bytes.slice(start..stored.bytes.len().min(start + BLOCK_BYTES as usize))
+            };
+            let mut bytes = at(block);
+            let mut crc = stored.crcs[block as usize];
+            match damage.get(&(id, block)) {
+                None => {}
+                Some(Damage::Noticed) => return Err(ChunkError::Corrupt { block }),
+                Some(Damage::Flip) => {
+                    let mut flipped = bytes.to_vec();
+                    let place = (id.index as usize * 977 + block as usize * 31) % flipped.len();
+                    flipped[place] ^= 1 << (block % 8);
+                    bytes = flipped.into();
+                }
+                Some(Damage::Misplaced) => {
+                    let other = if block == 0 { total - 1 } else { block - 1 };
+                    let there = at(other);
+                    if there.len() == bytes.len() && other != block {
+                        (bytes, crc) = (there, stored.crcs[other as usize]);
+                    } else {
+                        crc ^= 1;
+                    }
+                }
+            }
+            crcs.push(crc);
+            data.push(bytes);
+        }
+        Ok(ChunkBlocks { spec: stored.spec, first_block: first, crcs, data })
+    }
+}
+
+struct Service(Arc<Disk>);
+
+impl NodeService for Service {
+    fn control(&self, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
+        Box::pin(async move {
+            let disk = &self.0;
+            disk.hang().await;
+            match request {
+                ControlRequest::Status => ControlResponse::Status(NodeStatus {
+                    disk: Some(disk.id),
+                    uuid: disk.uuid,
+                    epoch: Epoch(1),
+                    capacity_bytes: 1 << 40,
+                    free_bytes: 1 << 39,
+                    chunks: disk.count() as u64,
+                    chunk_bytes: 0,
+                }),
+                ControlRequest::DeleteChunks(ids) => {
+                    disk.deletes.fetch_add(ids.len() as u64, Ordering::SeqCst);
+                    let mut chunks = disk.chunks.lock().unwrap();
+                    let mut damage = disk.damage.lock().unwrap();
+                    damage.retain(|(id, _), _| !ids.contains(id));
+                    ControlResponse::Deleted(ids.iter().filter(|id| chunks.remove(id).is_some()).count() as u32)
+                }
+                ControlRequest::HaveChunks(ids) => {
+                    let chunks = disk.chunks.lock().unwrap();
+                    ControlResponse::Have(ids.iter().map(|id| chunks.contains_key(id)).collect())
+                }
+                ControlRequest::VerifyChunks(ids) => ControlResponse::Health(ids.iter().map(|id| disk.health(id)).collect()),
+                _ => ControlResponse::Error(ControlError::BadRequest("not in this test".to_owned())),
+            }
+        })
+    }
+
+    fn begin_chunk(&self, id: ChunkId, spec: ChunkSpec) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>> {
+        Box::pin(async move {
+            self.0.hang().await;
+            if self.0.full.load(Ordering::SeqCst) {
+                return Err(ChunkError::DiskFull);
+            }
+            if self.0.chunks.lock().unwrap().contains_key(&id) {
+                return Err(ChunkError::AlreadyThere);
+            }
+            let sink: Box<dyn ChunkSink> = Box::new(Sink { disk: self.0.clone(), id, spec, bytes: Vec::new() });
+            Ok(sink)
+        })
+    }
+
+    fn read_blocks(&self, id: ChunkId, first: u32, blocks: u32) -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>> {
+        Box::pin(async move {
+            self.0.reads_begun.fetch_add(1, Ordering::SeqCst);
+            self.0.hang().await;
+            let delay_ms = self.0.read_delay_ms.load(Ordering::SeqCst);
+            if delay_ms > 0 {
+                tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+            }
+            let result = self.0.read(id, first, blocks);
+            self.0.reads_ended.fetch_add(1, Ordering::SeqCst);
+            result
+        })
+    }
+}
+
+struct Sink {
+    disk: Arc<Disk>,
+    id: ChunkId,
+    spec: ChunkSpec,
+    bytes: Vec<u8>,
+}
+
+impl ChunkSink for Sink {
+    fn write(&mut self, data: Bytes) -> BoxFuture<'_, Result<(), ChunkError>> {
+        Box::pin(async move {
+            self.disk.hang().await;
+            let left = self.disk.die_after_bytes.load(Ordering::SeqCst);
+            if left != u64::MAX {
+                if (data.len() as u64) > left {
+                    self.disk.kill();
+                    std::future::pending::<()>().await;
+                }
+                self.disk.die_after_bytes.store(left - data.len() as u64, Ordering::SeqCst);
+            }
+            self.bytes.extend_from_slice(&data);
+            Ok(())
+        })
+    }
+
+    fn finish(self: Box<Self>, crcs: Vec<u32>) -> BoxFuture<'static, Result<(), ChunkError>> {
+        Box::pin(async move {
+            self.disk.hang().await;
+            for (block, (bytes, crc)) in (0u32..).zip(self.bytes.chunks(BLOCK_BYTES as usize).zip(&crcs)) {
+                if block_crc(&self.id, block, bytes) != *crc {
+                    return Err(ChunkError::Corrupt { block });
+                }
+            }
+            assert_eq!(self.bytes.len() as u64, self.spec.len_bytes);
+            let mut chunks = self.disk.chunks.lock().unwrap();
+            if chunks.contains_key(&self.id) {
+                return Err(ChunkError::AlreadyThere);
+            }
+            chunks.insert(self.id, Stored { spec: self.spec, bytes: self.bytes.into(), crcs });
+            Ok(())
+        })
+    }
+}
