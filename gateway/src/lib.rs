@@ -8,8 +8,10 @@
 //! 5. `admin`: health, metrics, status page and the admin API; `cli`: the `granary` command on top of it;
 //! 6. `dev`: a whole cluster on one machine, for `granary dev`.
 
+pub mod digest;
 pub mod disks;
 pub mod metrics;
 pub mod object;
+pub mod s3;
 pub mod settings;
 pub mod shards;

@@ -1,0 +1,209 @@
+//! Bodies at the edge: what comes off the socket, and what goes onto it.
+
+use super::backend::ReadError;
+use super::request::RequestInfo;
+use super::sums::SumCheck;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::Stream;
+use http_body::{Body as _, Frame, SizeHint};
+use hyper::body::Incoming;
+use s3s::stream::{ByteStream, RemainingLength};
+use s3s::StdError;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::time::{Instant, Sleep};
+
+/// Why a request's body broke off on the wire.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RequestBodyError {
+    /// No byte for too long.
+    #[error("no byte of the body came for too long")]
+    Idle,
+    /// A sum in the headers does not fit (bodies of XML verbs only; those of objects are checked by their verbs).
+    #[error("{0}")]
+    Checksum(String),
+    /// hyper's error.
+    #[error("the connection broke")]
+    Connection(#[source] hyper::Error),
+}
+
+/// The socket's end of a request body. It outlives the request's handling, so that what a refused client still sends can be drained.
+pub(super) struct Wire {
+    incoming: Mutex<Option<Incoming>>,
+    polled: AtomicBool,
+}
+
+impl Wire {
+    /// Holds the body of a request.
+    pub(super) fn new(incoming: Incoming) -> Arc<Wire> {
+        Arc::new(Wire { incoming: Mutex::new(Some(incoming)), polled: AtomicBool::new(false) })
+    }
+
+    /// Did anyone ask for bytes? If not, a client that waits for `100 Continue` sends none.
+    pub(super) fn was_polled(&self) -> bool {
+        self.polled.load(Ordering::Relaxed)
+    }
+
+    /// Takes the unread rest; None when all was read.
+    pub(super) fn take_rest(&self) -> Option<Incoming> {
+        self.incoming.lock().unwrap_or_else(PoisonError::into_inner).take().filter(|incoming| !incoming.is_end_stream())
+    }
+}
+
+/// A request body on its way into s3s: bounded in idle time, and verified against its sums when a verb takes XML.
+pub(super) struct RequestBody {
+    wire: Arc<Wire>,
+    info: Arc<RequestInfo>,
+    idle_limit: Duration,
+    idle: Option<Pin<Box<Sleep>>>,
+    check: Option<SumCheck>,
+    started: bool,
+    over: bool,
+}
+
+impl RequestBody {
+    /// Wraps a body; `idle_limit` is the longest wait for its next byte.
+    pub(super) fn new(wire: Arc<Wire>, info: Arc<RequestInfo>, idle_limit: Duration) -> RequestBody {
+        RequestBody { wire, info, idle_limit, idle: None, check: None, started: false, over: false }
+    }
+
+    fn fail(&mut self, error: RequestBodyError) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+        self.over = true;
+        Poll::Ready(Some(Err(error)))
+    }
+
+    fn waiting(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+        let limit = self.idle_limit;
+        let idle = self.idle.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        match idle.as_mut().poll(cx) {
+            Poll::Ready(()) => self.fail(RequestBodyError::Idle),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+impl http_body::Body for RequestBody {
+    type Data = Bytes;
+    type Error = RequestBodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+        if self.over {
+            return Poll::Ready(None);
+        }
+        if !self.started {
+            // Routing and authorisation are done by the first poll, so it is known whether the body is XML.
+            self.started = true;
+            self.wire.polled.store(true, Ordering::Relaxed);
+            self.check = self.info.xml_check();
+        }
+        let polled = match self.wire.incoming.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(incoming) => Pin::new(incoming).poll_frame(cx),
+            None => Poll::Ready(None),
+        };
+        match polled {
+            Poll::Pending => self.waiting(cx),
+            Poll::Ready(Some(Ok(frame))) => {
+                let limit = self.idle_limit;
+                if let Some(idle) = &mut self.idle {
+                    idle.as_mut().reset(Instant::now() + limit);
+                }
+                if let Some(data) = frame.data_ref() {
+                    self.info.add_received(data.len() as u64);
+                    if let Some(check) = &mut self.check {
+                        check.update(data);
+                    }
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(cause))) => self.fail(RequestBodyError::Connection(cause)),
+            Poll::Ready(None) => match self.check.take().map_or(Ok(()), SumCheck::verify) {
+                Ok(()) => {
+                    self.over = true;
+                    Poll::Ready(None)
+                }
+                Err(error) => {
+                    let message = error.message().unwrap_or("a checksum does not match").to_owned();
+                    self.info.set_body_fault(error);
+                    self.fail(RequestBodyError::Checksum(message))
+                }
+            },
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        // An empty body with a sum still has to be verified, so its end must be polled.
+        let at_end = self.wire.incoming.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_none_or(Incoming::is_end_stream);
+        at_end && self.check.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.wire.incoming.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Incoming::size_hint).unwrap_or_default()
+    }
+}
+
+/// Makes a stream shareable by reference, as s3s wants its bodies; it is only ever polled through `&mut`, so the lock is never taken.
+pub(super) struct SyncStream<T>(Mutex<BoxStream<'static, T>>);
+
+impl<T> SyncStream<T> {
+    /// Wraps a stream.
+    pub(super) fn new(stream: BoxStream<'static, T>) -> SyncStream<T> {
+        SyncStream(Mutex::new(stream))
+    }
+}
+
+impl<T> Stream for SyncStream<T> {
+    type Item = T;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<T>> {
+        self.0.get_mut().unwrap_or_else(PoisonError::into_inner).as_mut().poll_next(cx)
+    }
+}
+
+/// The payload of a GET: frames of the object reader passed on untouched, with the exact length. A stream that is shorter or longer
+/// than its length ends in an error, which breaks the connection: a client never takes a cut object for a whole one.
+pub(super) struct ExactBody {
+    frames: SyncStream<Result<Bytes, ReadError>>,
+    left_bytes: u64,
+}
+
+impl ExactBody {
+    /// Wraps a stream of exactly `len_bytes`.
+    pub(super) fn new(frames: BoxStream<'static, Result<Bytes, ReadError>>, len_bytes: u64) -> ExactBody {
+        ExactBody { frames: SyncStream::new(frames), left_bytes: len_bytes }
+    }
+}
+
+impl Stream for ExactBody {
+    type Item = Result<Bytes, StdError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.left_bytes == 0 {
+            return Poll::Ready(None);
+        }
+        let wrong_length = || ReadError::Internal("a payload has another length than its record says".to_owned());
+        let item = match std::task::ready!(Pin::new(&mut self.frames).poll_next(cx)) {
+            Some(Ok(frame)) => match self.left_bytes.checked_sub(frame.len() as u64) {
+                Some(left) => {
+                    self.left_bytes = left;
+                    return Poll::Ready(Some(Ok(frame)));
+                }
+                None => wrong_length(),
+            },
+            Some(Err(cause)) => cause,
+            None => wrong_length(),
+        };
+        tracing::error!(cause = %item, "a payload breaks off after its headers were sent");
+        Poll::Ready(Some(Err(Box::new(item))))
+    }
+}
+
+impl ByteStream for ExactBody {
+    fn remaining_length(&self) -> RemainingLength {
+        RemainingLength::new_exact(usize::try_from(self.left_bytes).unwrap_or(usize::MAX))
+    }
+}

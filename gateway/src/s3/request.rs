@@ -1,0 +1,134 @@
+//! What is known of one request: its ids, what was found out on its way, and the line it leaves in the log.
+
+use super::sums::SumCheck;
+use http::{Extensions, HeaderMap, Method};
+use s3s::S3Error;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+/// Longest part of a path in a log line, in bytes.
+const LOGGED_PATH_BYTES: usize = 256;
+
+/// One request.
+pub(super) struct RequestInfo {
+    /// x-amz-request-id: 16 hex digits.
+    pub(super) id: String,
+    /// x-amz-id-2.
+    pub(super) id2: String,
+    method: Method,
+    path: String,
+    began: Instant,
+    /// Name of the verb; set when the request was authorised, so "is set" means "is authorised".
+    verb: OnceLock<&'static str>,
+    /// A verb began its work: the body of an XML verb came whole and well.
+    entered: AtomicBool,
+    received_bytes: AtomicU64,
+    check: Mutex<Option<SumCheck>>,
+    body_fault: Mutex<Option<S3Error>>,
+}
+
+impl RequestInfo {
+    /// Begins a request.
+    pub(super) fn new(method: Method, path: &str) -> Arc<RequestInfo> {
+        let mut random = [0u8; 24];
+        // Ids need to be different, not secret: the clock will do when the system gives no randomness.
+        if getrandom::fill(&mut random).is_err() {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+            for (place, byte) in random.iter_mut().zip(now.as_nanos().to_le_bytes()) {
+                *place = byte;
+            }
+        }
+        let (id, id2) = random.split_at(8);
+        let mut end = path.len().min(LOGGED_PATH_BYTES);
+        while !path.is_char_boundary(end) {
+            end -= 1;
+        }
+        Arc::new(RequestInfo {
+            id: hex::encode_upper(id),
+            id2: hex::encode(id2),
+            method,
+            path: path.get(..end).unwrap_or_default().to_owned(),
+            began: Instant::now(),
+            verb: OnceLock::new(),
+            entered: AtomicBool::new(false),
+            received_bytes: AtomicU64::new(0),
+            check: Mutex::new(None),
+            body_fault: Mutex::new(None),
+        })
+    }
+
+    /// The request that carries these extensions.
+    pub(super) fn of(extensions: &Extensions) -> Option<&Arc<RequestInfo>> {
+        extensions.get::<Arc<RequestInfo>>()
+    }
+
+    /// The request was authorised for a verb.
+    pub(super) fn authorised(&self, verb: &'static str) {
+        let _ = self.verb.set(verb);
+    }
+
+    /// Was it authorised?
+    pub(super) fn is_authorised(&self) -> bool {
+        self.verb.get().is_some()
+    }
+
+    /// A verb begins.
+    pub(super) fn enter(extensions: &Extensions) {
+        if let Some(info) = RequestInfo::of(extensions) {
+            info.entered.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Did a verb begin?
+    pub(super) fn has_entered(&self) -> bool {
+        self.entered.load(Ordering::Relaxed)
+    }
+
+    /// The body is XML and has sums in its headers: they are to be verified as it is read.
+    ///
+    /// # Errors
+    /// Malformed sums.
+    pub(super) fn verify_xml(&self, headers: &HeaderMap) -> Result<(), S3Error> {
+        *self.check.lock().unwrap_or_else(PoisonError::into_inner) = SumCheck::begin(headers)?;
+        Ok(())
+    }
+
+    /// What to verify the body with.
+    pub(super) fn xml_check(&self) -> Option<SumCheck> {
+        self.check.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Why the body of an XML verb was refused. s3s answers such a body with 500; the service puts this error in its place.
+    pub(super) fn set_body_fault(&self, error: S3Error) {
+        *self.body_fault.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    }
+
+    /// See [`RequestInfo::set_body_fault`].
+    pub(super) fn take_body_fault(&self) -> Option<S3Error> {
+        self.body_fault.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Counts bytes of the body.
+    pub(super) fn add_received(&self, bytes: u64) {
+        self.received_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// The request's line in the log. Called once, when its last byte was sent or its connection broke.
+    pub(super) fn log(&self, status: u16, code: &str, sent_bytes: u64, whole: bool) {
+        let verb = self.verb.get().copied().unwrap_or("-");
+        let ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let received_bytes = self.received_bytes.load(Ordering::Relaxed);
+        if status >= 500 || !whole {
+            tracing::warn!(
+                target: "granary::s3", id = %self.id, verb, method = %self.method, path = ?self.path, status, code, received_bytes,
+                sent_bytes, whole, ms, "request"
+            );
+        } else {
+            tracing::debug!(
+                target: "granary::s3", id = %self.id, verb, method = %self.method, path = ?self.path, status, code, received_bytes,
+                sent_bytes, whole, ms, "request"
+            );
+        }
+    }
+}
