@@ -8,6 +8,8 @@
 mod chunk;
 mod control;
 mod pool;
+#[cfg(test)]
+mod tests;
 
 pub use chunk::ChunkWriter;
 

@@ -53,7 +53,7 @@ fn get(number: u32) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_altered_request_is_refused_and_the_connection_closed() {
     let server = start().await;
-    let (_, good) = (0, |session: &Session| signed(session, 0, "GET", &get(1), None));
+    let good = |session: &Session| signed(session, 0, "GET", &get(1), None);
     let (mut stream, session) = enter(&server, Purpose::Data).await;
     stream.write_all(good(&session).as_bytes()).await.unwrap();
     assert!(one_answer(&mut stream).await.starts_with("HTTP/1.1 404"), "the request itself is in order");
