@@ -68,10 +68,42 @@ impl ObjectStore {
     where
         S: Stream<Item = Result<Bytes, BodyError>> + Send,
     {
+        self.stage_within(self.settings().inline_limit_bytes, scheme, owner_shard, len_bytes, body).await
+    }
+
+    /// As [`ObjectStore::stage`], for a part of a multipart upload: never inline unless empty, because parts become one object by
+    /// joining their extents.
+    ///
+    /// # Errors
+    /// As [`ObjectStore::stage`].
+    pub async fn stage_part<S>(
+        &self,
+        scheme: Option<&str>,
+        owner_shard: ShardId,
+        len_bytes: u64,
+        body: S,
+    ) -> Result<Staged, StageError>
+    where
+        S: Stream<Item = Result<Bytes, BodyError>> + Send,
+    {
+        self.stage_within(0, scheme, owner_shard, len_bytes, body).await
+    }
+
+    async fn stage_within<S>(
+        &self,
+        inline_limit_bytes: u64,
+        scheme: Option<&str>,
+        owner_shard: ShardId,
+        len_bytes: u64,
+        body: S,
+    ) -> Result<Staged, StageError>
+    where
+        S: Stream<Item = Result<Bytes, BodyError>> + Send,
+    {
         let body = std::pin::pin!(body);
         let mut source = Source::new(body, len_bytes, self.settings().replay_bytes);
         let mut uncommitted = Uncommitted::new(&self.inner.cleaner);
-        if len_bytes <= self.settings().inline_limit_bytes {
+        if len_bytes <= inline_limit_bytes {
             let len = usize::try_from(len_bytes).unwrap_or(0);
             let mut bytes = BytesMut::with_capacity(len);
             source.take(&mut bytes, len).await?;

@@ -5,10 +5,11 @@
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use granary_placement::id::ShardId;
 use granary_wire::meta::{Answer, ChunkRef, Command, ListFrom, ListItem, Query, Reply};
-use granary_wire::record::{BucketId, ObjectData};
+use granary_wire::record::{AccountId, BucketId, BucketRecord, ObjectData, UploadId, UploadRecord};
 use std::ops::Range;
+
+pub use crate::shards::buckets::{Created, Removed};
 
 /// Why a shard gave no answer.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -87,17 +88,27 @@ pub struct StageSpec<'a> {
 /// A page of a merged listing: items in byte order, and whether there is more.
 pub type ListingPage = (Vec<ListItem>, bool);
 
+/// A page of a merged listing of uploads: in byte order of key, then id, and whether there is more.
+pub type UploadsPage = (Vec<(String, UploadId, UploadRecord)>, bool);
+
+/// Where a listing of uploads goes on: after this upload of the key, or after all of them.
+pub type UploadsAfter = Option<(String, Option<UploadId>)>;
+
 /// The rest of the gateway.
 #[async_trait]
 pub trait Backend: Send + Sync + 'static {
-    /// The shards that hold objects; empty while no cluster map is known.
-    fn object_shards(&self) -> Vec<ShardId>;
     /// Does a storage class of that name exist?
     fn has_scheme(&self, name: &str) -> bool;
-    /// A command to a shard by number.
-    async fn command(&self, shard: ShardId, command: Command) -> Result<Reply, BackendError>;
-    /// A query to a shard by number.
-    async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, BackendError>;
+    /// A bucket by name; may be remembered, because a shard refuses buckets that are gone.
+    async fn bucket(&self, name: &str) -> Result<Option<BucketRecord>, BackendError>;
+    /// A bucket by name, as it is now.
+    async fn bucket_now(&self, name: &str) -> Result<Option<BucketRecord>, BackendError>;
+    /// Makes a bucket.
+    async fn create_bucket(&self, name: &str, owner: AccountId) -> Result<Created, BackendError>;
+    /// Deletes a bucket if nothing is in it.
+    async fn delete_bucket(&self, name: &str) -> Result<Removed, BackendError>;
+    /// Buckets in order of name, after one; `limit` is 1 to 1,000.
+    async fn list_buckets(&self, after: &str, limit: u32) -> Result<(Vec<BucketRecord>, bool), BackendError>;
     /// A command to the shard that owns (bucket, key).
     async fn command_for(&self, bucket: BucketId, key: &str, command: Command) -> Result<Reply, BackendError>;
     /// A query to the shard that owns (bucket, key).
@@ -111,6 +122,14 @@ pub trait Backend: Send + Sync + 'static {
         from: ListFrom,
         limit: u32,
     ) -> Result<Option<ListingPage>, BackendError>;
+    /// A page of uploads in progress, merged over all shards; `limit` is 1 to 1,000. None: the bucket is fenced.
+    async fn list_uploads(
+        &self,
+        bucket: BucketId,
+        prefix: &str,
+        after: UploadsAfter,
+        limit: u32,
+    ) -> Result<Option<UploadsPage>, BackendError>;
     /// Streams a payload to the disks (or into bytes that ride in the record). Polls the stream to its end, so that an error at the
     /// very end is seen too. Durable when it returns.
     async fn stage(

@@ -1,18 +1,15 @@
 //! Verbs on buckets: create, head, list, delete, location.
 
 use super::access::account_text;
+use super::backend::{Created, Removed};
 use super::context::S3Context;
 use super::error;
-use futures::StreamExt;
-use granary_placement::id::ShardId;
-use granary_wire::meta::{Answer, Command, Query, Reply};
-use granary_wire::record::BucketId;
 use s3s::dto::{
     Bucket, BucketLocationConstraint, CreateBucketInput, CreateBucketOutput, DeleteBucketInput, DeleteBucketOutput, GetBucketLocationInput,
     GetBucketLocationOutput, HeadBucketInput, HeadBucketOutput, ListBucketsInput, ListBucketsOutput, Owner,
 };
 use s3s::path::check_bucket_name;
-use s3s::{s3_error, S3ErrorCode, S3Request, S3Response, S3Result};
+use s3s::{s3_error, S3Request, S3Response, S3Result};
 use std::sync::Arc;
 
 /// Region that S3 does not name in its answers.
@@ -21,8 +18,6 @@ const UNNAMED_REGION: &str = "us-east-1";
 const QUERY_BUCKETS: u32 = 1000;
 /// Most buckets of one answer.
 const MAX_BUCKETS: usize = 10_000;
-/// Shards that are fenced at the same time.
-const PARALLEL_FENCES: usize = 16;
 
 /// Makes a bucket.
 pub(super) async fn create_bucket(cx: &Arc<S3Context>, req: S3Request<CreateBucketInput>) -> S3Result<S3Response<CreateBucketOutput>> {
@@ -36,18 +31,16 @@ pub(super) async fn create_bucket(cx: &Arc<S3Context>, req: S3Request<CreateBuck
             return Err(s3_error!(InvalidLocationConstraint, "The specified location-constraint is not valid: this server is in {region}"));
         }
     }
-    let command = Command::CreateBucket { name: input.bucket.clone(), owner: cx.owner };
     let location = Some(format!("/{}", input.bucket));
-    match cx.backend.command(ShardId::ROOT, command).await.map_err(error::backend)? {
-        Reply::Bucket(_) => {}
-        Reply::BucketExists(bucket) if bucket.deleting => {
+    match cx.backend.create_bucket(&input.bucket, cx.owner).await.map_err(error::backend)? {
+        Created::New(_) => {}
+        Created::Exists(bucket) if bucket.deleting => {
             return Err(s3_error!(OperationAborted, "The bucket of this name is being deleted."));
         }
-        Reply::BucketExists(bucket) if bucket.owner != cx.owner => return Err(s3_error!(BucketAlreadyExists)),
+        Created::Exists(bucket) if bucket.owner != cx.owner => return Err(s3_error!(BucketAlreadyExists)),
         // As S3 does: making one's own bucket again is harmless where it all began, and an error elsewhere.
-        Reply::BucketExists(_) if region == UNNAMED_REGION => {}
-        Reply::BucketExists(_) => return Err(s3_error!(BucketAlreadyOwnedByYou)),
-        other => return Err(error::reply(other)),
+        Created::Exists(_) if region == UNNAMED_REGION => {}
+        Created::Exists(_) => return Err(s3_error!(BucketAlreadyOwnedByYou)),
     }
     Ok(S3Response::new(CreateBucketOutput { location, ..Default::default() }))
 }
@@ -85,11 +78,7 @@ pub(super) async fn list_buckets(cx: &Arc<S3Context>, req: S3Request<ListBuckets
     let mut buckets = Vec::new();
     let mut continuation_token = None;
     'pages: loop {
-        let query = Query::ListBuckets { after: after.clone(), limit: QUERY_BUCKETS };
-        let (page, more) = match cx.backend.query(ShardId::ROOT, query).await.map_err(error::backend)? {
-            Answer::Buckets { buckets, more } => (buckets, more),
-            other => return Err(error::answer(other)),
-        };
+        let (page, more) = cx.backend.list_buckets(&after, QUERY_BUCKETS).await.map_err(error::backend)?;
         for bucket in page {
             if bucket.name.starts_with(&prefix) {
                 if buckets.len() == most {
@@ -113,64 +102,15 @@ pub(super) async fn list_buckets(cx: &Arc<S3Context>, req: S3Request<ListBuckets
     Ok(S3Response::new(ListBucketsOutput { buckets: Some(buckets), owner, continuation_token, prefix: input.prefix }))
 }
 
-/// Deletes an empty bucket: it is marked, fenced in every shard, and only then removed, so that no acknowledged upload lands in a
-/// bucket that is gone. A deletion that broke off is finished, or taken back, by the next one.
+/// Deletes an empty bucket.
 pub(super) async fn delete_bucket(cx: &Arc<S3Context>, req: S3Request<DeleteBucketInput>) -> S3Result<S3Response<DeleteBucketOutput>> {
     let name = req.input.bucket;
     let cx = cx.clone();
     // On a task of its own: a client that goes away must not leave the bucket half deleted.
-    tokio::spawn(async move { delete(&cx, name).await }).await.map_err(error::internal)??;
-    Ok(S3Response::new(DeleteBucketOutput::default()))
-}
-
-async fn delete(cx: &S3Context, name: String) -> S3Result<()> {
-    let bucket = cx.bucket_now(&name).await?;
-    let begin = Command::BeginDeleteBucket { name: name.clone(), bucket: bucket.id };
-    match cx.backend.command(ShardId::ROOT, begin).await.map_err(error::backend)? {
-        Reply::Bucket(_) => {}
-        other => return Err(error::reply(other)),
+    let removed = tokio::spawn(async move { cx.backend.delete_bucket(&name).await }).await.map_err(error::internal)?;
+    match removed.map_err(error::backend)? {
+        Removed::Done => Ok(S3Response::new(DeleteBucketOutput::default())),
+        Removed::NoSuchBucket => Err(s3_error!(NoSuchBucket)),
+        Removed::NotEmpty => Err(s3_error!(BucketNotEmpty)),
     }
-    let shards = cx.backend.object_shards();
-    if shards.is_empty() {
-        return Err(error::unavailable("The cluster map is not known yet."));
-    }
-    let fence = |shard: ShardId| async move {
-        let reply = cx.backend.command(shard, Command::FenceBucket { bucket: bucket.id }).await.map_err(error::backend)?;
-        match reply {
-            Reply::Fenced { empty } => Ok(empty),
-            other => Err(error::reply(other)),
-        }
-    };
-    let fenced: Vec<S3Result<bool>> = futures::stream::iter(shards.iter().copied()).map(fence).buffered(PARALLEL_FENCES).collect().await;
-    let empty = fenced.iter().all(|outcome| matches!(outcome, Ok(true)));
-    let end = Command::EndDeleteBucket { name: name.clone(), bucket: bucket.id, remove: empty };
-    if empty {
-        match cx.backend.command(ShardId::ROOT, end).await.map_err(error::backend)? {
-            Reply::Done => {}
-            other => return Err(error::reply(other)),
-        }
-        cx.forget_bucket(&name);
-        return Ok(());
-    }
-    // Not empty, or not known to be: the fences go first, so that the bucket never looks well while a shard still refuses it.
-    unfence(cx, bucket.id, &shards).await?;
-    match cx.backend.command(ShardId::ROOT, end).await.map_err(error::backend)? {
-        Reply::Done => {}
-        other => return Err(error::reply(other)),
-    }
-    match fenced.into_iter().find_map(Result::err) {
-        Some(error) if *error.code() != S3ErrorCode::InternalError => Err(error),
-        _ => Err(s3_error!(BucketNotEmpty)),
-    }
-}
-
-async fn unfence(cx: &S3Context, bucket: BucketId, shards: &[ShardId]) -> S3Result<()> {
-    let unfence = |shard: ShardId| async move {
-        match cx.backend.command(shard, Command::UnfenceBucket { bucket }).await.map_err(error::backend)? {
-            Reply::Done => Ok(()),
-            other => Err(error::reply(other)),
-        }
-    };
-    let outcomes: Vec<S3Result<()>> = futures::stream::iter(shards.iter().copied()).map(unfence).buffered(PARALLEL_FENCES).collect().await;
-    outcomes.into_iter().collect()
 }

@@ -1,17 +1,16 @@
-//! What all verbs share: the backend, who we are, and two small caches of things that never change.
+//! What all verbs share: the backend, who we are, and a small cache of what never changes.
 
 use super::access::AccessKey;
 use super::backend::Backend;
 use super::error;
-use granary_placement::id::ShardId;
 use granary_wire::meta::{Answer, Query};
 use granary_wire::record::{AccountId, BucketRecord, UploadId, UploadRecord};
-use s3s::S3Result;
+use s3s::{s3_error, S3Result};
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-/// Entries of each cache; a full one is emptied.
+/// Most uploads remembered; a full cache is emptied.
 const CACHE_ENTRIES: usize = 10_000;
 
 /// Settings of the S3 front end.
@@ -60,8 +59,6 @@ pub struct S3Context {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) settings: S3Settings,
     pub(super) owner: AccountId,
-    /// Bucket numbers are unique for ever and a shard refuses those that are gone, so a stale entry is found out, never believed.
-    buckets: RwLock<HashMap<String, BucketRecord>>,
     /// What an upload began with never changes; that it still exists is decided by its shard.
     uploads: RwLock<HashMap<UploadId, Arc<UploadRecord>>>,
 }
@@ -70,19 +67,15 @@ impl S3Context {
     /// Joins a backend and settings.
     pub fn new(backend: Arc<dyn Backend>, settings: S3Settings) -> Arc<S3Context> {
         let owner = settings.owner;
-        Arc::new(S3Context { backend, settings, owner, buckets: RwLock::default(), uploads: RwLock::default() })
+        Arc::new(S3Context { backend, settings, owner, uploads: RwLock::default() })
     }
 
-    /// A bucket by name; may come from the cache.
+    /// A bucket by name; may be remembered.
     ///
     /// # Errors
     /// NoSuchBucket, 503.
     pub(super) async fn bucket(&self, name: &str) -> S3Result<BucketRecord> {
-        let cached = self.buckets.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
-        match cached {
-            Some(bucket) => Ok(bucket),
-            None => self.bucket_now(name).await,
-        }
+        self.backend.bucket(name).await.map_err(error::backend)?.ok_or_else(|| s3_error!(NoSuchBucket))
     }
 
     /// A bucket by name, as it is now.
@@ -90,26 +83,7 @@ impl S3Context {
     /// # Errors
     /// NoSuchBucket, 503.
     pub(super) async fn bucket_now(&self, name: &str) -> S3Result<BucketRecord> {
-        let answer = self.backend.query(ShardId::ROOT, Query::GetBucket { name: name.to_owned() }).await.map_err(error::backend)?;
-        match answer {
-            Answer::Bucket(bucket) => {
-                let mut cache = self.buckets.write().unwrap_or_else(PoisonError::into_inner);
-                if cache.len() >= CACHE_ENTRIES {
-                    cache.clear();
-                }
-                cache.insert(name.to_owned(), bucket.clone());
-                Ok(bucket)
-            }
-            other => {
-                self.forget_bucket(name);
-                Err(error::answer(other))
-            }
-        }
-    }
-
-    /// Takes a bucket out of the cache.
-    pub(super) fn forget_bucket(&self, name: &str) {
-        self.buckets.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.backend.bucket_now(name).await.map_err(error::backend)?.ok_or_else(|| s3_error!(NoSuchBucket))
     }
 
     /// Asks the shard of a key; while the bucket is fenced, its name is looked up again.

@@ -24,6 +24,7 @@ mod error;
 mod get;
 mod intake;
 mod list;
+mod live;
 mod meta;
 mod multipart;
 mod probe;
@@ -36,5 +37,6 @@ mod verbs;
 
 pub use access::AccessKey;
 pub use context::{S3Context, S3Settings};
+pub use live::Live;
 pub use server::serve;
 pub use service::S3SetupError;

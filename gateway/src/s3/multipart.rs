@@ -1,7 +1,7 @@
 //! Multipart uploads but for their completion: create, parts, copied parts, abort, and the two listings.
 
 use super::access::account_text;
-use super::backend::{StageError, StageSpec, StagedPayload};
+use super::backend::{StageError, StageSpec, StagedPayload, UploadsAfter};
 use super::context::S3Context;
 use super::copy;
 use super::get::ReadConditions;
@@ -24,9 +24,9 @@ use std::sync::Arc;
 
 /// Highest part number.
 pub(super) const MAX_PARTS: u16 = 10_000;
-/// Uploads asked of one shard at a time.
+/// Uploads asked for at a time.
 const QUERY_UPLOADS: u32 = 1000;
-/// Rounds over all shards that one listing of uploads may take; the rest comes with the next page.
+/// Pages that one listing of uploads may read; the rest comes with its next page.
 const MAX_ROUNDS: usize = 20;
 
 /// An upload id as clients see it: 32 hex digits.
@@ -307,42 +307,16 @@ pub(super) async fn list_parts(cx: &Arc<S3Context>, req: S3Request<ListPartsInpu
 
 type UploadItem = (String, UploadId, UploadRecord);
 
-/// One round over all shards: the next uploads in order of (key, id), and whether there are more.
-async fn next_uploads(
-    cx: &S3Context,
-    bucket: &mut BucketRecord,
-    prefix: &str,
-    after: Option<(String, Option<UploadId>)>,
-    limit: u32,
-) -> S3Result<(Vec<UploadItem>, bool)> {
+/// The next uploads in order of (key, id), and whether there are more.
+async fn next_uploads(cx: &S3Context, bucket: &mut BucketRecord, prefix: &str, after: UploadsAfter) -> S3Result<(Vec<UploadItem>, bool)> {
     let mut tries = 0;
-    'again: loop {
-        let shards = cx.backend.object_shards();
-        if shards.is_empty() {
-            return Err(error::unavailable("The cluster map is not known yet."));
+    loop {
+        let page = cx.backend.list_uploads(bucket.id, prefix, after.clone(), QUERY_UPLOADS).await.map_err(error::backend)?;
+        if let Some(page) = page {
+            return Ok(page);
         }
-        let ask = |shard| cx.backend.query(shard, Query::ListUploads { bucket: bucket.id, prefix: prefix.to_owned(), after: after.clone(), limit });
-        let answers = futures::future::join_all(shards.into_iter().map(ask)).await;
-        let (mut all, mut more) = (Vec::new(), false);
-        for answer in answers {
-            match answer.map_err(error::backend)? {
-                Answer::Uploads { uploads, more: rest } => {
-                    more |= rest;
-                    all.extend(uploads);
-                }
-                Answer::BucketFenced => {
-                    tries += 1;
-                    *bucket = cx.after_fence(bucket.clone(), tries).await?;
-                    continue 'again;
-                }
-                other => return Err(error::answer(other)),
-            }
-        }
-        all.sort_by(|a, b| (a.0.as_bytes(), a.1).cmp(&(b.0.as_bytes(), b.1)));
-        let most = usize::try_from(limit).unwrap_or(usize::MAX);
-        more |= all.len() > most;
-        all.truncate(most);
-        return Ok((all, more));
+        tries += 1;
+        *bucket = cx.after_fence(bucket.clone(), tries).await?;
     }
 }
 
@@ -368,12 +342,12 @@ pub(super) async fn list_multipart_uploads(
         marker_prefix || prefixes.last().is_some_and(|prefix| key.starts_with(prefix.as_str()))
     };
     let mut truncated = false;
-    let mut last: Option<(String, Option<UploadId>)> = None;
+    let mut last: UploadsAfter = None;
     'rounds: for round in 0.. {
         if most == 0 {
             break;
         }
-        let (page, more) = next_uploads(cx, &mut bucket, &prefix, after.clone(), QUERY_UPLOADS).await?;
+        let (page, more) = next_uploads(cx, &mut bucket, &prefix, after.clone()).await?;
         for (key, id, record) in page {
             after = Some((key.clone(), Some(id)));
             if skipped(&key, &prefixes) {
