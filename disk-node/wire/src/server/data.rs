@@ -25,8 +25,6 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// hyper's buffers, in bytes: see the client's.
-const BUFFER_BYTES: usize = 512 * 1024;
 const MAX_HEAD_BYTES: usize = 16 * 1024;
 const MAX_HEADERS: usize = 32;
 
@@ -44,7 +42,6 @@ pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, session: Sess
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(server.limits.head_timeout)
-        .max_buf_size(BUFFER_BYTES)
         .max_headers(MAX_HEADERS)
         .max_header_size(MAX_HEAD_BYTES)
         .auto_date_header(false)
