@@ -74,6 +74,19 @@ pub fn lay_out(map: &ClusterMap, scheme_name: &str, groups_per_disk: u32) -> Res
 /// [`PlaceError::TooFewDisks`] or [`PlaceError::NoRoom`] when the disks left cannot keep a scheme that has groups: the
 /// change is refused as a whole. [`PlaceError::Map`] when the map breaks a rule that moving slots does not repair.
 pub fn rebalance(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
+    settle_all(map, Allowance::Few)
+}
+
+/// Like [`rebalance`], but moves as many slots as it takes to have as few chunks of a group in one zone, rack and server
+/// as the shares allow. For an operator after growth: [`rebalance`] mends only what it can for a few moves more.
+///
+/// # Errors
+/// Those of [`rebalance`].
+pub fn spread(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
+    settle_all(map, Allowance::All)
+}
+
+fn settle_all(map: &ClusterMap, allowance: Allowance) -> Result<ClusterMap, PlaceError> {
     map.validate_structure()?;
     let mut next = map.clone();
     let mut by_scheme: BTreeMap<&str, Vec<PlacementGroupId>> = BTreeMap::new();
@@ -83,7 +96,7 @@ pub fn rebalance(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
     for (name, ids) in by_scheme {
         let scheme = scheme_of(map, name)?;
         let tree = storage_tree(map, name, scheme)?;
-        settle_groups(&mut next, &ids, &tree, scheme.width());
+        settle_groups(&mut next, &ids, &tree, scheme.width(), allowance);
     }
     replicas::settle(&mut next);
     next.epoch = next_epoch(map)?;
@@ -151,7 +164,7 @@ pub fn add_scheme(map: &ClusterMap, name: &str, scheme: Scheme, groups_per_disk:
     Ok(next)
 }
 
-fn settle_groups(map: &mut ClusterMap, ids: &[PlacementGroupId], tree: &Tree, width: usize) {
+fn settle_groups(map: &mut ClusterMap, ids: &[PlacementGroupId], tree: &Tree, width: usize, allowance: Allowance) {
     let shares = tree.shares(width, ids.len());
     let mut board = Board::new(tree, &shares, tree.caps.clone(), ids.len(), width, Band::FivePercent);
     for (group, id) in ids.iter().enumerate() {
@@ -165,7 +178,7 @@ fn settle_groups(map: &mut ClusterMap, ids: &[PlacementGroupId], tree: &Tree, wi
         }
     }
     board.remember_origin();
-    board.settle(Allowance::Few);
+    board.settle(allowance);
     for (group, id) in ids.iter().enumerate() {
         let Some(existing) = map.groups.get_mut(id) else { continue };
         for (slot, disk) in board.slots_of(group).zip(&mut existing.slots) {

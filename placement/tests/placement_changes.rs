@@ -6,7 +6,7 @@ mod place_support;
 use granary_placement::id::DiskId;
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::moves::{moves, replica_moves, Move};
-use granary_placement::place::{add_scheme, rebalance, replace_disk, PlaceError};
+use granary_placement::place::{add_scheme, rebalance, replace_disk, spread, PlaceError};
 use granary_placement::scheme::FailureDomain;
 use place_support::flow::fewest_moves;
 use place_support::{
@@ -103,6 +103,22 @@ fn adding_a_server_a_rack_and_a_zone_spreads_groups_over_them() {
     assert!((must..=must + must / 100).contains(&moved), "moved {moved}, half of the slots are {must}");
     assert_eq!(most_in_one(&after, FailureDomain::Zone), 3);
     assert_eq!(most_in_one(&after, FailureDomain::Server), 1);
+}
+
+#[test]
+fn spreading_after_growth_reaches_what_a_fresh_layout_would() {
+    let before = cluster(uniform(1, 3, 3, 4), scheme(4, 2, FailureDomain::Server));
+    assert_eq!(most_in_one(&before, FailureDomain::Rack), 2);
+    let mut grown = before.clone();
+    for number in 0..36 {
+        add_disk(&mut grown, new_disk(900 + number, place(1, number as usize / 12, number as usize % 12 / 4), 1000));
+    }
+    let (quick, _) = rebalance_well(&before, &grown, "second zone");
+    let thorough = spread(&quick).unwrap();
+    let most = [FailureDomain::Zone, FailureDomain::Rack, FailureDomain::Server].map(|kind| most_in_one(&thorough, kind));
+    assert_eq!(most, [3, 1, 1]);
+    assert_eq!((broken_rule(&thorough), unfair_disk(&thorough)), (None, None));
+    assert_eq!(moves(&thorough, &spread(&thorough).unwrap()), [], "nothing is left to spread");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 mod place_support;
 
 use granary_placement::id::DiskId;
-use granary_placement::map::{ClusterMap, DiskState};
+use granary_placement::map::{ClusterMap, DiskState, PlacementGroup};
 use granary_placement::moves::moves;
 use granary_placement::place::rebalance;
 use granary_placement::scheme::FailureDomain;
@@ -92,6 +92,24 @@ fn ten_thousand_disks_are_laid_out_and_lose_a_disk_within_seconds() {
     let moved = moves(&map, &drained).len();
     assert!(moved as f64 <= 1.1 * must as f64, "moved {moved} for {must}");
     assert!(worst_share(&drained) <= 0.05, "{}", worst_share(&drained));
+}
+
+#[test]
+fn doubling_five_thousand_disks_takes_seconds_and_moves_half() {
+    let map = cluster(uniform(1, 10, 20, 25), scheme(8, 4, FailureDomain::Server));
+    let mut grown = map.clone();
+    for number in 0..5_000 {
+        let location = place(1, number as usize / 500, number as usize % 500 / 25);
+        add_disk(&mut grown, new_disk(10_000 + number, location, 1000));
+    }
+    let spread = timed("double 5,000 disks", Duration::from_secs(60), || rebalance(&grown).unwrap());
+    let (moved, half) = (moves(&map, &spread).len(), map.groups.len() * 6);
+    assert!(moved as f64 <= 1.1 * half as f64, "moved {moved} for {half}");
+    let in_zone = |group: &PlacementGroup| group.slots.iter().filter(|disk| disk.0 <= 5_000).count();
+    let crowded = spread.groups.values().filter(|group| in_zone(group) != 6).count();
+    println!("{moved} of {half} moved, {crowded} groups not half and half, at most {}", most_in_one(&spread, FailureDomain::Zone));
+    assert_eq!(most_in_one(&spread, FailureDomain::Zone), 6);
+    assert!(worst_share(&spread) <= 0.05, "{}", worst_share(&spread));
 }
 
 #[test]

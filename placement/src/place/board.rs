@@ -157,6 +157,11 @@ impl<'t> Board<'t> {
         }
     }
 
+    /// The load up to which settling fills a disk that is below its band.
+    pub fn raise_to(&self, leaf: usize) -> usize {
+        self.raise_to[leaf]
+    }
+
     /// Has the disk slots enough?
     pub fn is_raised(&self, leaf: usize) -> bool {
         self.load[leaf] >= self.raise_to[leaf]

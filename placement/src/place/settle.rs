@@ -142,7 +142,7 @@ impl Board<'_> {
         for &leaf in needy {
             self.mark_needy(leaf, true);
         }
-        let lacking: usize = needy.iter().map(|leaf| self.low(*leaf).saturating_sub(self.load(*leaf))).sum();
+        let lacking: usize = needy.iter().map(|leaf| self.raise_to(*leaf).saturating_sub(self.load(*leaf))).sum();
         let over: usize = self.tree.leaves().map(|leaf| self.load(leaf).saturating_sub(self.high(leaf))).sum();
         // What disks outside their band must give away is enough for some of the needy; others may give only the rest.
         let mut from_others = lacking.saturating_sub(over);
@@ -174,11 +174,14 @@ impl Board<'_> {
         self.needy.fill(0);
     }
 
-    /// Of the slots of a group in crowded domains, the one on the most overloaded disk.
+    /// Of the slots of a group in crowded domains, the one on the most overloaded disk that can spare one.
     fn crowded_slot(&self, group: usize, except: &[usize]) -> Option<usize> {
         let slots = self.slots_of(group).filter(|slot| !except.contains(slot) && self.crowded(*slot, Limits::Spread).is_some());
-        let wants = slots.filter_map(|slot| self.at(slot).map(|leaf| (self.want(leaf), slot)));
-        wants.filter(|(want, _)| *want < 0).min().map(|(_, slot)| slot)
+        let wants = slots.filter_map(|slot| {
+            let leaf = self.at(slot).filter(|leaf| self.load(*leaf) > self.low(*leaf))?;
+            Some((self.want(leaf), slot))
+        });
+        wants.min().map(|(_, slot)| slot)
     }
 
     fn mark_needy(&mut self, leaf: usize, on: bool) {
