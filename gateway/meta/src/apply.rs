@@ -1,0 +1,168 @@
+//! Applies commands: deterministic, no clock, no randomness, no unordered iteration. Same state and command, same batch and reply.
+//!
+//! `apply` is the door: it deduplicates by request id and hands the command to [`objects`](crate::objects), [`uploads`](crate::uploads),
+//! [`queues`](crate::queues) or [`buckets`](crate::buckets). A refusal writes nothing but its own kept reply.
+
+use crate::codec::{decode, encode, Counters, KeptReply};
+use crate::keys::{kind, Keys};
+use crate::kv::{Kv, Overlay, StateError};
+use crate::{buckets, objects, queues, uploads};
+use granary_placement::id::ShardId;
+use granary_wire::meta::{Command, MetaRequest, Reply};
+use granary_wire::record::{BucketId, Usage};
+use serde::de::DeserializeOwned;
+use serde::Serialize;
+
+/// A request repeated within this many commands of its shard is not applied again. Part of the replicated history.
+pub const REQUEST_WINDOW: u64 = 16_384;
+
+/// A batch being built by the commands of one or more log entries.
+pub struct Tx<'b, 'k, K: Kv + ?Sized> {
+    /// Reads its own writes.
+    pub batch: &'b mut Overlay<'k, K>,
+    /// Keys of the shard.
+    pub keys: Keys,
+    /// The command's time, Unix milliseconds.
+    pub now_ms: u64,
+}
+
+impl<K: Kv + ?Sized> Tx<'_, '_, K> {
+    /// A decoded value.
+    pub fn load<T: DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StateError> {
+        self.batch.get(key)?.map(|bytes| decode(&bytes)).transpose()
+    }
+
+    /// Encodes and writes a value.
+    pub fn store<T: Serialize>(&mut self, key: Vec<u8>, value: &T) -> Result<(), StateError> {
+        self.batch.put(key, encode(value)?);
+        Ok(())
+    }
+
+    /// Writes the command's time.
+    pub fn store_now(&mut self, key: Vec<u8>) -> Result<(), StateError> {
+        let now_ms = self.now_ms;
+        self.store(key, &now_ms)
+    }
+
+    /// The shard's counters.
+    pub fn counters(&self) -> Result<Counters, StateError> {
+        Ok(self.load(&self.keys.single(kind::COUNTERS))?.unwrap_or_default())
+    }
+
+    /// Writes the shard's counters.
+    pub fn store_counters(&mut self, counters: &Counters) -> Result<(), StateError> {
+        self.store(self.keys.single(kind::COUNTERS), counters)
+    }
+
+    /// Is there a fence on the bucket?
+    pub fn fenced(&self, bucket: BucketId) -> Result<bool, StateError> {
+        Ok(self.batch.get(&self.keys.fence(bucket))?.is_some())
+    }
+
+    /// Usage of a bucket.
+    pub fn usage(&self, bucket: BucketId) -> Result<Usage, StateError> {
+        Ok(self.load(&self.keys.usage(bucket))?.unwrap_or_default())
+    }
+
+    /// Writes usage of a bucket; an empty bucket has no entry.
+    pub fn store_usage(&mut self, bucket: BucketId, usage: &Usage) -> Result<(), StateError> {
+        let key = self.keys.usage(bucket);
+        if *usage == Usage::default() {
+            self.batch.delete(key);
+            return Ok(());
+        }
+        self.store(key, usage)
+    }
+}
+
+/// Applies one request of a log entry to the batch and says what it came to.
+///
+/// # Errors
+/// [`StateError`] when the state cannot be read: the replica must stop, for it can neither apply nor skip the command.
+pub fn apply<K: Kv + ?Sized>(shard: ShardId, batch: &mut Overlay<'_, K>, request: &MetaRequest) -> Result<Reply, StateError> {
+    let mut tx = Tx { batch, keys: Keys::new(shard), now_ms: request.now_ms };
+    let kept_key = tx.keys.request(&request.request_id);
+    if let Some(kept) = tx.load::<KeptReply>(&kept_key)? {
+        return Ok(kept.reply);
+    }
+    let reply = dispatch(shard, &mut tx, &request.command)?;
+    keep_reply(&mut tx, request, kept_key, &reply)?;
+    Ok(reply)
+}
+
+/// Remembers the reply and forgets the one that falls out of the window.
+fn keep_reply<K: Kv + ?Sized>(
+    tx: &mut Tx<'_, '_, K>,
+    request: &MetaRequest,
+    kept_key: Vec<u8>,
+    reply: &Reply,
+) -> Result<(), StateError> {
+    let mut counters = tx.counters()?;
+    let sequence = counters.commands;
+    counters.commands += 1;
+    tx.store_counters(&counters)?;
+    tx.store(kept_key, &KeptReply { sequence, reply: reply.clone() })?;
+    tx.batch.put(tx.keys.request_order(sequence), request.request_id.to_vec());
+    if let Some(old) = sequence.checked_sub(REQUEST_WINDOW) {
+        let old_order = tx.keys.request_order(old);
+        if let Some(id) = tx.batch.get(&old_order)? {
+            let id: [u8; 16] = id.try_into().map_err(|_| StateError::Value("request id of another length".to_owned()))?;
+            tx.batch.delete(tx.keys.request(&id));
+            tx.batch.delete(old_order);
+        }
+    }
+    Ok(())
+}
+
+/// Does the command belong to the root shard? None: to any shard.
+fn wants_root(command: &Command) -> Option<bool> {
+    match command {
+        Command::CreateBucket { .. }
+        | Command::BeginDeleteBucket { .. }
+        | Command::EndDeleteBucket { .. }
+        | Command::SetMap { .. } => Some(true),
+        Command::Noop => None,
+        Command::PutObject { .. }
+        | Command::DeleteObject { .. }
+        | Command::CreateUpload { .. }
+        | Command::PutPart { .. }
+        | Command::CompleteUpload { .. }
+        | Command::AbortUpload { .. }
+        | Command::FenceBucket { .. }
+        | Command::UnfenceBucket { .. }
+        | Command::ReportMissing { .. }
+        | Command::RepairDone { .. }
+        | Command::GarbageDone { .. } => Some(false),
+    }
+}
+
+fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Command) -> Result<Reply, StateError> {
+    if wants_root(command).is_some_and(|root| root != (shard == ShardId::ROOT)) {
+        return Ok(Reply::Refused(format!("not a command of shard {shard}")));
+    }
+    match command {
+        Command::PutObject { bucket, key, record, missing, conditions, mode } => {
+            objects::put(tx, *bucket, key, record, missing, conditions, *mode)
+        }
+        Command::DeleteObject { bucket, key, version, conditions, mode } => {
+            objects::delete(tx, *bucket, key, *version, conditions, *mode)
+        }
+        Command::CreateUpload { bucket, key, upload, record } => uploads::create(tx, *bucket, key, *upload, record),
+        Command::PutPart { bucket, key, upload, part, missing } => uploads::put_part(tx, *bucket, key, *upload, part, missing),
+        Command::CompleteUpload { bucket, key, upload, parts, record, conditions, mode } => {
+            let wanted = uploads::Completion { parts, record, conditions, mode: *mode };
+            uploads::complete(tx, *bucket, key, *upload, &wanted)
+        }
+        Command::AbortUpload { bucket, key, upload } => uploads::abort(tx, *bucket, key, *upload),
+        Command::FenceBucket { bucket } => buckets::fence(tx, *bucket),
+        Command::UnfenceBucket { bucket } => buckets::unfence(tx, *bucket),
+        Command::ReportMissing { chunks } => queues::report_missing(tx, chunks),
+        Command::RepairDone { chunks } => queues::repair_done(tx, chunks),
+        Command::GarbageDone { extents } => queues::garbage_done(tx, extents),
+        Command::CreateBucket { name, owner } => buckets::create(tx, name, *owner),
+        Command::BeginDeleteBucket { name, bucket } => buckets::begin_delete(tx, name, *bucket),
+        Command::EndDeleteBucket { name, bucket, remove } => buckets::end_delete(tx, name, *bucket, *remove),
+        Command::SetMap { map } => buckets::set_map(tx, map),
+        Command::Noop => Ok(Reply::Done),
+    }
+}

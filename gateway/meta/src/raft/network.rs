@@ -1,0 +1,337 @@
+//! Messages to other replicas, over whatever carries them, and snapshot files in pieces both ways.
+
+use super::machine::SnapshotSource;
+use super::{entry_to_wire, log_id_from_wire, log_id_to_wire, vote_from_wire, vote_to_wire, TypeConfig};
+use crate::message::{decode_message, encode_message, AppliedState, PeerRequest, PeerResponse};
+use crate::snapshot::{self, SnapshotError, PIECE_BYTES};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use granary_placement::id::{DiskId, ShardId};
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest, TransferLeaderResponse, VoteRequest,
+    VoteResponse,
+};
+use openraft::{OptionalSend, Snapshot};
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Semaphore;
+
+/// How long a receiver may take to install a snapshot.
+pub const INSTALL_DEADLINE: Duration = Duration::from_secs(600);
+/// How long one piece of a snapshot may take.
+const PIECE_DEADLINE: Duration = Duration::from_secs(20);
+
+/// A message that did not get an answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TransportError {
+    /// The peer cannot be reached; trying again at once is useless.
+    #[error("unreachable: {0}")]
+    Unreachable(String),
+    /// No answer in time.
+    #[error("timed out")]
+    Timeout,
+    /// The peer refused the message.
+    #[error("refused: {0}")]
+    Refused(String),
+}
+
+/// Carries messages between metadata disks. The disk node implements it over its control connections.
+pub trait PeerTransport: Send + Sync + 'static {
+    /// Sends a message to the replica of `shard` on disk `to` and gives its answer.
+    fn raft(
+        &self,
+        to: DiskId,
+        shard: ShardId,
+        message: Bytes,
+        deadline: Duration,
+    ) -> BoxFuture<'static, Result<Bytes, TransportError>>;
+}
+
+/// What all replicas of a disk share to talk to others.
+pub struct Peers {
+    /// This disk.
+    pub me: DiskId,
+    /// Carries the messages.
+    pub transport: Arc<dyn PeerTransport>,
+    /// Where snapshot files lie for a while.
+    pub snapshot_dir: PathBuf,
+    /// Numbers snapshot transfers.
+    pub transfers: AtomicU64,
+    /// One snapshot is written and sent at a time.
+    pub sending: Semaphore,
+    /// How long AppendEntries and votes may take.
+    pub message_deadline: Duration,
+}
+
+impl Peers {
+    /// Sends a message and decodes its answer.
+    ///
+    /// # Errors
+    /// [`TransportError`].
+    pub async fn ask(
+        &self,
+        to: DiskId,
+        shard: ShardId,
+        request: &PeerRequest,
+        deadline: Duration,
+    ) -> Result<PeerResponse, TransportError> {
+        let message = encode_message(request).map_err(|error| TransportError::Refused(error.to_string()))?;
+        let answer = tokio::time::timeout(deadline, self.transport.raft(to, shard, message, deadline));
+        let answer = answer.await.unwrap_or(Err(TransportError::Timeout))?;
+        decode_message(&answer).map_err(|error| TransportError::Refused(error.to_string()))
+    }
+}
+
+/// Makes links for one shard.
+pub struct PeerLinks {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Shared by all shards.
+    pub peers: Arc<Peers>,
+}
+
+/// The way to one other replica.
+pub struct PeerLink {
+    shard: ShardId,
+    to: DiskId,
+    peers: Arc<Peers>,
+}
+
+impl RaftNetworkFactory<TypeConfig> for PeerLinks {
+    type Network = PeerLink;
+
+    async fn new_client(&mut self, target: u64, _node: &()) -> PeerLink {
+        // A node id that is no disk id cannot come from our membership; disk 0 is nobody and cannot be reached.
+        let to = DiskId(u32::try_from(target).unwrap_or(0));
+        PeerLink { shard: self.shard, to, peers: self.peers.clone() }
+    }
+}
+
+fn rpc_error(error: TransportError) -> RPCError<TypeConfig> {
+    match error {
+        TransportError::Unreachable(_) | TransportError::Refused(_) => {
+            RPCError::Unreachable(Unreachable::from_string(error.to_string()))
+        }
+        TransportError::Timeout => RPCError::Network(NetworkError::from_string("timed out")),
+    }
+}
+
+fn unexpected(response: PeerResponse) -> RPCError<TypeConfig> {
+    let why = match response {
+        PeerResponse::Failed(why) => why,
+        _ => "an answer to something else".to_owned(),
+    };
+    RPCError::Unreachable(Unreachable::from_string(why))
+}
+
+impl PeerLink {
+    async fn ask(&self, request: &PeerRequest) -> Result<PeerResponse, RPCError<TypeConfig>> {
+        self.peers.ask(self.to, self.shard, request, self.peers.message_deadline).await.map_err(rpc_error)
+    }
+
+    async fn request_vote(&self, rpc: VoteRequest<TypeConfig>, rehearsal: bool) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let request = PeerRequest::Vote {
+            vote: vote_to_wire(&rpc.vote),
+            last: rpc.last_log_id.as_ref().map(log_id_to_wire),
+            transfer: rpc.leadership_transfer,
+            rehearsal,
+        };
+        match self.ask(&request).await? {
+            PeerResponse::Voted { vote, granted, last } => {
+                Ok(VoteResponse::new(vote_from_wire(vote), last.map(log_id_from_wire), granted))
+            }
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Writes the snapshot to a file and sends it. The file may be further applied than the metadata the library holds; the receiver
+    /// takes the file's own word, and the leader merely thinks it a little behind.
+    async fn send_snapshot(
+        &self,
+        vote: super::Vote,
+        source: SnapshotSource,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let lost = |why: String| StreamingError::Network(NetworkError::from_string(why));
+        let _turn = self.peers.sending.acquire().await.map_err(|_| lost("stopping".to_owned()))?;
+        let shard = self.shard;
+        let path = match source {
+            SnapshotSource::File(path) => path,
+            SnapshotSource::Live(state) => {
+                let path = self.peers.snapshot_dir.join(format!("out-{shard}-{}", self.to));
+                let to = path.clone();
+                let written = tokio::task::spawn_blocking(move || snapshot::write_file(&state, shard, &to)).await;
+                written.map_err(|error| lost(error.to_string()))?.map_err(|error| lost(error.to_string()))?;
+                path
+            }
+        };
+        let sent = self.send_file(vote, &path).await;
+        if let Err(error) = tokio::fs::remove_file(&path).await {
+            tracing::warn!(%error, path = %path.display(), "cannot remove a sent snapshot file");
+        }
+        sent
+    }
+
+    async fn send_file(
+        &self,
+        vote: super::Vote,
+        path: &Path,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let lost = |why: String| StreamingError::Network(NetworkError::from_string(why));
+        let transfer = self.peers.transfers.fetch_add(1, Ordering::Relaxed);
+        let mut file = tokio::fs::File::open(path).await.map_err(|error| lost(error.to_string()))?;
+        let len = file.metadata().await.map_err(|error| lost(error.to_string()))?.len();
+        tracing::info!(shard = %self.shard, to = %self.to, len_bytes = len, "sending a snapshot");
+        let mut offset = 0u64;
+        loop {
+            let step = (len - offset).min(PIECE_BYTES as u64);
+            let mut data = vec![0u8; step as usize];
+            file.read_exact(&mut data).await.map_err(|error| lost(error.to_string()))?;
+            let last = offset + step == len;
+            let request =
+                PeerRequest::SnapshotPiece { vote: vote_to_wire(&vote), transfer, offset, data: Bytes::from(data), last };
+            let deadline = if last { INSTALL_DEADLINE } else { PIECE_DEADLINE };
+            let answer = self.peers.ask(self.to, self.shard, &request, deadline).await;
+            match answer.map_err(rpc_error)? {
+                PeerResponse::Done if !last => offset += step,
+                PeerResponse::Installed(vote) => return Ok(SnapshotResponse::new(vote_from_wire(vote))),
+                other => return Err(unexpected(other).into()),
+            }
+        }
+    }
+}
+
+impl RaftNetworkV2<TypeConfig> for PeerLink {
+    type SnapshotData = SnapshotSource;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let request = PeerRequest::Append {
+            vote: vote_to_wire(&rpc.vote),
+            previous: rpc.prev_log_id.as_ref().map(log_id_to_wire),
+            entries: rpc.entries.iter().map(entry_to_wire).collect(),
+            committed: rpc.leader_commit.as_ref().map(log_id_to_wire),
+        };
+        match self.ask(&request).await? {
+            PeerResponse::Appended => Ok(AppendEntriesResponse::Success),
+            PeerResponse::AppendedTo(to) => Ok(AppendEntriesResponse::PartialSuccess(to.map(log_id_from_wire))),
+            PeerResponse::Conflict => Ok(AppendEntriesResponse::Conflict),
+            PeerResponse::HigherVote(vote) => Ok(AppendEntriesResponse::HigherVote(vote_from_wire(vote))),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+        self.request_vote(rpc, false).await
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+        self.request_vote(rpc, true).await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: super::Vote,
+        snapshot: Snapshot<super::LeaderId, u64, (), SnapshotSource>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        tokio::select! {
+            sent = self.send_snapshot(vote, snapshot.snapshot) => sent,
+            closed = cancel => Err(StreamingError::Closed(closed)),
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        rpc: TransferLeaderRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> Result<TransferLeaderResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let request = PeerRequest::Transfer {
+            vote: vote_to_wire(rpc.from_leader()),
+            to: *rpc.to_node_id(),
+            last: rpc.last_log_id().map(log_id_to_wire),
+        };
+        match self.ask(&request).await? {
+            PeerResponse::Done => Ok(Ok(())),
+            other => Err(unexpected(other)),
+        }
+    }
+}
+
+/// A snapshot file that is arriving.
+pub struct IncomingSnapshot {
+    from: DiskId,
+    transfer: u64,
+    len_bytes: u64,
+    path: PathBuf,
+    file: tokio::fs::File,
+}
+
+/// One piece of it.
+pub struct Piece {
+    /// Who sends it.
+    pub from: DiskId,
+    /// Which transfer.
+    pub transfer: u64,
+    /// Where it begins.
+    pub offset: u64,
+    /// Its bytes.
+    pub data: Bytes,
+    /// The file ends here.
+    pub last: bool,
+}
+
+/// Takes the next piece; after the last one, the path of the checked file and what it holds. A piece at offset 0 begins anew, for one
+/// transfer is under way at a time.
+///
+/// # Errors
+/// [`SnapshotError`]: the sender begins again.
+pub async fn take_piece(
+    shard: ShardId,
+    dir: &Path,
+    incoming: &mut Option<IncomingSnapshot>,
+    piece: Piece,
+) -> Result<Option<(PathBuf, AppliedState)>, SnapshotError> {
+    if piece.offset == 0 {
+        let path = dir.join(format!("in-{shard}"));
+        let file = tokio::fs::File::create(&path).await?;
+        *incoming = Some(IncomingSnapshot { from: piece.from, transfer: piece.transfer, len_bytes: 0, path, file });
+    }
+    let Some(mut arriving) = incoming.take() else {
+        return Err(SnapshotError::Damaged("a piece of no transfer".to_owned()));
+    };
+    if (arriving.from, arriving.transfer, arriving.len_bytes) != (piece.from, piece.transfer, piece.offset) {
+        *incoming = Some(arriving);
+        return Err(SnapshotError::Damaged("a piece out of order".to_owned()));
+    }
+    arriving.file.write_all(&piece.data).await?;
+    arriving.len_bytes += piece.data.len() as u64;
+    if !piece.last {
+        *incoming = Some(arriving);
+        return Ok(None);
+    }
+    arriving.file.flush().await?;
+    drop(arriving.file);
+    let path = arriving.path;
+    let checked = path.clone();
+    let applied = tokio::task::spawn_blocking(move || snapshot::check_file(&checked, shard)).await;
+    let applied = applied.map_err(|error| SnapshotError::Damaged(error.to_string()))??;
+    Ok(Some((path, applied)))
+}

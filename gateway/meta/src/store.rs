@@ -1,0 +1,316 @@
+//! The only file that knows RocksDB: the state database and the Raft-log database of one metadata disk.
+//!
+//! | | state | Raft log |
+//! |---|---|---|
+//! | write-ahead log | off: the Raft log is it | on, synced by every batch |
+//! | after a crash | older, but whole: each batch carries how far it applied, and memtables are flushed in order | as the last sync left it |
+//!
+//! One column family each, so that a flush is atomic over all shards. **Invariant:** the Raft log is purged only up to what an explicit
+//! flush has made durable ([`StateDb::make_durable`]). Any write error ends the process: see [`crate::fatal::Fatal`].
+
+use crate::fatal::Fatal;
+use crate::keys::Keys;
+use crate::kv::{Cursor, Kv, StateError, Writes};
+use granary_placement::id::ShardId;
+use rocksdb::{
+    BlockBasedOptions, Cache, DBCompressionType, DBRawIterator, DBRecoveryMode, Options, ReadOptions, Snapshot, WriteBatch,
+    WriteOptions, DB,
+};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Memtable of the state database, in bytes; two of them at most.
+const STATE_BUFFER_BYTES: usize = 24 * 1024 * 1024;
+/// Block cache of the state database, in bytes.
+const STATE_CACHE_BYTES: usize = 64 * 1024 * 1024;
+/// Memtable of the Raft log, in bytes.
+const LOG_BUFFER_BYTES: usize = 16 * 1024 * 1024;
+/// Block cache of the Raft log, in bytes: recent entries are cached above it.
+const LOG_CACHE_BYTES: usize = 8 * 1024 * 1024;
+/// Most write-ahead log of the Raft log kept before memtables are flushed, in bytes.
+const LOG_WAL_BYTES: u64 = 64 * 1024 * 1024;
+
+fn database(error: rocksdb::Error) -> StateError {
+    StateError::Database(error.into_string())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn common_options(cache_bytes: usize) -> Options {
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(&Cache::new_lru_cache(cache_bytes));
+    table.set_bloom_filter(10.0, false);
+    table.set_cache_index_and_filter_blocks(true);
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&table);
+    options.create_if_missing(true);
+    options.set_paranoid_checks(true);
+    options.set_compression_type(DBCompressionType::Lz4);
+    options.set_max_background_jobs(2);
+    options.set_max_open_files(512);
+    options.set_keep_log_file_num(2);
+    options.set_max_log_file_size(4 * 1024 * 1024);
+    options
+}
+
+fn bounded(end: &[u8]) -> ReadOptions {
+    let mut options = ReadOptions::default();
+    options.set_iterate_upper_bound(end.to_vec());
+    options
+}
+
+struct RocksCursor<'a>(DBRawIterator<'a>);
+
+impl RocksCursor<'_> {
+    /// An iterator that is not valid is at its end, or failed.
+    fn check(&self) -> Result<(), StateError> {
+        if self.0.valid() {
+            return Ok(());
+        }
+        self.0.status().map_err(database)
+    }
+}
+
+impl Cursor for RocksCursor<'_> {
+    fn seek(&mut self, key: &[u8]) -> Result<(), StateError> {
+        self.0.seek(key);
+        self.check()
+    }
+
+    fn entry(&self) -> Option<(&[u8], &[u8])> {
+        self.0.item()
+    }
+
+    fn next(&mut self) -> Result<(), StateError> {
+        if self.0.valid() {
+            self.0.next();
+        }
+        self.check()
+    }
+}
+
+/// One moment of the state database.
+pub struct StateView<'a>(Snapshot<'a>);
+
+impl Kv for StateView<'_> {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
+        self.0.get(key).map_err(database)
+    }
+
+    fn cursor<'a>(&'a self, end: &[u8]) -> Box<dyn Cursor + 'a> {
+        Box::new(RocksCursor(self.0.raw_iterator_opt(bounded(end))))
+    }
+}
+
+/// The state of all shards of a disk.
+pub struct StateDb {
+    db: DB,
+    fatal: Fatal,
+    /// Index applied by shard, as written (not yet durable).
+    applied: Mutex<BTreeMap<ShardId, u64>>,
+    /// Index by shard up to which an explicit flush has made the state durable.
+    durable: Mutex<BTreeMap<ShardId, u64>>,
+    /// One flush at a time; who waits finds its index covered.
+    flushing: Mutex<()>,
+}
+
+impl Kv for StateDb {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
+        self.db.get(key).map_err(database)
+    }
+
+    fn cursor<'a>(&'a self, end: &[u8]) -> Box<dyn Cursor + 'a> {
+        Box::new(RocksCursor(self.db.raw_iterator_opt(bounded(end))))
+    }
+}
+
+impl StateDb {
+    /// Opens or creates it in `dir`.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], also when the files are damaged.
+    pub fn open(dir: &Path, fatal: Fatal) -> Result<StateDb, StateError> {
+        let mut options = common_options(STATE_CACHE_BYTES);
+        options.set_write_buffer_size(STATE_BUFFER_BYTES);
+        options.set_max_write_buffer_number(2);
+        options.set_atomic_flush(true);
+        let db = DB::open(&options, dir).map_err(database)?;
+        Ok(StateDb { db, fatal, applied: Mutex::default(), durable: Mutex::default(), flushing: Mutex::default() })
+    }
+
+    /// One consistent moment.
+    pub fn view(&self) -> StateView<'_> {
+        StateView(self.db.snapshot())
+    }
+
+    /// Writes a batch of a shard that carries its state to log index `applied`. Atomic, not yet durable.
+    ///
+    /// # Errors
+    /// [`StateError::Database`]; the process is ending then.
+    pub fn write(&self, shard: ShardId, writes: Writes, applied: Option<u64>) -> Result<(), StateError> {
+        let mut batch = WriteBatch::default();
+        for (key, value) in &writes {
+            match value {
+                Some(value) => batch.put(key, value),
+                None => batch.delete(key),
+            }
+        }
+        self.commit(batch)?;
+        if let Some(applied) = applied {
+            lock(&self.applied).insert(shard, applied);
+        }
+        Ok(())
+    }
+
+    /// Deletes everything of a shard.
+    ///
+    /// # Errors
+    /// [`StateError::Database`]; the process is ending then.
+    pub fn clear(&self, shard: ShardId) -> Result<(), StateError> {
+        let range = Keys::new(shard).shard_range();
+        let mut batch = WriteBatch::default();
+        batch.delete_range(range.from, range.to);
+        lock(&self.applied).remove(&shard);
+        lock(&self.durable).remove(&shard);
+        self.commit(batch)
+    }
+
+    fn commit(&self, batch: WriteBatch) -> Result<(), StateError> {
+        self.fatal.check().map_err(StateError::Database)?;
+        let mut options = WriteOptions::default();
+        options.disable_wal(true);
+        self.db.write_opt(batch, &options).map_err(|error| {
+            let error = database(error);
+            self.fatal.raise(format!("writing metadata state: {error}"));
+            error
+        })
+    }
+
+    /// Tells what a shard found applied when it was opened: it was read from disk, so it is durable.
+    pub fn opened_at(&self, shard: ShardId, applied: u64) {
+        lock(&self.applied).insert(shard, applied);
+        lock(&self.durable).insert(shard, applied);
+    }
+
+    /// Makes the state of a shard durable up to `index`, which it has applied: by an explicit flush, unless one covered it already.
+    /// A shard that never applied anything has nothing to make durable. Blocks.
+    ///
+    /// # Errors
+    /// [`StateError::Database`]; the process is ending then.
+    pub fn make_durable(&self, shard: ShardId, index: u64) -> Result<(), StateError> {
+        let covered = |state: &StateDb| {
+            lock(&state.durable).get(&shard).is_some_and(|durable| *durable >= index) || !lock(&state.applied).contains_key(&shard)
+        };
+        if covered(self) {
+            return Ok(());
+        }
+        let _one = lock(&self.flushing);
+        if covered(self) {
+            return Ok(());
+        }
+        self.flush()?;
+        if covered(self) {
+            return Ok(());
+        }
+        Err(StateError::Database(format!("shard {shard} has not applied index {index}")))
+    }
+
+    /// Flushes all shards. What was applied before it begins is durable when it returns.
+    ///
+    /// # Errors
+    /// [`StateError::Database`]; the process is ending then.
+    pub fn flush(&self) -> Result<(), StateError> {
+        self.fatal.check().map_err(StateError::Database)?;
+        let before = lock(&self.applied).clone();
+        self.db.flush().map_err(|error| {
+            let error = database(error);
+            self.fatal.raise(format!("flushing metadata state: {error}"));
+            error
+        })?;
+        let mut durable = lock(&self.durable);
+        for (shard, applied) in before {
+            let known = durable.entry(shard).or_insert(applied);
+            *known = (*known).max(applied);
+        }
+        Ok(())
+    }
+}
+
+/// One change of the Raft-log database.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LogWrite {
+    /// Writes a value.
+    Put(Vec<u8>, Vec<u8>),
+    /// Deletes a range of keys, end excluded.
+    DeleteRange(Vec<u8>, Vec<u8>),
+}
+
+/// The Raft log of all shards of a disk.
+pub struct LogDb {
+    db: DB,
+}
+
+impl LogDb {
+    /// Opens or creates it in `dir`.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], also when the files are damaged: a bad record in the middle of the write-ahead log is an error, and
+    /// only an unfinished record at its very end, which was never acknowledged, is dropped.
+    pub fn open(dir: &Path) -> Result<LogDb, StateError> {
+        let mut options = common_options(LOG_CACHE_BYTES);
+        options.set_write_buffer_size(LOG_BUFFER_BYTES);
+        options.set_max_write_buffer_number(2);
+        options.set_max_total_wal_size(LOG_WAL_BYTES);
+        options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+        DB::open(&options, dir).map(|db| LogDb { db }).map_err(database)
+    }
+
+    /// Writes a batch and syncs it. Blocks for the disk.
+    ///
+    /// # Errors
+    /// [`StateError::Database`]. Never retry: what is on disk then is not known.
+    pub fn write_synced(&self, writes: &[LogWrite]) -> Result<(), StateError> {
+        let mut batch = WriteBatch::default();
+        for write in writes {
+            match write {
+                LogWrite::Put(key, value) => batch.put(key, value),
+                LogWrite::DeleteRange(from, to) => batch.delete_range(from, to),
+            }
+        }
+        let mut options = WriteOptions::default();
+        options.set_sync(true);
+        self.db.write_opt(batch, &options).map_err(database)
+    }
+
+    /// A value.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
+        self.db.get(key).map_err(database)
+    }
+
+    /// Entries with `from <= key < to` in order, until `take` says false.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], or what `take` returned.
+    pub fn scan(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        mut take: impl FnMut(&[u8], &[u8]) -> Result<bool, StateError>,
+    ) -> Result<(), StateError> {
+        let mut cursor = RocksCursor(self.db.raw_iterator_opt(bounded(to)));
+        cursor.seek(from)?;
+        while let Some((key, value)) = cursor.entry() {
+            if !take(key, value)? {
+                break;
+            }
+            cursor.next()?;
+        }
+        Ok(())
+    }
+}
