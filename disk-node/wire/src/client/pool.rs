@@ -64,8 +64,7 @@ impl Pool {
             .ok()
             .and_then(Result::ok)
             .ok_or(ChunkError::Overloaded)?;
-        while !fresh {
-            let Some(mut connection) = self.pop_idle() else { break };
+        while let Some(mut connection) = if fresh { None } else { self.pop_idle() } {
             if connection.sender.is_closed() || !connection.probe.quiet() {
                 continue;
             }
