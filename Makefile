@@ -7,6 +7,7 @@ SHELL := /bin/bash
 export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/granary/target
 BIN := $(CARGO_TARGET_DIR)/release
 # s3s declares a newer compiler than it needs; --locked keeps every build the same.
+# Always the whole workspace: with -p, Cargo would unify features anew and compile half of the dependencies twice.
 CARGO_FLAGS := --release --locked --ignore-rust-version
 
 # make run DIR=/mnt/backup S3=0.0.0.0:9000
@@ -27,7 +28,7 @@ setup-test: ## install what the tests need: clients, strace, file system tools
 
 build: setup ## build the server and the disk node
 	@echo "==> building Granary (the first build on a machine compiles RocksDB: 10 to 20 minutes on two cores)"
-	cargo build $(CARGO_FLAGS) -p granary-gateway -p granary-disk-node -p granary-bench
+	cargo build $(CARGO_FLAGS) --workspace --bins
 
 run: build ## start an embedded cluster of six disk nodes: S3 on $(S3), data kept in $(DIR)
 	@exec $(BIN)/granary dev --dir "$(DIR)" --s3 "$(S3)" --admin "$(ADMIN)"
@@ -43,7 +44,7 @@ check: setup ## formatting and lints
 
 soak: setup setup-test ## the long forms: hours, results go to docs/reliability.md
 	cargo build $(CARGO_FLAGS) --workspace --bins
-	GRANARY_SOAK=1 cargo test $(CARGO_FLAGS) -p granary-tests -- --nocapture --test-threads 1
+	GRANARY_SOAK=1 cargo test $(CARGO_FLAGS) --workspace --test clients --test faults --test s3 -- --nocapture --test-threads 1
 
 bench: build ## codec kernels, then PUT and GET against a fresh cluster
 	$(BIN)/granary-bench codec
