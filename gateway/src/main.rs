@@ -1,2 +1,5 @@
-//! stub
-fn main() {}
+//! The `granary` command; see [`granary_gateway::cli`].
+
+fn main() -> std::process::ExitCode {
+    granary_gateway::cli::main()
+}

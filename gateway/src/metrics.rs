@@ -6,14 +6,15 @@
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Upper bounds of latency buckets, in seconds: a millisecond to a minute.
-const LATENCY_BUCKETS_S: &[f64] = &[0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0];
+const LATENCY_BUCKETS_S: &[f64] =
+    &[0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0];
 
 /// A metric that could not be made or registered: a name taken twice or malformed, so a mistake in the program.
 #[derive(Debug, thiserror::Error)]
@@ -96,24 +97,64 @@ impl Metrics {
         let registry = Registry::new();
         let shared = Shared {
             requests: counter_vec(&registry, "granary_s3_requests_total", "S3 requests answered", &["verb", "status"])?,
-            request_seconds: histogram_vec(&registry, "granary_s3_request_seconds", "Time to answer S3 requests", &["verb"])?,
+            request_seconds: histogram_vec(
+                &registry,
+                "granary_s3_request_seconds",
+                "Time to answer S3 requests",
+                &["verb"],
+            )?,
             requests_in_flight: gauge(&registry, "granary_s3_requests_in_flight", "S3 requests being served")?,
             bytes_in: counter(&registry, "granary_s3_bytes_in_total", "Payload bytes received from clients")?,
             bytes_out: counter(&registry, "granary_s3_bytes_out_total", "Payload bytes sent to clients")?,
             disk_state: gauge_vec(&registry, "granary_disk_state", "1 for the state a disk is in", &["disk", "state"])?,
             disk_free_bytes: gauge_vec(&registry, "granary_disk_free_bytes", "Bytes free for new chunks", &["disk"])?,
-            disk_capacity_bytes: gauge_vec(&registry, "granary_disk_capacity_bytes", "Size of the file system", &["disk"])?,
+            disk_capacity_bytes: gauge_vec(
+                &registry,
+                "granary_disk_capacity_bytes",
+                "Size of the file system",
+                &["disk"],
+            )?,
             disk_chunks: gauge_vec(&registry, "granary_disk_chunks", "Chunks in the disk's index", &["disk"])?,
-            shard_leader_known: gauge_vec(&registry, "granary_shard_leader_known", "1 when the shard has a leader", &["shard"])?,
-            shard_voters: gauge_vec(&registry, "granary_shard_voters", "Replicas of the shard that answer", &["shard"])?,
-            shard_requests: counter_vec(&registry, "granary_shard_requests_total", "Requests to shards", &["kind", "result"])?,
-            shard_retries: counter_vec(&registry, "granary_shard_retries_total", "Attempts beyond the first", &["reason"])?,
+            shard_leader_known: gauge_vec(
+                &registry,
+                "granary_shard_leader_known",
+                "1 when the shard has a leader",
+                &["shard"],
+            )?,
+            shard_voters: gauge_vec(
+                &registry,
+                "granary_shard_voters",
+                "Replicas of the shard that answer",
+                &["shard"],
+            )?,
+            shard_requests: counter_vec(
+                &registry,
+                "granary_shard_requests_total",
+                "Requests to shards",
+                &["kind", "result"],
+            )?,
+            shard_retries: counter_vec(
+                &registry,
+                "granary_shard_retries_total",
+                "Attempts beyond the first",
+                &["reason"],
+            )?,
             shard_seconds: histogram_vec(&registry, "granary_shard_seconds", "Time of requests to shards", &["kind"])?,
             map_epoch: gauge(&registry, "granary_map_epoch", "Epoch of the cluster map in use")?,
             repairs: counter_vec(&registry, "granary_repairs_total", "Chunks rebuilt", &["result"])?,
             repair_queue: gauge(&registry, "granary_repair_queue", "Chunks waiting for repair")?,
-            hedges: counter_vec(&registry, "granary_hedged_reads_total", "Second reads because one was slow", &["result"])?,
-            stage_errors: counter_vec(&registry, "granary_stage_errors_total", "Uploads that could not be stored", &["kind"])?,
+            hedges: counter_vec(
+                &registry,
+                "granary_hedged_reads_total",
+                "Second reads because one was slow",
+                &["result"],
+            )?,
+            stage_errors: counter_vec(
+                &registry,
+                "granary_stage_errors_total",
+                "Uploads that could not be stored",
+                &["kind"],
+            )?,
             read_errors: counter_vec(&registry, "granary_read_errors_total", "Reads that failed", &["kind"])?,
             disk_node_starts: counter_vec(&registry, "granary_disk_node_starts_total", "Disk node starts", &["disk"])?,
             registry,
@@ -203,7 +244,11 @@ impl Metrics {
     }
 }
 
-fn register<C: Collector + Clone + 'static>(registry: &Registry, name: &str, made: Result<C, prometheus::Error>) -> Result<C, MetricError> {
+fn register<C: Collector + Clone + 'static>(
+    registry: &Registry,
+    name: &str,
+    made: Result<C, prometheus::Error>,
+) -> Result<C, MetricError> {
     let named = |source| MetricError { name: name.to_owned(), source };
     let metric = made.map_err(named)?;
     registry.register(Box::new(metric.clone())).map_err(named)?;

@@ -99,7 +99,12 @@ impl RootCredentials {
     ///
     /// # Errors
     /// [`SettingsError::Invalid`]; never shows the secret.
-    pub fn new(access_key: &str, secret_key: &str, access_name: &str, secret_name: &str) -> Result<RootCredentials, SettingsError> {
+    pub fn new(
+        access_key: &str,
+        secret_key: &str,
+        access_name: &str,
+        secret_name: &str,
+    ) -> Result<RootCredentials, SettingsError> {
         check_key(access_key, access_name, MIN_ACCESS_KEY_CHARS)?;
         check_key(secret_key, secret_name, MIN_SECRET_KEY_CHARS)?;
         // A slash in the access key would make the credential scope of a signature ambiguous.
@@ -125,9 +130,15 @@ impl RootCredentials {
     fn from_values(access: Option<String>, secret: Option<String>) -> Result<Option<RootCredentials>, SettingsError> {
         match (access, secret) {
             (None, None) => Ok(None),
-            (Some(access), Some(secret)) => Self::new(&access, &secret, ROOT_ACCESS_KEY_VAR, ROOT_SECRET_KEY_VAR).map(Some),
-            (Some(_), None) => Err(SettingsError::invalid(ROOT_SECRET_KEY_VAR, format!("must be set when {ROOT_ACCESS_KEY_VAR} is"))),
-            (None, Some(_)) => Err(SettingsError::invalid(ROOT_ACCESS_KEY_VAR, format!("must be set when {ROOT_SECRET_KEY_VAR} is"))),
+            (Some(access), Some(secret)) => {
+                Self::new(&access, &secret, ROOT_ACCESS_KEY_VAR, ROOT_SECRET_KEY_VAR).map(Some)
+            }
+            (Some(_), None) => {
+                Err(SettingsError::invalid(ROOT_SECRET_KEY_VAR, format!("must be set when {ROOT_ACCESS_KEY_VAR} is")))
+            }
+            (None, Some(_)) => {
+                Err(SettingsError::invalid(ROOT_ACCESS_KEY_VAR, format!("must be set when {ROOT_SECRET_KEY_VAR} is")))
+            }
         }
     }
 
@@ -137,10 +148,15 @@ impl RootCredentials {
     /// The file cannot be read, is no such JSON, or holds bad values.
     pub fn read_file(path: &Path) -> Result<RootCredentials, SettingsError> {
         let text = read_small(path)?;
-        let read: RootCredentials =
-            serde_json::from_slice(&text).map_err(|error| SettingsError::invalid(path.display().to_string(), describe_json(&error)))?;
+        let read: RootCredentials = serde_json::from_slice(&text)
+            .map_err(|error| SettingsError::invalid(path.display().to_string(), describe_json(&error)))?;
         let name = path.display();
-        Self::new(&read.access_key, read.secret_key.reveal(), &format!("{name}: access_key"), &format!("{name}: secret_key"))
+        Self::new(
+            &read.access_key,
+            read.secret_key.reveal(),
+            &format!("{name}: access_key"),
+            &format!("{name}: secret_key"),
+        )
     }
 
     /// A fresh pair: 20 and 40 characters from the operating system's randomness.
@@ -149,7 +165,8 @@ impl RootCredentials {
     /// [`SettingsError::Random`].
     pub fn generate() -> Result<RootCredentials, SettingsError> {
         let access_key = format!("GR{}", random_text(18, b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567")?);
-        let secret_key = Secret::new(random_text(40, b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")?);
+        let secret_key =
+            Secret::new(random_text(40, b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")?);
         Ok(RootCredentials { access_key, secret_key })
     }
 
@@ -170,7 +187,10 @@ fn check_key(key: &str, name: &str, min_chars: usize) -> Result<(), SettingsErro
         return Err(SettingsError::invalid(name, format!("must have at least {min_chars} characters, it has {chars}")));
     }
     if chars > MAX_KEY_CHARS {
-        return Err(SettingsError::invalid(name, format!("must have at most {MAX_KEY_CHARS} characters, it has {chars}")));
+        return Err(SettingsError::invalid(
+            name,
+            format!("must have at most {MAX_KEY_CHARS} characters, it has {chars}"),
+        ));
     }
     if !key.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(SettingsError::invalid(name, "must be printable ASCII without blanks"));
@@ -182,7 +202,11 @@ fn check_key(key: &str, name: &str, min_chars: usize) -> Result<(), SettingsErro
 fn random_text(chars: usize, alphabet: &[u8]) -> Result<String, SettingsError> {
     let mut bytes = vec![0u8; chars];
     getrandom::fill(&mut bytes).map_err(SettingsError::Random)?;
-    Ok(bytes.iter().filter_map(|byte| alphabet.get(usize::from(*byte) % alphabet.len())).map(|byte| char::from(*byte)).collect())
+    Ok(bytes
+        .iter()
+        .filter_map(|byte| alphabet.get(usize::from(*byte) % alphabet.len()))
+        .map(|byte| char::from(*byte))
+        .collect())
 }
 
 /// 256 random bits as 64 hex digits: the admin token.
@@ -203,7 +227,10 @@ pub fn read_token(path: &Path) -> Result<Secret, SettingsError> {
     let bytes = read_small(path)?;
     let text = std::str::from_utf8(&bytes).unwrap_or_default().trim();
     if text.len() < 32 || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err(SettingsError::invalid(path.display().to_string(), "must hold a token of at least 32 printable characters"));
+        return Err(SettingsError::invalid(
+            path.display().to_string(),
+            "must hold a token of at least 32 printable characters",
+        ));
     }
     Ok(Secret::new(text))
 }
@@ -232,7 +259,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Settings
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
     let failed = |error| SettingsError::file(path, error);
-    let directory = path.parent().ok_or_else(|| SettingsError::invalid(path.display().to_string(), "has no directory"))?;
+    let directory =
+        path.parent().ok_or_else(|| SettingsError::invalid(path.display().to_string(), "has no directory"))?;
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let temporary = directory.join(name);
@@ -241,7 +269,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Settings
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
         _ => {}
     }
-    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary).map_err(failed)?;
+    let mut file =
+        std::fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary).map_err(failed)?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
     std::fs::rename(&temporary, path).map_err(failed)?;
     std::fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)
@@ -268,7 +297,9 @@ mod tests {
             (Some(""), Some(""), ROOT_ACCESS_KEY_VAR, "at least 3"),
         ];
         for (access, secret, name, why) in bad {
-            let error = RootCredentials::from_values(access.map(str::to_owned), secret.map(str::to_owned)).unwrap_err().to_string();
+            let error = RootCredentials::from_values(access.map(str::to_owned), secret.map(str::to_owned))
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(name) && error.contains(why), "{access:?}: {error}");
             assert!(!error.contains("hunter2") && !error.contains("long-enough"), "{error}");
         }
@@ -287,7 +318,8 @@ mod tests {
         assert_eq!(RootCredentials::read_file(&path).unwrap(), made);
         assert!(!format!("{made:?}").contains(made.secret_key.reveal()));
 
-        std::fs::write(&path, r#"{"access_key":"abc","secret_key":"super-secret-value","x":"super-secret-value"}"#).unwrap();
+        std::fs::write(&path, r#"{"access_key":"abc","secret_key":"super-secret-value","x":"super-secret-value"}"#)
+            .unwrap();
         let error = RootCredentials::read_file(&path).unwrap_err().to_string();
         assert!(error.contains("root-credentials") && !error.contains("super-secret"), "{error}");
     }

@@ -29,7 +29,7 @@ use granary_wire::record::BucketId;
 use peers::{PeerError, Peers};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -112,6 +112,8 @@ struct Inner {
     map: watch::Sender<Option<Arc<ClusterMap>>>,
     /// True once the root shard itself has told us the map.
     confirmed: watch::Sender<bool>,
+    /// When the root shard last answered.
+    root_seen: Mutex<Option<Instant>>,
     /// By shard number; fixed in length because a cluster's number of shards is.
     leaders: Vec<AtomicU32>,
     buckets: buckets::BucketCache,
@@ -127,10 +129,17 @@ impl Shards {
     }
 
     /// As [`Shards::new`], with other times.
-    pub fn with_timing(peers: Arc<dyn Peers>, map: watch::Sender<Option<Arc<ClusterMap>>>, metrics: Metrics, timing: Timing) -> Shards {
+    pub fn with_timing(
+        peers: Arc<dyn Peers>,
+        map: watch::Sender<Option<Arc<ClusterMap>>>,
+        metrics: Metrics,
+        timing: Timing,
+    ) -> Shards {
         let leaders = (0..=u16::MAX).map(|_| AtomicU32::new(NO_LEADER)).collect();
         let confirmed = watch::Sender::new(false);
-        Shards { inner: Arc::new(Inner { peers, map, confirmed, leaders, buckets: buckets::BucketCache::default(), timing, metrics }) }
+        let buckets = buckets::BucketCache::default();
+        let root_seen = Mutex::new(None);
+        Shards { inner: Arc::new(Inner { peers, map, confirmed, root_seen, leaders, buckets, timing, metrics }) }
     }
 
     /// The newest map known here, and news of it.
@@ -146,6 +155,25 @@ impl Shards {
     /// True once the root shard has confirmed or renewed the map given at start.
     pub fn confirmed(&self) -> watch::Receiver<bool> {
         self.inner.confirmed.subscribe()
+    }
+
+    /// How long ago the root shard last answered.
+    pub fn root_silence(&self) -> Option<Duration> {
+        let seen = *self.inner.root_seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.map(|seen| seen.elapsed())
+    }
+
+    /// One control request to one disk, without retries: for status and forming a cluster.
+    ///
+    /// # Errors
+    /// As [`Peers::control`].
+    pub async fn ask_disk(
+        &self,
+        disk: DiskId,
+        request: ControlRequest,
+        deadline: Duration,
+    ) -> Result<ControlResponse, PeerError> {
+        self.inner.peers.control(disk, request, deadline).await
     }
 
     /// The shard that owns a key.
@@ -176,8 +204,14 @@ impl Shards {
     ///
     /// # Errors
     /// As [`Shards::command`].
-    pub async fn command_as(&self, shard: ShardId, request_id: [u8; 16], command: Command) -> Result<Reply, ShardError> {
-        let request = ControlRequest::Meta { shard, request: Box::new(MetaRequest { request_id, now_ms: now_ms(), command }) };
+    pub async fn command_as(
+        &self,
+        shard: ShardId,
+        request_id: [u8; 16],
+        command: Command,
+    ) -> Result<Reply, ShardError> {
+        let request =
+            ControlRequest::Meta { shard, request: Box::new(MetaRequest { request_id, now_ms: now_ms(), command }) };
         match self.timed("command", shard, request).await? {
             ControlResponse::Meta(Reply::Refused(why)) => Err(ShardError::Refused { shard, why }),
             ControlResponse::Meta(reply) => Ok(reply),
@@ -254,7 +288,9 @@ impl Shards {
             let begun = Instant::now();
             silent.retain(|_, until| *until > begun);
             let target = hint.take().filter(|disk| map.disk(*disk).is_some() && !silent.contains_key(disk));
-            let Some(target) = target.or_else(|| pick(members, |disk| !asked.contains(&disk) && !silent.contains_key(&disk))) else {
+            let Some(target) =
+                target.or_else(|| pick(members, |disk| !asked.contains(&disk) && !silent.contains_key(&disk)))
+            else {
                 self.pause(shard, deadline, &mut pause, "no member answers").await?;
                 asked.clear();
                 continue;
@@ -276,9 +312,15 @@ impl Shards {
                 },
                 Ok(response) => {
                     self.set_leader(shard, Some(target));
+                    if shard == ShardId::ROOT {
+                        *self.inner.root_seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+                    }
                     return Ok(response);
                 }
-                Err(PeerError { detail }) => {
+                Err(PeerError::TooLarge) => {
+                    return Err(ShardError::Refused { shard, why: PeerError::TooLarge.to_string() })
+                }
+                Err(PeerError::Lost(detail)) => {
                     silent.insert(target, Instant::now() + self.inner.timing.silence);
                     ("link", format!("disk {target}: {detail}"))
                 }
@@ -299,7 +341,13 @@ impl Shards {
     }
 
     /// Waits a little longer each time, with jitter, or gives up when the deadline comes first.
-    async fn pause(&self, shard: ShardId, deadline: Instant, pause: &mut Duration, detail: &str) -> Result<(), ShardError> {
+    async fn pause(
+        &self,
+        shard: ShardId,
+        deadline: Instant,
+        pause: &mut Duration,
+        detail: &str,
+    ) -> Result<(), ShardError> {
         let wait = jitter(*pause);
         if Instant::now() + wait >= deadline {
             return Err(ShardError::Unavailable { shard, detail: detail.to_owned() });

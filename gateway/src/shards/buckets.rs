@@ -225,10 +225,12 @@ impl Shards {
 
     /// The same command on every object shard, in parallel; fails when any does not answer, after all have been heard.
     async fn on_all_shards(&self, command: impl Fn() -> Command) -> Result<Vec<(ShardId, Reply)>, ShardError> {
-        let mut running: FuturesUnordered<_> =
-            self.object_shards().into_iter().map(|shard| (shard, command())).map(|(shard, command)| async move {
-                self.command(shard, command).await.map(|reply| (shard, reply))
-            }).collect();
+        let mut running: FuturesUnordered<_> = self
+            .object_shards()
+            .into_iter()
+            .map(|shard| (shard, command()))
+            .map(|(shard, command)| async move { self.command(shard, command).await.map(|reply| (shard, reply)) })
+            .collect();
         let mut replies = Vec::new();
         let mut failed = None;
         while let Some(result) = running.next().await {
@@ -245,7 +247,10 @@ impl Shards {
     /// # Errors
     /// The root shard does not answer.
     pub async fn list_buckets(&self, after: &str, limit: u32) -> Result<BucketPage, ShardError> {
-        match self.query(ShardId::ROOT, Query::ListBuckets { after: after.to_owned(), limit: limit.clamp(1, 1000) }).await? {
+        match self
+            .query(ShardId::ROOT, Query::ListBuckets { after: after.to_owned(), limit: limit.clamp(1, 1000) })
+            .await?
+        {
             Answer::Buckets { buckets, more } => Ok(BucketPage { buckets, more }),
             other => Err(odd_answer(ShardId::ROOT, &other)),
         }

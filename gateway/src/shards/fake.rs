@@ -5,7 +5,9 @@
 use super::peers::{PeerError, Peers};
 use futures::future::BoxFuture;
 use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ShardId};
-use granary_placement::map::{ClusterMap, Disk, DiskState, Location, Roles, ShardReplicas};
+use granary_placement::map::{ClusterMap, Location, Roles};
+use granary_placement::place::{new_map, NewCluster, NewDisk};
+use granary_placement::scheme::{FailureDomain, Scheme};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::meta::{Answer, Command, ListFrom, ListItem, ObjectSummary, Query, Reply};
 use granary_wire::record::{AccountId, BucketId, BucketRecord};
@@ -47,27 +49,25 @@ pub(crate) struct FakeCluster {
     pub(crate) state: Mutex<State>,
 }
 
+/// A valid map: 3+2, every disk with both roles, every shard on five of them.
 pub(crate) fn map(disks: u32, shards: usize, epoch: u64) -> ClusterMap {
-    let ids: Vec<DiskId> = (1..=disks).map(DiskId).collect();
-    let disk = |id: DiskId| Disk {
-        id,
-        uuid: DiskUuid([u8::try_from(id.0).unwrap(); 16]),
-        address: format!("127.0.0.1:{}", 4000 + id.0),
+    let disk = |id: u32| NewDisk {
+        uuid: DiskUuid([u8::try_from(id).unwrap(); 16]),
+        address: format!("127.0.0.1:{}", 4000 + id),
         location: Location { zone: "z".into(), rack: "r".into(), server: "s".into() },
         weight: 1,
         roles: Roles { storage: true, metadata: true },
-        state: DiskState::In,
     };
-    ClusterMap {
+    let map = new_map(NewCluster {
         cluster_id: ClusterId([7; 16]),
-        epoch: Epoch(epoch),
-        next_disk_id: disks + 1,
-        disks: ids.iter().map(|id| (*id, disk(*id))).collect(),
-        schemes: BTreeMap::new(),
-        default_scheme: String::new(),
-        groups: BTreeMap::new(),
-        shards: (0..shards).map(|_| ShardReplicas { members: ids.clone() }).collect(),
-    }
+        disks: (1..=disks).map(disk).collect(),
+        scheme_name: "3+2".into(),
+        scheme: Scheme::new(3, 2, FailureDomain::Disk).unwrap(),
+        object_shards: u16::try_from(shards - 1).unwrap(),
+        replicas: Some(5),
+        groups_per_disk: 2,
+    });
+    ClusterMap { epoch: Epoch(epoch), ..map.unwrap() }
 }
 
 impl FakeCluster {
@@ -83,7 +83,15 @@ impl FakeCluster {
             ControlRequest::Status => {
                 let epoch = state.epochs.get(&disk).copied().unwrap_or_default();
                 let uuid = DiskUuid([0; 16]);
-                let status = NodeStatus { disk: Some(disk), uuid, epoch, capacity_bytes: 0, free_bytes: 0, chunks: 0, chunk_bytes: 0 };
+                let status = NodeStatus {
+                    disk: Some(disk),
+                    uuid,
+                    epoch,
+                    capacity_bytes: 0,
+                    free_bytes: 0,
+                    chunks: 0,
+                    chunk_bytes: 0,
+                };
                 Ok(ControlResponse::Status(status))
             }
             ControlRequest::OfferMap(map) => {
@@ -92,7 +100,8 @@ impl FakeCluster {
             }
             ControlRequest::Meta { shard, request } => {
                 let fault = state.enter(disk, shard)?;
-                if let Some(answer) = fault.as_ref().and_then(Fault::answer).or_else(|| state.not_leading(disk, shard)) {
+                if let Some(answer) = fault.as_ref().and_then(Fault::answer).or_else(|| state.not_leading(disk, shard))
+                {
                     return Ok(answer);
                 }
                 let reply = match state.replies.get(&request.request_id) {
@@ -105,13 +114,14 @@ impl FakeCluster {
                     }
                 };
                 if fault == Some(Fault::LoseAnswer) {
-                    return Err(PeerError { detail: "answer lost".into() });
+                    return Err(PeerError::Lost("answer lost".into()));
                 }
                 Ok(ControlResponse::Meta(reply))
             }
             ControlRequest::Query { shard, query } => {
                 let fault = state.enter(disk, shard)?;
-                if let Some(answer) = fault.as_ref().and_then(Fault::answer).or_else(|| state.not_leading(disk, shard)) {
+                if let Some(answer) = fault.as_ref().and_then(Fault::answer).or_else(|| state.not_leading(disk, shard))
+                {
                     return Ok(answer);
                 }
                 Ok(ControlResponse::Query(state.find(shard, *query)))
@@ -134,7 +144,7 @@ impl State {
     fn enter(&mut self, disk: DiskId, shard: ShardId) -> Result<Option<Fault>, PeerError> {
         self.asked.push((disk, shard));
         match self.faults.pop_front() {
-            Some(Fault::LoseRequest) => Err(PeerError { detail: "request lost".into() }),
+            Some(Fault::LoseRequest) => Err(PeerError::Lost("request lost".into())),
             fault => Ok(fault),
         }
     }
@@ -175,23 +185,27 @@ impl State {
                 self.buckets.insert(name, bucket.clone());
                 Reply::Bucket(bucket)
             }
-            Command::BeginDeleteBucket { name, bucket } => match self.buckets.get_mut(&name).filter(|known| known.id == bucket) {
-                Some(known) => {
-                    known.deleting = true;
-                    Reply::Bucket(known.clone())
-                }
-                None => Reply::NoSuchBucket,
-            },
-            Command::EndDeleteBucket { name, bucket, remove } => match self.buckets.get_mut(&name).filter(|known| known.id == bucket) {
-                Some(known) => {
-                    known.deleting = false;
-                    if remove {
-                        self.buckets.remove(&name);
+            Command::BeginDeleteBucket { name, bucket } => {
+                match self.buckets.get_mut(&name).filter(|known| known.id == bucket) {
+                    Some(known) => {
+                        known.deleting = true;
+                        Reply::Bucket(known.clone())
                     }
-                    Reply::Done
+                    None => Reply::NoSuchBucket,
                 }
-                None => Reply::NoSuchBucket,
-            },
+            }
+            Command::EndDeleteBucket { name, bucket, remove } => {
+                match self.buckets.get_mut(&name).filter(|known| known.id == bucket) {
+                    Some(known) => {
+                        known.deleting = false;
+                        if remove {
+                            self.buckets.remove(&name);
+                        }
+                        Reply::Done
+                    }
+                    None => Reply::NoSuchBucket,
+                }
+            }
             Command::SetMap { map } => {
                 let current = self.map.as_ref().map_or(Epoch(0), |map| map.epoch);
                 if map.epoch.0 != current.0 + 1 {
@@ -207,7 +221,9 @@ impl State {
     fn find(&self, shard: ShardId, query: Query) -> Answer {
         match query {
             Query::GetMap => self.map.clone().map_or(Answer::NoMap, |map| Answer::Map(Box::new(map))),
-            Query::GetBucket { name } => self.buckets.get(&name).map_or(Answer::NoSuchBucket, |bucket| Answer::Bucket(bucket.clone())),
+            Query::GetBucket { name } => {
+                self.buckets.get(&name).map_or(Answer::NoSuchBucket, |bucket| Answer::Bucket(bucket.clone()))
+            }
             Query::ListObjects { bucket, prefix, delimiter, from, limit } => {
                 if self.fences.contains(&(shard, bucket.0)) {
                     return Answer::BucketFenced;
@@ -223,7 +239,13 @@ impl State {
 }
 
 /// What a listing must be, by the plainest means: all keys, folded, sorted, cut.
-pub(crate) fn naive_list(keys: &BTreeSet<String>, prefix: &str, delimiter: &str, from: &ListFrom, limit: usize) -> (Vec<ListItem>, bool) {
+pub(crate) fn naive_list(
+    keys: &BTreeSet<String>,
+    prefix: &str,
+    delimiter: &str,
+    from: &ListFrom,
+    limit: usize,
+) -> (Vec<ListItem>, bool) {
     let mut items: Vec<ListItem> = Vec::new();
     for key in keys.iter().filter(|key| key.starts_with(prefix)) {
         let rest = &key[prefix.len()..];
@@ -234,7 +256,9 @@ pub(crate) fn naive_list(keys: &BTreeSet<String>, prefix: &str, delimiter: &str,
         };
         let after = match from {
             ListFrom::Start => true,
-            ListFrom::After(last) => item.sort_key() > last.as_str() && !(folded.is_some() && last.starts_with(item.sort_key())),
+            ListFrom::After(last) => {
+                item.sort_key() > last.as_str() && !(folded.is_some() && last.starts_with(item.sort_key()))
+            }
         };
         if after && items.last() != Some(&item) {
             items.push(item);
@@ -258,7 +282,12 @@ pub(crate) fn summary(key: &str) -> ObjectSummary {
 }
 
 impl Peers for FakeCluster {
-    fn control(&self, disk: DiskId, request: ControlRequest, deadline: Duration) -> BoxFuture<'_, Result<ControlResponse, PeerError>> {
+    fn control(
+        &self,
+        disk: DiskId,
+        request: ControlRequest,
+        deadline: Duration,
+    ) -> BoxFuture<'_, Result<ControlResponse, PeerError>> {
         Box::pin(async move {
             // Lets the tasks of a race mix.
             for _ in 0..super::random_below(4) {
@@ -266,7 +295,7 @@ impl Peers for FakeCluster {
             }
             if self.state.lock().unwrap().hung.contains(&disk) {
                 tokio::time::sleep(deadline).await;
-                return Err(PeerError { detail: "timed out".into() });
+                return Err(PeerError::Lost("timed out".into()));
             }
             self.answer(disk, request)
         })

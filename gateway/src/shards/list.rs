@@ -55,7 +55,14 @@ impl Shards {
     ///
     /// # Errors
     /// [`ShardError::BucketFenced`], or a shard does not answer: a listing is whole or fails, it never leaves a shard out.
-    pub async fn list_objects(&self, bucket: BucketId, prefix: &str, delimiter: &str, from: ListFrom, limit: u32) -> Result<Page, ShardError> {
+    pub async fn list_objects(
+        &self,
+        bucket: BucketId,
+        prefix: &str,
+        delimiter: &str,
+        from: ListFrom,
+        limit: u32,
+    ) -> Result<Page, ShardError> {
         let shards = self.listed_shards()?;
         let from = &from;
         let fetch = |source: usize, last: Option<String>, want: usize| {
@@ -109,7 +116,8 @@ impl Shards {
             }
         };
         let limit = limit.min(MAX_PAGE) as usize;
-        let (uploads, more) = merge(shards.len(), limit, |(key, upload, _): &ListedUpload| (key.clone(), *upload), fetch).await?;
+        let (uploads, more) =
+            merge(shards.len(), limit, |(key, upload, _): &ListedUpload| (key.clone(), *upload), fetch).await?;
         Ok(UploadPage { uploads, more })
     }
 
@@ -117,7 +125,14 @@ impl Shards {
     ///
     /// # Errors
     /// As [`Shards::list_objects`].
-    pub async fn list_parts(&self, bucket: BucketId, key: &str, upload: UploadId, after: u16, limit: u32) -> Result<Option<PartPage>, ShardError> {
+    pub async fn list_parts(
+        &self,
+        bucket: BucketId,
+        key: &str,
+        upload: UploadId,
+        after: u16,
+        limit: u32,
+    ) -> Result<Option<PartPage>, ShardError> {
         let shard = self.shard_of(bucket, key)?;
         let query = Query::ListParts { bucket, key: key.to_owned(), upload, after, limit: limit.clamp(1, 10_000) };
         match self.query(shard, query).await? {
@@ -161,7 +176,8 @@ where
         return Ok((merged, false));
     }
     let mut last_key: Option<K> = None;
-    let mut all: Vec<Source<T, K>> = (0..sources).map(|_| Source { waiting: VecDeque::new(), last: None, more: true }).collect();
+    let mut all: Vec<Source<T, K>> =
+        (0..sources).map(|_| Source { waiting: VecDeque::new(), last: None, more: true }).collect();
     loop {
         // A source that has run dry may hold the smallest key: all such are filled before the next item is chosen.
         // One item more than the page is wanted, to know whether there is more.
@@ -183,7 +199,8 @@ where
         }
         // Take items while every source either has one waiting or is at its end.
         while !all.iter().any(|source| source.waiting.is_empty() && source.more) {
-            let heads = all.iter().enumerate().filter_map(|(at, source)| source.waiting.front().map(|item| (key(item), at)));
+            let heads =
+                all.iter().enumerate().filter_map(|(at, source)| source.waiting.front().map(|item| (key(item), at)));
             let Some((smallest, at)) = heads.min() else {
                 return Ok((merged, false));
             };

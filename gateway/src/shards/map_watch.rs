@@ -84,8 +84,13 @@ impl Shards {
     /// Publishes a map if its epoch is higher than the known one's.
     fn take_map(&self, map: ClusterMap) -> bool {
         let epoch = map.epoch;
+        if let Err(error) = map.validate() {
+            tracing::error!(epoch = epoch.0, %error, "the root shard's cluster map is not valid and is not used");
+            return false;
+        }
         let taken = self.inner.map.send_if_modified(|known| {
-            let newer = known.as_ref().is_none_or(|known| known.cluster_id == map.cluster_id && known.epoch < map.epoch);
+            let newer =
+                known.as_ref().is_none_or(|known| known.cluster_id == map.cluster_id && known.epoch < map.epoch);
             if newer {
                 *known = Some(Arc::new(map));
             }
@@ -118,7 +123,8 @@ impl Shards {
     /// Tells every disk node that knows an older map about ours. Those that do not answer are told another time.
     pub async fn offer_map(&self) {
         let Some(map) = self.current_map() else { return };
-        let disks: Vec<DiskId> = map.disks.values().filter(|disk| disk.state != DiskState::Out).map(|disk| disk.id).collect();
+        let disks: Vec<DiskId> =
+            map.disks.values().filter(|disk| disk.state != DiskState::Out).map(|disk| disk.id).collect();
         stream::iter(disks).for_each_concurrent(OFFERS_AT_ONCE, |disk| self.offer_to(disk, &map)).await;
     }
 
@@ -130,7 +136,9 @@ impl Shards {
         let offer = ControlRequest::OfferMap(Box::new(map.as_ref().clone()));
         match self.inner.peers.control(disk, offer, OFFER_DEADLINE).await {
             Ok(ControlResponse::Done) => tracing::debug!(disk = disk.0, epoch = map.epoch.0, "disk node took the map"),
-            Ok(other) => tracing::warn!(disk = disk.0, epoch = map.epoch.0, answer = ?other, "disk node did not take the map"),
+            Ok(other) => {
+                tracing::warn!(disk = disk.0, epoch = map.epoch.0, answer = ?other, "disk node did not take the map")
+            }
             Err(error) => tracing::debug!(disk = disk.0, %error, "disk node was not told the map"),
         }
     }

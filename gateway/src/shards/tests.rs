@@ -67,7 +67,12 @@ async fn a_request_follows_the_leader_and_remembers_it() {
 #[tokio::test]
 async fn a_command_whose_answer_is_lost_is_applied_once() {
     let (fake, shards) = cluster();
-    let faults = [Fault::LoseAnswer, Fault::LoseRequest, Fault::Answer(ControlError::Unavailable("election".into())), Fault::LoseAnswer];
+    let faults = [
+        Fault::LoseAnswer,
+        Fault::LoseRequest,
+        Fault::Answer(ControlError::Unavailable("election".into())),
+        Fault::LoseAnswer,
+    ];
     fake.state.lock().unwrap().faults.extend(faults);
     let created = shards.create_bucket("b", AccountId::ROOT).await.unwrap();
     assert!(matches!(created, Created::New(_)), "{created:?}");
@@ -97,7 +102,11 @@ async fn without_an_answer_the_deadline_ends_it_and_the_outcome_is_unknown() {
     let begun = tokio::time::Instant::now();
     let error = shards.command(ShardId(1), Command::Noop).await.unwrap_err();
     assert!(error.outcome_unknown(), "{error}");
-    assert!((Duration::from_millis(750)..=Duration::from_millis(2000)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    assert!(
+        (Duration::from_millis(750)..=Duration::from_millis(2000)).contains(&begun.elapsed()),
+        "{:?}",
+        begun.elapsed()
+    );
     let asked = fake.state.lock().unwrap().asked.len();
     assert!(asked < 300, "backs off: {asked} requests");
 }
@@ -140,9 +149,16 @@ async fn listings_equal_a_naive_sort(seed: u64) {
                 _ => ListFrom::Start,
             };
             loop {
-                let page = shards.list_objects(bucket, prefix, delimiter, from.clone(), u32::try_from(limit).unwrap()).await.unwrap();
+                let page = shards
+                    .list_objects(bucket, prefix, delimiter, from.clone(), u32::try_from(limit).unwrap())
+                    .await
+                    .unwrap();
                 let (items, more) = naive_list(&keys, prefix, delimiter, &from, limit);
-                assert_eq!((&page.items, page.more), (&items, more), "seed {seed}, {prefix:?} {delimiter:?} {from:?} {limit} of {keys:?}");
+                assert_eq!(
+                    (&page.items, page.more),
+                    (&items, more),
+                    "seed {seed}, {prefix:?} {delimiter:?} {from:?} {limit} of {keys:?}"
+                );
                 match page.items.last() {
                     Some(last) if page.more => from = ListFrom::After(last.sort_key().to_owned()),
                     _ => break,
@@ -198,7 +214,10 @@ async fn a_deletion_that_was_broken_off_is_finished_by_the_next_one_or_by_create
     for finish_by_create in [false, true] {
         let (fake, shards) = cluster();
         let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
-        shards.command(ShardId::ROOT, Command::BeginDeleteBucket { name: "b".into(), bucket: bucket.id }).await.unwrap();
+        shards
+            .command(ShardId::ROOT, Command::BeginDeleteBucket { name: "b".into(), bucket: bucket.id })
+            .await
+            .unwrap();
         shards.command(ShardId(2), Command::FenceBucket { bucket: bucket.id }).await.unwrap();
         // Meanwhile it is neither gone nor there.
         assert!(shards.fresh_bucket("b").await.unwrap().unwrap().deleting);

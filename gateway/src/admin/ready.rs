@@ -1,0 +1,120 @@
+//! Should this gateway get traffic? Decided from values; the reasons are for people.
+
+use super::status::{leaderless, Snapshot};
+use crate::shards::now_ms;
+use serde::Serialize;
+use std::time::Duration;
+
+/// An older word of the root shard says nothing about now.
+const ROOT_SILENCE: Duration = Duration::from_secs(10);
+const SNAPSHOT_AGE_MS: u64 = 15_000;
+/// Fewer disks of a group than this take no write at all.
+const MIN_GROUP_DISKS: usize = 2;
+
+/// What a snapshot does not say.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts {
+    /// The root shard has told us the map.
+    pub confirmed: bool,
+    /// Since when it has not answered.
+    pub root_silence: Option<Duration>,
+    /// S3 is being served.
+    pub serving: bool,
+}
+
+/// The answer of `/readyz`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Verdict {
+    /// Reads and writes can be served.
+    pub ready: bool,
+    /// Why not.
+    pub reasons: Vec<String>,
+    /// What is not well, though requests are served.
+    pub warnings: Vec<String>,
+}
+
+/// Decides.
+pub fn verdict(snapshot: &Snapshot, facts: &Facts) -> Verdict {
+    let mut reasons = Vec::new();
+    if !facts.confirmed {
+        reasons.push("the root shard has not told the cluster map yet".to_owned());
+    } else if facts.root_silence.is_none_or(|silence| silence > ROOT_SILENCE) {
+        reasons.push(format!(
+            "the root shard has not answered for {} s",
+            facts.root_silence.unwrap_or_default().as_secs()
+        ));
+    }
+    if !facts.serving {
+        reasons.push("S3 is not served yet".to_owned());
+    }
+    if snapshot.collected_ms == 0 || now_ms().saturating_sub(snapshot.collected_ms) > SNAPSHOT_AGE_MS {
+        reasons.push("the state of disks and shards is not known".to_owned());
+    } else {
+        let leaderless = leaderless(snapshot);
+        if !leaderless.is_empty() {
+            let names: Vec<String> = leaderless.iter().take(8).map(ToString::to_string).collect();
+            reasons.push(format!("{} shards have no leader ({})", leaderless.len(), names.join(", ")));
+        }
+        if !snapshot.groups_by_disks_up.keys().any(|up| *up >= MIN_GROUP_DISKS) {
+            reasons.push("no placement group has enough disks up to take a write".to_owned());
+        }
+    }
+    let mut warnings: Vec<String> = snapshot
+        .disks
+        .iter()
+        .filter(|disk| disk.health != "up")
+        .take(16)
+        .map(|disk| format!("disk {} is {}", disk.disk, disk.health))
+        .collect();
+    if snapshot.repair_queue.count > 0 {
+        let more = if snapshot.repair_queue.more { " or more" } else { "" };
+        warnings.push(format!("{}{more} chunks wait for repair", snapshot.repair_queue.count));
+    }
+    Verdict { ready: reasons.is_empty(), reasons, warnings }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::status::ShardRow;
+    use super::*;
+
+    fn healthy() -> (Snapshot, Facts) {
+        let shard = |shard| ShardRow {
+            shard,
+            members: vec![1],
+            leader: Some(1),
+            term: Some(1),
+            voters: vec![1],
+            replicas: vec![],
+        };
+        let snapshot = Snapshot {
+            collected_ms: now_ms(),
+            groups_by_disks_up: [(6, 50)].into(),
+            shards: vec![shard(0), shard(1)],
+            ..Snapshot::default()
+        };
+        (snapshot, Facts { confirmed: true, root_silence: Some(Duration::from_millis(500)), serving: true })
+    }
+
+    #[test]
+    fn ready_needs_the_map_a_leader_for_each_shard_a_group_to_write_and_the_listener() {
+        let (snapshot, facts) = healthy();
+        assert!(verdict(&snapshot, &facts).ready);
+        let not_ready = |snapshot: &Snapshot, facts: &Facts, why: &str| {
+            let verdict = verdict(snapshot, facts);
+            assert!(!verdict.ready && verdict.reasons.iter().any(|reason| reason.contains(why)), "{verdict:?}");
+        };
+        not_ready(&snapshot, &Facts { confirmed: false, ..facts }, "cluster map");
+        not_ready(&snapshot, &Facts { root_silence: Some(Duration::from_secs(60)), ..facts }, "60 s");
+        not_ready(&snapshot, &Facts { serving: false, ..facts }, "S3");
+        not_ready(&Snapshot { collected_ms: 0, ..snapshot.clone() }, &facts, "not known");
+        not_ready(
+            &Snapshot { groups_by_disks_up: [(1, 50), (0, 3)].into(), ..snapshot.clone() },
+            &facts,
+            "placement group",
+        );
+        let mut leaderless = snapshot;
+        leaderless.shards[1].leader = None;
+        not_ready(&leaderless, &facts, "1 shards have no leader (1)");
+    }
+}

@@ -1,0 +1,276 @@
+//! A whole cluster on one machine: `granary dev`.
+//!
+//! - [`layout`]: the directory, and what is decided at the first start;
+//! - [`ready`] and [`label`]: a disk directory becomes a disk the cluster knows;
+//! - [`child`] and [`supervisor`]: disk-node processes, kept running;
+//! - [`report`]: `cluster.json` and what is printed;
+//! - this file: start and stop, in order.
+
+pub mod child;
+pub mod label;
+pub mod layout;
+pub mod ready;
+pub mod report;
+pub mod supervisor;
+
+use crate::admin::LocalDisks;
+use crate::bootstrap::{form, FormError};
+use crate::gateway::{listen, Gateway, GatewayConfig, GatewayError};
+use crate::settings::{random_token, read_token, write_atomic, RootCredentials, Secret, SettingsError};
+use futures::future::{try_join_all, BoxFuture};
+use granary_placement::id::DiskId;
+use granary_wire::auth::{ClusterSecret, Credentials, SecretError};
+use layout::{Layout, LayoutError, Plan, Shape};
+use ready::{Readier, ReadyError};
+use report::Places;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use supervisor::{NodeSettings, SlotHandle, SlotTask};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Environment variable of the disk node's executable.
+pub const DISK_NODE_VAR: &str = "GRANARY_DISK_NODE";
+
+/// What `granary dev` is told.
+#[derive(Debug, Clone)]
+pub struct DevOptions {
+    /// DIR.
+    pub dir: PathBuf,
+    /// What the first start decides.
+    pub shape: Shape,
+    /// `--s3`.
+    pub s3: String,
+    /// `--admin`.
+    pub admin: String,
+    /// `--no-restart` is false here.
+    pub restart: bool,
+    /// `--region`.
+    pub region: String,
+    /// `--domain`.
+    pub domain: Option<String>,
+    /// Further arguments of `granary-disk-node serve`.
+    pub node_args: Vec<OsString>,
+}
+
+/// Why `granary dev` ends in failure.
+#[derive(Debug, thiserror::Error)]
+pub enum DevError {
+    /// The directory.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Settings.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// The cluster secret.
+    #[error("cluster secret: {0}")]
+    Secret(#[from] SecretError),
+    /// The gateway.
+    #[error(transparent)]
+    Gateway(#[from] GatewayError),
+    /// A disk directory at the first start.
+    #[error(transparent)]
+    Ready(#[from] ReadyError),
+    /// Forming the cluster.
+    #[error("the cluster could not be formed: {0}; logs of the disk nodes are in {logs}", logs = .1.display())]
+    Form(#[source] FormError, PathBuf),
+    /// The executable.
+    #[error("{0}")]
+    Program(String),
+    /// The system.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What it said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Runs a cluster until `stop`.
+///
+/// # Errors
+/// It cannot start; whatever was started has been stopped again.
+pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), DevError> {
+    let layout = Layout::open(&options.dir)?;
+    let _lock = layout.lock()?;
+    let program = disk_node_program()?;
+    let (root, credentials_file, fresh) = root_credentials(&layout)?;
+    let (plan, map) = layout.plan(&options.shape)?;
+    let secret_file = layout.file("cluster-secret");
+    let secret = cluster_secret(&secret_file)?;
+    let admin_token = admin_token(&layout)?;
+    let (s3, s3_address) = listen("--s3", &options.s3).await?;
+    let (admin, admin_address) = listen("--admin", &options.admin).await?;
+
+    let gateway = Gateway::start(GatewayConfig {
+        map: map.clone(),
+        credentials: Credentials { cluster: plan.cluster_id, secret },
+        addresses: Some(layout.file("addresses.json")),
+        keep_map: Some(layout.file("map.json")),
+        root: root.clone(),
+        domain: options.domain.clone(),
+        region: options.region.clone(),
+        admin_token,
+    })?;
+    let readier =
+        Readier::new(layout.clone(), program.clone(), gateway.shards.clone(), gateway.metrics.clone(), plan.formatted);
+    let readier = Arc::new(readier);
+    let plan = format_all(&layout, plan, &readier).await?;
+
+    let settings = NodeSettings {
+        program,
+        secret_file,
+        addresses_file: layout.file("addresses.json"),
+        extra: options.node_args,
+        restart: options.restart,
+    };
+    let spawner =
+        child::Spawner::new().map_err(|source| DevError::System { what: "a thread for disk nodes", source })?;
+    let (nodes, nodes_stop) = (TaskTracker::new(), CancellationToken::new());
+    let mut slots = Vec::new();
+    for slot in &plan.disks {
+        let log = layout.logs().join(format!("{}.log", slot.name));
+        let dir = layout.disk(&slot.name);
+        let (task, handle) = SlotTask::new(slot.clone(), dir, log, settings.clone(), spawner.clone(), readier.clone());
+        nodes.spawn(task.run(nodes_stop.clone()));
+        slots.push(Arc::new(handle));
+    }
+    let places = Places {
+        layout: layout.clone(),
+        s3: s3_address,
+        admin: admin_address,
+        region: options.region,
+        credentials_file,
+    };
+    let (report, report_stop) = (TaskTracker::new(), CancellationToken::new());
+    report.spawn(places.clone().keep_cluster_json(plan.cluster_id.to_string(), slots.clone(), report_stop.clone()));
+    gateway.serve_admin(admin, s3_address, Some(Arc::new(OwnDisks { slots })));
+    gateway.serve_s3(s3);
+
+    let result = tokio::select! {
+        result = serve(&layout, plan, &map, &gateway, &places, &root, fresh) => result,
+        () = stop.cancelled() => Ok(()),
+    };
+    tracing::info!("stopping");
+    gateway.stop().await;
+    nodes_stop.cancel();
+    nodes.close();
+    nodes.wait().await;
+    report_stop.cancel();
+    report.close();
+    report.wait().await;
+    result
+}
+
+/// Forms the cluster if that was not done to the end before, says when it is ready, then goes on for ever.
+async fn serve(
+    layout: &Layout,
+    mut plan: Plan,
+    map: &granary_placement::map::ClusterMap,
+    gateway: &Gateway,
+    places: &Places,
+    root: &RootCredentials,
+    fresh: bool,
+) -> Result<(), DevError> {
+    if !plan.formed {
+        form(&gateway.shards, map).await.map_err(|error| DevError::Form(error, layout.logs()))?;
+        plan.formed = true;
+        layout.write_plan(&plan)?;
+        tracing::info!(disks = map.disks.len(), shards = map.shards.len(), scheme = %plan.scheme, "cluster formed");
+    }
+    gateway.wait_serving().await;
+    print!("{}", places.banner(root, fresh));
+    std::io::Write::flush(&mut std::io::stdout())
+        .map_err(|source| DevError::System { what: "standard output", source })?;
+    std::future::pending().await
+}
+
+/// At the first start all disks are formatted before the first node runs: from then on an empty directory is a lost disk, also when
+/// the forming of the cluster is broken off.
+async fn format_all(layout: &Layout, mut plan: Plan, readier: &Readier) -> Result<Plan, DevError> {
+    if !plan.formatted {
+        let dirs: Vec<PathBuf> = plan.disks.iter().map(|slot| layout.disk(&slot.name)).collect();
+        try_join_all(plan.disks.iter().zip(&dirs).map(|(slot, dir)| readier.make_ready(slot, dir))).await?;
+        plan.formatted = true;
+        layout.write_plan(&plan)?;
+        readier.set_formatted();
+    }
+    Ok(plan)
+}
+
+/// The disk node's executable: GRANARY_DISK_NODE, or the one beside ours.
+fn disk_node_program() -> Result<PathBuf, DevError> {
+    let path = match std::env::var_os(DISK_NODE_VAR) {
+        Some(path) => PathBuf::from(path),
+        None => std::env::current_exe()
+            .map_err(|source| DevError::System { what: "the path of this program", source })?
+            .with_file_name("granary-disk-node"),
+    };
+    if path.is_file() {
+        return Ok(path);
+    }
+    Err(DevError::Program(format!(
+        "{} is not there: build it (cargo build -p granary-disk-node) or name it in {DISK_NODE_VAR}",
+        path.display()
+    )))
+}
+
+/// From the environment, else from DIR, else made now; the file they are in, and whether they are new.
+fn root_credentials(layout: &Layout) -> Result<(RootCredentials, Option<PathBuf>, bool), DevError> {
+    if let Some(root) = RootCredentials::from_env()? {
+        return Ok((root, None, false));
+    }
+    let path = layout.file("root-credentials");
+    if path.exists() {
+        return Ok((RootCredentials::read_file(&path)?, Some(path), false));
+    }
+    let root = RootCredentials::generate()?;
+    write_atomic(&path, root.to_json().as_bytes(), 0o600)?;
+    Ok((root, Some(path), true))
+}
+
+fn cluster_secret(path: &Path) -> Result<ClusterSecret, DevError> {
+    if !path.exists() {
+        write_atomic(path, format!("{}\n", ClusterSecret::generate()?.to_hex()).as_bytes(), 0o600)?;
+    }
+    Ok(ClusterSecret::read_file(path)?)
+}
+
+fn admin_token(layout: &Layout) -> Result<Secret, DevError> {
+    let path = layout.file("admin-token");
+    if !path.exists() {
+        write_atomic(&path, format!("{}\n", random_token()?).as_bytes(), 0o600)?;
+    }
+    Ok(read_token(&path)?)
+}
+
+/// The disk directories, for the admin API.
+struct OwnDisks {
+    slots: Vec<Arc<SlotHandle>>,
+}
+
+impl OwnDisks {
+    /// The directory where that disk lives, or else where it lived.
+    fn find(&self, disk: DiskId) -> Result<&SlotHandle, String> {
+        let lives = self.slots.iter().find(|slot| slot.state().disk == Some(disk));
+        let lived = || self.slots.iter().find(|slot| slot.state().past.contains(&disk));
+        lives.or_else(lived).map(AsRef::as_ref).ok_or_else(|| format!("no disk {disk} here"))
+    }
+}
+
+impl LocalDisks for OwnDisks {
+    fn start(&self, disk: DiskId) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(async move { self.find(disk)?.start().await })
+    }
+
+    fn stop(&self, disk: DiskId) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(async move { self.find(disk)?.stop().await })
+    }
+
+    fn replace(&self, disk: DiskId) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(async move { self.find(disk)?.replace().await })
+    }
+}

@@ -1,0 +1,369 @@
+//! Makes a disk directory ready for its node: a label that the cluster map agrees with, and an address to listen on.
+//!
+//! What a directory is to become follows from its label and the map ([`decide`], a pure function):
+//!
+//! | label | map | what is done |
+//! |---|---|---|
+//! | the disk at this address | any | start |
+//! | none | first start | format as the map says |
+//! | none | any later start | the disk was lost: a new disk takes its slots |
+//! | a disk the map has never heard of | any | a replacement was broken off: finish it |
+//! | of another cluster, or a disk that is out | any | leave alone, say so |
+//!
+//! A new disk is formatted before the map names it, so a crash between the two leaves a label that says what was meant. The node of a
+//! disk that the map does not name is never started, so such a label never has data behind it.
+
+use super::layout::{disk_at, free_addresses, is_free, random16, write_json, Layout, LayoutError, Slot};
+use crate::metrics::Metrics;
+use crate::shards::map_watch::MapSet;
+use crate::shards::{ShardError, Shards};
+use granary_placement::id::{ClusterId, DiskId, DiskUuid};
+use granary_placement::map::ClusterMap;
+use granary_placement::place::{replace_disk, PlaceError};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// How long a directory waits for the root shard's word at a time.
+const ROOT_WAIT: Duration = Duration::from_secs(60);
+/// How often a replacement starts again because another changed the map first.
+const CONFLICTS: usize = 10;
+/// How long to wait for the address of a node that has just ended.
+const ADDRESS_WAIT: Duration = Duration::from_secs(1);
+
+/// Why a directory is not ready.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadyError {
+    /// A file.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A directory that cannot be used.
+    #[error("{dir}: {source}", dir = dir.display())]
+    Dir {
+        /// Which one.
+        dir: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It needs the map of the root shard, which does not answer.
+    #[error("the root shard does not answer yet: {0}")]
+    Root(String),
+    /// The map names no disk for this directory.
+    #[error("the cluster map has no disk in service at {0}")]
+    NoDisk(String),
+    /// The label is of something else.
+    #[error("{dir} {why}", dir = dir.display())]
+    Foreign {
+        /// The directory.
+        dir: PathBuf,
+        /// Whose it is, and what to do.
+        why: String,
+    },
+    /// The disk cannot be replaced.
+    #[error("the disk cannot be replaced: {0}")]
+    Place(#[from] PlaceError),
+    /// `granary-disk-node format` failed.
+    #[error("granary-disk-node format: {0}")]
+    Format(String),
+}
+
+/// Who lives in a directory, and where it listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Its number.
+    pub disk: DiskId,
+    /// Its UUID.
+    pub uuid: DiskUuid,
+    /// `host:port`.
+    pub address: String,
+}
+
+/// What a label says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Label {
+    /// Which cluster.
+    pub cluster: ClusterId,
+    /// Which disk.
+    pub disk: DiskId,
+    /// Its UUID.
+    pub uuid: DiskUuid,
+}
+
+/// What is to be done with a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Its node can be started.
+    Start(DiskId, DiskUuid),
+    /// Format it as this disk.
+    Format(DiskId, DiskUuid),
+    /// The disk of this number was lost.
+    Replace(DiskId),
+    /// Finish the replacement of this disk by the one on the label.
+    Finish(DiskId, Label),
+    /// Put what lies there aside, then look again.
+    SetAside,
+    /// Leave it alone; the reason.
+    Leave(String),
+    /// No disk of the map belongs here.
+    NoDisk,
+}
+
+/// Decides by the label, the map, and whether all disks were formatted once. `map` should be the root shard's when the label does not fit an
+/// older one.
+pub fn decide(label: Option<Label>, map: &ClusterMap, map_address: &str, formatted: bool) -> Step {
+    let Some(here) = disk_at(map, map_address) else { return Step::NoDisk };
+    let Some(label) = label else {
+        return if formatted { Step::Replace(here.id) } else { Step::Format(here.id, here.uuid) };
+    };
+    if label.cluster != map.cluster_id {
+        return Step::Leave(format!("holds a disk of another cluster ({}); move it away", label.cluster));
+    }
+    if (label.disk, label.uuid) == (here.id, here.uuid) {
+        return Step::Start(here.id, here.uuid);
+    }
+    match map.disk(label.disk) {
+        Some(known) if known.uuid == label.uuid => Step::Leave(format!(
+            "holds disk {}, which is not the one in service here (disk {}); move it away to have a new disk put in its place",
+            label.disk, here.id
+        )),
+        None if label.disk.0 == map.next_disk_id => Step::Finish(here.id, label),
+        // The number went to another disk, or never will be given: nothing was ever stored under this label.
+        _ => Step::SetAside,
+    }
+}
+
+/// Makes directories ready. One for all directories: replacements go one after the other.
+pub struct Readier {
+    layout: Layout,
+    program: PathBuf,
+    shards: Shards,
+    metrics: Metrics,
+    formatted: AtomicBool,
+    /// Held while a replacement is made, and while the addresses file is changed.
+    turn: tokio::sync::Mutex<()>,
+}
+
+impl Readier {
+    /// `program`: the `granary-disk-node` executable.
+    pub fn new(layout: Layout, program: PathBuf, shards: Shards, metrics: Metrics, formatted: bool) -> Readier {
+        Readier {
+            layout,
+            program,
+            shards,
+            metrics,
+            formatted: AtomicBool::new(formatted),
+            turn: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    /// The gateway's metrics.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// From now on an empty directory is a lost disk.
+    pub fn set_formatted(&self) {
+        self.formatted.store(true, Ordering::Release);
+    }
+
+    /// Does what [`decide`] says until the directory's node can be started.
+    ///
+    /// # Errors
+    /// Why not yet; trying again later is right for all but [`ReadyError::Foreign`].
+    pub async fn make_ready(&self, slot: &Slot, dir: &Path) -> Result<Identity, ReadyError> {
+        let step =
+            |map: &ClusterMap, label| decide(label, map, &slot.map_address, self.formatted.load(Ordering::Acquire));
+        let no_map = || ReadyError::Root("no cluster map".to_owned());
+        for _ in 0..CONFLICTS {
+            let map = self.shards.current_map().ok_or_else(no_map)?;
+            let found = self.read_label(dir)?;
+            let first = step(&map, found);
+            if let Step::Start(disk, uuid) = first {
+                let address = self.address(disk, &slot.map_address).await?;
+                return Ok(Identity { disk, uuid, address });
+            }
+            if let Step::Format(disk, uuid) = first {
+                self.format(dir, map.cluster_id, disk, uuid).await?;
+                continue;
+            }
+            // Everything else changes the cluster: by the root shard's map only, and one at a time.
+            let _turn = self.turn.lock().await;
+            self.wait_for_root().await?;
+            let map = self.shards.current_map().ok_or_else(no_map)?;
+            match step(&map, self.read_label(dir)?) {
+                Step::Start(..) | Step::Format(..) => {}
+                Step::SetAside => self.set_aside(dir).await?,
+                Step::Replace(lost) => self.replace(dir, &map, lost).await?,
+                Step::Finish(lost, label) => {
+                    self.install(dir, &map, lost, label.uuid).await?;
+                }
+                Step::Leave(why) => return Err(ReadyError::Foreign { dir: dir.to_owned(), why }),
+                Step::NoDisk => return Err(ReadyError::NoDisk(slot.map_address.clone())),
+            }
+        }
+        Err(ReadyError::Root("the cluster map changes all the time".to_owned()))
+    }
+
+    async fn wait_for_root(&self) -> Result<(), ReadyError> {
+        let mut confirmed = self.shards.confirmed();
+        let known = async { confirmed.wait_for(|confirmed| *confirmed).await.is_ok() };
+        if !tokio::time::timeout(ROOT_WAIT, known).await.unwrap_or(false) {
+            return Err(ReadyError::Root(format!("nothing for {} s", ROOT_WAIT.as_secs())));
+        }
+        self.shards.refresh_map().await.map(|_| ()).map_err(|error| ReadyError::Root(error.to_string()))
+    }
+
+    async fn replace(&self, dir: &Path, map: &ClusterMap, lost: DiskId) -> Result<(), ReadyError> {
+        let uuid = DiskUuid(random16()?);
+        let (_, new) = replace_disk(map, lost, uuid, None)?;
+        tracing::warn!(lost = lost.0, new = new.0, dir = %dir.display(), "the disk is gone; a new one takes its place");
+        self.set_aside(dir).await?;
+        self.format(dir, map.cluster_id, new, uuid).await?;
+        self.install(dir, map, lost, uuid).await
+    }
+
+    /// Gives the new disk, formatted already, the slots of the lost one.
+    async fn install(&self, dir: &Path, map: &ClusterMap, lost: DiskId, uuid: DiskUuid) -> Result<(), ReadyError> {
+        let (next, new) = replace_disk(map, lost, uuid, None)?;
+        // The new disk listens where the old one did, also when that is not where the map says.
+        let mut addresses = self.layout.read_addresses()?;
+        if let Some(address) = addresses.remove(&lost) {
+            addresses.insert(new, address);
+            write_json(&self.layout.file("addresses.json"), &addresses)?;
+        }
+        match self.shards.set_map(next).await {
+            Ok(MapSet::Done) => {
+                tracing::info!(lost = lost.0, new = new.0, dir = %dir.display(), "the new disk is in the cluster map");
+                Ok(())
+            }
+            Ok(MapSet::Conflict { current }) => {
+                tracing::info!(epoch = current.0, "the cluster map changed meanwhile; looking again");
+                Ok(())
+            }
+            Err(error @ (ShardError::Unavailable { .. } | ShardError::NoMap(_))) => {
+                Err(ReadyError::Root(error.to_string()))
+            }
+            Err(error) => Err(ReadyError::Root(format!("the map was refused: {error}"))),
+        }
+    }
+
+    /// Moves what lies in a directory away, unless there is nothing; nothing is ever deleted.
+    ///
+    /// # Errors
+    /// It cannot be moved.
+    pub async fn set_aside(&self, dir: &Path) -> Result<(), ReadyError> {
+        let failed = |source| ReadyError::Dir { dir: dir.to_owned(), source };
+        match std::fs::read_dir(dir).map(|mut entries| entries.next().is_none()) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(failed(error)),
+        }
+        let mut name = dir.as_os_str().to_owned();
+        name.push(format!(".aside-{}", crate::shards::now_ms()));
+        tracing::warn!(from = %dir.display(), to = %Path::new(&name).display(), "what lies in the disk directory is put aside");
+        std::fs::rename(dir, &name).map_err(failed)
+    }
+
+    async fn format(&self, dir: &Path, cluster: ClusterId, disk: DiskId, uuid: DiskUuid) -> Result<(), ReadyError> {
+        std::fs::create_dir_all(dir).map_err(|source| ReadyError::Dir { dir: dir.to_owned(), source })?;
+        let mut command = tokio::process::Command::new(&self.program);
+        command.arg("format").arg("--dir").arg(dir).args(["--cluster", &cluster.to_string()]);
+        command.args(["--disk", &disk.to_string(), "--uuid", &uuid.to_string()]).kill_on_drop(true);
+        let output = command
+            .output()
+            .await
+            .map_err(|error| ReadyError::Format(format!("{}: {error}", self.program.display())))?;
+        if !output.status.success() {
+            let said: String = String::from_utf8_lossy(&output.stderr).chars().take(500).collect();
+            return Err(ReadyError::Format(format!("{}: {}", output.status, said.trim())));
+        }
+        Ok(())
+    }
+
+    fn read_label(&self, dir: &Path) -> Result<Option<Label>, ReadyError> {
+        super::label::read(dir).map_err(|why| ReadyError::Foreign { dir: dir.to_owned(), why })
+    }
+
+    /// Where the disk's node listens: the address in use so far if it is free, else a new one, which everyone learns from the
+    /// addresses file.
+    async fn address(&self, disk: DiskId, map_address: &str) -> Result<String, ReadyError> {
+        let known = self.layout.read_addresses()?.get(&disk).cloned().unwrap_or_else(|| map_address.to_owned());
+        let deadline = tokio::time::Instant::now() + ADDRESS_WAIT;
+        loop {
+            if is_free(&known) {
+                return Ok(known);
+            }
+            if tokio::time::Instant::now() >= deadline {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let no_port = |source| ReadyError::Dir { dir: self.layout.dir.clone(), source };
+        let new = free_addresses(1)
+            .map_err(no_port)?
+            .into_iter()
+            .next()
+            .ok_or_else(|| no_port(std::io::ErrorKind::AddrInUse.into()))?;
+        tracing::warn!(disk = disk.0, taken = %known, %new, "the disk node's address is taken by another program; it gets a new one");
+        let _turn = self.turn.lock().await;
+        let mut addresses = self.layout.read_addresses()?;
+        addresses.insert(disk, new.clone());
+        write_json(&self.layout.file("addresses.json"), &addresses)?;
+        Ok(new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use crate::dev::layout::Shape;
+
+    #[test]
+    fn a_directory_becomes_what_its_label_and_the_map_say() {
+        let directory = tempfile::tempdir().unwrap();
+        let layout = Layout::open(directory.path()).unwrap();
+        let (plan, map) = layout.plan(&Shape { shards: Some(1), ..Shape::default() }).unwrap();
+        let address = &plan.disks[2].map_address;
+        let disk = disk_at(&map, address).unwrap().clone();
+        let label = Label { cluster: map.cluster_id, disk: disk.id, uuid: disk.uuid };
+        let other = DiskUuid([9; 16]);
+
+        assert_eq!(decide(Some(label), &map, address, true), Step::Start(disk.id, disk.uuid));
+        assert_eq!(decide(None, &map, address, false), Step::Format(disk.id, disk.uuid));
+        assert_eq!(decide(None, &map, address, true), Step::Replace(disk.id));
+        assert_eq!(decide(None, &map, "127.0.0.1:1", true), Step::NoDisk);
+        let foreign = Label { cluster: ClusterId([1; 16]), ..label };
+        assert!(matches!(decide(Some(foreign), &map, address, true), Step::Leave(_)));
+
+        // Formatted for a replacement that the map did not take yet, then taken, then retired.
+        let new = Label { disk: DiskId(map.next_disk_id), uuid: other, ..label };
+        assert_eq!(decide(Some(new), &map, address, true), Step::Finish(disk.id, new));
+        let (next, id) = replace_disk(&map, disk.id, other, None).unwrap();
+        assert_eq!(id, new.disk);
+        assert_eq!(decide(Some(new), &next, address, true), Step::Start(id, other));
+        assert!(matches!(decide(Some(label), &next, address, true), Step::Leave(_)), "a retired disk is not touched");
+        // Another replacement took the number first.
+        let late = Label { uuid: DiskUuid([8; 16]), ..new };
+        assert_eq!(decide(Some(late), &next, address, true), Step::SetAside);
+    }
+
+    #[test]
+    fn every_disk_keeps_one_address_through_replacements() {
+        let directory = tempfile::tempdir().unwrap();
+        let layout = Layout::open(directory.path()).unwrap();
+        let (plan, mut map) = layout.plan(&Shape { shards: Some(1), ..Shape::default() }).unwrap();
+        for round in 0..12u8 {
+            let slot = &plan.disks[usize::from(round) % plan.disks.len()];
+            let lost = disk_at(&map, &slot.map_address).unwrap().id;
+            (map, _) = replace_disk(&map, lost, DiskUuid([100 + round; 16]), None).unwrap();
+            map.validate().unwrap();
+            for slot in &plan.disks {
+                let here = map.disks.values().filter(|disk| disk.state != granary_placement::map::DiskState::Out);
+                assert_eq!(here.filter(|disk| disk.address == slot.map_address).count(), 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! Keeps one disk-node process per disk directory running.
+//!
+//! Each directory has a task that owns its process: it makes the disk ready ([`super::ready`]), starts the node, waits for its end,
+//! and starts it again after a pause, or waits for an order under `--no-restart`. The task ends when the cluster stops.
+
+use super::child::{Program, Spawner};
+use super::layout::Slot;
+use super::ready::{Identity, Readier};
+use granary_placement::id::{DiskId, DiskUuid};
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::process::Child;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// A node that ran this long is not in a loop of crashes: the next pause is short again.
+const STEADY: Duration = Duration::from_secs(30);
+/// How long a node may take to stop in peace.
+const STOP: Duration = Duration::from_secs(20);
+/// How long an order may take: a start may include a replacement, which waits for the root shard.
+const ORDER: Duration = Duration::from_secs(90);
+
+/// What a directory's process is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Being made ready: label, address, perhaps a replacement.
+    Preparing,
+    /// The process runs.
+    Running,
+    /// It ended or could not be started, and will be started again.
+    Waiting,
+    /// It ended and waits for an order.
+    Stopped,
+}
+
+impl Phase {
+    /// The word in `cluster.json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Preparing => "preparing",
+            Phase::Running => "running",
+            Phase::Waiting => "waiting",
+            Phase::Stopped => "stopped",
+        }
+    }
+}
+
+/// A directory's disk and process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotState {
+    /// What it is doing.
+    pub phase: Phase,
+    /// The disk that lives there, once known.
+    pub disk: Option<DiskId>,
+    /// Its UUID.
+    pub uuid: Option<DiskUuid>,
+    /// Where its node listens.
+    pub address: String,
+    /// The process, while it runs.
+    pub pid: Option<u32>,
+    /// Starts since `granary dev` began.
+    pub starts: u64,
+    /// What went wrong last.
+    pub detail: Option<String>,
+    /// Disks that lived here since `granary dev` began.
+    pub past: BTreeSet<DiskId>,
+}
+
+/// An order to a directory's task; answered when it is carried out.
+#[derive(Debug)]
+enum Order {
+    Start(oneshot::Sender<Result<(), String>>),
+    Stop(oneshot::Sender<Result<(), String>>),
+    Replace(oneshot::Sender<Result<(), String>>),
+}
+
+/// How nodes are started.
+#[derive(Debug, Clone)]
+pub struct NodeSettings {
+    /// The `granary-disk-node` executable.
+    pub program: PathBuf,
+    /// File of the cluster secret.
+    pub secret_file: PathBuf,
+    /// File of addresses that replace those of the map.
+    pub addresses_file: PathBuf,
+    /// Further arguments of `serve`.
+    pub extra: Vec<OsString>,
+    /// Start a node again when it ends.
+    pub restart: bool,
+}
+
+/// One directory, seen from outside its task.
+#[derive(Debug)]
+pub struct SlotHandle {
+    /// The directory.
+    pub slot: Slot,
+    /// Its path.
+    pub dir: PathBuf,
+    /// Its log.
+    pub log: PathBuf,
+    orders: mpsc::Sender<Order>,
+    state: watch::Receiver<SlotState>,
+}
+
+impl SlotHandle {
+    /// How it stands.
+    pub fn state(&self) -> SlotState {
+        self.state.borrow().clone()
+    }
+
+    /// News of it.
+    pub fn watch(&self) -> watch::Receiver<SlotState> {
+        self.state.clone()
+    }
+
+    /// Starts the node unless it runs; an empty directory becomes a new disk first.
+    ///
+    /// # Errors
+    /// Why it does not run, in words for the operator.
+    pub async fn start(&self) -> Result<(), String> {
+        self.order(Order::Start).await
+    }
+
+    /// Stops the node and leaves it stopped.
+    ///
+    /// # Errors
+    /// The cluster is stopping.
+    pub async fn stop(&self) -> Result<(), String> {
+        self.order(Order::Stop).await
+    }
+
+    /// Stops the node, puts its directory aside and starts a new disk in its place.
+    ///
+    /// # Errors
+    /// Why that failed.
+    pub async fn replace(&self) -> Result<(), String> {
+        self.order(Order::Replace).await
+    }
+
+    async fn order(&self, order: impl FnOnce(oneshot::Sender<Result<(), String>>) -> Order) -> Result<(), String> {
+        let (reply, answer) = oneshot::channel();
+        self.orders
+            .try_send(order(reply))
+            .map_err(|_| "the disk has too many orders waiting, or is stopping".to_owned())?;
+        match tokio::time::timeout(ORDER, answer).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err("the cluster is stopping".to_owned()),
+            Err(_) => {
+                Err(self.state().detail.unwrap_or_else(|| format!("not done after {} s; it goes on", ORDER.as_secs())))
+            }
+        }
+    }
+}
+
+/// The task of one directory.
+pub struct SlotTask {
+    slot: Slot,
+    dir: PathBuf,
+    log: PathBuf,
+    settings: NodeSettings,
+    spawner: Spawner,
+    readier: Arc<Readier>,
+    orders: mpsc::Receiver<Order>,
+    state: watch::Sender<SlotState>,
+    /// Who waits for the node to run.
+    waiting: Vec<oneshot::Sender<Result<(), String>>>,
+}
+
+enum Ended {
+    ByItself(String),
+    Ordered(Order),
+    Stopping,
+}
+
+impl SlotTask {
+    /// A directory's task and the handle of it.
+    pub fn new(
+        slot: Slot,
+        dir: PathBuf,
+        log: PathBuf,
+        settings: NodeSettings,
+        spawner: Spawner,
+        readier: Arc<Readier>,
+    ) -> (SlotTask, SlotHandle) {
+        let (orders_in, orders) = mpsc::channel(16);
+        let first = SlotState {
+            phase: Phase::Preparing,
+            disk: None,
+            uuid: None,
+            address: slot.map_address.clone(),
+            pid: None,
+            starts: 0,
+            detail: None,
+            past: BTreeSet::new(),
+        };
+        let state = watch::Sender::new(first);
+        let handle = SlotHandle {
+            slot: slot.clone(),
+            dir: dir.clone(),
+            log: log.clone(),
+            orders: orders_in,
+            state: state.subscribe(),
+        };
+        (SlotTask { slot, dir, log, settings, spawner, readier, orders, state, waiting: Vec::new() }, handle)
+    }
+
+    /// Runs until `stop`; the node has ended when this returns.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut wanted = true;
+        let mut pause = FIRST_PAUSE;
+        while !stop.is_cancelled() {
+            if !wanted {
+                self.state.send_modify(|state| (state.phase, state.pid) = (Phase::Stopped, None));
+                let order = tokio::select! {
+                    order = self.orders.recv() => order,
+                    () = stop.cancelled() => return,
+                };
+                let Some(order) = order else { return };
+                wanted = self.take_idle(order).await;
+                pause = FIRST_PAUSE;
+                continue;
+            }
+            self.state.send_modify(|state| (state.phase, state.pid) = (Phase::Preparing, None));
+            let started = tokio::select! {
+                started = self.start() => started,
+                () = stop.cancelled() => return,
+            };
+            let began = Instant::now();
+            let trouble = match started {
+                Ok(mut child) => match self.watch_child(&mut child, &stop).await {
+                    Ended::Stopping => return,
+                    Ended::Ordered(order) => {
+                        wanted = self.take_idle(order).await;
+                        continue;
+                    }
+                    Ended::ByItself(how) => {
+                        wanted = self.settings.restart;
+                        how
+                    }
+                },
+                Err(why) => {
+                    for waiting in self.waiting.drain(..) {
+                        let _ = waiting.send(Err(why.clone()));
+                    }
+                    why
+                }
+            };
+            tracing::warn!(disk = %self.slot.name, %trouble, restart = wanted, "disk node does not run");
+            self.state.send_modify(|state| {
+                state.detail = Some(trouble);
+                (state.phase, state.pid) = (Phase::Waiting, None);
+            });
+            if wanted {
+                if began.elapsed() >= STEADY {
+                    pause = FIRST_PAUSE;
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
+                    order = self.orders.recv() => match order {
+                        Some(order) => wanted = self.take_idle(order).await,
+                        None => return,
+                    },
+                    () = stop.cancelled() => return,
+                }
+            }
+        }
+    }
+
+    /// An order while nothing runs; true: start.
+    async fn take_idle(&mut self, order: Order) -> bool {
+        match order {
+            Order::Start(reply) => {
+                self.waiting.push(reply);
+                true
+            }
+            Order::Stop(reply) => {
+                for waiting in self.waiting.drain(..) {
+                    let _ = waiting.send(Err("stopped by another order".to_owned()));
+                }
+                let _ = reply.send(Ok(()));
+                false
+            }
+            Order::Replace(reply) => match self.readier.set_aside(&self.dir).await {
+                Ok(()) => {
+                    self.waiting.push(reply);
+                    true
+                }
+                Err(error) => {
+                    let _ = reply.send(Err(error.to_string()));
+                    true
+                }
+            },
+        }
+    }
+
+    async fn start(&mut self) -> Result<Child, String> {
+        let Identity { disk, uuid, address } =
+            self.readier.make_ready(&self.slot, &self.dir).await.map_err(|error| error.to_string())?;
+        let mut args: Vec<OsString> = vec!["serve".into()];
+        let settings = &self.settings;
+        for (name, value) in [
+            ("--dir", self.dir.as_os_str()),
+            ("--listen", address.as_ref()),
+            ("--secret-file", settings.secret_file.as_os_str()),
+            ("--addresses", settings.addresses_file.as_os_str()),
+        ] {
+            args.extend([name.into(), value.to_owned()]);
+        }
+        args.extend(settings.extra.iter().cloned());
+        let program = Program { path: settings.program.clone(), args, log: self.log.clone() };
+        let child =
+            self.spawner.start(program).await.map_err(|error| format!("{}: {error}", settings.program.display()))?;
+        let pid = child.id();
+        tracing::info!(disk = disk.0, name = %self.slot.name, pid, %address, log = %self.log.display(), "disk node started");
+        self.readier.metrics().disk_node_starts.with_label_values(&[&disk.0.to_string()]).inc();
+        self.state.send_modify(|state| {
+            state.past.extend(state.disk);
+            state.past.insert(disk);
+            (state.phase, state.pid, state.starts) = (Phase::Running, pid, state.starts + 1);
+            (state.disk, state.uuid, state.address, state.detail) = (Some(disk), Some(uuid), address, None);
+        });
+        for waiting in self.waiting.drain(..) {
+            let _ = waiting.send(Ok(()));
+        }
+        Ok(child)
+    }
+
+    async fn watch_child(&mut self, child: &mut Child, stop: &CancellationToken) -> Ended {
+        loop {
+            let order = tokio::select! {
+                ended = child.wait() => return Ended::ByItself(match ended {
+                    Ok(status) => format!("the disk node ended: {status}; its log: {}", self.log.display()),
+                    Err(error) => format!("the disk node's end is not known: {error}"),
+                }),
+                order = self.orders.recv() => order,
+                () = stop.cancelled() => None,
+            };
+            match order {
+                Some(Order::Start(reply)) => {
+                    let _ = reply.send(Ok(()));
+                }
+                Some(order) => {
+                    stop_child(child, &self.slot.name).await;
+                    return Ended::Ordered(order);
+                }
+                None => {
+                    stop_child(child, &self.slot.name).await;
+                    return Ended::Stopping;
+                }
+            }
+        }
+    }
+}
+
+/// SIGTERM, some time, SIGKILL. The process is gone afterwards.
+async fn stop_child(child: &mut Child, name: &str) {
+    let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw);
+    if let Some(pid) = pid {
+        // The child is not reaped yet, so the id is still its own.
+        if let Err(error) = rustix::process::kill_process(pid, rustix::process::Signal::TERM) {
+            tracing::debug!(disk = %name, %error, "SIGTERM not delivered");
+        }
+    }
+    if tokio::time::timeout(STOP, child.wait()).await.is_err() {
+        tracing::warn!(disk = %name, "disk node did not stop in {} s and is killed", STOP.as_secs());
+        if let Err(error) = child.kill().await {
+            tracing::warn!(disk = %name, %error, "disk node could not be killed");
+        }
+    }
+}
