@@ -9,8 +9,8 @@
 //! 3. a group has as few chunks in one zone, rack and server as rule 2 allows;
 //! 4. a change moves no more than 1.1 times the slots that rules 1 and 2 demand.
 //!
-//! How: [`tree`] says what share of an average group each domain is to hold, [`deal`] lays fresh groups out by those
-//! shares, and [`settle`] repairs an existing layout on a [`board`]. Why so: docs/decisions/0002-placement.md.
+//! How: `tree` says what share of an average group each domain is to hold, `deal` lays fresh groups out by those
+//! shares, and `settle` repairs an existing layout on a `board`. Why so: docs/decisions/0002-placement.md.
 
 mod board;
 mod deal;
@@ -147,7 +147,12 @@ pub fn replace_disk(
 ///
 /// # Errors
 /// [`PlaceError::SchemeExists`], and those of [`lay_out`].
-pub fn add_scheme(map: &ClusterMap, name: &str, scheme: Scheme, groups_per_disk: u32) -> Result<ClusterMap, PlaceError> {
+pub fn add_scheme(
+    map: &ClusterMap,
+    name: &str,
+    scheme: Scheme,
+    groups_per_disk: u32,
+) -> Result<ClusterMap, PlaceError> {
     if map.schemes.contains_key(name) {
         return Err(PlaceError::SchemeExists(name.to_owned()));
     }
@@ -171,7 +176,8 @@ fn settle_groups(map: &mut ClusterMap, ids: &[PlacementGroupId], tree: &Tree, wi
         let Some(existing) = map.groups.get(id) else { continue };
         for (slot, disk) in board.slots_of(group).zip(&existing.slots) {
             // A disk that is not in the tree can hold no slot, and a disk named twice keeps the first.
-            let leaf = tree.leaf(*disk).filter(|leaf| !board.slots_of(group).any(|other| board.at(other) == Some(*leaf)));
+            let leaf =
+                tree.leaf(*disk).filter(|leaf| !board.slots_of(group).any(|other| board.at(other) == Some(*leaf)));
             if let Some(leaf) = leaf {
                 board.place(slot, leaf);
             }

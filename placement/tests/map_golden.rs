@@ -33,7 +33,9 @@ fn placement_still_makes_the_golden_map() {
 
 #[test]
 fn unknown_states_and_bad_ids_are_refused() {
-    for (from, to) in [("\"out\"", "\"retired\""), ("\"np16\"", "\"rs8\""), ("\"2\": {", "\"two\": {"), ("\"07070707", "\"xx070707")] {
+    for (from, to) in
+        [("\"out\"", "\"retired\""), ("\"np16\"", "\"rs8\""), ("\"2\": {", "\"two\": {"), ("\"07070707", "\"xx070707")]
+    {
         assert!(GOLDEN.contains(from), "{from}");
         assert!(serde_json::from_str::<ClusterMap>(&GOLDEN.replace(from, to)).is_err(), "{to} was accepted");
     }

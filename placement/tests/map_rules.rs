@@ -30,11 +30,19 @@ fn every_broken_rule_is_named() {
         (|map| disk(map, 3).id = DiskId(4), |e| matches!(e, MapError::DiskKey { .. }), "must be the same"),
         (|map| map.next_disk_id = 12, |e| matches!(e, MapError::NextDiskId { .. }), "above all ids"),
         (|map| disk(map, 3).uuid = disk(map, 1).uuid, |e| matches!(e, MapError::SameUuid { .. }), "disks 1 and 3"),
-        (|map| disk(map, 3).address = disk(map, 1).address.clone(), |e| matches!(e, MapError::SameAddress { .. }), "disks 1 and 3"),
+        (
+            |map| disk(map, 3).address = disk(map, 1).address.clone(),
+            |e| matches!(e, MapError::SameAddress { .. }),
+            "disks 1 and 3",
+        ),
         (|map| disk(map, 3).address = "10.0.0.1".into(), |e| matches!(e, MapError::BadAddress { .. }), "host:port"),
         (|map| disk(map, 3).address = "h:0".into(), |e| matches!(e, MapError::BadAddress { .. }), "host:port"),
         (|map| disk(map, 3).address = "::1:9100".into(), |e| matches!(e, MapError::BadAddress { .. }), "host:port"),
-        (|map| disk(map, 3).location.rack = " ".into(), |e| matches!(e, MapError::EmptyName { domain: "rack", .. }), "give it any name"),
+        (
+            |map| disk(map, 3).location.rack = " ".into(),
+            |e| matches!(e, MapError::EmptyName { domain: "rack", .. }),
+            "give it any name",
+        ),
         (
             |map| {
                 let scheme = map.schemes["standard"];
@@ -43,7 +51,11 @@ fn every_broken_rule_is_named() {
             |e| matches!(e, MapError::EmptySchemeName),
             "empty name",
         ),
-        (|map| map.schemes.get_mut("standard").unwrap().unit_bytes = 1, |e| matches!(e, MapError::BadScheme { .. }), "65536"),
+        (
+            |map| map.schemes.get_mut("standard").unwrap().unit_bytes = 1,
+            |e| matches!(e, MapError::BadScheme { .. }),
+            "65536",
+        ),
         (|map| map.default_scheme = "gone".into(), |e| matches!(e, MapError::NoSuchScheme(_)), "`gone`"),
         (
             |map| map.groups.get_mut(&PlacementGroupId(0)).unwrap().scheme = "gone".into(),
@@ -52,7 +64,11 @@ fn every_broken_rule_is_named() {
         ),
         (|map| map.groups.clear(), |e| matches!(e, MapError::NoGroups(_)), "lay it out"),
         (|map| slots(map).truncate(5), |e| matches!(e, MapError::Width { slots: 5, width: 6, .. }), "has 5 slots"),
-        (|map| slots(map)[2] = DiskId(99), |e| matches!(e, MapError::SlotWithoutDisk { slot: 2, .. }), "not in the map"),
+        (
+            |map| slots(map)[2] = DiskId(99),
+            |e| matches!(e, MapError::SlotWithoutDisk { slot: 2, .. }),
+            "not in the map",
+        ),
         (
             |map| {
                 let id = slots(map)[2].0;
@@ -81,14 +97,26 @@ fn every_broken_rule_is_named() {
             "3 chunks in server zone-0/rack-0/server-9",
         ),
         (|map| map.shards.truncate(1), |e| matches!(e, MapError::NoObjectShard(1)), "at least one shard for objects"),
-        (|map| map.shards[1].members.clear(), |e| matches!(e, MapError::Replicas { shard: ShardId(1), members: 0 }), "1, 3 or 5"),
-        (|map| map.shards[1].members = vec![DiskId(1), DiskId(2)], |e| matches!(e, MapError::Replicas { .. }), "1, 3 or 5"),
+        (
+            |map| map.shards[1].members.clear(),
+            |e| matches!(e, MapError::Replicas { shard: ShardId(1), members: 0 }),
+            "1, 3 or 5",
+        ),
+        (
+            |map| map.shards[1].members = vec![DiskId(1), DiskId(2)],
+            |e| matches!(e, MapError::Replicas { .. }),
+            "1, 3 or 5",
+        ),
         (
             |map| map.shards[1].members = vec![DiskId(1), DiskId(2), DiskId(1)],
             |e| matches!(e, MapError::SameReplica { disk: DiskId(1), .. }),
             "twice",
         ),
-        (|map| map.shards[1].members = vec![DiskId(99)], |e| matches!(e, MapError::ReplicaWithoutDisk { .. }), "not in the map"),
+        (
+            |map| map.shards[1].members = vec![DiskId(99)],
+            |e| matches!(e, MapError::ReplicaWithoutDisk { .. }),
+            "not in the map",
+        ),
         (
             |map| {
                 let id = map.shards[1].members[0].0;

@@ -10,15 +10,16 @@ use granary_placement::place::{add_scheme, rebalance, replace_disk, spread, Plac
 use granary_placement::scheme::FailureDomain;
 use place_support::flow::fewest_moves;
 use place_support::{
-    add_disk, broken_rule, cluster, fair_shares, fair_slots, loads, most_in_one, new_disk, place, random_disks, random_domain, scheme,
-    seeds, set_state, takes_slots, unfair_disk, uniform, uuid, Random,
+    add_disk, broken_rule, cluster, fair_shares, fair_slots, loads, most_in_one, new_disk, place, random_disks,
+    random_domain, scheme, seeds, set_state, takes_slots, unfair_disk, uniform, uuid, Random,
 };
 
 /// Fewest moves that the hard rules and fairness demand: slots on disks that may hold none, or slots that disks beyond
 /// their tolerance lack or have too many, whichever is more.
 fn must_move(before: &ClusterMap, changed: &ClusterMap) -> usize {
     let (held, fair) = (loads(before), fair_slots(changed));
-    let homeless: usize = held.iter().filter(|(disk, _)| !takes_slots(&changed.disks[disk])).map(|(_, load)| load).sum();
+    let homeless: usize =
+        held.iter().filter(|(disk, _)| !takes_slots(&changed.disks[disk])).map(|(_, load)| load).sum();
     let beyond = |load: f64, fair: f64| (load - fair).abs() > (0.05 * fair).max(1.0);
     let (mut lacking, mut surplus) = (0.0, 0.0);
     for (disk, fair) in fair {
@@ -51,7 +52,12 @@ fn rebalance_well(before: &ClusterMap, changed: &ClusterMap, scene: &str) -> (Cl
 
 #[test]
 fn losing_a_disk_moves_its_slots_and_no_others() {
-    for (disks, k, m) in [(uniform(1, 1, 6, 4), 4, 2), (uniform(1, 1, 3, 4), 4, 2), (uniform(3, 2, 3, 4), 8, 4), (uniform(1, 5, 4, 10), 8, 4)] {
+    for (disks, k, m) in [
+        (uniform(1, 1, 6, 4), 4, 2),
+        (uniform(1, 1, 3, 4), 4, 2),
+        (uniform(3, 2, 3, 4), 8, 4),
+        (uniform(1, 5, 4, 10), 8, 4),
+    ] {
         let before = cluster(disks, scheme(k, m, FailureDomain::Server));
         for lost in before.disks.keys().copied().step_by(5) {
             for state in [DiskState::Out, DiskState::Draining] {
@@ -77,7 +83,12 @@ fn every_surviving_disk_takes_part_in_the_rebuild() {
 
 #[test]
 fn adding_a_disk_moves_its_share_and_only_to_it() {
-    for (disks, k, m) in [(uniform(1, 1, 6, 4), 4, 2), (uniform(1, 1, 3, 4), 4, 2), (uniform(3, 2, 3, 4), 8, 4), (uniform(1, 1, 1, 6), 4, 2)] {
+    for (disks, k, m) in [
+        (uniform(1, 1, 6, 4), 4, 2),
+        (uniform(1, 1, 3, 4), 4, 2),
+        (uniform(3, 2, 3, 4), 8, 4),
+        (uniform(1, 1, 1, 6), 4, 2),
+    ] {
         let domain = if disks.len() == 6 { FailureDomain::Disk } else { FailureDomain::Server };
         let before = cluster(disks, scheme(k, m, domain));
         for weight in [500, 1000, 2000] {
@@ -115,7 +126,8 @@ fn spreading_after_growth_reaches_what_a_fresh_layout_would() {
     }
     let (quick, _) = rebalance_well(&before, &grown, "second zone");
     let thorough = spread(&quick).unwrap();
-    let most = [FailureDomain::Zone, FailureDomain::Rack, FailureDomain::Server].map(|kind| most_in_one(&thorough, kind));
+    let most =
+        [FailureDomain::Zone, FailureDomain::Rack, FailureDomain::Server].map(|kind| most_in_one(&thorough, kind));
     assert_eq!(most, [3, 1, 1]);
     assert_eq!((broken_rule(&thorough), unfair_disk(&thorough)), (None, None));
     assert_eq!(moves(&thorough, &spread(&thorough).unwrap()), [], "nothing is left to spread");
@@ -225,7 +237,11 @@ fn random_clusters_stay_right_through_chains_of_changes() {
         for step in 0..12 {
             let mut changed = map.clone();
             let what = change_at_random(&mut random, &mut changed, step);
-            let scene = format!("seed {seed} step {step}: {scheme} {:?} on {} disks, {what}", scheme.failure_domain, map.disks.len());
+            let scene = format!(
+                "seed {seed} step {step}: {scheme} {:?} on {} disks, {what}",
+                scheme.failure_domain,
+                map.disks.len()
+            );
             if fair_shares(&changed, &scheme).is_none() {
                 assert!(rebalance(&changed).is_err(), "{scene}: must be refused");
                 refused += 1;

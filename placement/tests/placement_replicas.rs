@@ -8,7 +8,9 @@ use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::moves::replica_moves;
 use granary_placement::place::{choose_shard_replicas, default_replicas, new_map, rebalance, PlaceError};
 use granary_placement::scheme::FailureDomain;
-use place_support::{add_disk, bare, domain, new_disk, order, place, random_disks, scheme, seeds, set_state, uniform, Random};
+use place_support::{
+    add_disk, bare, domain, new_disk, order, place, random_disks, scheme, seeds, set_state, uniform, Random,
+};
 use std::collections::BTreeMap;
 
 fn replicas(map: &ClusterMap) -> BTreeMap<DiskId, (usize, usize)> {
@@ -58,10 +60,12 @@ fn replicas_lie_in_different_domains_and_are_even() {
         (new.replicas, new.object_shards) = (Some(members), 16);
         let map = new_map(new).unwrap();
         assert_eq!(map.shards.len(), 17, "the root shard and 16 for objects");
-        let found = [FailureDomain::Zone, FailureDomain::Rack, FailureDomain::Server].map(|kind| most_in_one(&map, kind));
+        let found =
+            [FailureDomain::Zone, FailureDomain::Rack, FailureDomain::Server].map(|kind| most_in_one(&map, kind));
         assert_eq!(found, expected, "{members} members on {zones}x{racks}x{servers}x{disks}");
         let (held, count) = (replicas(&map), map.disks.len());
-        let (most, least) = (held.values().map(|held| held.0).max().unwrap(), held.values().map(|held| held.0).min().unwrap());
+        let (most, least) =
+            (held.values().map(|held| held.0).max().unwrap(), held.values().map(|held| held.0).min().unwrap());
         assert_eq!((most, least.max(1)), ((17 * members).div_ceil(count), (17 * members / count).max(1)), "{held:?}");
         let leads = held.values().map(|held| held.1).max().unwrap();
         assert!(leads <= 17usize.div_ceil(count) + 1, "one disk leads {leads} shards: {held:?}");
@@ -143,7 +147,10 @@ fn random_clusters_keep_replicas_distinct_and_change_no_more_than_the_lost_ones(
         assert!(after.shards.iter().all(|shard| !shard.members.contains(&lost)), "seed {seed}");
         for (was, is) in before.shards.iter().zip(&after.shards) {
             let kept = was.members.iter().filter(|disk| is.members.contains(disk)).count();
-            assert!(kept * 2 >= members - 1, "seed {seed}: {was:?} became {is:?}, which share no majority of the living");
+            assert!(
+                kept * 2 >= members - 1,
+                "seed {seed}: {was:?} became {is:?}, which share no majority of the living"
+            );
         }
         checked += 1;
     }

@@ -6,8 +6,8 @@ mod place_support;
 use granary_placement::place::{add_scheme, lay_out, new_map, PlaceError};
 use granary_placement::scheme::FailureDomain;
 use place_support::{
-    bare, broken_rule, cluster, fair_shares, loads, most_in_one, naive_group_exists, order, random_disks, random_domain, scheme, seeds,
-    unfair_disk, uniform, with_groups, Random,
+    bare, broken_rule, cluster, fair_shares, loads, most_in_one, naive_group_exists, order, random_disks,
+    random_domain, scheme, seeds, unfair_disk, uniform, with_groups, Random,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -53,7 +53,13 @@ fn every_disk_holds_its_weights_share_within_5_percent() {
         };
         let map = with_groups(map, groups);
         assert_eq!(broken_rule(&map), None, "seed {seed}");
-        assert_eq!(unfair_disk(&map), None, "seed {seed}: {scheme} {:?} on {} disks", scheme.failure_domain, map.disks.len());
+        assert_eq!(
+            unfair_disk(&map),
+            None,
+            "seed {seed}: {scheme} {:?} on {} disks",
+            scheme.failure_domain,
+            map.disks.len()
+        );
         checked += 1;
     }
     assert!(checked > 100, "only {checked} clusters had room");
@@ -74,7 +80,8 @@ fn chunks_of_a_group_lie_as_far_apart_as_the_topology_allows() {
     ];
     for ([zones, racks, servers, disks], (k, m), [zone, rack, server]) in cases {
         let map = cluster(uniform(zones, racks, servers, disks), scheme(k, m, FailureDomain::Server));
-        let found = [FailureDomain::Zone, FailureDomain::Rack, FailureDomain::Server].map(|kind| most_in_one(&map, kind));
+        let found =
+            [FailureDomain::Zone, FailureDomain::Rack, FailureDomain::Server].map(|kind| most_in_one(&map, kind));
         assert_eq!(found, [zone, rack, server], "{k}+{m} on {zones}x{racks}x{servers}x{disks}");
         assert_eq!(unfair_disk(&map), None);
     }
@@ -116,7 +123,11 @@ fn every_disk_shares_groups_with_most_others_so_that_all_take_part_in_a_rebuild(
             // 5 peers in each of about 50 groups, drawn from 95 disks of other servers: about 88 different ones.
             let expected = 95.0 * (1.0 - (1.0f64 - 5.0 / 95.0).powi(loads[&disk] as i32));
             let tolerated = if mixed { 0.7 } else { 0.8 };
-            assert!(peers.len() as f64 > tolerated * expected, "disk {disk}: {} peers, expected {expected}", peers.len());
+            assert!(
+                peers.len() as f64 > tolerated * expected,
+                "disk {disk}: {} peers, expected {expected}",
+                peers.len()
+            );
         }
     }
 }
@@ -125,7 +136,8 @@ fn every_disk_shares_groups_with_most_others_so_that_all_take_part_in_a_rebuild(
 fn data_chunks_are_not_tied_to_a_zone() {
     let map = cluster(uniform(3, 1, 4, 5), scheme(4, 2, FailureDomain::Server));
     for slot in 0..6 {
-        let in_first = map.groups.values().filter(|group| map.disks[&group.slots[slot]].location.zone == "zone-0").count();
+        let in_first =
+            map.groups.values().filter(|group| map.disks[&group.slots[slot]].location.zone == "zone-0").count();
         let share = in_first as f64 / map.groups.len() as f64;
         assert!((0.25..0.42).contains(&share), "slot {slot} is in zone 0 in {share} of the groups");
     }
@@ -154,7 +166,10 @@ fn a_scheme_that_cannot_be_kept_is_refused_with_what_it_needs() {
          smaller failure domain"
     );
     let two_racks = refusal(uniform(1, 2, 6, 2), 4, 2, FailureDomain::Rack);
-    assert!(matches!(two_racks, PlaceError::NoRoom { kind: "rack", needed: 3, present: 2, room: 4, .. }), "{two_racks}");
+    assert!(
+        matches!(two_racks, PlaceError::NoRoom { kind: "rack", needed: 3, present: 2, room: 4, .. }),
+        "{two_racks}"
+    );
     let few = refusal(uniform(1, 1, 1, 5), 4, 2, FailureDomain::Disk);
     assert_eq!(
         few.to_string(),
@@ -176,6 +191,19 @@ fn disks_without_storage_role_or_weight_get_no_slots() {
 }
 
 #[test]
+fn weights_a_billion_times_apart_are_shared_as_far_as_one_chunk_a_disk_allows() {
+    let mut disks = uniform(1, 1, 4, 3);
+    for (number, disk) in disks.iter_mut().enumerate() {
+        disk.weight = [1, 1_000, u32::MAX][number % 3];
+    }
+    let map = cluster(disks, scheme(4, 2, FailureDomain::Server));
+    assert_eq!((broken_rule(&map), unfair_disk(&map)), (None, None));
+    // The four giants are in every group; the two chunks left go to the thousands, and a handful to the ones.
+    let loads: Vec<usize> = loads(&map).into_values().collect();
+    assert!(loads.chunks(3).all(|server| server[2] == map.groups.len() && server[0] <= 1), "{loads:?}");
+}
+
+#[test]
 fn a_second_scheme_gets_groups_of_its_own_and_leaves_the_first_alone() {
     let map = cluster(uniform(1, 1, 12, 3), scheme(4, 2, FailureDomain::Server));
     let wide = add_scheme(&map, "wide", scheme(8, 4, FailureDomain::Server), 50).unwrap();
@@ -183,5 +211,8 @@ fn a_second_scheme_gets_groups_of_its_own_and_leaves_the_first_alone() {
     assert_eq!(wide.groups.len(), 300 + 150);
     assert!(map.groups.iter().all(|(id, group)| wide.groups.get(id) == Some(group)));
     assert_eq!(broken_rule(&wide), None);
-    assert!(matches!(add_scheme(&wide, "wide", scheme(2, 1, FailureDomain::Disk), 50), Err(PlaceError::SchemeExists(_))));
+    assert!(matches!(
+        add_scheme(&wide, "wide", scheme(2, 1, FailureDomain::Disk), 50),
+        Err(PlaceError::SchemeExists(_))
+    ));
 }

@@ -31,7 +31,8 @@ fn timed<T>(what: &str, limit: Duration, work: impl FnOnce() -> T) -> T {
 #[test]
 fn a_thousand_disks_lose_a_disk_a_server_and_grow_by_a_rack() {
     let limit = Duration::from_secs(5);
-    let map = timed("lay out 1,000 disks", limit, || cluster(uniform(1, 5, 4, 50), scheme(8, 4, FailureDomain::Server)));
+    let map =
+        timed("lay out 1,000 disks", limit, || cluster(uniform(1, 5, 4, 50), scheme(8, 4, FailureDomain::Server)));
     assert_eq!((map.disks.len(), map.groups.len()), (1000, 4167));
     assert_eq!((most_in_one(&map, FailureDomain::Rack), most_in_one(&map, FailureDomain::Server)), (3, 1));
     assert!(worst_share(&map) <= 0.05);
@@ -41,7 +42,11 @@ fn a_thousand_disks_lose_a_disk_a_server_and_grow_by_a_rack() {
     let healed = timed("lose a disk", limit, || rebalance(&lost).unwrap());
     let moved = moves(&map, &healed);
     assert_eq!(moved.len(), loads(&map)[&DiskId(500)]);
-    assert_eq!(moved.iter().map(|one| one.to).collect::<BTreeSet<_>>().len(), moved.len(), "one slot for each receiver");
+    assert_eq!(
+        moved.iter().map(|one| one.to).collect::<BTreeSet<_>>().len(),
+        moved.len(),
+        "one slot for each receiver"
+    );
     assert!(worst_share(&healed) <= 0.05);
 
     let mut lost = map.clone();
@@ -107,7 +112,10 @@ fn doubling_five_thousand_disks_takes_seconds_and_moves_half() {
     assert!(moved as f64 <= 1.1 * half as f64, "moved {moved} for {half}");
     let in_zone = |group: &PlacementGroup| group.slots.iter().filter(|disk| disk.0 <= 5_000).count();
     let crowded = spread.groups.values().filter(|group| in_zone(group) != 6).count();
-    println!("{moved} of {half} moved, {crowded} groups not half and half, at most {}", most_in_one(&spread, FailureDomain::Zone));
+    println!(
+        "{moved} of {half} moved, {crowded} groups not half and half, at most {}",
+        most_in_one(&spread, FailureDomain::Zone)
+    );
     assert_eq!(most_in_one(&spread, FailureDomain::Zone), 6);
     assert!(worst_share(&spread) <= 0.05, "{}", worst_share(&spread));
 }

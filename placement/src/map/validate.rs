@@ -20,7 +20,9 @@ pub enum MapError {
         inside: DiskId,
     },
     /// An id that would be handed out again.
-    #[error("next_disk_id is {next}, but disk {highest} exists; it must be above all ids, or an id would be used twice")]
+    #[error(
+        "next_disk_id is {next}, but disk {highest} exists; it must be above all ids, or an id would be used twice"
+    )]
     NextDiskId {
         /// `next_disk_id`.
         next: u32,
@@ -48,7 +50,9 @@ pub enum MapError {
         second: DiskId,
     },
     /// Not a `host:port`.
-    #[error("disk {disk} has the address `{address}`; it must be host:port, for example 10.0.0.7:9100 or [fd00::7]:9100")]
+    #[error(
+        "disk {disk} has the address `{address}`; it must be host:port, for example 10.0.0.7:9100 or [fd00::7]:9100"
+    )]
     BadAddress {
         /// The disk.
         disk: DiskId,
@@ -309,7 +313,13 @@ impl ClusterMap {
         Ok(())
     }
 
-    fn validate_slots(&self, group: PlacementGroupId, slots: &[DiskId], name: &str, scheme: &Scheme) -> Result<(), MapError> {
+    fn validate_slots(
+        &self,
+        group: PlacementGroupId,
+        slots: &[DiskId],
+        name: &str,
+        scheme: &Scheme,
+    ) -> Result<(), MapError> {
         let mut disks: Vec<&Disk> = Vec::with_capacity(slots.len());
         for (slot, id) in slots.iter().enumerate() {
             let disk = self.disk(*id).ok_or(MapError::SlotWithoutDisk { group, slot, disk: *id })?;

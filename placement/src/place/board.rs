@@ -64,7 +64,14 @@ pub(super) enum Limits {
 
 impl<'t> Board<'t> {
     /// An empty board. `caps` are the limits that hold always: the tree's, or looser ones.
-    pub fn new(tree: &'t Tree, shares: &Shares, caps: Vec<usize>, groups: usize, width: usize, band: Band) -> Board<'t> {
+    pub fn new(
+        tree: &'t Tree,
+        shares: &Shares,
+        caps: Vec<usize>,
+        groups: usize,
+        width: usize,
+        band: Band,
+    ) -> Board<'t> {
         let count = tree.nodes.len();
         let target: Vec<f64> = shares.quota.iter().map(|share| share * groups as f64).collect();
         let (mut low, mut high) = (vec![0; count], vec![0; count]);

@@ -86,7 +86,8 @@ fn settle_size(map: &mut ClusterMap, members: usize, numbers: &[usize]) {
     for (row, number) in numbers.iter().enumerate() {
         let Some(shard) = map.shards.get_mut(*number) else { continue };
         let chosen: Vec<DiskId> = board.slots_of(row).filter_map(|slot| board.disk_at(slot)).collect();
-        let mut fresh = chosen.iter().filter(|disk| !shard.members.contains(disk)).copied().collect::<Vec<_>>().into_iter();
+        let mut fresh =
+            chosen.iter().filter(|disk| !shard.members.contains(disk)).copied().collect::<Vec<_>>().into_iter();
         // Living members that were moved give way first, dead ones next; whoever stays keeps its position.
         let moved = |disk: &DiskId| tree.leaf(*disk).is_some() && !chosen.contains(disk);
         let dead = |disk: &DiskId| tree.leaf(*disk).is_none();
@@ -127,7 +128,9 @@ fn hard_caps(tree: &Tree) -> Vec<usize> {
 fn lead_evenly(shards: &mut [ShardReplicas]) {
     let mut leads: BTreeMap<DiskId, usize> = BTreeMap::new();
     for (number, shard) in shards.iter_mut().enumerate() {
-        shard.members.sort_by_key(|disk| (leads.get(disk).copied().unwrap_or(0), mix(u64::from(disk.0), number as u64)));
+        shard
+            .members
+            .sort_by_key(|disk| (leads.get(disk).copied().unwrap_or(0), mix(u64::from(disk.0), number as u64)));
         if let Some(first) = shard.members.first() {
             *leads.entry(*first).or_default() += 1;
         }

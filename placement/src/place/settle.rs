@@ -87,7 +87,9 @@ impl Board<'_> {
         for group in 0..self.groups() {
             loop {
                 let excess = self.slots_of(group).filter(|slot| self.crowded(*slot, Limits::Caps).is_some());
-                let Some(slot) = excess.min_by_key(|slot| self.at(*slot).map(|leaf| (self.deficit(leaf) * 1000.0) as i64)) else {
+                let Some(slot) =
+                    excess.min_by_key(|slot| self.at(*slot).map(|leaf| (self.deficit(leaf) * 1000.0) as i64))
+                else {
                     break;
                 };
                 self.vacate(slot);
@@ -97,7 +99,8 @@ impl Board<'_> {
 
     /// Returns how many slots were vacant; None when one stays so.
     fn fill(&mut self) -> Option<usize> {
-        let vacant: Vec<usize> = (0..self.groups()).flat_map(|group| self.slots_of(group)).filter(|slot| self.at(*slot).is_none()).collect();
+        let vacant: Vec<usize> =
+            (0..self.groups()).flat_map(|group| self.slots_of(group)).filter(|slot| self.at(*slot).is_none()).collect();
         for &slot in &vacant {
             let any = |_| true;
             let found = self.best_disk(slot, Limits::Spread, &any, &any);
@@ -176,7 +179,8 @@ impl Board<'_> {
 
     /// Of the slots of a group in crowded domains, the one on the most overloaded disk that can spare one.
     fn crowded_slot(&self, group: usize, except: &[usize]) -> Option<usize> {
-        let slots = self.slots_of(group).filter(|slot| !except.contains(slot) && self.crowded(*slot, Limits::Spread).is_some());
+        let slots =
+            self.slots_of(group).filter(|slot| !except.contains(slot) && self.crowded(*slot, Limits::Spread).is_some());
         let wants = slots.filter_map(|slot| {
             let leaf = self.at(slot).filter(|leaf| self.load(*leaf) > self.low(*leaf))?;
             Some((self.want(leaf), slot))

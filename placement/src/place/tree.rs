@@ -252,7 +252,8 @@ pub(super) fn ceiling(share: f64) -> usize {
 
 /// A well-mixed number for each pair: the only source of variety in a layout, so that equal maps give equal layouts.
 pub(super) fn mix(a: u64, b: u64) -> u64 {
-    let mut x = a.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ b.wrapping_add(0x6a09_e667_f3bc_c909).wrapping_mul(0xd1b5_4a32_d192_ed03);
+    let mut x = a.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        ^ b.wrapping_add(0x6a09_e667_f3bc_c909).wrapping_mul(0xd1b5_4a32_d192_ed03);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)

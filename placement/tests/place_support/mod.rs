@@ -218,14 +218,17 @@ pub fn fair_shares(map: &ClusterMap, scheme: &Scheme) -> Option<BTreeMap<DiskId,
         let mut room: BTreeMap<String, (f64, f64)> = BTreeMap::new();
         for disk in map.disks.values().filter(|disk| share.contains_key(&disk.id)) {
             for kind in &kinds {
-                let entry = room.entry(format!("{kind:?} {:?}", domain(&disk.location, *kind))).or_insert((f64::from(scheme.m), 0.0));
+                let entry = room
+                    .entry(format!("{kind:?} {:?}", domain(&disk.location, *kind)))
+                    .or_insert((f64::from(scheme.m), 0.0));
                 entry.0 -= share[&disk.id];
             }
         }
         for disk in &rising {
             step = step.min((1.0 - share[&disk.id]) / f64::from(disk.weight));
             for kind in &kinds {
-                room.get_mut(&format!("{kind:?} {:?}", domain(&disk.location, *kind))).unwrap().1 += f64::from(disk.weight);
+                room.get_mut(&format!("{kind:?} {:?}", domain(&disk.location, *kind))).unwrap().1 +=
+                    f64::from(disk.weight);
             }
         }
         for (left, speed) in room.values().filter(|(_, speed)| *speed > 0.0) {
@@ -256,7 +259,8 @@ pub fn unfair_disk(map: &ClusterMap) -> Option<String> {
     let loads = loads(map);
     fair_slots(map).into_iter().find_map(|(disk, fair)| {
         let off = (loads[&disk] as f64 - fair).abs();
-        (off >= 1.0 + 1e-6 && off > 0.05 * fair + 1e-6).then(|| format!("disk {disk} holds {} slots, fair are {fair:.2}", loads[&disk]))
+        (off >= 1.0 + 1e-6 && off > 0.05 * fair + 1e-6)
+            .then(|| format!("disk {disk} holds {} slots, fair are {fair:.2}", loads[&disk]))
     })
 }
 
@@ -264,7 +268,8 @@ pub fn unfair_disk(map: &ClusterMap) -> Option<String> {
 pub fn naive_group_exists(map: &ClusterMap, scheme: &Scheme) -> bool {
     let disks: Vec<&Disk> = map.disks.values().filter(|disk| takes_slots(disk)).collect();
     (0u32..1 << disks.len()).filter(|set| set.count_ones() as usize == scheme.width()).any(|set| {
-        let chosen: Vec<DiskId> = disks.iter().enumerate().filter(|(bit, _)| set >> bit & 1 == 1).map(|(_, disk)| disk.id).collect();
+        let chosen: Vec<DiskId> =
+            disks.iter().enumerate().filter(|(bit, _)| set >> bit & 1 == 1).map(|(_, disk)| disk.id).collect();
         let group = PlacementGroup { scheme: map.default_scheme.clone(), slots: chosen };
         let mut one = map.clone();
         one.groups = BTreeMap::from([(PlacementGroupId(0), group)]);
@@ -290,5 +295,11 @@ pub fn random_disks(random: &mut Random, limits: [u64; 4]) -> Vec<NewDisk> {
 }
 
 pub fn random_domain(random: &mut Random) -> FailureDomain {
-    *random.pick(&[FailureDomain::Disk, FailureDomain::Server, FailureDomain::Server, FailureDomain::Rack, FailureDomain::Zone])
+    *random.pick(&[
+        FailureDomain::Disk,
+        FailureDomain::Server,
+        FailureDomain::Server,
+        FailureDomain::Rack,
+        FailureDomain::Zone,
+    ])
 }
