@@ -1,0 +1,274 @@
+//! Hosts in one process over a network that can be cut.
+
+use super::{put, Random};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use granary_meta::{HostConfig, MetaHost, PeerTransport, Timing, TransportError};
+use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ShardId};
+use granary_placement::map::{ClusterMap, Disk, DiskState, Location, Roles, ShardReplicas};
+use granary_wire::control::ControlError;
+use granary_wire::meta::{Answer, Command, MetaRequest, Query, Reply};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+
+/// The network: who runs, and which directions are cut.
+#[derive(Default)]
+pub struct Network {
+    hosts: Mutex<BTreeMap<DiskId, MetaHost>>,
+    cut: Mutex<BTreeSet<(DiskId, DiskId)>>,
+}
+
+impl Network {
+    pub fn cut(&self, a: DiskId, b: DiskId) {
+        self.cut.lock().unwrap().extend([(a, b), (b, a)]);
+    }
+
+    pub fn cut_one_way(&self, from: DiskId, to: DiskId) {
+        self.cut.lock().unwrap().insert((from, to));
+    }
+
+    pub fn isolate(&self, disk: DiskId, others: &[DiskId]) {
+        for other in others {
+            if *other != disk {
+                self.cut(disk, *other);
+            }
+        }
+    }
+
+    pub fn heal(&self) {
+        self.cut.lock().unwrap().clear();
+    }
+}
+
+/// One disk's end of it.
+pub struct Wire {
+    pub me: DiskId,
+    pub network: Arc<Network>,
+}
+
+impl PeerTransport for Wire {
+    fn raft(&self, to: DiskId, shard: ShardId, message: Bytes, _deadline: Duration) -> BoxFuture<'static, Result<Bytes, TransportError>> {
+        let (me, network) = (self.me, self.network.clone());
+        Box::pin(async move {
+            let is_cut = |from, to| network.cut.lock().unwrap().contains(&(from, to));
+            if is_cut(me, to) {
+                return Err(TransportError::Unreachable("cut".to_owned()));
+            }
+            let host = network.hosts.lock().unwrap().get(&to).cloned();
+            let host = host.ok_or_else(|| TransportError::Unreachable("down".to_owned()))?;
+            let answer = host.raft(shard, me, message).await.map_err(|error| TransportError::Refused(error.to_string()))?;
+            if is_cut(to, me) {
+                return Err(TransportError::Timeout);
+            }
+            Ok(answer)
+        })
+    }
+}
+
+pub fn fast() -> Timing {
+    Timing { heartbeat_ms: 60, election_min_ms: 300, election_max_ms: 600, request_ms: 2_000, snapshot_entries: 40, keep_entries: 10 }
+}
+
+pub struct Cluster {
+    pub dir: tempfile::TempDir,
+    pub network: Arc<Network>,
+    pub map: watch::Sender<Option<Arc<ClusterMap>>>,
+    pub timing: Timing,
+    pub fatal: Arc<Mutex<Vec<String>>>,
+}
+
+pub fn disk(id: u32) -> DiskId {
+    DiskId(id)
+}
+
+pub fn map(epoch: u64, shards: Vec<Vec<u32>>) -> ClusterMap {
+    let ids: BTreeSet<u32> = shards.iter().flatten().copied().collect();
+    let disk = |id: u32| Disk {
+        id: DiskId(id),
+        uuid: DiskUuid([id as u8; 16]),
+        address: format!("127.0.0.1:{id}"),
+        location: Location { zone: "z".to_owned(), rack: "r".to_owned(), server: format!("s{id}") },
+        weight: 1,
+        roles: Roles { storage: true, metadata: true },
+        state: DiskState::In,
+    };
+    ClusterMap {
+        cluster_id: ClusterId([1; 16]),
+        epoch: Epoch(epoch),
+        next_disk_id: 100,
+        disks: ids.iter().map(|id| (DiskId(*id), disk(*id))).collect(),
+        schemes: BTreeMap::new(),
+        default_scheme: "4+2".to_owned(),
+        groups: BTreeMap::new(),
+        shards: shards.into_iter().map(|members| ShardReplicas { members: members.into_iter().map(DiskId).collect() }).collect(),
+    }
+}
+
+impl Cluster {
+    pub fn new() -> Cluster {
+        Cluster {
+            dir: tempfile::tempdir().unwrap(),
+            network: Arc::default(),
+            map: watch::Sender::new(None),
+            timing: fast(),
+            fatal: Arc::default(),
+        }
+    }
+
+    pub fn path(&self, id: u32) -> PathBuf {
+        self.dir.path().join(format!("disk-{id}"))
+    }
+
+    pub async fn start(&self, id: u32) -> MetaHost {
+        let me = DiskId(id);
+        let config = HostConfig { dir: self.path(id), disk: me, timing: self.timing.clone() };
+        let fatal = self.fatal.clone();
+        let wire = Arc::new(Wire { me, network: self.network.clone() });
+        let on_fatal = Arc::new(move |why| fatal.lock().unwrap().push(why));
+        let host = MetaHost::open(config, wire, self.map.subscribe(), on_fatal).await.unwrap();
+        self.network.hosts.lock().unwrap().insert(me, host.clone());
+        host
+    }
+
+    pub async fn start_all(&self, ids: &[u32]) {
+        for id in ids {
+            self.start(*id).await;
+        }
+    }
+
+    pub fn host(&self, id: u32) -> MetaHost {
+        self.network.hosts.lock().unwrap().get(&DiskId(id)).cloned().unwrap()
+    }
+
+    /// Takes a host off the network and ends it.
+    pub async fn stop(&self, id: u32) {
+        let host = self.network.hosts.lock().unwrap().remove(&DiskId(id));
+        if let Some(host) = host {
+            host.shutdown().await;
+        }
+    }
+
+    pub async fn stop_all(&self) {
+        let ids: Vec<DiskId> = self.network.hosts.lock().unwrap().keys().copied().collect();
+        for id in ids {
+            self.stop(id.0).await;
+        }
+    }
+
+    fn running(&self) -> Vec<(DiskId, MetaHost)> {
+        self.network.hosts.lock().unwrap().iter().map(|(id, host)| (*id, host.clone())).collect()
+    }
+
+    /// Who leads, asked by a linearizable read.
+    pub async fn leader(&self, shard: ShardId) -> DiskId {
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            for (id, host) in self.running() {
+                let leads = host.status().iter().any(|status| status.shard == shard && status.state == "leader");
+                if leads && host.query(shard, probe(shard)).await.is_ok() {
+                    return id;
+                }
+            }
+            assert!(Instant::now() < until, "no leader: {:?}", self.statuses());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub fn statuses(&self) -> Vec<(DiskId, Vec<granary_wire::meta::ShardStatus>)> {
+        self.running().into_iter().map(|(id, host)| (id, host.status())).collect()
+    }
+
+    /// Sends a command as a gateway does: to whoever leads, again under the same id until it is answered.
+    pub async fn command(&self, shard: ShardId, request: &MetaRequest) -> Reply {
+        let until = Instant::now() + Duration::from_secs(30);
+        loop {
+            for (_, host) in self.running() {
+                match host.command(shard, request.clone()).await {
+                    Ok(reply) => return reply,
+                    Err(ControlError::NotLeader { .. } | ControlError::Unavailable(_) | ControlError::NoSuchShard(_)) => {}
+                    Err(ControlError::Overloaded) => {}
+                    Err(other) => panic!("{other}"),
+                }
+            }
+            assert!(Instant::now() < until, "no answer: {:?}", self.statuses());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub async fn query(&self, shard: ShardId, query: &Query) -> Answer {
+        let until = Instant::now() + Duration::from_secs(30);
+        loop {
+            for (_, host) in self.running() {
+                if let Ok(answer) = host.query(shard, query.clone()).await {
+                    return answer;
+                }
+            }
+            assert!(Instant::now() < until, "no answer: {:?}", self.statuses());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub async fn put(&self, random: &mut Random, shard: ShardId, key: &str, body: &[u8]) {
+        let request = super::request(random, 1, put(1, key, body));
+        let reply = self.command(shard, &request).await;
+        assert!(matches!(reply, Reply::Put { .. }), "{reply:?}");
+    }
+
+    /// Waits until these replicas have applied the same entries, and compares their whole state.
+    pub async fn same_state(&self, shard: ShardId, ids: &[u32]) -> u64 {
+        let until = Instant::now() + Duration::from_secs(30);
+        loop {
+            let mut applied = BTreeSet::new();
+            for id in ids {
+                let status = self.host(*id).status().into_iter().find(|status| status.shard == shard);
+                applied.insert(status.map(|status| (status.applied_index, status.last_log_index)));
+            }
+            let settled = applied.len() == 1 && applied.iter().all(|at| at.is_some_and(|(applied, last)| applied == last && applied > 0));
+            if settled {
+                break;
+            }
+            assert!(Instant::now() < until, "replicas do not meet: {:?}", self.statuses());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let mut hashes = BTreeSet::new();
+        for id in ids {
+            hashes.insert(self.host(*id).state_hash(shard).await.unwrap());
+        }
+        assert_eq!(hashes.len(), 1, "replicas of shard {shard} differ");
+        hashes.pop_first().unwrap()
+    }
+
+    pub async fn init(&self, shard: ShardId, ids: &[u32]) {
+        let members: Vec<DiskId> = ids.iter().map(|id| DiskId(*id)).collect();
+        self.host(ids[0]).init_shard(shard, members).await.unwrap();
+    }
+}
+
+fn probe(shard: ShardId) -> Query {
+    if shard == ShardId::ROOT {
+        Query::GetMap
+    } else {
+        Query::ListGarbage { until_ms: 0, limit: 1 }
+    }
+}
+
+pub fn noop(random: &mut Random) -> MetaRequest {
+    super::request(random, 1, Command::Noop)
+}
+
+/// Copies a directory as a crash would leave it: what the file system has now, without closing anything.
+pub fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_dir(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}

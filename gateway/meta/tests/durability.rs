@@ -1,0 +1,304 @@
+//! What is on disk when: crashes without a flush, corruption of the log, votes, interrupted snapshot installs.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+mod common;
+
+use common::cluster::{copy_dir, Cluster};
+use common::{put, request, Random};
+use granary_meta::apply::apply;
+use granary_meta::fatal::Fatal;
+use granary_meta::kv::{Kv, Overlay};
+use granary_meta::message::{decode_message, encode_message, PeerRequest, PeerResponse, WireVote};
+use granary_meta::snapshot;
+use granary_meta::store::{LogDb, LogWrite, StateDb};
+use granary_placement::id::{DiskId, ShardId};
+use granary_wire::control::ControlError;
+use granary_wire::meta::{Answer, Query, VersionPick};
+use granary_wire::record::BucketId;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const SHARD: ShardId = ShardId(1);
+
+fn get(key: &str) -> Query {
+    Query::GetObject { bucket: BucketId(1), key: key.to_owned(), version: VersionPick::Current }
+}
+
+fn no_fatal() -> Fatal {
+    Fatal::new(Arc::new(|why| panic!("{why}")))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_without_a_flush_replays_the_log_to_the_same_state() {
+    let seed = common::seed("a_crash_without_a_flush_replays_the_log_to_the_same_state");
+    let mut random = Random(seed);
+    let mut cluster = Cluster::new();
+    // Some runs crash before the first snapshot, some after several purges.
+    cluster.timing.snapshot_entries = 1 + random.below(200);
+    cluster.start(1).await;
+    cluster.init(SHARD, &[1]).await;
+    cluster.leader(SHARD).await;
+    for i in 0..300u64 {
+        let key = format!("key-{}", random.below(40));
+        cluster.put(&mut random, SHARD, &key, &i.to_be_bytes()).await;
+    }
+    let before = cluster.same_state(SHARD, &[1]).await;
+    let applied = cluster.host(1).status()[0].applied_index;
+    // The memtables are lost with the process: the copy has only what reached the files.
+    copy_dir(&cluster.path(1), &cluster.path(2).join("copy"));
+    cluster.stop_all().await;
+    std::fs::remove_dir_all(cluster.path(1)).unwrap();
+    std::fs::rename(cluster.path(2).join("copy"), cluster.path(1)).unwrap();
+    {
+        let crashed = StateDb::open(&cluster.path(1).join("state"), no_fatal()).unwrap();
+        let at = snapshot::applied_state(&crashed, SHARD).unwrap().last.map_or(0, |last| last.index);
+        println!("state on disk at {at}, applied before the crash {applied}");
+        assert!(at < applied, "the crash lost nothing, so the test shows nothing");
+    }
+    let host = cluster.start(1).await;
+    cluster.leader(SHARD).await;
+    // The new leadership adds one blank entry, which changes nothing but how far the shard is applied.
+    let until = Instant::now() + Duration::from_secs(10);
+    while host.status()[0].applied_index <= applied {
+        assert!(Instant::now() < until, "{:?}", host.status());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let after = cluster.same_state(SHARD, &[1]).await;
+    assert_ne!(before, after, "the applied index is part of the hash");
+    cluster.stop_all().await;
+    let old_keys = contents(&cluster.path(1));
+    assert_eq!(old_keys.1, 40.min(old_keys.1), "objects");
+    assert!(old_keys.0 > 0);
+}
+
+/// (entries of the shard beside how far it is applied, objects).
+fn contents(dir: &Path) -> (usize, usize) {
+    let state = StateDb::open(&dir.join("state"), no_fatal()).unwrap();
+    let keys = granary_meta::keys::Keys::new(SHARD);
+    let range = keys.shard_range();
+    let mut cursor = state.cursor(&range.to);
+    cursor.seek(&range.from).unwrap();
+    let (mut all, mut objects) = (0, 0);
+    while let Some((key, _)) = cursor.entry() {
+        all += usize::from(key[2] != granary_meta::keys::kind::APPLIED);
+        objects += usize::from(key[2] == granary_meta::keys::kind::OBJECT);
+        cursor.next().unwrap();
+    }
+    (all, objects)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_of_one_of_three_replays_to_the_hash_of_the_others() {
+    let cluster = Cluster::new();
+    cluster.start_all(&[1, 2, 3]).await;
+    cluster.init(SHARD, &[1, 2, 3]).await;
+    let mut random = Random(21);
+    for i in 0..90u64 {
+        cluster.put(&mut random, SHARD, &format!("key-{}", i % 30), &i.to_be_bytes()).await;
+    }
+    copy_dir(&cluster.path(2), &cluster.path(9));
+    cluster.stop(2).await;
+    std::fs::remove_dir_all(cluster.path(2)).unwrap();
+    std::fs::rename(cluster.path(9), cluster.path(2)).unwrap();
+    cluster.put(&mut random, SHARD, "while-down", b"x").await;
+    cluster.start(2).await;
+    cluster.same_state(SHARD, &[1, 2, 3]).await;
+    cluster.stop_all().await;
+}
+
+fn log_key(index: u64) -> Vec<u8> {
+    let mut key = SHARD.0.to_be_bytes().to_vec();
+    key.push(b'E');
+    key.extend_from_slice(&index.to_be_bytes());
+    key
+}
+
+/// Changes the log of a stopped disk; `change` gets the bytes of the entry and gives what is to stand there (None: nothing).
+fn tamper(dir: &Path, index: u64, change: impl Fn(&LogDb, Vec<u8>) -> Option<Vec<u8>>) {
+    let log = LogDb::open(&dir.join("log")).unwrap();
+    let entry = log.get(&log_key(index)).unwrap().expect("no such entry");
+    match change(&log, entry) {
+        Some(bytes) => log.write_synced(&[LogWrite::Put(log_key(index), bytes)]).unwrap(),
+        None => log.write_synced(&[LogWrite::DeleteRange(log_key(index), log_key(index + 1))]).unwrap(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_entry_in_the_log_stops_the_replica_and_is_not_cut_away() {
+    type Change = fn(&LogDb, Vec<u8>) -> Option<Vec<u8>>;
+    let changes: [(&str, Change); 5] = [
+        ("flipped bit", |_, mut bytes| {
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            Some(bytes)
+        }),
+        ("zeros", |_, bytes| Some(vec![0; bytes.len()])),
+        ("cut short", |_, bytes| Some(bytes[..bytes.len() - 1].to_vec())),
+        ("its neighbour", |log, _| log.get(&log_key(4)).unwrap()),
+        ("missing", |_, _| None),
+    ];
+    for (name, change) in changes {
+        let cluster = Cluster::new();
+        cluster.start_all(&[1, 2, 3]).await;
+        cluster.init(SHARD, &[1, 2, 3]).await;
+        let mut random = Random(22);
+        for i in 0..12 {
+            cluster.put(&mut random, SHARD, &format!("key-{i}"), b"x").await;
+        }
+        cluster.same_state(SHARD, &[1, 2, 3]).await;
+        cluster.stop(2).await;
+        tamper(&cluster.path(2), 5, change);
+        let host = cluster.start(2).await;
+        let status = host.status();
+        assert_eq!((status.len(), status[0].state.as_str()), (1, "stopped"), "{name}");
+        assert!(matches!(host.query(SHARD, get("key-1")).await, Err(ControlError::Disk(_))), "{name}");
+        // The shard serves from the others, and the bad log is left as it was found.
+        cluster.put(&mut random, SHARD, "after", b"x").await;
+        cluster.stop(2).await;
+        let log = LogDb::open(&cluster.path(2).join("log")).unwrap();
+        assert!(log.get(&log_key(6)).unwrap().is_some(), "{name}: entries were cut away");
+        drop(log);
+        cluster.stop_all().await;
+    }
+}
+
+async fn ask(host: &granary_meta::MetaHost, from: u32, request: &PeerRequest) -> PeerResponse {
+    let message = encode_message(request).unwrap();
+    decode_message(&host.raft(SHARD, DiskId(from), message).await.unwrap()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vote_is_not_given_twice_across_a_crash() {
+    let cluster = Cluster::new();
+    let host = cluster.start(1).await;
+    let vote = |node| PeerRequest::Vote {
+        vote: WireVote { term: 5, node, committed: false },
+        last: None,
+        transfer: false,
+        rehearsal: false,
+    };
+    let PeerResponse::Voted { granted: true, .. } = ask(&host, 3, &vote(3)).await else { panic!("no vote") };
+    copy_dir(&cluster.path(1), &cluster.path(8));
+    cluster.stop_all().await;
+    drop(host);
+    std::fs::remove_dir_all(cluster.path(1)).unwrap();
+    std::fs::rename(cluster.path(8), cluster.path(1)).unwrap();
+    let host = cluster.start(1).await;
+    let PeerResponse::Voted { granted, vote: held, .. } = ask(&host, 2, &vote(2)).await else { panic!("no answer") };
+    assert!(!granted, "two candidates of one term got this vote");
+    assert_eq!((held.term, held.node), (5, 3));
+    let PeerResponse::Voted { granted: true, .. } = ask(&host, 3, &vote(3)).await else { panic!("the vote was forgotten") };
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_of_another_disk_is_refused() {
+    let cluster = Cluster::new();
+    cluster.start(1).await;
+    cluster.stop_all().await;
+    std::fs::rename(cluster.path(1), cluster.path(2)).unwrap();
+    let config = granary_meta::HostConfig { dir: cluster.path(2), disk: DiskId(2), timing: cluster.timing.clone() };
+    let wire = Arc::new(common::cluster::Wire { me: DiskId(2), network: cluster.network.clone() });
+    let opened = granary_meta::MetaHost::open(config, wire, cluster.map.subscribe(), Arc::new(|_| {})).await;
+    assert!(matches!(opened, Err(granary_meta::MetaError::OtherDisk { found: DiskId(1), expected: DiskId(2) })));
+}
+
+fn filled(dir: &Path, objects: u64) -> StateDb {
+    let state = StateDb::open(dir, no_fatal()).unwrap();
+    let mut random = Random(objects);
+    for i in 0..objects {
+        let mut overlay = Overlay::new(&state);
+        let sent = request(&mut random, 1, put(1, &format!("key-{i}"), &[1; 700]));
+        apply(SHARD, &mut overlay, &sent).unwrap();
+        let applied = granary_meta::message::AppliedState {
+            last: Some(granary_meta::message::WireLogId { term: 1, node: 1, index: i }),
+            ..Default::default()
+        };
+        let key = granary_meta::keys::Keys::new(SHARD).single(granary_meta::keys::kind::APPLIED);
+        overlay.put(key, granary_meta::codec::encode(&applied).unwrap());
+        let writes = overlay.into_writes();
+        state.write(SHARD, writes, Some(i)).unwrap();
+    }
+    state
+}
+
+#[test]
+fn a_snapshot_file_carries_the_whole_shard_and_any_damage_is_seen() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = filled(&dir.path().join("from"), 1_000);
+    let file = dir.path().join("snapshot");
+    let applied = snapshot::write_file(&from, SHARD, &file).unwrap();
+    assert_eq!(applied.last.unwrap().index, 999);
+    assert_eq!(snapshot::check_file(&file, SHARD).unwrap(), applied);
+    assert!(snapshot::check_file(&file, ShardId(2)).is_err(), "taken for another shard");
+
+    let whole = std::fs::read(&file).unwrap();
+    let seed = common::seed("a_snapshot_file_carries_the_whole_shard_and_any_damage_is_seen");
+    let mut random = Random(seed);
+    let bad = dir.path().join("bad");
+    for _ in 0..300 {
+        let mut bytes = whole.clone();
+        let at = random.below(bytes.len() as u64) as usize;
+        match random.below(3) {
+            0 => bytes[at] ^= 1 << random.below(8),
+            1 => bytes.truncate(at),
+            _ => bytes.insert(at, 0x55),
+        }
+        std::fs::write(&bad, &bytes).unwrap();
+        assert!(snapshot::check_file(&bad, SHARD).is_err(), "damage at {at} of {} was not seen", whole.len());
+    }
+
+    let to = filled(&dir.path().join("to"), 300);
+    let copy = dir.path().join("copy");
+    std::fs::copy(&file, &copy).unwrap();
+    snapshot::install(&to, SHARD, dir.path(), &copy).unwrap();
+    assert_eq!(snapshot::state_hash(&to, SHARD).unwrap(), snapshot::state_hash(&from, SHARD).unwrap());
+}
+
+#[test]
+fn an_install_that_a_crash_interrupts_is_finished_at_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = filled(&dir.path().join("from"), 3_000);
+    let expected = snapshot::state_hash(&from, SHARD).unwrap();
+    let file = dir.path().join("snapshot");
+    snapshot::write_file(&from, SHARD, &file).unwrap();
+    let files = dir.path().join("files");
+    std::fs::create_dir_all(&files).unwrap();
+
+    // As a crash in the middle of the install leaves it: the file under its fixed name, the marker, and half of the new state.
+    let state = filled(&dir.path().join("to"), 500);
+    state.flush().unwrap();
+    std::fs::copy(&file, files.join(format!("install-{SHARD}"))).unwrap();
+    let mut marker = granary_meta::kv::Writes::new();
+    marker.insert([[0xff, 0xff], SHARD.0.to_be_bytes()].concat(), Some(Vec::new()));
+    state.write(SHARD, marker, None).unwrap();
+    state.clear(SHARD).unwrap();
+    let half = granary_meta::keys::Keys::new(SHARD).object(BucketId(1), "half");
+    state.write(SHARD, [(half, Some(vec![1]))].into_iter().collect(), None).unwrap();
+    state.flush().unwrap();
+    drop(state);
+
+    let state = StateDb::open(&dir.path().join("to"), no_fatal()).unwrap();
+    snapshot::finish_interrupted(&state, SHARD, &files).unwrap();
+    // `half` is overwritten by nothing: it must be gone, not mixed in.
+    assert_eq!(snapshot::state_hash(&state, SHARD).unwrap(), expected);
+    assert_eq!(std::fs::read_dir(&files).unwrap().count(), 0);
+    drop(state);
+    let state = StateDb::open(&dir.path().join("to"), no_fatal()).unwrap();
+    snapshot::finish_interrupted(&state, SHARD, &files).unwrap();
+    assert_eq!(snapshot::state_hash(&state, SHARD).unwrap(), expected, "not durable");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_of_a_disk_do_not_see_each_other() {
+    let cluster = Cluster::new();
+    cluster.start(1).await;
+    cluster.init(ShardId(1), &[1]).await;
+    cluster.init(ShardId(2), &[1]).await;
+    let mut random = Random(23);
+    cluster.put(&mut random, ShardId(1), "k", b"x").await;
+    assert!(matches!(cluster.query(ShardId(1), &get("k")).await, Answer::Object(_)));
+    assert_eq!(cluster.query(ShardId(2), &get("k")).await, Answer::NoSuchKey);
+    cluster.stop_all().await;
+}
