@@ -4,6 +4,7 @@
 //! 1. [`settings`], [`logging`], [`metrics`]: what it is told, and what it tells;
 //! 2. [`shards`]: the way to the metadata shards: leaders, retries, listings over all shards, the cluster map;
 //! 3. [`disks`], [`object`]: disk nodes and whether they answer; payloads on their way into extents and back;
+//!    [`heal`]: repair, garbage, census;
 //! 4. [`s3`]: the S3 front end over both, and [`digest`], the checksums it makes;
 //! 5. [`gateway`]: one gateway put together, from start to drain; [`bootstrap`] forms a new cluster;
 //! 6. [`admin`]: health, metrics, status page and the admin API; [`cli`]: the `granary` command on top of it;
@@ -16,6 +17,7 @@ pub mod dev;
 pub mod digest;
 pub mod disks;
 pub mod gateway;
+pub mod heal;
 pub mod logging;
 pub mod metrics;
 pub mod object;

@@ -22,6 +22,7 @@ pub mod reports;
 mod staged;
 mod write;
 
+pub(crate) use counters::add;
 pub use counters::ObjectCounters;
 pub use read::{ObjectReader, ReadError};
 pub use staged::Staged;

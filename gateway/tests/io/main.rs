@@ -2,11 +2,14 @@
 //! on demand.
 //!
 //! - [`node`]: such a disk node; [`cluster`]: some of them, a map, and an object store on top;
-//! - [`write`], [`read`]: what staging and reading promise.
+//! - [`write`], [`read`]: what staging and reading promise;
+//! - [`meta`]: metadata shards as maps; [`heal`]: what repair, garbage collection and census promise.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod cluster;
+mod heal;
+mod meta;
 mod node;
 mod read;
 mod write;

@@ -1,0 +1,220 @@
+//! A count of chunks made by reading their bytes, never by trusting a job's word.
+//!
+//! Every shard lists its extents, and every chunk of them is read and checked by the disk node that holds it. Memory: a page of
+//! extents, whatever the size of the cluster.
+
+use super::{unexpected, MetaClient, MetaClientError};
+use crate::disks::DiskHealth;
+use crate::object::{chunk_id, disk_of, ObjectStore};
+use futures::stream::{self, StreamExt};
+use granary_placement::id::{DiskId, ExtentId, PlacementGroupId};
+use granary_wire::chunk::{ChunkHealth, ChunkId};
+use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::meta::{Answer, Query};
+use granary_wire::record::ExtentRecord;
+use serde::Serialize;
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+/// Extents per page.
+const PAGE: u32 = 256;
+/// Payload verified by one request, at most: what a disk reads well within the deadline.
+const BYTES_PER_REQUEST: u64 = 256 * 1024 * 1024;
+/// Chunks verified by one request, at most.
+const CHUNKS_PER_REQUEST: usize = 256;
+/// Disks verifying at once.
+const DISKS_AT_ONCE: usize = 32;
+/// Lost extents named in the report.
+const NAMED: usize = 100;
+
+/// What a census found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Census {
+    /// Extents the shards own.
+    pub extents: u64,
+    /// Payload of them, in bytes.
+    pub bytes: u64,
+    /// Chunks there should be.
+    pub chunks_expected: u64,
+    /// Chunks read from their disk with every checksum right.
+    pub good: u64,
+    /// Chunks that are not on their disk.
+    pub missing: u64,
+    /// Chunks with a wrong checksum or that cannot be read.
+    pub corrupt: u64,
+    /// Chunks on disks that did not answer.
+    pub unreachable: u64,
+    /// Extents with fewer than K good chunks.
+    pub extents_lost: u64,
+    /// Of these, such that chunks on disks that did not answer may bring them back.
+    pub extents_lost_unless_disks_return: u64,
+    /// Extents by the failures they can still bear: good chunks beyond K; negative for lost ones.
+    pub extents_by_failures_left: BTreeMap<i32, u64>,
+    /// Payload bytes by the same.
+    pub bytes_by_failures_left: BTreeMap<i32, u64>,
+    /// The first lost extents, with their keys.
+    pub lost: Vec<LostExtent>,
+}
+
+/// A lost extent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LostExtent {
+    /// Which.
+    pub extent: ExtentId,
+    /// Its group.
+    pub group: PlacementGroupId,
+    /// The bucket of its object.
+    pub bucket: u64,
+    /// The key of its object.
+    pub key: String,
+    /// Good chunks.
+    pub good: u8,
+    /// Chunks needed.
+    pub needed: u8,
+}
+
+impl Census {
+    /// Whether every chunk there should be is good.
+    pub fn is_complete(&self) -> bool {
+        self.good == self.chunks_expected
+    }
+}
+
+/// How far a census is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct CensusProgress {
+    /// Shards counted.
+    pub shards_done: usize,
+    /// Shards in all.
+    pub shards: usize,
+    /// Extents counted.
+    pub extents: u64,
+    /// Good chunks found.
+    pub good: u64,
+}
+
+/// Counts. See [`Healer::census`](super::Healer::census).
+///
+/// # Errors
+/// A shard that does not answer.
+pub async fn census(
+    store: &ObjectStore,
+    meta: &dyn MetaClient,
+    verify_deadline: Duration,
+    mut progress: impl FnMut(&CensusProgress) + Send,
+) -> Result<Census, MetaClientError> {
+    let mut census = Census::default();
+    let shards = meta.shards();
+    for (shards_done, shard) in shards.iter().copied().enumerate() {
+        let mut after = None;
+        loop {
+            let (extents, more) = match meta.query(shard, Query::ExtentsOfGroup { group: None, after, limit: PAGE }).await? {
+                Answer::Extents { extents, more } => (extents, more),
+                other => return Err(unexpected(shard, &other)),
+            };
+            after = extents.last().map(|record| (record.extent.group, record.extent.extent));
+            let health = verify(store, &extents, verify_deadline).await;
+            extents.iter().for_each(|record| count(&mut census, record, &health));
+            progress(&CensusProgress { shards_done, shards: shards.len(), extents: census.extents, good: census.good });
+            if !more || after.is_none() {
+                break;
+            }
+        }
+    }
+    Ok(census)
+}
+
+/// Adds one extent.
+fn count(census: &mut Census, record: &ExtentRecord, health: &HashMap<ChunkId, ChunkHealth>) {
+    let extent = &record.extent;
+    let (mut good, mut unreachable) = (0u8, 0u8);
+    census.extents += 1;
+    census.bytes = census.bytes.saturating_add(extent.len_bytes);
+    for index in 0..extent.k.saturating_add(extent.m) {
+        census.chunks_expected += 1;
+        match health.get(&chunk_id(extent, index)) {
+            Some(ChunkHealth::Good) => {
+                census.good += 1;
+                good += 1;
+            }
+            Some(ChunkHealth::Missing) => census.missing += 1,
+            Some(ChunkHealth::Corrupt) => census.corrupt += 1,
+            None => {
+                census.unreachable += 1;
+                unreachable += 1;
+            }
+        }
+    }
+    let failures_left = i32::from(good) - i32::from(extent.k);
+    *census.extents_by_failures_left.entry(failures_left).or_default() += 1;
+    *census.bytes_by_failures_left.entry(failures_left).or_default() += extent.len_bytes;
+    if failures_left < 0 {
+        census.extents_lost += 1;
+        census.extents_lost_unless_disks_return += u64::from(good.saturating_add(unreachable) >= extent.k);
+        if census.lost.len() < NAMED {
+            census.lost.push(LostExtent {
+                extent: extent.extent,
+                group: extent.group,
+                bucket: record.bucket.0,
+                key: record.key.clone(),
+                good,
+                needed: extent.k,
+            });
+        }
+    }
+}
+
+/// Has the chunks of a page read by their disks. A chunk without an entry could not be asked for.
+async fn verify(store: &ObjectStore, extents: &[ExtentRecord], deadline: Duration) -> HashMap<ChunkId, ChunkHealth> {
+    let Some(map) = store.disks().map() else { return HashMap::new() };
+    let mut by_disk: BTreeMap<DiskId, Vec<(ChunkId, u64)>> = BTreeMap::new();
+    for record in extents {
+        let len_bytes = record.extent.layout().chunk_len();
+        for index in 0..record.extent.k.saturating_add(record.extent.m) {
+            if let Some(disk) = disk_of(&map, &record.extent, index) {
+                by_disk.entry(disk).or_default().push((chunk_id(&record.extent, index), len_bytes));
+            }
+        }
+    }
+    let answers: Vec<Vec<(ChunkId, ChunkHealth)>> = stream::iter(by_disk)
+        .map(|(disk, chunks)| verify_on(store, disk, chunks, deadline))
+        .buffer_unordered(DISKS_AT_ONCE)
+        .collect()
+        .await;
+    answers.into_iter().flatten().collect()
+}
+
+/// Has chunks read by one disk, in requests of bounded size. What it does not answer is left out.
+async fn verify_on(
+    store: &ObjectStore,
+    disk: DiskId,
+    chunks: Vec<(ChunkId, u64)>,
+    deadline: Duration,
+) -> Vec<(ChunkId, ChunkHealth)> {
+    let mut answers = Vec::with_capacity(chunks.len());
+    let Some(client) = store.disks().client(disk) else { return answers };
+    let mut rest = &chunks[..];
+    while !rest.is_empty() {
+        if store.disks().health(disk) == DiskHealth::Down {
+            break;
+        }
+        let mut bytes = 0u64;
+        let fitting = rest
+            .iter()
+            .take(CHUNKS_PER_REQUEST)
+            .take_while(|(_, len_bytes)| {
+                bytes = bytes.saturating_add(*len_bytes);
+                bytes <= BYTES_PER_REQUEST
+            })
+            .count();
+        let (part, later) = rest.split_at(fitting.clamp(1, rest.len()));
+        rest = later;
+        let ids: Vec<ChunkId> = part.iter().map(|(id, _)| *id).collect();
+        match client.control(ControlRequest::VerifyChunks(ids.clone()), deadline).await {
+            Ok(ControlResponse::Health(health)) if health.len() == ids.len() => answers.extend(ids.into_iter().zip(health)),
+            Ok(answer) => tracing::warn!(%disk, ?answer, "a disk could not verify its chunks"),
+            Err(error) => tracing::warn!(%disk, %error, "a disk did not verify its chunks"),
+        }
+    }
+    answers
+}

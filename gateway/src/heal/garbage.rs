@@ -1,0 +1,137 @@
+//! The garbage queues' worker: deletes the chunks of extents that lost their last reference.
+//!
+//! An extent is deleted only when it waited out the grace and its shard, asked by a linearizable read, does not own it. It leaves the
+//! queue only when every disk that may hold a chunk of it has answered; a disk that is down keeps it queued.
+
+use super::{unexpected, Inner, MetaClientError};
+use crate::object::{add, chunk_id, disk_of, now_ms};
+use futures::stream::{self, StreamExt};
+use granary_placement::id::{DiskId, ExtentId, ShardId};
+use granary_placement::map::{ClusterMap, DiskState};
+use granary_wire::chunk::ChunkId;
+use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::meta::{Answer, Command, Query};
+use granary_wire::record::ExtentRef;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Instant;
+
+/// Extents per page.
+const PAGE: u32 = 500;
+/// Chunks per request.
+const CHUNKS_PER_REQUEST: usize = 1000;
+/// Disks deleting at once.
+const DISKS_AT_ONCE: usize = 16;
+
+impl Inner {
+    pub(super) async fn garbage_loop(&self) {
+        let mut not_before: HashMap<ShardId, Instant> = HashMap::new();
+        loop {
+            for shard in self.meta.shards() {
+                if not_before.get(&shard).is_some_and(|at| Instant::now() < *at) {
+                    continue;
+                }
+                match self.collect(shard).await {
+                    Ok(true) => {
+                        not_before.remove(&shard);
+                    }
+                    Ok(false) => {
+                        not_before.insert(shard, Instant::now() + self.settings.garbage_backoff);
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, "garbage could not be collected");
+                        not_before.insert(shard, Instant::now() + self.settings.garbage_backoff);
+                    }
+                }
+            }
+            tokio::time::sleep(self.settings.interval).await;
+        }
+    }
+
+    /// Empties a shard's queue of what is old enough. False when something had to stay.
+    async fn collect(&self, shard: ShardId) -> Result<bool, MetaClientError> {
+        let grace_ms = u64::try_from(self.settings.garbage_grace.as_millis()).unwrap_or(u64::MAX);
+        let until_ms = now_ms().saturating_sub(grace_ms);
+        loop {
+            let (queued, more) = match self.meta.query(shard, Query::ListGarbage { until_ms, limit: PAGE }).await? {
+                Answer::Garbage { extents, more } => (extents, more),
+                other => return Err(unexpected(shard, &other)),
+            };
+            // The shard was asked not to list younger ones; it is cheap to see to it.
+            let queued: Vec<(u64, ExtentRef)> = queued.into_iter().filter(|(queued_ms, _)| *queued_ms <= until_ms).collect();
+            let Some(map) = self.store.disks().map().filter(|_| !queued.is_empty()) else { return Ok(queued.is_empty()) };
+            let asked = queued.iter().map(|(_, extent)| (extent.group, extent.extent)).collect();
+            let alive = self.alive(shard, asked).await?;
+            let mut dead = Vec::with_capacity(queued.len());
+            for ((queued_ms, extent), alive) in queued.into_iter().zip(alive) {
+                if alive {
+                    add(&self.counters().garbage_extents_alive, 1);
+                    tracing::error!(%shard, extent = %extent.extent, "an extent that is alive is queued as garbage; it stays");
+                } else {
+                    dead.push((queued_ms, extent));
+                }
+            }
+            let failed = self.delete(&map, &dead).await;
+            let done: Vec<(u64, ExtentId)> =
+                dead.iter().map(|(queued_ms, extent)| (*queued_ms, extent.extent)).filter(|(_, extent)| !failed.contains(extent)).collect();
+            let (count, stuck) = (done.len(), failed.len());
+            if count > 0 {
+                self.meta.command(shard, Command::GarbageDone { extents: done }).await?;
+                add(&self.counters().garbage_extents_deleted, u64::try_from(count).unwrap_or(0));
+            }
+            if stuck > 0 || count == 0 {
+                return Ok(false);
+            }
+            if !more {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Deletes all chunks of these extents; answers the extents of which some disk did not confirm it.
+    async fn delete(&self, map: &ClusterMap, extents: &[(u64, ExtentRef)]) -> BTreeSet<ExtentId> {
+        let mut failed = BTreeSet::new();
+        let mut by_disk: BTreeMap<DiskId, Vec<ChunkId>> = BTreeMap::new();
+        for (_, extent) in extents {
+            for index in (0..u8::MAX).take(extent.slots.len()) {
+                match disk_of(map, extent, index) {
+                    // A disk that left for good took its chunks with it.
+                    Some(disk) if map.disk(disk).is_none_or(|disk| disk.state == DiskState::Out) => {}
+                    Some(disk) => by_disk.entry(disk).or_default().push(chunk_id(extent, index)),
+                    None => {
+                        failed.insert(extent.extent);
+                    }
+                }
+            }
+        }
+        let unconfirmed: Vec<Vec<ChunkId>> = stream::iter(by_disk)
+            .map(|(disk, chunks)| self.delete_on(disk, chunks))
+            .buffer_unordered(DISKS_AT_ONCE)
+            .collect()
+            .await;
+        failed.extend(unconfirmed.into_iter().flatten().map(|chunk| chunk.extent));
+        failed
+    }
+
+    /// Deletes chunks on one disk; answers those it did not confirm.
+    async fn delete_on(&self, disk: DiskId, mut chunks: Vec<ChunkId>) -> Vec<ChunkId> {
+        let Some(client) = self.store.disks().client(disk) else { return chunks };
+        while !chunks.is_empty() {
+            let part: Vec<ChunkId> = chunks.iter().take(CHUNKS_PER_REQUEST).copied().collect();
+            let count = part.len();
+            match client.control(ControlRequest::DeleteChunks(part), self.settings.control_deadline).await {
+                Ok(ControlResponse::Deleted(_)) => {
+                    chunks.drain(..count);
+                }
+                Ok(answer) => {
+                    tracing::debug!(%disk, ?answer, "garbage could not be deleted");
+                    return chunks;
+                }
+                Err(error) => {
+                    tracing::debug!(%disk, %error, "garbage could not be deleted");
+                    return chunks;
+                }
+            }
+        }
+        chunks
+    }
+}

@@ -1,0 +1,229 @@
+//! What is missing? Finds it and puts it into the durable repair queues.
+//!
+//! Readers report what they meet. Beyond that, every disk is walked once when the gateway starts, when it takes over slots, and when
+//! it comes back after having been away: it may have come back empty, or with less than it had. A walk compares what the shards
+//! say should lie on the disk with the disk's index; it reads no payload.
+
+use super::{lock, unexpected, Inner, MetaClientError};
+use crate::disks::DiskHealth;
+use crate::object::reports::Report;
+use crate::object::{add, chunk_id};
+use granary_placement::id::{DiskId, ExtentId, PlacementGroupId, ShardId};
+use granary_placement::map::ClusterMap;
+use granary_wire::chunk::ChunkId;
+use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::meta::{Answer, ChunkRef, Command, Query};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
+
+/// Reports or chunks per request.
+const BATCH: usize = 1000;
+/// Pause between two pages of a walk: it is in no hurry, clients are.
+const PAGE_PAUSE: Duration = Duration::from_millis(5);
+
+/// What a walk has seen of a disk.
+#[derive(Debug, Default)]
+pub(super) struct Walked {
+    times_up: u64,
+    slots: BTreeSet<(PlacementGroupId, u8)>,
+}
+
+/// Slots to be walked, by disk.
+type Due = BTreeMap<DiskId, BTreeSet<(PlacementGroupId, u8)>>;
+/// Chunks that should lie on a disk, waiting to be asked for.
+type Batch = Vec<(ChunkId, ChunkRef)>;
+
+impl Inner {
+    /// Brings reports of readers to the shards.
+    pub(super) async fn report_loop(&self) {
+        let reports = self.store.reports();
+        loop {
+            reports.arrived().await;
+            loop {
+                let batch = reports.take(BATCH);
+                if batch.is_empty() {
+                    break;
+                }
+                let undelivered = self.deliver(batch).await;
+                let failed = !undelivered.is_empty();
+                reports.put_back(undelivered);
+                self.poke.notify_one();
+                if failed {
+                    tokio::time::sleep(self.settings.interval).await;
+                }
+            }
+        }
+    }
+
+    /// Sends reports to their shards, or to all where the owner is not known; answers those that could not be delivered.
+    async fn deliver(&self, reports: Vec<Report>) -> Vec<Report> {
+        let all = self.meta.shards();
+        let mut by_shard: BTreeMap<ShardId, Vec<ChunkRef>> = BTreeMap::new();
+        for report in reports {
+            match report.owner {
+                Some(owner) => by_shard.entry(owner).or_default().push(report.chunk),
+                None => all.iter().for_each(|shard| by_shard.entry(*shard).or_default().push(report.chunk)),
+            }
+        }
+        let mut undelivered = Vec::new();
+        for (shard, chunks) in by_shard {
+            if let Err(error) = self.report(shard, chunks.clone()).await {
+                tracing::debug!(%error, "reports of missing chunks could not be delivered");
+                undelivered.extend(chunks.into_iter().map(|chunk| Report { chunk, owner: Some(shard) }));
+            }
+        }
+        undelivered
+    }
+
+    async fn report(&self, shard: ShardId, chunks: Vec<ChunkRef>) -> Result<(), MetaClientError> {
+        if chunks.is_empty() {
+            return Ok(());
+        }
+        self.meta.command(shard, Command::ReportMissing { chunks }).await.map(|_| ())
+    }
+
+    pub(super) async fn walk_loop(&self) {
+        let mut changes = self.store.disks().changes();
+        let mut seen_epoch = None;
+        loop {
+            let map = self.store.disks().map();
+            let epoch = map.as_ref().map(|map| map.epoch);
+            let due = map.as_ref().map(|map| self.due(map)).unwrap_or_default();
+            lock(&self.status).disks_to_walk = due.keys().copied().collect();
+            if let (Some(map), false) = (map, due.is_empty()) {
+                self.walk(&map, due).await;
+                lock(&self.status).disks_to_walk.clear();
+            }
+            // Nothing new without a change of health or map; what failed is tried again after a while.
+            let retry = if seen_epoch == epoch { self.settings.interval * 5 } else { self.settings.interval };
+            seen_epoch = epoch;
+            tokio::select! {
+                () = tokio::time::sleep(retry) => {}
+                _ = changes.changed() => tokio::time::sleep(self.settings.interval / 4).await,
+            }
+        }
+    }
+
+    /// Slots on disks that answer and were not walked since they last came up, or since the disk took them over.
+    fn due(&self, map: &ClusterMap) -> Due {
+        let up: HashMap<DiskId, u64> = self
+            .store
+            .disks()
+            .view()
+            .into_iter()
+            .filter(|disk| disk.health == DiskHealth::Up)
+            .map(|disk| (disk.id, disk.times_up))
+            .collect();
+        let mut walked = lock(&self.walked);
+        walked.retain(|disk, _| map.disk(*disk).is_some());
+        let mut due = Due::new();
+        for (id, group) in &map.groups {
+            for (slot, disk) in group.slots.iter().enumerate() {
+                let (Some(times_up), Ok(slot)) = (up.get(disk), u8::try_from(slot)) else { continue };
+                let known = walked.get(disk).is_some_and(|walked| walked.times_up == *times_up && walked.slots.contains(&(*id, slot)));
+                if !known {
+                    due.entry(*disk).or_default().insert((*id, slot));
+                }
+            }
+        }
+        due
+    }
+
+    /// Walks the extents of the groups that have a slot due. Disks that fail on the way stay due.
+    async fn walk(&self, map: &ClusterMap, mut due: Due) {
+        let times_up: HashMap<DiskId, u64> = self.store.disks().view().into_iter().map(|disk| (disk.id, disk.times_up)).collect();
+        let groups: BTreeSet<PlacementGroupId> = due.values().flatten().map(|(group, _)| *group).collect();
+        // One pass over everything is cheaper than many over most groups.
+        let passes: Vec<Option<PlacementGroupId>> =
+            if groups.len() * 2 >= map.groups.len() { vec![None] } else { groups.into_iter().map(Some).collect() };
+        for shard in self.meta.shards() {
+            for group in &passes {
+                if due.is_empty() {
+                    return;
+                }
+                if let Err(error) = self.walk_pages(map, shard, *group, &mut due).await {
+                    tracing::debug!(%error, "a walk over extents was broken off");
+                    return;
+                }
+            }
+        }
+        let mut walked = lock(&self.walked);
+        for (disk, slots) in due {
+            let times_up = times_up.get(&disk).copied().unwrap_or_default();
+            let entry = walked.entry(disk).or_default();
+            if entry.times_up != times_up {
+                *entry = Walked { times_up, slots: BTreeSet::new() };
+            }
+            entry.slots.extend(slots);
+        }
+        drop(walked);
+        self.poke.notify_one();
+    }
+
+    async fn walk_pages(
+        &self,
+        map: &ClusterMap,
+        shard: ShardId,
+        group: Option<PlacementGroupId>,
+        due: &mut Due,
+    ) -> Result<(), MetaClientError> {
+        let mut after: Option<(PlacementGroupId, ExtentId)> = None;
+        loop {
+            let limit = u32::try_from(BATCH).unwrap_or(1);
+            let (extents, more) = match self.meta.query(shard, Query::ExtentsOfGroup { group, after, limit }).await? {
+                Answer::Extents { extents, more } => (extents, more),
+                other => return Err(unexpected(shard, &other)),
+            };
+            after = extents.last().map(|record| (record.extent.group, record.extent.extent));
+            let mut batches: BTreeMap<DiskId, Batch> = BTreeMap::new();
+            for record in &extents {
+                let extent = &record.extent;
+                let Some(slots) = map.group(extent.group).map(|group| &group.slots) else { continue };
+                for (index, slot) in (0u8..).zip(&extent.slots) {
+                    let Some(disk) = slots.get(usize::from(*slot)) else { continue };
+                    if due.get(disk).is_some_and(|due| due.contains(&(extent.group, *slot))) {
+                        let chunk = ChunkRef { group: extent.group, extent: extent.extent, index };
+                        batches.entry(*disk).or_default().push((chunk_id(extent, index), chunk));
+                    }
+                }
+            }
+            for (disk, batch) in batches {
+                match self.absent(disk, &batch).await {
+                    Some(absent) => {
+                        add(&self.counters().chunks_found_absent, u64::try_from(absent.len()).unwrap_or(0));
+                        for part in absent.chunks(BATCH) {
+                            self.report(shard, part.to_vec()).await?;
+                        }
+                    }
+                    None => {
+                        due.remove(&disk);
+                    }
+                }
+            }
+            if !more || after.is_none() || due.is_empty() {
+                return Ok(());
+            }
+            tokio::time::sleep(PAGE_PAUSE).await;
+        }
+    }
+
+    /// Which of these chunks a disk does not have; None when it does not answer.
+    async fn absent(&self, disk: DiskId, batch: &Batch) -> Option<Vec<ChunkRef>> {
+        let client = self.store.disks().client(disk)?;
+        let mut absent = Vec::new();
+        for part in batch.chunks(BATCH) {
+            let ids = part.iter().map(|(id, _)| *id).collect();
+            match client.control(ControlRequest::HaveChunks(ids), self.settings.control_deadline).await {
+                Ok(ControlResponse::Have(have)) if have.len() == part.len() => {
+                    absent.extend(part.iter().zip(have).filter(|(_, have)| !have).map(|((_, chunk), _)| *chunk));
+                }
+                Ok(_) => return None,
+                Err(error) => {
+                    tracing::debug!(%disk, %error, "a disk could not be walked");
+                    return None;
+                }
+            }
+        }
+        Some(absent)
+    }
+}

@@ -1,0 +1,245 @@
+//! What to rebuild first. Pure.
+//!
+//! Extents that can bear the fewest further failures come first, then those that wait longest. A look over a long queue keeps only
+//! the most urgent ones, so its memory does not grow with the queue.
+
+use granary_placement::id::{ExtentId, ShardId};
+use granary_wire::meta::ChunkRef;
+use granary_wire::record::{ExtentRecord, ExtentRef};
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+/// Failed rebuilds remembered.
+const REMEMBERED: usize = 16 * 1024;
+
+/// An extent to be brought back to K+M chunks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Task {
+    /// The shard that owns it.
+    pub shard: ShardId,
+    /// Where and how it is coded.
+    pub extent: ExtentRef,
+    /// The key it belongs to, for the log.
+    pub key: String,
+    /// Queued chunk indices whose disk can take them now.
+    pub rebuild: Vec<u8>,
+    /// How many more chunks may fail before it is lost; negative when it seems to be lost now.
+    pub failures_left: i32,
+    /// When its first chunk was queued, Unix milliseconds.
+    pub queued_ms: u64,
+}
+
+/// Where a chunk's disk stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// It takes chunks.
+    Up,
+    /// It answers, but takes no chunks just now (full, overloaded), or is doubtful.
+    Busy,
+    /// It does not answer: its chunk counts as lost for the risk.
+    Down,
+}
+
+/// Collects the entries of repair queues and keeps the most urgent extents.
+pub struct Planner<'a> {
+    limit: usize,
+    target: Box<dyn Fn(&ExtentRef, u8) -> Target + Send + Sync + 'a>,
+    ready: Box<dyn Fn(ExtentId) -> bool + Send + Sync + 'a>,
+    /// The extent whose entries are coming in: a queue is in order of extents.
+    current: Option<Queued>,
+    best: BTreeMap<(i32, u64, ExtentId), Task>,
+    /// Entries seen.
+    pub queued_chunks: u64,
+    /// Extents seen, by failures left.
+    pub by_failures_left: BTreeMap<i32, u64>,
+    /// Extents seen that nothing can be done for now.
+    pub waiting: u64,
+    /// Extents that could be worked on, kept or not.
+    pub runnable: u64,
+}
+
+struct Queued {
+    shard: ShardId,
+    record: ExtentRecord,
+    indices: Vec<u8>,
+    queued_ms: u64,
+}
+
+impl<'a> Planner<'a> {
+    /// Keeps at most `limit` extents. `target` tells where a chunk's disk stands, `ready` whether an extent may be tried (again).
+    pub fn new(
+        limit: usize,
+        target: impl Fn(&ExtentRef, u8) -> Target + Send + Sync + 'a,
+        ready: impl Fn(ExtentId) -> bool + Send + Sync + 'a,
+    ) -> Planner<'a> {
+        Planner {
+            limit,
+            target: Box::new(target),
+            ready: Box::new(ready),
+            current: None,
+            best: BTreeMap::new(),
+            queued_chunks: 0,
+            by_failures_left: BTreeMap::new(),
+            waiting: 0,
+            runnable: 0,
+        }
+    }
+
+    /// Takes the next entry of a shard's queue.
+    pub fn offer(&mut self, shard: ShardId, chunk: ChunkRef, queued_ms: u64, record: ExtentRecord) {
+        self.queued_chunks += 1;
+        match &mut self.current {
+            Some(current) if current.shard == shard && current.record.extent.extent == chunk.extent => {
+                current.indices.push(chunk.index);
+                current.queued_ms = current.queued_ms.min(queued_ms);
+            }
+            _ => {
+                self.end_extent();
+                self.current = Some(Queued { shard, record, indices: vec![chunk.index], queued_ms });
+            }
+        }
+    }
+
+    fn end_extent(&mut self) {
+        let Some(Queued { shard, record, indices, queued_ms }) = self.current.take() else { return };
+        let extent = record.extent;
+        let width = extent.k.saturating_add(extent.m);
+        let lost = (0..width).filter(|index| indices.contains(index) || (self.target)(&extent, *index) == Target::Down).count();
+        let failures_left = i32::from(extent.m) - i32::try_from(lost).unwrap_or(i32::MAX);
+        *self.by_failures_left.entry(failures_left).or_default() += 1;
+        let rebuild: Vec<u8> =
+            indices.into_iter().filter(|index| *index < width && (self.target)(&extent, *index) == Target::Up).collect();
+        if rebuild.is_empty() || !(self.ready)(extent.extent) {
+            self.waiting += 1;
+            return;
+        }
+        self.runnable += 1;
+        let key = (failures_left, queued_ms, extent.extent);
+        self.best.insert(key, Task { shard, extent, key: record.key, rebuild, failures_left, queued_ms });
+        if self.best.len() > self.limit {
+            self.best.pop_last();
+        }
+    }
+
+    /// The most urgent extents, most urgent first.
+    pub fn finish(&mut self) -> Vec<Task> {
+        self.end_extent();
+        std::mem::take(&mut self.best).into_values().collect()
+    }
+}
+
+/// When failed rebuilds may be tried again.
+#[derive(Debug, Default)]
+pub struct Backoff {
+    failed: HashMap<ExtentId, (u32, Instant)>,
+}
+
+impl Backoff {
+    /// Whether an extent may be tried now.
+    pub fn is_ready(&self, extent: ExtentId, now: Instant) -> bool {
+        self.failed.get(&extent).is_none_or(|(_, not_before)| now >= *not_before)
+    }
+
+    /// A rebuild failed: the next pause is twice the last. Beyond a bound new failures are not remembered, and tried at each pass.
+    pub fn failed(&mut self, extent: ExtentId, now: Instant, first: Duration, longest: Duration) {
+        if self.failed.len() >= REMEMBERED && !self.failed.contains_key(&extent) {
+            self.failed.retain(|_, (_, not_before)| *not_before > now);
+            if self.failed.len() >= REMEMBERED {
+                return;
+            }
+        }
+        let (times, not_before) = self.failed.entry(extent).or_insert((0, now));
+        *not_before = now + first.saturating_mul(1 << (*times).min(16)).min(longest);
+        *times += 1;
+    }
+
+    /// It worked.
+    pub fn done(&mut self, extent: ExtentId) {
+        self.failed.remove(&extent);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use granary_placement::id::PlacementGroupId;
+    use granary_placement::scheme::CodecId;
+    use granary_wire::record::BucketId;
+
+    fn record(number: u8) -> ExtentRecord {
+        let extent = ExtentRef {
+            extent: ExtentId([number; 16]),
+            group: PlacementGroupId(1),
+            codec: CodecId::Np16,
+            k: 4,
+            m: 2,
+            unit_bytes: 65536,
+            len_bytes: 1,
+            generation: 1,
+            slots: (0..6).collect(),
+        };
+        ExtentRecord { extent, bucket: BucketId(1), key: String::new() }
+    }
+
+    fn offer(planner: &mut Planner<'_>, number: u8, index: u8, queued_ms: u64) {
+        let record = record(number);
+        let chunk = ChunkRef { group: PlacementGroupId(1), extent: record.extent.extent, index };
+        planner.offer(ShardId(1), chunk, queued_ms, record);
+    }
+
+    fn order(tasks: &[Task]) -> Vec<(u8, i32)> {
+        tasks.iter().map(|task| (task.extent.extent.0[0], task.failures_left)).collect()
+    }
+
+    #[test]
+    fn extents_with_the_fewest_failures_left_come_first_then_the_oldest() {
+        let mut planner = Planner::new(10, |_, _| Target::Up, |_| true);
+        for (number, indices, queued_ms) in [(1, &[0][..], 30), (2, &[1, 5], 40), (3, &[2], 10), (4, &[0, 1, 2], 50)] {
+            indices.iter().for_each(|index| offer(&mut planner, number, *index, queued_ms));
+        }
+        assert_eq!(order(&planner.finish()), [(4, -1), (2, 0), (3, 1), (1, 1)]);
+        assert_eq!(planner.by_failures_left, BTreeMap::from([(-1, 1), (0, 1), (1, 2)]));
+        assert_eq!(planner.queued_chunks, 7);
+    }
+
+    #[test]
+    fn only_the_most_urgent_are_kept() {
+        let mut planner = Planner::new(2, |_, _| Target::Up, |_| true);
+        for number in 1..=9 {
+            offer(&mut planner, number, 0, 100);
+        }
+        offer(&mut planner, 10, 0, 100);
+        offer(&mut planner, 10, 1, 100);
+        let tasks = planner.finish();
+        assert_eq!(order(&tasks), [(10, 0), (1, 1)]);
+        assert_eq!(planner.runnable, 10);
+    }
+
+    #[test]
+    fn chunks_on_dead_disks_count_for_the_risk_and_are_not_rebuilt_there() {
+        let target = |_: &ExtentRef, index: u8| if index == 3 { Target::Down } else { Target::Up };
+        let mut planner = Planner::new(10, target, |_| true);
+        offer(&mut planner, 1, 0, 1);
+        offer(&mut planner, 1, 3, 1);
+        offer(&mut planner, 2, 3, 1);
+        offer(&mut planner, 3, 5, 1);
+        let tasks = planner.finish();
+        assert_eq!(order(&tasks), [(1, 0), (3, 0)]);
+        assert_eq!(tasks[0].rebuild, [0]);
+        assert_eq!(planner.waiting, 1, "extent 2 waits for its disk");
+    }
+
+    #[test]
+    fn a_failed_extent_waits_longer_each_time_and_is_forgotten_when_done() {
+        let (mut backoff, start, extent) = (Backoff::default(), Instant::now(), ExtentId([1; 16]));
+        let (first, longest) = (Duration::from_secs(5), Duration::from_secs(12));
+        for wait_s in [5, 10, 12, 12] {
+            backoff.failed(extent, start, first, longest);
+            assert!(!backoff.is_ready(extent, start + Duration::from_secs(wait_s) - Duration::from_millis(1)));
+            assert!(backoff.is_ready(extent, start + Duration::from_secs(wait_s)));
+        }
+        backoff.done(extent);
+        assert!(backoff.is_ready(extent, start));
+    }
+}

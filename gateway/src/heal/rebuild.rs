@@ -1,0 +1,362 @@
+//! The repair queue's worker: rebuilds what is queued, verifies it, and only then takes it off the queue.
+
+use super::plan::{Planner, Target, Task};
+use super::{lock, unexpected, Inner, MetaClientError};
+use crate::disks::DiskHealth;
+use crate::object::fetch::{block_len, fetch, Avoid, Blocks, Wanted};
+use crate::object::{add, chunk_id, disk_of, now_ms, ReadError};
+use bytes::Bytes;
+use futures::stream::{self, StreamExt};
+use granary_placement::codec::{ChunkSet, Codec};
+use granary_placement::id::DiskId;
+use granary_wire::chunk::{block_count, ChunkHealth, ChunkId, ChunkSpec, BLOCK_BYTES};
+use granary_wire::client::{ChunkWriter, NodeClient};
+use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::error::{ChunkError, LinkError};
+use granary_wire::meta::{Answer, ChunkRef, Command, Query};
+use granary_wire::record::ExtentRef;
+use std::time::{Duration, Instant};
+
+/// Entries of a repair queue per request.
+const PAGE: u32 = 1000;
+/// How long one write of a rebuilt window may take.
+const WRITE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Why a chunk was not rebuilt. All are tried again later.
+#[derive(Debug, thiserror::Error)]
+enum RebuildError {
+    #[error("cannot read enough of it: {0}")]
+    Read(#[from] ReadError),
+    #[error("disk {disk}: {error}")]
+    Disk { disk: DiskId, error: ChunkError },
+    #[error("decoding back gave other bytes: chunk {index}, block {block}")]
+    Refuted { index: u8, block: u32 },
+    #[error("what was written is not there: chunk {index} is {health:?}")]
+    NotThere { index: u8, health: ChunkHealth },
+    #[error("{0}")]
+    Meta(#[from] MetaClientError),
+    #[error("{0}")]
+    Record(String),
+}
+
+/// A chunk to be rebuilt and the disk it goes to.
+struct Lost {
+    index: u8,
+    disk: DiskId,
+    client: NodeClient,
+    id: ChunkId,
+    /// A corrupt chunk lies there: it goes only when its replacement is at hand.
+    corrupt: bool,
+}
+
+/// Where rebuilt windows go.
+enum Sink {
+    /// To the disk at once.
+    Disk(Box<ChunkWriter>),
+    /// Into memory, at most one chunk, because the corrupt one has to make room first.
+    Memory(Vec<Bytes>),
+}
+
+impl Inner {
+    pub(super) async fn repair_loop(&self) {
+        loop {
+            let progress = if self.pace.is_paused() { 0 } else { self.repair_pass().await };
+            if progress == 0 {
+                tokio::select! {
+                    () = tokio::time::sleep(self.settings.interval) => {}
+                    () = self.poke.notified() => {}
+                }
+            }
+        }
+    }
+
+    /// One look at all queues and the most urgent rebuilds. Answers how many chunks left the queues.
+    async fn repair_pass(&self) -> usize {
+        let Some(map) = self.store.disks().map() else { return 0 };
+        let now = Instant::now();
+        let disks = self.store.disks();
+        let target = |extent: &ExtentRef, index: u8| match disk_of(&map, extent, index) {
+            Some(disk) if disks.writable(disk) => Target::Up,
+            Some(disk) if disks.health(disk) != DiskHealth::Down => Target::Busy,
+            _ => Target::Down,
+        };
+        let ready = |extent| lock(&self.backoff).is_ready(extent, now);
+        let mut planner = Planner::new(self.settings.extents_per_pass.max(1), target, ready);
+        let mut ends = Vec::new();
+        for shard in self.meta.shards() {
+            match self.read_queue(shard, &mut planner).await {
+                Ok(end) => ends.push((shard, end)),
+                Err(error) => tracing::debug!(%error, "a repair queue cannot be read"),
+            }
+        }
+        let tasks = planner.finish();
+        // A queue longer than a pass is read on from where this one ended, once what is urgent in it is done.
+        let all_taken = planner.runnable == u64::try_from(tasks.len()).unwrap_or(u64::MAX);
+        if all_taken {
+            let mut cursors = lock(&self.cursors);
+            for (shard, end) in ends {
+                match end {
+                    Some(end) => cursors.insert(shard, end),
+                    None => cursors.remove(&shard),
+                };
+            }
+        }
+        {
+            let mut status = lock(&self.status);
+            status.queued_chunks = planner.queued_chunks;
+            status.extents_by_failures_left = std::mem::take(&mut planner.by_failures_left);
+            status.waiting_extents = planner.waiting;
+        }
+        drop(planner);
+        stream::iter(tasks)
+            .map(|task| self.run(task))
+            .buffer_unordered(self.settings.extents_at_once.max(1))
+            .fold(0, |sum, done| async move { sum + done })
+            .await
+    }
+
+    /// Hands a shard's queue to the planner; answers where the next pass goes on when it is longer than one pass.
+    async fn read_queue(&self, shard: granary_placement::id::ShardId, planner: &mut Planner<'_>) -> Result<Option<ChunkRef>, MetaClientError> {
+        let mut after = lock(&self.cursors).get(&shard).copied();
+        for _ in 0..self.settings.pages_per_pass.max(1) {
+            let (chunks, more) = match self.meta.query(shard, Query::ListMissing { after, limit: PAGE }).await? {
+                Answer::Missing { chunks, more } => (chunks, more),
+                other => return Err(unexpected(shard, &other)),
+            };
+            let last = chunks.last().map(|(chunk, _, _)| *chunk);
+            for (chunk, queued_ms, record) in chunks {
+                planner.offer(shard, chunk, queued_ms, record);
+            }
+            match last {
+                Some(last) if more => after = Some(last),
+                _ => return Ok(None),
+            }
+        }
+        Ok(after)
+    }
+
+    /// Repairs one extent and tells its shard; answers how many chunks left the queue.
+    async fn run(&self, task: Task) -> usize {
+        let extent = task.extent.extent;
+        let (done, error) = self.repair(&task).await;
+        let mut finished = done.len();
+        let chunk = |index: u8| ChunkRef { group: task.extent.group, extent, index };
+        if !done.is_empty() {
+            let chunks = done.iter().map(|index| chunk(*index)).collect();
+            if let Err(error) = self.meta.command(task.shard, Command::RepairDone { chunks }).await {
+                // They stay queued, and the next look finds them good.
+                tracing::debug!(%error, "a repair could not be taken off its queue");
+                finished = 0;
+            }
+        }
+        match error {
+            Some(error) => {
+                add(&self.counters().rebuilds_failed, 1);
+                if matches!(error, RebuildError::Refuted { .. }) {
+                    add(&self.counters().rebuilds_refuted, 1);
+                }
+                tracing::warn!(%extent, key = %task.key, failures_left = task.failures_left, %error, "an extent could not be repaired");
+                let settings = &self.settings;
+                lock(&self.backoff).failed(extent, Instant::now(), settings.first_backoff, settings.longest_backoff);
+            }
+            None => lock(&self.backoff).done(extent),
+        }
+        finished
+    }
+
+    /// Brings the chunks of a task back. Answers the indices that are good on their disks now, and what stopped the others.
+    async fn repair(&self, task: &Task) -> (Vec<u8>, Option<RebuildError>) {
+        let (mut good, mut lost, mut trouble) = (Vec::new(), Vec::new(), None);
+        let Some(map) = self.store.disks().map() else { return (good, None) };
+        for &index in &task.rebuild {
+            let found = disk_of(&map, &task.extent, index).and_then(|disk| Some((disk, self.store.disks().client(disk)?)));
+            let Some((disk, client)) = found else { continue };
+            let id = chunk_id(&task.extent, index);
+            match self.verify(&client, disk, id).await {
+                Ok(ChunkHealth::Good) => {
+                    add(&self.counters().chunks_found_good, 1);
+                    good.push(index);
+                }
+                Ok(health) => lost.push(Lost { index, disk, client, id, corrupt: health == ChunkHealth::Corrupt }),
+                Err(error) => trouble = Some(error),
+            }
+        }
+        if !lost.is_empty() {
+            match self.rebuild(task, &lost).await {
+                Ok((mut done, rest)) => {
+                    good.append(&mut done);
+                    trouble = rest.or(trouble);
+                }
+                Err(error) => trouble = Some(error),
+            }
+        }
+        (good, trouble)
+    }
+
+    /// Rebuilds chunks of one extent together, reading its other chunks once.
+    async fn rebuild(&self, task: &Task, lost: &[Lost]) -> Result<(Vec<u8>, Option<RebuildError>), RebuildError> {
+        let extent = &task.extent;
+        crate::object::check_extent(extent).map_err(RebuildError::Record)?;
+        let codec = self.store.codec(extent.k, extent.m).map_err(ReadError::Codec)?;
+        let chunk_len = extent.layout().chunk_len();
+        let spec = ChunkSpec {
+            codec: extent.codec,
+            k: extent.k,
+            m: extent.m,
+            unit_bytes: extent.unit_bytes,
+            extent_len_bytes: extent.len_bytes,
+            len_bytes: chunk_len,
+            owner: task.shard,
+            created_ms: now_ms(),
+        };
+        let mut sinks: Vec<(&Lost, Sink)> = Vec::with_capacity(lost.len());
+        let mut trouble = None;
+        for lost in lost {
+            if lost.corrupt {
+                sinks.push((lost, Sink::Memory(Vec::new())));
+                continue;
+            }
+            match within(lost.client.begin_chunk(lost.id, spec)).await {
+                Ok(writer) => sinks.push((lost, Sink::Disk(Box::new(writer)))),
+                Err(error) => trouble = Some(self.disk_failed(lost, error)),
+            }
+        }
+
+        let exclude: ChunkSet = lost.iter().map(|lost| lost.index).collect();
+        let avoid = Avoid::default();
+        let blocks = u32::try_from(block_count(chunk_len)).map_err(|error| RebuildError::Record(error.to_string()))?;
+        let step = u32::try_from(self.settings.window_bytes / BLOCK_BYTES).unwrap_or(1).clamp(1, 64);
+        // One block of each chunk is read back at the end; which one changes from extent to extent.
+        let sampled = u32::from(extent.extent.0[0]) % blocks.max(1);
+        let mut samples: Vec<(u8, Bytes)> = Vec::new();
+        for start in (0..blocks).step_by(usize::try_from(step).unwrap_or(1)) {
+            if sinks.is_empty() {
+                break;
+            }
+            let window = start..blocks.min(start + step);
+            let chunks = u64::from(extent.k) + u64::try_from(sinks.len()).unwrap_or(0);
+            self.pace.take(chunks * u64::from(window.end - window.start) * BLOCK_BYTES).await;
+            let wanted: Vec<Wanted> =
+                sinks.iter().map(|(lost, _)| Wanted { chunk: lost.index, blocks: window.clone() }).collect();
+            let got = fetch(&self.store, extent, &wanted, exclude, &avoid).await?;
+            let mut going = Vec::with_capacity(sinks.len());
+            for (lost, mut sink) in sinks {
+                let mut written = Ok(());
+                for block in window.clone() {
+                    let bytes = decode_back(&codec, &got, lost.index, block, block_len(chunk_len, block))?;
+                    if block == sampled {
+                        samples.push((lost.index, bytes.clone()));
+                    }
+                    written = match &mut sink {
+                        Sink::Disk(writer) => within(writer.write(bytes)).await,
+                        Sink::Memory(pieces) => {
+                            pieces.push(bytes);
+                            Ok(())
+                        }
+                    };
+                    if written.is_err() {
+                        break;
+                    }
+                }
+                match written {
+                    Ok(()) => going.push((lost, sink)),
+                    Err(error) => trouble = Some(self.disk_failed(lost, error)),
+                }
+            }
+            sinks = going;
+        }
+
+        let mut done = Vec::with_capacity(sinks.len());
+        for (lost, sink) in sinks {
+            let sample = samples.iter().find(|(index, _)| *index == lost.index).map(|(_, bytes)| bytes.clone());
+            match self.finish(lost, spec, sink, sampled, sample).await {
+                Ok(()) => {
+                    add(&self.counters().chunks_rebuilt, 1);
+                    add(&self.counters().bytes_rebuilt, chunk_len);
+                    done.push(lost);
+                }
+                Err(error) => trouble = Some(error),
+            }
+        }
+        // An extent that was deleted meanwhile must not be left with chunks nobody knows of.
+        if !done.is_empty() && self.alive(task.shard, vec![(extent.group, extent.extent)]).await? == [false] {
+            for lost in &done {
+                let _ = lost.client.control(ControlRequest::DeleteChunks(vec![lost.id]), self.settings.control_deadline).await;
+            }
+        }
+        Ok((done.iter().map(|lost| lost.index).collect(), trouble))
+    }
+
+    /// Makes a rebuilt chunk durable, has it read back on its disk, and holds one of its blocks against what was decoded.
+    async fn finish(&self, lost: &Lost, spec: ChunkSpec, sink: Sink, sampled: u32, sample: Option<Bytes>) -> Result<(), RebuildError> {
+        let stored = match sink {
+            Sink::Disk(writer) => within(writer.finish()).await,
+            Sink::Memory(pieces) => {
+                // Whole and verified in memory: now the corrupt one may go.
+                let request = ControlRequest::DeleteChunks(vec![lost.id]);
+                match lost.client.control(request, self.settings.control_deadline).await {
+                    Ok(ControlResponse::Deleted(_)) => within(lost.client.put_chunk(lost.id, spec, pieces)).await,
+                    Ok(other) => Err(ChunkError::Disk(format!("{other:?}"))),
+                    Err(error) => Err(ChunkError::Link(error)),
+                }
+            }
+        };
+        match stored {
+            // Another healer was faster, or a resend: what is there is judged by the verification.
+            Ok(()) | Err(ChunkError::AlreadyThere) => {}
+            Err(error) => return Err(self.disk_failed(lost, error)),
+        }
+        match self.verify(&lost.client, lost.disk, lost.id).await? {
+            ChunkHealth::Good => {}
+            health => return Err(RebuildError::NotThere { index: lost.index, health }),
+        }
+        let read = within(lost.client.read_blocks(lost.id, sampled, 1)).await.map_err(|error| self.disk_failed(lost, error))?;
+        if read.data.first() != sample.as_ref() {
+            return Err(RebuildError::Refuted { index: lost.index, block: sampled });
+        }
+        Ok(())
+    }
+
+    async fn verify(&self, client: &NodeClient, disk: DiskId, id: ChunkId) -> Result<ChunkHealth, RebuildError> {
+        let answer = client.control(ControlRequest::VerifyChunks(vec![id]), self.settings.verify_deadline).await;
+        let error = match answer {
+            Ok(ControlResponse::Health(health)) => match health.first() {
+                Some(health) => return Ok(*health),
+                None => ChunkError::Disk("an empty answer".to_owned()),
+            },
+            Ok(other) => ChunkError::Disk(format!("{other:?}").chars().take(100).collect()),
+            Err(error) => ChunkError::Link(error),
+        };
+        self.store.disks().failed(disk, &error);
+        Err(RebuildError::Disk { disk, error })
+    }
+
+    fn disk_failed(&self, lost: &Lost, error: ChunkError) -> RebuildError {
+        self.store.disks().failed(lost.disk, &error);
+        RebuildError::Disk { disk: lost.disk, error }
+    }
+}
+
+async fn within<T>(work: impl std::future::Future<Output = Result<T, ChunkError>>) -> Result<T, ChunkError> {
+    tokio::time::timeout(WRITE_DEADLINE, work).await.unwrap_or(Err(ChunkError::Link(LinkError::Timeout)))
+}
+
+/// A rebuilt block, checked by decoding back: one of the blocks it was made from is computed anew from it and the others, and must
+/// come out as it was read. A fault of memory, of a kernel or of a plan is found here, before anything relies on the chunk.
+fn decode_back(codec: &Codec, got: &Blocks, index: u8, block: u32, len_bytes: u64) -> Result<Bytes, RebuildError> {
+    let hole = || RebuildError::Record(format!("no block {block} of chunk {index}"));
+    let rebuilt = got.get(index, block).filter(|bytes| u64::try_from(bytes.len()) == Ok(len_bytes)).ok_or_else(hole)?;
+    let sources = got.sources(block);
+    let count = u32::from(sources.len()).max(1);
+    let checked = sources.iter().nth(usize::try_from(block % count).unwrap_or(0)).ok_or_else(hole)?;
+    let others = sources.without(checked).iter().take(usize::from(codec.k()).saturating_sub(1));
+    let present = others.collect::<ChunkSet>().with(index);
+    let plan = codec.plan(present, ChunkSet::from_indices([checked])).map_err(ReadError::Codec)?;
+    let inputs: Vec<&[u8]> = plan.sources().iter().filter_map(|chunk| got.get(*chunk, block).map(|bytes| &bytes[..])).collect();
+    let mut out = vec![0u8; rebuilt.len()];
+    plan.apply(&inputs, &mut [&mut out]).map_err(ReadError::Codec)?;
+    if got.get(checked, block).is_none_or(|read| read[..] != out[..]) {
+        return Err(RebuildError::Refuted { index, block });
+    }
+    Ok(rebuilt.clone())
+}

@@ -1,0 +1,298 @@
+use crate::cluster::{body, payload, seed, Cluster, UNIT};
+use crate::meta::Meta;
+use crate::node::{Damage, Disk};
+use bytes::Bytes;
+use granary_gateway::heal::{HealSettings, Healer};
+use granary_gateway::object::choose::Draw;
+use granary_gateway::object::{chunk_id, ObjectSettings};
+use granary_placement::id::{DiskId, Epoch, PlacementGroupId, ShardId};
+use granary_wire::chunk::{ChunkId, ChunkSpec};
+use granary_wire::meta::ChunkRef;
+use granary_wire::record::{ExtentRef, ObjectData};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+fn settings() -> HealSettings {
+    HealSettings {
+        interval: Duration::from_millis(50),
+        window_bytes: 2 * UNIT,
+        first_backoff: Duration::from_millis(200),
+        garbage_grace: Duration::from_secs(60),
+        garbage_backoff: Duration::from_millis(100),
+        ..HealSettings::default()
+    }
+}
+
+fn small() -> ObjectSettings {
+    ObjectSettings { extent_bytes: 11 * UNIT + 77, ..ObjectSettings::default() }
+}
+
+fn heal(cluster: &Cluster, meta: &Arc<Meta>) -> (Healer, DropGuard) {
+    let stop = CancellationToken::new();
+    (Healer::start(cluster.store.clone(), meta.clone(), settings(), stop.clone()), stop.drop_guard())
+}
+
+/// Objects in both shards, with what they hold.
+async fn fill(cluster: &Cluster, meta: &Meta, draw: &mut Draw) -> Vec<(ObjectData, Bytes)> {
+    let mut objects = Vec::new();
+    for len in [8193, UNIT * 4, UNIT * 9 + 5, UNIT * 25 + 1000] {
+        let payload = payload(len, draw);
+        let shard = ShardId(1 + (len % 2) as u16);
+        let staged = cluster.store.stage(None, shard, len, body(&payload, draw)).await.unwrap();
+        meta.commit(shard, &format!("key-{len}"), &staged.data, &staged.missing);
+        objects.push((staged.data.clone(), payload));
+        staged.committed();
+    }
+    objects
+}
+
+type Contents = BTreeMap<ChunkId, (Bytes, Vec<u32>, ChunkSpec)>;
+
+/// What lies on a disk, without when it was written.
+fn contents(disk: &Disk) -> Contents {
+    let chunks = disk.chunks.lock().unwrap();
+    let plain = |spec: ChunkSpec| ChunkSpec { created_ms: 0, ..spec };
+    chunks.iter().map(|(id, stored)| (*id, (stored.bytes.clone(), stored.crcs.clone(), plain(stored.spec)))).collect()
+}
+
+fn all_contents(cluster: &Cluster) -> Vec<Contents> {
+    cluster.disks.iter().map(|disk| contents(disk)).collect()
+}
+
+fn chunk(extent: &ExtentRef, index: u8) -> ChunkRef {
+    ChunkRef { group: extent.group, extent: extent.extent, index }
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+fn counter(value: &AtomicU64) -> u64 {
+    value.load(Ordering::Relaxed)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn missing_and_corrupt_chunks_come_back_byte_for_byte() {
+    let mut draw = seed("missing_and_corrupt_chunks_come_back_byte_for_byte");
+    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    meta.page.store(3, Ordering::Relaxed);
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let before = all_contents(&cluster);
+    let mut broken = 0;
+    for (data, _) in &objects {
+        for extent in data.extents() {
+            let (first, second) = ((draw.next() % 6) as u8, (draw.next() % 6) as u8);
+            cluster.holder(extent, first).chunks.lock().unwrap().remove(&chunk_id(extent, first));
+            let block = draw.next() % extent.layout().chunk_len().div_ceil(UNIT);
+            if second != first {
+                cluster.damage(extent, second, block as u32, Damage::Flip);
+            }
+            for index in [first, second] {
+                let shard = [1, 2].map(ShardId).into_iter().find(|shard| meta.shard(*shard).extents.contains_key(&(extent.group, extent.extent)));
+                meta.shard(shard.unwrap()).missing.insert(chunk(extent, index), 1);
+            }
+            broken += if first == second { 1 } else { 2 };
+        }
+    }
+    let (healer, _stop) = heal(&cluster, &meta);
+    cluster.until("the queues are empty", || meta.missing() == 0).await;
+    assert!(all_contents(&cluster) == before);
+    assert!(cluster.disks.iter().all(|disk| disk.damage.lock().unwrap().is_empty()));
+    assert_eq!(counter(&cluster.store.counters().chunks_rebuilt), broken);
+    let census = healer.census(|_| {}).await.unwrap();
+    assert!(census.is_complete());
+    for (data, payload) in &objects {
+        cluster.check(data, payload, 0..payload.len() as u64).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_substitute_disk_is_filled_without_being_told() {
+    let mut draw = seed("a_substitute_disk_is_filled_without_being_told");
+    let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
+    meta.page.store(2, Ordering::Relaxed);
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let (_healer, _stop) = heal(&cluster, &meta);
+    let before = contents(&cluster.disks[2]);
+    cluster.kill(2).await;
+    cluster.map.send_modify(|map| {
+        let mut next = (**map.as_ref().unwrap()).clone();
+        next.epoch = Epoch(2);
+        next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2] = DiskId(7);
+        *map = Some(Arc::new(next));
+    });
+    cluster.until("the substitute holds all", || cluster.disks[6].count() == before.len() && meta.missing() == 0).await;
+    assert!(contents(&cluster.disks[6]) == before);
+    // The old ones may die now.
+    cluster.kill(0).await;
+    cluster.kill(1).await;
+    for (data, payload) in &objects {
+        cluster.check(data, payload, 0..payload.len() as u64).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_comes_back_empty_is_filled_again() {
+    let mut draw = seed("a_disk_that_comes_back_empty_is_filled_again");
+    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    fill(&cluster, &meta, &mut draw).await;
+    let (_healer, _stop) = heal(&cluster, &meta);
+    let before = contents(&cluster.disks[4]);
+    cluster.kill(4).await;
+    cluster.disks[4].chunks.lock().unwrap().clear();
+    cluster.revive(4).await;
+    cluster.until("it is full again", || contents(&cluster.disks[4]) == before && meta.missing() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_write_could_not_place_is_placed_when_the_disk_is_back() {
+    let mut draw = seed("what_a_write_could_not_place_is_placed_when_the_disk_is_back");
+    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let (healer, _stop) = heal(&cluster, &meta);
+    cluster.kill(3).await;
+    fill(&cluster, &meta, &mut draw).await;
+    let queued = meta.missing();
+    assert!(queued > 0 && cluster.disks[3].count() == 0);
+    cluster.until("the status shows it", || healer.status().queued_chunks == queued as u64).await;
+    assert_eq!(healer.status().extents_by_failures_left, BTreeMap::from([(1, queued as u64)]));
+    cluster.revive(3).await;
+    cluster.until("the queues are empty", || meta.missing() == 0).await;
+    assert_eq!(cluster.disks[3].count(), queued);
+    assert!(healer.census(|_| {}).await.unwrap().is_complete());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_reader_finds_is_repaired_and_what_is_good_is_left_alone() {
+    let mut draw = seed("what_a_reader_finds_is_repaired_and_what_is_good_is_left_alone");
+    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let before = all_contents(&cluster);
+    let (_healer, _stop) = heal(&cluster, &meta);
+    let (data, payload) = &objects[3];
+    let extent = &data.extents()[1];
+    // The walk at the start must be over, or it would find the missing chunk by itself.
+    cluster.until("all disks are walked", || counter(&meta.queries) > 20).await;
+    cluster.holder(extent, 1).chunks.lock().unwrap().remove(&chunk_id(extent, 1));
+    cluster.damage(extent, 3, 0, Damage::Noticed);
+    meta.shard(ShardId(1)).missing.insert(chunk(&objects[1].0.extents()[0], 0), 1);
+    cluster.check(data, payload, 0..payload.len() as u64).await;
+    let counters = cluster.store.counters();
+    cluster.until("both are rebuilt", || counter(&counters.chunks_rebuilt) == 2 && meta.missing() == 0).await;
+    assert!(all_contents(&cluster) == before);
+    assert_eq!(counter(&counters.chunks_found_good), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_extent_beyond_repair_stays_queued_and_untouched_and_is_not_tried_all_the_time() {
+    let mut draw = seed("an_extent_beyond_repair_stays_queued_and_untouched_and_is_not_tried_all_the_time");
+    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let extent = &objects[1].0.extents()[0];
+    for index in [0, 2, 4] {
+        cluster.damage(extent, index, 0, Damage::Flip);
+        meta.shard(ShardId(1)).missing.insert(chunk(extent, index), 1);
+    }
+    let before = all_contents(&cluster);
+    let (healer, _stop) = heal(&cluster, &meta);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(meta.missing(), 3);
+    assert!(all_contents(&cluster) == before, "a corrupt chunk is not deleted before its replacement is at hand");
+    let failed = counter(&cluster.store.counters().rebuilds_failed);
+    assert!((1..=6).contains(&failed), "{failed} tries in a second of backing off");
+    let census = healer.census(|_| {}).await.unwrap();
+    assert_eq!((census.extents_lost, census.corrupt, census.lost[0].good), (1, 3, 3));
+    // One of the three comes back: two can be rebuilt.
+    cluster.holder(extent, 2).damage.lock().unwrap().clear();
+    cluster.until("the queue is empty", || meta.missing() == 0).await;
+    assert!(healer.census(|_| {}).await.unwrap().is_complete());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_goes_after_its_grace_and_nothing_that_is_alive_ever_does() {
+    let mut draw = seed("garbage_goes_after_its_grace_and_nothing_that_is_alive_ever_does");
+    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let (old, young, alive) = (&objects[0].0, &objects[1].0, &objects[3].0);
+    let shard_of = |data: &ObjectData| ShardId(1 + (data.extents().iter().map(|extent| extent.len_bytes).sum::<u64>() % 2) as u16);
+    cluster.kill(5).await;
+    meta.delete(shard_of(old), old, now_ms() - 61_000);
+    meta.delete(shard_of(young), young, now_ms());
+    // Queued and alive at once: a fault somewhere else, which must not become a loss.
+    for extent in alive.extents() {
+        meta.shard(shard_of(alive)).garbage.push((1, extent.clone()));
+    }
+    let old_id = chunk_id(&old.extents()[0], 0);
+    let (_healer, _stop) = heal(&cluster, &meta);
+    cluster.until("it is gone from the disks that answer", || !contents(&cluster.disks[0]).contains_key(&old_id)).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(meta.shard(shard_of(old)).garbage.iter().any(|(_, extent)| extent.extent == old_id.extent), "one disk has not answered");
+    cluster.revive(5).await;
+    let gone = || !meta.shard(shard_of(old)).garbage.iter().any(|(_, extent)| extent.extent == old_id.extent);
+    cluster.until("it is gone", gone).await;
+    let left: usize = objects[1..].iter().map(|(data, _)| data.extents().len() * 6).sum();
+    assert_eq!(cluster.chunks(), left, "the young and the living are all there");
+    assert!(counter(&cluster.store.counters().garbage_extents_alive) > 0);
+    cluster.check(alive, &objects[3].1, 0..objects[3].1.len() as u64).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_census_counts_what_is_there() {
+    let mut draw = seed("a_census_counts_what_is_there");
+    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    meta.page.store(2, Ordering::Relaxed);
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let stop = CancellationToken::new();
+    // A paused healer: the census must not see it at work.
+    let healer = Healer::start(cluster.store.clone(), meta.clone(), settings(), stop.clone());
+    healer.pace().pause(Duration::from_secs(600));
+    let extents: Vec<ExtentRef> = objects.iter().flat_map(|(data, _)| data.extents().to_vec()).collect();
+    let expected = extents.len() as u64 * 6;
+    let mut pages = 0;
+    let census = healer.census(|_| pages += 1).await.unwrap();
+    assert_eq!((census.chunks_expected, census.good, census.is_complete()), (expected, expected, true));
+    assert_eq!(census.bytes, objects.iter().map(|(_, payload)| payload.len() as u64).sum::<u64>());
+    assert!(pages > 2);
+
+    let spoil = |extent: &ExtentRef, missing: &[u8], corrupt: &[u8]| {
+        for index in missing {
+            cluster.holder(extent, *index).chunks.lock().unwrap().remove(&chunk_id(extent, *index));
+        }
+        corrupt.iter().for_each(|index| cluster.damage(extent, *index, 0, Damage::Misplaced));
+    };
+    spoil(&extents[0], &[1], &[]);
+    spoil(&extents[1], &[0], &[2]);
+    spoil(&extents[2], &[0, 1], &[2]);
+    let census = healer.census(|_| {}).await.unwrap();
+    assert_eq!((census.missing, census.corrupt, census.unreachable), (4, 2, 0));
+    assert_eq!(census.good, expected - 6);
+    assert_eq!((census.extents_lost, census.extents_lost_unless_disks_return), (1, 0));
+    let whole = extents.len() as u64 - 3;
+    assert_eq!(census.extents_by_failures_left, BTreeMap::from([(-1, 1), (0, 1), (1, 1), (2, whole)]));
+
+    cluster.kill(5).await;
+    let census = healer.census(|_| {}).await.unwrap();
+    assert_eq!((census.unreachable, census.extents_lost, census.extents_lost_unless_disks_return), (extents.len() as u64, 2, 1));
+    assert!(serde_json::to_string(&census).unwrap().contains("\"extents_lost\":2"));
+    stop.cancel();
+    healer.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_healers_do_no_harm_to_each_other() {
+    let mut draw = seed("several_healers_do_no_harm_to_each_other");
+    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    fill(&cluster, &meta, &mut draw).await;
+    let before = all_contents(&cluster);
+    let _healers = [heal(&cluster, &meta), heal(&cluster, &meta), heal(&cluster, &meta)];
+    for round in 0..3 {
+        let place = (round + draw.next() as usize % 2) % 6;
+        cluster.kill(place).await;
+        cluster.disks[place].chunks.lock().unwrap().clear();
+        cluster.revive(place).await;
+        cluster.until("it is full again", || contents(&cluster.disks[place]) == before[place] && meta.missing() == 0).await;
+    }
+    assert!(all_contents(&cluster) == before);
+}

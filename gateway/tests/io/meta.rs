@@ -1,0 +1,127 @@
+//! Metadata shards as maps: what the healer asks of them and nothing more.
+
+use async_trait::async_trait;
+use granary_gateway::heal::{MetaClient, MetaClientError};
+use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
+use granary_wire::meta::{Answer, ChunkRef, Command, Query, Reply};
+use granary_wire::record::{BucketId, ExtentRecord, ExtentRef, ObjectData};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
+
+#[derive(Default)]
+pub struct Shard {
+    pub extents: BTreeMap<(PlacementGroupId, ExtentId), ExtentRecord>,
+    pub missing: BTreeMap<ChunkRef, u64>,
+    pub garbage: Vec<(u64, ExtentRef)>,
+}
+
+/// Shards 1 and 2.
+#[derive(Default)]
+pub struct Meta {
+    shards: [Mutex<Shard>; 2],
+    /// Pages are no longer than this, so that paging is tried with few extents.
+    pub page: AtomicU64,
+    pub queries: AtomicU64,
+}
+
+impl Meta {
+    pub fn shard(&self, shard: ShardId) -> std::sync::MutexGuard<'_, Shard> {
+        self.shards[usize::from(shard.0) - 1].lock().unwrap()
+    }
+
+    /// As a commit does.
+    pub fn commit(&self, shard: ShardId, key: &str, data: &ObjectData, missing: &[ChunkRef]) {
+        let mut state = self.shard(shard);
+        for extent in data.extents() {
+            let record = ExtentRecord { extent: extent.clone(), bucket: BucketId(1), key: key.to_owned() };
+            state.extents.insert((extent.group, extent.extent), record);
+        }
+        state.missing.extend(missing.iter().map(|chunk| (*chunk, 1)));
+    }
+
+    /// As a delete does.
+    pub fn delete(&self, shard: ShardId, data: &ObjectData, now_ms: u64) {
+        let mut state = self.shard(shard);
+        for extent in data.extents() {
+            state.extents.remove(&(extent.group, extent.extent));
+            state.missing.retain(|chunk, _| chunk.extent != extent.extent);
+            state.garbage.push((now_ms, extent.clone()));
+        }
+    }
+
+    pub fn missing(&self) -> usize {
+        [1, 2].into_iter().map(|shard| self.shard(ShardId(shard)).missing.len()).sum()
+    }
+
+    fn limit(&self, limit: u32) -> usize {
+        match self.page.load(Ordering::Relaxed) {
+            0 => limit as usize,
+            page => page as usize,
+        }
+    }
+}
+
+fn page<T>(all: impl Iterator<Item = T>, limit: usize) -> (Vec<T>, bool) {
+    let mut items: Vec<T> = all.take(limit + 1).collect();
+    let more = items.len() > limit;
+    items.truncate(limit);
+    (items, more)
+}
+
+#[async_trait]
+impl MetaClient for Meta {
+    async fn command(&self, shard: ShardId, command: Command) -> Result<Reply, MetaClientError> {
+        let mut state = self.shard(shard);
+        match command {
+            Command::ReportMissing { chunks } => {
+                for chunk in chunks {
+                    let known = state.extents.get(&(chunk.group, chunk.extent));
+                    if known.is_some_and(|record| chunk.index < record.extent.k + record.extent.m) {
+                        state.missing.entry(chunk).or_insert(1);
+                    }
+                }
+            }
+            Command::RepairDone { chunks } => state.missing.retain(|chunk, _| !chunks.contains(chunk)),
+            Command::GarbageDone { extents } => {
+                state.garbage.retain(|(queued_ms, extent)| !extents.contains(&(*queued_ms, extent.extent)));
+            }
+            other => panic!("the healer sends {other:?}"),
+        }
+        Ok(Reply::Done)
+    }
+
+    async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, MetaClientError> {
+        self.queries.fetch_add(1, Ordering::Relaxed);
+        let state = self.shard(shard);
+        Ok(match query {
+            Query::ExtentsOfGroup { group, after, limit } => {
+                let fits = |record: &&ExtentRecord| {
+                    let key = (record.extent.group, record.extent.extent);
+                    group.is_none_or(|group| group == key.0) && after.is_none_or(|after| key > after)
+                };
+                let (extents, more) = page(state.extents.values().filter(fits).cloned(), self.limit(limit));
+                Answer::Extents { extents, more }
+            }
+            Query::ExtentsAlive { extents } => {
+                Answer::Alive(extents.iter().map(|extent| state.extents.contains_key(extent)).collect())
+            }
+            Query::ListMissing { after, limit } => {
+                let all = state.missing.iter().filter(|(chunk, _)| after.is_none_or(|after| **chunk > after));
+                let all = all.map(|(chunk, queued_ms)| (*chunk, *queued_ms, state.extents[&(chunk.group, chunk.extent)].clone()));
+                let (chunks, more) = page(all, self.limit(limit));
+                Answer::Missing { chunks, more }
+            }
+            Query::ListGarbage { until_ms, limit } => {
+                let all = state.garbage.iter().filter(|(queued_ms, _)| *queued_ms <= until_ms).cloned();
+                let (extents, more) = page(all, self.limit(limit));
+                Answer::Garbage { extents, more }
+            }
+            other => panic!("the healer asks {other:?}"),
+        })
+    }
+
+    fn shards(&self) -> Vec<ShardId> {
+        vec![ShardId(1), ShardId(2)]
+    }
+}
