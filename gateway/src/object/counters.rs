@@ -15,14 +15,6 @@ macro_rules! counters {
             pub fn samples(&self) -> Vec<(&'static str, &'static str, u64)> {
                 vec![$((stringify!($name), concat!($($doc),+), self.$name.load(Ordering::Relaxed)),)+]
             }
-
-            /// The same in Prometheus text form.
-            pub fn prometheus_text(&self) -> String {
-                let line = |(name, help, value)| {
-                    format!("# HELP granary_object_{name}_total{help}\n# TYPE granary_object_{name}_total counter\ngranary_object_{name}_total {value}\n")
-                };
-                self.samples().into_iter().map(line).collect()
-            }
         }
     };
 }
