@@ -1,2 +1,171 @@
-//! stub
-fn main() {}
+//! Command line of the disk node.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use granary_disk_node::inspect::inspect;
+use granary_disk_node::label;
+use granary_disk_node::serve::{serve, ServeOptions};
+use granary_placement::id::{ClusterId, DiskId, DiskUuid};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+#[derive(Parser)]
+#[command(name = "granary-disk-node", version, about = "The daemon of one Granary disk")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve a disk until SIGTERM or SIGINT
+    Serve(Serve),
+    /// Make an empty folder a disk of a cluster
+    Format(Format),
+    /// Read a disk that no process serves; exits with 1 when it finds damage
+    Inspect(Inspect),
+}
+
+#[derive(Args)]
+struct Serve {
+    /// Folder of the disk
+    #[arg(long, env = "GRANARY_DISK_DIR")]
+    dir: PathBuf,
+    /// Where to listen, host:port; port 0 lets the system pick one, which DIR/address then names
+    #[arg(long, env = "GRANARY_DISK_LISTEN", default_value = "127.0.0.1:7300")]
+    listen: String,
+    /// File with the cluster secret in hex, readable by its owner only
+    #[arg(long, env = "GRANARY_SECRET_FILE")]
+    secret_file: PathBuf,
+    /// Refuse to serve a disk of any other cluster than this
+    #[arg(long, env = "GRANARY_CLUSTER_ID")]
+    cluster: Option<ClusterId>,
+    /// Where the disk's roles come from
+    #[arg(long, value_enum, default_value_t = RolesFrom::Map)]
+    roles_from: RolesFrom,
+    /// Free space that new chunks never take, in bytes [default: 1 % of the disk, 64 MiB to 8 GiB]
+    #[arg(long)]
+    reserve_bytes: Option<u64>,
+    /// Length of a segment, in bytes [default: 256 MiB]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(65536..=1 << 40))]
+    segment_bytes: Option<u64>,
+    /// JSON file {"disk id": "host:port"} that overrides the addresses of the cluster map
+    #[arg(long)]
+    addresses: Option<PathBuf>,
+    /// Where to serve /healthz and /metrics
+    #[arg(long, env = "GRANARY_DISK_ADMIN")]
+    admin: Option<String>,
+    /// Form of the log on standard error
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "GRANARY_LOG_FORMAT")]
+    log_format: LogFormat,
+}
+
+#[derive(Args)]
+struct Format {
+    /// Folder of the disk: empty, or not there yet
+    #[arg(long)]
+    dir: PathBuf,
+    /// The cluster, 32 hex digits
+    #[arg(long)]
+    cluster: ClusterId,
+    /// The disk's number in the cluster map
+    #[arg(long)]
+    disk: DiskId,
+    /// The disk's UUID, 32 hex digits [default: random]
+    #[arg(long)]
+    uuid: Option<DiskUuid>,
+}
+
+#[derive(Args)]
+struct Inspect {
+    /// Folder of the disk
+    #[arg(long)]
+    dir: PathBuf,
+    /// List every record
+    #[arg(long)]
+    chunks: bool,
+    /// Read and check every block
+    #[arg(long)]
+    verify: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum RolesFrom {
+    /// The cluster map gives them
+    Map,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Serve(args) => run_serve(args),
+        Command::Format(args) => run_format(args),
+        Command::Inspect(args) => run_inspect(&args),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("granary-disk-node: {error}");
+        ExitCode::from(2)
+    })
+}
+
+fn run_serve(args: Serve) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let filter = EnvFilter::try_from_env("GRANARY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match args.log_format {
+        LogFormat::Text => log.with_ansi(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+    // A broken invariant ends the process: other threads must not go on answering from a state nobody understands.
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
+    let RolesFrom::Map = args.roles_from;
+    let options = ServeOptions {
+        dir: args.dir,
+        listen: args.listen,
+        secret_file: args.secret_file,
+        cluster: args.cluster,
+        reserve_bytes: args.reserve_bytes,
+        segment_bytes: args.segment_bytes,
+        addresses: args.addresses,
+        admin: args.admin,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(serve(options, CancellationToken::new()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_format(args: Format) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let uuid = match args.uuid {
+        Some(uuid) => uuid,
+        None => {
+            let mut bytes = [0u8; 16];
+            getrandom::fill(&mut bytes).map_err(|error| format!("no random bytes from the system: {error}"))?;
+            DiskUuid(bytes)
+        }
+    };
+    let label = label::format(&args.dir, args.cluster, args.disk, uuid)?;
+    println!("{} is now disk {} ({}) of cluster {}", args.dir.display(), label.disk, label.uuid, label.cluster);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_inspect(args: &Inspect) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let report = inspect(&args.dir, args.chunks, args.verify)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", report.text());
+    }
+    Ok(if report.damaged { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}

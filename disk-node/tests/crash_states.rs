@@ -78,6 +78,9 @@ enum Action {
     Together(u8, u8),
     /// An upload that is given up half-way while another chunk goes past it.
     Abort(u8),
+    /// A long upload with others of its own and another chunk, a flush and a deletion going past it: the watermark must wait for it, and a
+    /// record that lies further back in the segment is the newer one.
+    Interleaved(u8),
     Delete(u8),
     Flush,
     /// A clean stop and start.
@@ -159,6 +162,28 @@ fn run(device: &SimDevice, engine: &MemoryEngine, actions: &[Action]) -> Model {
                     return model;
                 }
                 under_way.clear();
+            }
+            Action::Interleaved(number) => {
+                let ticket = match world.core.reserve(chunk(*number), spec(9000)) {
+                    Ok(ticket) => ticket,
+                    Err(StoreError::DiskFull) => continue,
+                    Err(_) => return model,
+                };
+                let (long, short, other) = (payload(write, 9000), payload(write + 1, 400), payload(write + 2, 450));
+                let steps = [
+                    (vec![put(*number, &short), put(2, &other)], vec![(*number, Some(short)), (2, Some(other))]),
+                    (vec![Op::Delete { ids: vec![chunk(2)] }], vec![(2, None)]),
+                ];
+                for (group, under_way) in steps {
+                    if !carry_out(&mut world, group, &mut model, &under_way) {
+                        return model;
+                    }
+                }
+                if world.core.flush().is_err() || world.core.write_piece(ticket, 0, &[long.clone()]).is_err() {
+                    return model;
+                }
+                group.push(Op::Commit { ticket, crcs: crcs(&chunk(*number), &long) });
+                under_way.push((*number, Some(long)));
             }
             Action::Delete(number) => {
                 group.push(Op::Delete { ids: vec![chunk(*number)] });
@@ -311,13 +336,14 @@ fn explore(actions: &[Action], effort: &Effort, random: &mut Random) -> u64 {
     states
 }
 
-const ALPHABET: [Action; 10] = [
+const ALPHABET: [Action; 11] = [
     Action::PutSmall(0),
     Action::PutSmall(1),
     Action::PutBig(0),
     Action::PutBig(1),
     Action::Together(0, 1),
     Action::Abort(1),
+    Action::Interleaved(0),
     Action::Delete(0),
     Action::Delete(1),
     Action::Flush,

@@ -75,17 +75,6 @@ impl RocksEngine {
         Ok(RocksEngine { db, write, condemned })
     }
 
-    /// Opens an existing index for looking only.
-    ///
-    /// # Errors
-    /// When it is not there or cannot be read.
-    pub fn open_read_only(folder: &Path) -> Result<RocksEngine, IndexError> {
-        let mut options = options();
-        options.create_if_missing(false);
-        let db = DB::open_for_read_only(&options, folder, false).map_err(error)?;
-        Ok(RocksEngine { db, write: WriteOptions::default(), condemned: folder.with_extension("condemned") })
-    }
-
     /// Are files of it wrong or missing, as opposed to a disk that cannot be read just now?
     fn is_lost(reason: &rocksdb::Error) -> bool {
         let text = reason.to_string();

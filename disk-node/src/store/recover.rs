@@ -326,8 +326,7 @@ fn read_seal(file: &dyn SegmentFile, number: u32, info: &SegmentInfo) -> Option<
 
 /// The first record header of a file that says it lies where it does, whatever segment it names.
 fn first_record(file: &dyn SegmentFile, number: u32, length: u64) -> Option<RecordHeader> {
-    let mut scan = Scan { number, file, at: RECORDS_AT, end: length, damage: 0 };
-    scan.find(|header, at| header.offset == at)
+    Scan { number, file, at: RECORDS_AT, end: length, damage: 0 }.next_of_any()
 }
 
 /// Walks over a segment page by page and finds record headers. Also what `inspect` walks with.
@@ -349,6 +348,12 @@ impl Scan<'_> {
     pub fn next(&mut self, info: &SegmentInfo) -> Option<RecordHeader> {
         let end = self.end;
         self.find(|header, at| header.belongs(&info.uuid, at) && header.end() <= end)
+    }
+
+    /// The next header that lies where it says, whatever segment it names.
+    pub fn next_of_any(&mut self) -> Option<RecordHeader> {
+        let end = self.end;
+        self.find(|header, at| header.offset == at && header.end() <= end)
     }
 
     fn find(&mut self, wanted: impl Fn(&RecordHeader, u64) -> bool) -> Option<RecordHeader> {

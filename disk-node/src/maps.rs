@@ -1,0 +1,138 @@
+//! The newest cluster map this node knows: kept in a file, offered by peers, asked for from time to time.
+
+use crate::label::{replace_file, Label};
+use granary_placement::id::Epoch;
+use granary_placement::map::{ClusterMap, MapError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::sync::watch;
+
+const MAP_FILE: &str = "map.json";
+
+/// Longest map file, in bytes: 10,000 disks need about a tenth of it.
+const MAX_MAP_BYTES: u64 = 256 * 1024 * 1024;
+
+/// Why a map is not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum MapRefused {
+    /// A map of another cluster.
+    #[error("the map is of cluster {found}, this disk belongs to cluster {expected}")]
+    OtherCluster {
+        /// The map's cluster.
+        found: granary_placement::id::ClusterId,
+        /// The label's.
+        expected: granary_placement::id::ClusterId,
+    },
+    /// The map gives this disk's number to another disk.
+    #[error("in the map disk {disk} is {found}, but this disk is {expected}: it was replaced, or belongs elsewhere")]
+    OtherDisk {
+        /// The number.
+        disk: granary_placement::id::DiskId,
+        /// The UUID in the map.
+        found: granary_placement::id::DiskUuid,
+        /// The UUID on the label.
+        expected: granary_placement::id::DiskUuid,
+    },
+    /// The map breaks a rule.
+    #[error("the map breaks a rule: {0}")]
+    Rule(#[from] MapError),
+    /// The file cannot be written or read.
+    #[error("{path}: {source}")]
+    File {
+        /// Which file.
+        path: PathBuf,
+        /// What the file system said.
+        source: io::Error,
+    },
+}
+
+/// Holds the newest map.
+pub struct Maps {
+    label: Label,
+    path: PathBuf,
+    newest: watch::Sender<Option<Arc<ClusterMap>>>,
+    /// One map is written at a time, so that an older one never replaces a newer one.
+    writing: tokio::sync::Mutex<()>,
+}
+
+impl Maps {
+    /// Reads the map kept on the disk, if there is one. One that cannot be read is as good as none: peers have it.
+    ///
+    /// # Errors
+    /// [`MapRefused`] when the map says that this is another disk or another cluster.
+    pub fn open(dir: &Path, label: Label) -> Result<Maps, MapRefused> {
+        let path = dir.join(MAP_FILE);
+        let kept = match std::fs::metadata(&path) {
+            Ok(meta) if meta.len() <= MAX_MAP_BYTES => std::fs::read(&path).map(Some),
+            Ok(_) => Err(io::Error::other("far too long for a map")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        };
+        let kept: Option<ClusterMap> = match kept {
+            Ok(None) => None,
+            Ok(Some(text)) => match serde_json::from_slice(&text) {
+                Ok(map) => Some(map),
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "the kept map cannot be read; waiting for a peer's");
+                    None
+                }
+            },
+            Err(source) => return Err(MapRefused::File { path, source }),
+        };
+        if let Some(map) = &kept {
+            check(map, &label)?;
+        }
+        Ok(Maps { label, path, newest: watch::Sender::new(kept.map(Arc::new)), writing: tokio::sync::Mutex::new(()) })
+    }
+
+    /// The newest map.
+    pub fn newest(&self) -> Option<Arc<ClusterMap>> {
+        self.newest.borrow().clone()
+    }
+
+    /// Its epoch; zero for none.
+    pub fn epoch(&self) -> Epoch {
+        self.newest.borrow().as_ref().map_or(Epoch(0), |map| map.epoch)
+    }
+
+    /// Tells of every newer map.
+    pub fn watch(&self) -> watch::Receiver<Option<Arc<ClusterMap>>> {
+        self.newest.subscribe()
+    }
+
+    /// Takes a map if it is newer than the one known; true when it was. It is kept on the disk first.
+    ///
+    /// # Errors
+    /// [`MapRefused`].
+    pub async fn offer(&self, map: Arc<ClusterMap>) -> Result<bool, MapRefused> {
+        if map.epoch <= self.epoch() {
+            return Ok(false);
+        }
+        check(&map, &self.label)?;
+        let _one = self.writing.lock().await;
+        if map.epoch <= self.epoch() {
+            return Ok(false);
+        }
+        let (path, kept) = (self.path.clone(), map.clone());
+        let written = tokio::task::spawn_blocking(move || replace_file(&path, &serde_json::to_vec(&*kept)?)).await;
+        let written = written.unwrap_or_else(|error| Err(io::Error::other(error)));
+        written.map_err(|source| MapRefused::File { path: self.path.clone(), source })?;
+        tracing::info!(epoch = map.epoch.0, disks = map.disks.len(), "took a newer cluster map");
+        self.newest.send_replace(Some(map));
+        Ok(true)
+    }
+}
+
+fn check(map: &ClusterMap, label: &Label) -> Result<(), MapRefused> {
+    if map.cluster_id != label.cluster {
+        return Err(MapRefused::OtherCluster { found: map.cluster_id, expected: label.cluster });
+    }
+    map.validate()?;
+    match map.disk(label.disk) {
+        Some(disk) if disk.uuid != label.uuid => {
+            Err(MapRefused::OtherDisk { disk: label.disk, found: disk.uuid, expected: label.uuid })
+        }
+        _ => Ok(()),
+    }
+}

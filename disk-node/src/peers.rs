@@ -1,0 +1,145 @@
+//! The other disk nodes: where they are, and one client for each that is talked to.
+
+use crate::maps::Maps;
+use granary_placement::id::{DiskId, ShardId};
+use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::{ClientLimits, Credentials, LinkError, NodeClient};
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+use tokio_util::sync::CancellationToken;
+
+/// How often the file of addresses is looked at.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Between two questions for a newer map; a random part of the same length is added, so that nodes do not ask in step.
+const POLL: Duration = Duration::from_millis(1500);
+const POLL_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Addresses from a file, which override those of the map.
+struct Book {
+    path: Option<PathBuf>,
+    looked: Option<Instant>,
+    modified: Option<SystemTime>,
+    addresses: BTreeMap<DiskId, String>,
+}
+
+impl Book {
+    fn look(&mut self) {
+        let Some(path) = &self.path else { return };
+        if self.looked.is_some_and(|looked| looked.elapsed() < LOOK_AGAIN) {
+            return;
+        }
+        self.looked = Some(Instant::now());
+        let read = || -> std::io::Result<Option<(SystemTime, Vec<u8>)>> {
+            let modified = std::fs::metadata(path)?.modified()?;
+            if Some(modified) == self.modified {
+                return Ok(None);
+            }
+            Ok(Some((modified, std::fs::read(path)?)))
+        };
+        let parsed = match read() {
+            Ok(None) => return,
+            Ok(Some((modified, text))) => serde_json::from_slice::<BTreeMap<String, String>>(&text)
+                .map_err(|error| error.to_string())
+                .and_then(|book| book.into_iter().map(|(id, at)| id.parse().map(|id| (id, at)).map_err(|_| format!("`{id}`"))).collect())
+                .map(|addresses| (modified, addresses)),
+            Err(error) => Err(error.to_string()),
+        };
+        match parsed {
+            Ok((modified, addresses)) => {
+                self.modified = Some(modified);
+                self.addresses = addresses;
+            }
+            // Half written, perhaps: the addresses known stay good, and it is looked at again.
+            Err(why) => tracing::warn!(path = %path.display(), why, "cannot read the file of addresses"),
+        }
+    }
+}
+
+/// The other disk nodes.
+pub struct Peers {
+    me: DiskId,
+    maps: Arc<Maps>,
+    credentials: Credentials,
+    book: Mutex<Book>,
+    clients: Mutex<HashMap<DiskId, NodeClient>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Peers {
+    /// `book` is a file with a JSON object of disk id to `host:port`.
+    pub fn new(me: DiskId, maps: Arc<Maps>, credentials: Credentials, book: Option<PathBuf>) -> Peers {
+        let book = Book { path: book, looked: None, modified: None, addresses: BTreeMap::new() };
+        Peers { me, maps, credentials, book: Mutex::new(book), clients: Mutex::new(HashMap::new()) }
+    }
+
+    /// This disk.
+    pub fn me(&self) -> DiskId {
+        self.me
+    }
+
+    /// Where a disk's node is.
+    pub fn address(&self, disk: DiskId) -> Option<String> {
+        let mut book = lock(&self.book);
+        book.look();
+        if let Some(address) = book.addresses.get(&disk) {
+            return Some(address.clone());
+        }
+        let map = self.maps.newest()?;
+        map.disk(disk).map(|disk| disk.address.clone()).filter(|address| !address.is_empty())
+    }
+
+    /// The client of a disk's node; a new one when its address changed.
+    pub fn client(&self, disk: DiskId) -> Option<NodeClient> {
+        let address = self.address(disk)?;
+        let mut clients = lock(&self.clients);
+        // As many as disks were ever talked to: members of shards here, a handful.
+        match clients.get(&disk) {
+            Some(client) if client.address() == address => Some(client.clone()),
+            _ => {
+                let client = NodeClient::new(address, self.credentials.clone(), ClientLimits::default());
+                clients.insert(disk, client.clone());
+                Some(client)
+            }
+        }
+    }
+
+    /// Asks members of the root shard for a newer map, one after the other, until told to stop.
+    pub async fn poll_maps(&self, stop: CancellationToken) {
+        let mut round = 0usize;
+        loop {
+            let jitter = Duration::from_millis(u64::from(random_u16()) % 1000);
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(POLL + jitter) => {}
+            }
+            let Some(map) = self.maps.newest() else { continue };
+            let Some(root) = map.shards.get(usize::from(ShardId::ROOT.0)) else { continue };
+            let others: Vec<DiskId> = root.members.iter().copied().filter(|disk| *disk != self.me).collect();
+            round = round.wrapping_add(1);
+            let Some(client) = others.get(round % others.len().max(1)).and_then(|disk| self.client(*disk)) else { continue };
+            match client.control(ControlRequest::GetMap, POLL_DEADLINE).await {
+                Ok(ControlResponse::Map(Some(found))) => {
+                    if let Err(error) = self.maps.offer(Arc::from(found)).await {
+                        tracing::error!(%error, peer = client.address(), "a peer's map was refused");
+                    }
+                }
+                Ok(_) => {}
+                Err(LinkError::Auth(error)) => tracing::warn!(%error, peer = client.address(), "cannot ask for a newer map"),
+                Err(error) => tracing::debug!(%error, peer = client.address(), "cannot ask for a newer map"),
+            }
+        }
+    }
+}
+
+fn random_u16() -> u16 {
+    let mut bytes = [0u8; 2];
+    // Without random bytes nodes poll in step, which is only less kind.
+    let _ = getrandom::fill(&mut bytes);
+    u16::from_be_bytes(bytes)
+}

@@ -1,0 +1,180 @@
+//! `serve`: puts the parts of a disk node together, and takes them apart in order when told to stop.
+
+use crate::chunks::Node;
+use crate::label::{self, LabelError};
+use crate::maps::{MapRefused, Maps};
+use crate::metrics::Metrics;
+use crate::peers::Peers;
+use crate::roles::Roles;
+use crate::store::device::Device;
+use crate::store::file_device::FileDevice;
+use crate::store::handle::Store;
+use crate::store::index_rocksdb::RocksEngine;
+use crate::store::{default_reserve_bytes, OpenError, StoreSettings};
+use crate::{admin, label::Label};
+use granary_placement::id::ClusterId;
+use granary_wire::auth::SecretError;
+use granary_wire::{ClusterSecret, Credentials, ServerLimits};
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{signal, SignalKind};
+use tokio_util::sync::CancellationToken;
+
+const ADDRESS_FILE: &str = "address";
+
+/// Connections at once. Each may buffer about a megabyte.
+const MAX_CONNECTIONS: usize = 512;
+/// Control requests at work, in bytes of their bodies.
+const MAX_CONTROL_BYTES: usize = 64 * 1024 * 1024;
+
+/// What `serve` is told.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// The disk.
+    pub dir: PathBuf,
+    /// Where to listen; port 0 lets the system pick one.
+    pub listen: String,
+    /// File with the cluster secret.
+    pub secret_file: PathBuf,
+    /// The cluster the disk must belong to, if the operator says so.
+    pub cluster: Option<ClusterId>,
+    /// Space that new chunks never take, in bytes.
+    pub reserve_bytes: Option<u64>,
+    /// Length of a segment, in bytes.
+    pub segment_bytes: Option<u64>,
+    /// File of peers' addresses.
+    pub addresses: Option<PathBuf>,
+    /// Where to serve health and metrics.
+    pub admin: Option<String>,
+}
+
+/// Why a disk node does not start, or stopped badly.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The disk is not one this node may use.
+    #[error(transparent)]
+    Label(#[from] LabelError),
+    /// The secret is missing or unsafe.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// The map on the disk says that this disk is another.
+    #[error(transparent)]
+    Map(#[from] MapRefused),
+    /// The chunks cannot be opened.
+    #[error("chunk store: {0}")]
+    Store(#[from] OpenError),
+    /// A listener or file failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The store failed while it was closed.
+    #[error("closing the chunk store: {0}")]
+    Close(crate::store::StoreError),
+    /// Metrics cannot be registered.
+    #[error("metrics: {0}")]
+    Metrics(String),
+}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServeError {
+    let what = what.into();
+    move |source| ServeError::Io { what, source }
+}
+
+/// Ends the process now. Nothing is flushed and nothing is answered: what the disk holds is for the next start to find out.
+fn end(reason: &str) -> ! {
+    tracing::error!(reason, "this disk can no longer be trusted; the process ends");
+    std::process::abort();
+}
+
+/// Runs a disk node until a signal or `stop` ends it.
+///
+/// # Errors
+/// [`ServeError`] when it cannot start.
+pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(), ServeError> {
+    let label = label::read(&options.dir)?;
+    if let Some(cluster) = options.cluster {
+        label.check_cluster(cluster)?;
+    }
+    let _lock = label::lock(&options.dir)?;
+    let credentials = Credentials { cluster: label.cluster, secret: ClusterSecret::read_file(&options.secret_file)? };
+    // Before the disk is touched: a port that is taken should not cost a recovery.
+    let listener = TcpListener::bind(&options.listen).await.map_err(failed(format!("listen on {}", options.listen)))?;
+    let bound = listener.local_addr().map_err(failed("local address"))?;
+    let maps = Arc::new(Maps::open(&options.dir, label.clone())?);
+    let metrics = Arc::new(Metrics::new().map_err(|error| ServeError::Metrics(error.to_string()))?);
+    let store = open_store(&options, &label, metrics.clone()).await?;
+    let peers = Arc::new(Peers::new(label.disk, maps.clone(), credentials.clone(), options.addresses.clone()));
+    let background = stop.child_token();
+    let roles = Arc::new(Roles);
+    let mut tasks = tokio::task::JoinSet::new();
+    if let Some(address) = &options.admin {
+        let listener = TcpListener::bind(address).await.map_err(failed(format!("listen on {address}")))?;
+        let bound = listener.local_addr().map_err(failed("local address"))?;
+        tracing::info!(%bound, "serving health and metrics");
+        tasks.spawn(admin::serve(listener, store.clone(), metrics, background.clone()));
+    }
+    {
+        let (peers, stop) = (peers.clone(), background.clone());
+        tasks.spawn(async move { peers.poll_maps(stop).await });
+    }
+    let node = Arc::new(Node { label: label.clone(), store: store.clone(), maps, roles });
+    write_address(&options.dir, bound)?;
+    tracing::info!(%bound, disk = label.disk.0, uuid = %label.uuid, cluster = %label.cluster, "serving");
+    let limits = ServerLimits { max_connections: MAX_CONNECTIONS, max_control_bytes: MAX_CONTROL_BYTES, ..ServerLimits::default() };
+    let server = tokio::spawn(granary_wire::serve(listener, node, credentials, limits, stop.clone()));
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed("signal handler"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("signal handler"))?;
+    tokio::select! {
+        () = stop.cancelled() => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping");
+    stop.cancel();
+    // Requests under way end first, then what they rest on.
+    if let Err(error) = server.await {
+        tracing::error!(%error, "the server ended badly");
+    }
+    while tasks.join_next().await.is_some() {}
+    store.close().await.map_err(ServeError::Close)?;
+    let _ = std::fs::remove_file(options.dir.join(ADDRESS_FILE));
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn open_store(options: &ServeOptions, label: &Label, metrics: Arc<Metrics>) -> Result<Store, ServeError> {
+    let (options, uuid) = (options.clone(), label.uuid);
+    let open = move || -> Result<Store, ServeError> {
+        let device = FileDevice::open(&options.dir.join("segments")).map_err(failed("segments"))?;
+        let capacity_bytes = device.space().map_err(failed("size of the file system"))?.capacity_bytes;
+        let defaults = StoreSettings::default();
+        let settings = StoreSettings {
+            reserve_bytes: options.reserve_bytes.unwrap_or(default_reserve_bytes(capacity_bytes)),
+            segment_bytes: options.segment_bytes.unwrap_or(defaults.segment_bytes),
+            ..defaults
+        };
+        let engine = RocksEngine::open(&options.dir.join("index")).map_err(OpenError::Index)?;
+        let begun = std::time::Instant::now();
+        let on_fatal = Arc::new(|reason: &str| end(reason));
+        let (store, recovered) = Store::open(Arc::new(device), Box::new(engine), uuid, settings, metrics, on_fatal)?;
+        tracing::info!(?recovered, seconds = begun.elapsed().as_secs_f64(), "chunk store open");
+        Ok(store)
+    };
+    let opened = tokio::task::spawn_blocking(open).await;
+    opened.unwrap_or_else(|error| Err(ServeError::Io { what: "open the chunk store".to_owned(), source: io::Error::other(error) }))
+}
+
+/// For scripts that let the system pick a port. Not synced: it is only true while the process runs.
+fn write_address(dir: &Path, bound: SocketAddr) -> Result<(), ServeError> {
+    let (path, temporary) = (dir.join(ADDRESS_FILE), dir.join("address.tmp"));
+    std::fs::write(&temporary, format!("{bound}\n"))
+        .and_then(|()| std::fs::rename(&temporary, &path))
+        .map_err(failed(path.display().to_string()))
+}

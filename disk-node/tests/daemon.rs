@@ -1,0 +1,273 @@
+//! The real binary: label, lock, serving, stopping, and the end of the process at the first failed sync.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use bytes::Bytes;
+use granary_placement::id::{ClusterId, ExtentId, PlacementGroupId, ShardId};
+use granary_placement::scheme::CodecId;
+use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkSpec};
+use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::{ChunkError, ClientLimits, ClusterSecret, Credentials, NodeClient};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_granary-disk-node");
+const CLUSTER: ClusterId = ClusterId([0x11; 16]);
+const SECRET: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+
+fn disk_node(args: &[&str]) -> Output {
+    Command::new(BINARY).args(args).output().unwrap()
+}
+
+struct Disk {
+    root: tempfile::TempDir,
+}
+
+impl Disk {
+    fn new() -> Disk {
+        let root = tempfile::tempdir().unwrap();
+        let secret = root.path().join("secret");
+        std::fs::write(&secret, SECRET).unwrap();
+        std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let disk = Disk { root };
+        let done = disk.format();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        disk
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.root.path().join("disk")
+    }
+
+    fn format(&self) -> Output {
+        disk_node(&["format", "--dir", self.dir().to_str().unwrap(), "--cluster", &CLUSTER.to_string(), "--disk", "4"])
+    }
+
+    /// The arguments of `serve`.
+    fn serve_args(&self) -> Vec<String> {
+        let secret = self.root.path().join("secret");
+        let dir = self.dir();
+        let words = ["serve", "--dir", dir.to_str().unwrap(), "--listen", "127.0.0.1:0", "--secret-file", secret.to_str().unwrap()];
+        words.iter().map(|word| (*word).to_owned()).collect()
+    }
+
+    fn start(&self, command: &mut Command) -> Running {
+        let _ = std::fs::remove_file(self.dir().join("address"));
+        let child = command.stdout(Stdio::null()).stderr(std::fs::File::create(self.root.path().join("log")).unwrap()).spawn();
+        let mut running = Running { child: child.unwrap(), address: String::new() };
+        let begun = Instant::now();
+        while running.address.is_empty() {
+            if let Ok(Some(status)) = running.child.try_wait() {
+                panic!("ended at once with {status}: {}", self.log());
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "did not start: {}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+            running.address = std::fs::read_to_string(self.dir().join("address")).unwrap_or_default().trim().to_owned();
+        }
+        running
+    }
+
+    fn serve(&self) -> Running {
+        self.start(Command::new(BINARY).args(self.serve_args()))
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.root.path().join("log")).unwrap_or_default()
+    }
+}
+
+struct Running {
+    child: Child,
+    address: String,
+}
+
+impl Running {
+    fn client(&self) -> NodeClient {
+        let credentials = Credentials { cluster: CLUSTER, secret: ClusterSecret::from_hex(SECRET).unwrap() };
+        NodeClient::new(self.address.clone(), credentials, ClientLimits::default())
+    }
+
+    fn signal(&self, name: &str) {
+        assert!(Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap().success());
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "did not end");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn chunk(number: u8) -> ChunkId {
+    ChunkId { group: PlacementGroupId(1), extent: ExtentId([number; 16]), index: 2, generation: 1 }
+}
+
+fn spec(len_bytes: u64) -> ChunkSpec {
+    let owner = ShardId(3);
+    ChunkSpec { codec: CodecId::Np16, k: 4, m: 2, unit_bytes: 65536, extent_len_bytes: len_bytes * 4, len_bytes, owner, created_ms: 5 }
+}
+
+fn payload(number: u8, len: usize) -> Bytes {
+    (0..len).map(|at| (at as u32).wrapping_mul(2_654_435_761).wrapping_add(u32::from(number)).to_be_bytes()[0]).collect()
+}
+
+async fn put(client: &NodeClient, number: u8, len: usize) -> Result<(), ChunkError> {
+    client.put_chunk(chunk(number), spec(len as u64), vec![payload(number, len)]).await
+}
+
+async fn get(client: &NodeClient, number: u8) -> Result<Bytes, ChunkError> {
+    Ok(client.read_blocks(chunk(number), 0, 64).await?.data.concat().into())
+}
+
+async fn ask(client: &NodeClient, request: ControlRequest) -> ControlResponse {
+    client.control(request, Duration::from_secs(10)).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_node_stores_reads_verifies_lists_and_deletes_over_kill_and_stop() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let client = node.client();
+    for (number, len) in [(1, 5), (2, 70_000), (3, 3_000_000)] {
+        put(&client, number, len).await.unwrap();
+        assert_eq!(get(&client, number).await.unwrap(), payload(number, len));
+    }
+    let all = vec![chunk(1), chunk(9), chunk(3)];
+    assert_eq!(ask(&client, ControlRequest::HaveChunks(all.clone())).await, ControlResponse::Have(vec![true, false, true]));
+    let health = vec![ChunkHealth::Good, ChunkHealth::Missing, ChunkHealth::Good];
+    assert_eq!(ask(&client, ControlRequest::VerifyChunks(all)).await, ControlResponse::Health(health));
+    assert_eq!(ask(&client, ControlRequest::DeleteChunks(vec![chunk(1), chunk(9)])).await, ControlResponse::Deleted(1));
+    node.signal("KILL");
+    node.wait();
+
+    let mut node = disk.serve();
+    let client = node.client();
+    assert_eq!(get(&client, 1).await, Err(ChunkError::NotFound));
+    assert_eq!(get(&client, 2).await.unwrap(), payload(2, 70_000));
+    assert_eq!(get(&client, 3).await.unwrap(), payload(3, 3_000_000));
+    let ControlResponse::Chunks { chunks, more } = ask(&client, ControlRequest::ListChunks { after: None, limit: 10 }).await else { panic!() };
+    assert_eq!((chunks.iter().map(|chunk| chunk.id).collect::<Vec<_>>(), more), (vec![chunk(2), chunk(3)], false));
+    let ControlResponse::Status(status) = ask(&client, ControlRequest::Status).await else { panic!() };
+    assert_eq!((status.chunks, status.chunk_bytes), (2, 3_070_000));
+    assert!(status.free_bytes > 0 && status.free_bytes < status.capacity_bytes);
+    assert_eq!(ask(&client, ControlRequest::GetMap).await, ControlResponse::Map(None));
+    node.signal("TERM");
+    assert_eq!(node.wait().code(), Some(0), "{}", disk.log());
+    assert!(!disk.log().contains(&SECRET[..16]), "the secret is in the log");
+
+    let report = disk_node(&["inspect", "--dir", disk.dir().to_str().unwrap(), "--verify", "--chunks"]);
+    let text = String::from_utf8_lossy(&report.stdout).into_owned();
+    assert_eq!(report.status.code(), Some(0), "{text}");
+    assert!(text.contains(&chunk(3).to_string()) && text.contains("no damage found"), "{text}");
+    flip_a_payload_byte(&disk.dir());
+    let report = disk_node(&["inspect", "--dir", disk.dir().to_str().unwrap(), "--verify", "--json"]);
+    assert_eq!(report.status.code(), Some(1), "{}", String::from_utf8_lossy(&report.stdout));
+    let json: serde_json::Value = serde_json::from_slice(&report.stdout).unwrap();
+    assert_eq!(json["damaged"], true);
+}
+
+/// In a sealed segment, so that no crash explains it.
+fn flip_a_payload_byte(dir: &Path) {
+    for entry in std::fs::read_dir(dir.join("segments")).unwrap() {
+        let path = entry.unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        let Some(record) = (8192..bytes.len()).step_by(4096).find(|at| bytes[*at..].starts_with(b"GRNYREC\0")) else { continue };
+        if bytes[4096..].starts_with(b"GRNYSEAL") {
+            bytes[record + 4096] ^= 4;
+            std::fs::write(&path, bytes).unwrap();
+            return;
+        }
+    }
+    panic!("no sealed segment with a record");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_this_nodes_disk_is_refused_in_words() {
+    let disk = Disk::new();
+    let said = |output: Output| (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned());
+    let (code, text) = said(disk.format());
+    assert!(code == Some(2) && text.contains("already disk 4"), "{text}");
+    let serve = |extra: &[&str]| {
+        let mut args = disk.serve_args();
+        args.extend(extra.iter().map(|word| (*word).to_owned()));
+        said(Command::new(BINARY).args(args).output().unwrap())
+    };
+    let (code, text) = serve(&["--cluster", &ClusterId([0x22; 16]).to_string()]);
+    assert!(code == Some(2) && text.contains("belongs to cluster"), "{text}");
+    let node = disk.serve();
+    let (code, text) = serve(&[]);
+    assert!(code == Some(2) && text.contains("in use by another process"), "{text}");
+    let (code, text) = said(disk_node(&["inspect", "--dir", disk.dir().to_str().unwrap()]));
+    assert!(code == Some(2) && text.contains("in use by another process"), "{text}");
+    drop(node);
+    let stranger = disk.root.path().join("stranger");
+    std::fs::create_dir(&stranger).unwrap();
+    std::fs::write(stranger.join("holiday.jpg"), b"x").unwrap();
+    let format = ["format", "--dir", stranger.to_str().unwrap(), "--cluster", &CLUSTER.to_string(), "--disk", "5"];
+    let (code, text) = said(disk_node(&format));
+    assert!(code == Some(2) && text.contains("holiday.jpg"), "{text}");
+    std::fs::write(disk.dir().join("label.json"), b"{\"version\": 1}").unwrap();
+    let (code, text) = serve(&[]);
+    assert!(code == Some(2) && text.contains("damaged"), "{text}");
+}
+
+/// The kernel refuses one sync; the process must end without an answer, and a fresh one must hold what was acknowledged before.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_failed_sync_ends_the_process() {
+    let strace = Command::new("strace").arg("-V").output();
+    assert!(strace.is_ok_and(|done| done.status.success()), "this test needs strace (a failing sync cannot be had otherwise): install it");
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    put(&node.client(), 1, 100_000).await.unwrap();
+    node.signal("TERM");
+    node.wait();
+    // A new segment is synced at its birth, then once for each group.
+    for when in 2..5 {
+        let trace = disk.root.path().join("trace");
+        let mut command = Command::new("strace");
+        command.args(["-f", "-qq", "-o", trace.to_str().unwrap(), "-e", "trace=fdatasync", "-e"]);
+        command.arg(format!("inject=fdatasync:error=EIO:when={when}")).arg(BINARY).args(disk.serve_args());
+        // RocksDB syncs its own files while it opens; only the store's are counted once it serves.
+        let Ok(mut node) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| disk.start(&mut command))) else {
+            assert!(!disk.log().contains("serving"), "{}", disk.log());
+            continue;
+        };
+        let client = node.client();
+        let mut acknowledged = Vec::new();
+        let begun = Instant::now();
+        for number in 10..60 {
+            match put(&client, number, 3000).await {
+                Ok(()) => acknowledged.push(number),
+                Err(_) => break,
+            }
+        }
+        assert!(acknowledged.len() < 50, "no sync failed: {}", std::fs::read_to_string(&trace).unwrap());
+        assert!(!node.wait().success());
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        let traced = std::fs::read_to_string(&trace).unwrap();
+        assert!(traced.contains("INJECTED"), "{traced}");
+        assert!(disk.log().contains("can no longer be trusted"), "{}", disk.log());
+        let mut node = disk.serve();
+        let client = node.client();
+        assert_eq!(get(&client, 1).await.unwrap(), payload(1, 100_000));
+        for number in acknowledged {
+            assert_eq!(get(&client, number).await.unwrap(), payload(number, 3000));
+        }
+        node.signal("TERM");
+        assert!(node.wait().success());
+    }
+}
