@@ -1,48 +1,190 @@
-//! The metadata role: shard replicas on this disk. This build hosts none and says so: every shard is unknown here.
+//! The metadata role: shard replicas on this disk. The only file that knows the metadata crate.
+//!
+//! A disk without the role has no `DIR/meta` and opens nothing. The host is opened at start when the folder is there, and otherwise when the
+//! map gives this disk the role, or when the first peer speaks to a replica here before any map is known.
 
+use crate::maps::Maps;
+use crate::peers::Peers;
 use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::FutureExt;
+use granary_meta::{HostConfig, MetaError, MetaHost, PeerTransport, Timing, TransportError};
 use granary_placement::id::{DiskId, ShardId};
-use granary_wire::control::ControlError;
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::meta::{Answer, MetaRequest, Query, Reply, ShardStatus};
+use granary_wire::LinkError;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::OnceCell;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-/// Shard replicas of this disk: none.
-pub struct Roles;
+const META_FOLDER: &str = "meta";
+
+/// Called with the reason when the metadata of this disk can no longer be trusted; ends the process.
+pub type OnFatal = Arc<dyn Fn(String) + Send + Sync>;
+
+/// Shard replicas of this disk, if it has the role.
+pub struct Roles {
+    folder: PathBuf,
+    peers: Arc<Peers>,
+    maps: Arc<Maps>,
+    on_fatal: OnFatal,
+    host: OnceCell<MetaHost>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// Carries Raft messages over the control connections.
+struct Transport(Arc<Peers>);
+
+impl PeerTransport for Transport {
+    fn raft(&self, to: DiskId, shard: ShardId, message: Bytes, deadline: Duration) -> BoxFuture<'static, Result<Bytes, TransportError>> {
+        let peers = self.0.clone();
+        async move {
+            let client = peers.client(to).ok_or_else(|| TransportError::Unreachable(format!("disk {to} has no known address")))?;
+            match client.control(ControlRequest::Raft { shard, from: peers.me(), message }, deadline).await {
+                Ok(ControlResponse::Raft(answer)) => Ok(answer),
+                Ok(ControlResponse::Error(error)) => Err(TransportError::Refused(error.to_string())),
+                Ok(_) => Err(TransportError::Refused("an answer to another question".to_owned())),
+                Err(LinkError::Timeout) => Err(TransportError::Timeout),
+                Err(error) => Err(TransportError::Unreachable(error.to_string())),
+            }
+        }
+        .boxed()
+    }
+}
 
 impl Roles {
-    /// A command for a shard here.
-    ///
-    /// # Errors
-    /// NoSuchShard.
-    pub async fn command(&self, shard: ShardId, _request: MetaRequest) -> Result<Reply, ControlError> {
-        Err(ControlError::NoSuchShard(shard))
+    /// Nothing is opened yet.
+    pub fn new(dir: &std::path::Path, peers: Arc<Peers>, maps: Arc<Maps>, on_fatal: OnFatal, stop: CancellationToken) -> Arc<Roles> {
+        let folder = dir.join(META_FOLDER);
+        Arc::new(Roles { folder, peers, maps, on_fatal, host: OnceCell::new(), tasks: TaskTracker::new(), stop })
     }
 
-    /// A query for a shard here.
+    /// Opens the replicas that are here, and from now on whenever the map gives this disk the role.
     ///
     /// # Errors
-    /// NoSuchShard.
-    pub async fn query(&self, shard: ShardId, _query: Query) -> Result<Answer, ControlError> {
-        Err(ControlError::NoSuchShard(shard))
+    /// When what is here cannot be opened.
+    pub async fn start(self: &Arc<Self>) -> Result<(), MetaError> {
+        if self.folder.exists() || self.granted() == Some(true) {
+            self.open().await?;
+            return Ok(());
+        }
+        let roles = self.clone();
+        let mut map = self.maps.watch();
+        self.tasks.spawn(async move {
+            loop {
+                if roles.host.initialized() {
+                    return;
+                }
+                if roles.granted() == Some(true) {
+                    if let Err(error) = roles.open().await {
+                        (roles.on_fatal)(format!("metadata: {error}"));
+                    }
+                    return;
+                }
+                tokio::select! {
+                    () = roles.stop.cancelled() => return,
+                    changed = map.changed() => if changed.is_err() { return },
+                }
+            }
+        });
+        Ok(())
     }
 
-    /// A message for a replica here.
-    ///
-    /// # Errors
-    /// NoSuchShard.
-    pub async fn raft(&self, shard: ShardId, _from: DiskId, _message: Bytes) -> Result<Bytes, ControlError> {
-        Err(ControlError::NoSuchShard(shard))
+    /// Does the map give this disk the role? None while no map is known.
+    fn granted(&self) -> Option<bool> {
+        let map = self.maps.newest()?;
+        Some(map.disk(self.peers.me()).is_some_and(|disk| disk.roles.metadata))
     }
 
-    /// Makes a shard here.
+    async fn open(&self) -> Result<&MetaHost, MetaError> {
+        self.host
+            .get_or_try_init(|| async {
+                let config = HostConfig { dir: self.folder.clone(), disk: self.peers.me(), timing: Timing::default() };
+                let host = MetaHost::open(config, Arc::new(Transport(self.peers.clone())), self.maps.watch(), self.on_fatal.clone()).await?;
+                tracing::info!(folder = %self.folder.display(), "holding metadata replicas");
+                // A root replica here learns of new maps before anyone can ask for them.
+                let (mut applied, maps, stop) = (host.root_map(), self.maps.clone(), self.stop.clone());
+                self.tasks.spawn(async move {
+                    loop {
+                        let newest = applied.borrow_and_update().clone();
+                        if let Some(map) = newest {
+                            if let Err(error) = maps.offer(map).await {
+                                tracing::error!(%error, "the root shard's map was refused");
+                            }
+                        }
+                        tokio::select! {
+                            () = stop.cancelled() => return,
+                            changed = applied.changed() => if changed.is_err() { return },
+                        }
+                    }
+                });
+                Ok(host)
+            })
+            .await
+    }
+
+    fn host(&self, shard: ShardId) -> Result<&MetaHost, ControlError> {
+        self.host.get().ok_or(ControlError::NoSuchShard(shard))
+    }
+
+    /// For requests that may make a replica: opens the host unless the map denies this disk the role.
+    async fn host_for_new(&self, shard: ShardId) -> Result<&MetaHost, ControlError> {
+        if let Some(host) = self.host.get() {
+            return Ok(host);
+        }
+        if self.granted() == Some(false) {
+            return Err(ControlError::NoSuchShard(shard));
+        }
+        self.open().await.map_err(|error| ControlError::Disk(error.to_string()))
+    }
+
+    /// See [`MetaHost::command`].
     ///
     /// # Errors
-    /// NoSuchShard.
-    pub async fn init_shard(&self, shard: ShardId, _members: Vec<DiskId>) -> Result<(), ControlError> {
-        Err(ControlError::NoSuchShard(shard))
+    /// As there.
+    pub async fn command(&self, shard: ShardId, request: MetaRequest) -> Result<Reply, ControlError> {
+        self.host(shard)?.command(shard, request).await
+    }
+
+    /// See [`MetaHost::query`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, ControlError> {
+        self.host(shard)?.query(shard, query).await
+    }
+
+    /// See [`MetaHost::raft`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn raft(&self, shard: ShardId, from: DiskId, message: Bytes) -> Result<Bytes, ControlError> {
+        self.host_for_new(shard).await?.raft(shard, from, message).await
+    }
+
+    /// See [`MetaHost::init_shard`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn init_shard(&self, shard: ShardId, members: Vec<DiskId>) -> Result<(), ControlError> {
+        self.host_for_new(shard).await?.init_shard(shard, members).await
     }
 
     /// How the replicas here stand.
     pub fn status(&self) -> Vec<ShardStatus> {
-        Vec::new()
+        self.host.get().map(MetaHost::status).unwrap_or_default()
+    }
+
+    /// Stops the replicas. The stop signal has been given.
+    pub async fn shutdown(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+        if let Some(host) = self.host.get() {
+            host.shutdown().await;
+        }
     }
 }

@@ -66,6 +66,9 @@ pub enum ServeError {
     /// The chunks cannot be opened.
     #[error("chunk store: {0}")]
     Store(#[from] OpenError),
+    /// The shard replicas cannot be opened.
+    #[error("metadata: {0}")]
+    Meta(#[from] granary_meta::MetaError),
     /// A listener or file failed.
     #[error("{what}: {source}")]
     Io {
@@ -112,7 +115,9 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
     let store = open_store(&options, &label, metrics.clone()).await?;
     let peers = Arc::new(Peers::new(label.disk, maps.clone(), credentials.clone(), options.addresses.clone()));
     let background = stop.child_token();
-    let roles = Arc::new(Roles);
+    let on_fatal = Arc::new(|reason: String| end(&reason));
+    let roles = Roles::new(&options.dir, peers.clone(), maps.clone(), on_fatal, background.clone());
+    roles.start().await?;
     let mut tasks = tokio::task::JoinSet::new();
     if let Some(address) = &options.admin {
         let listener = TcpListener::bind(address).await.map_err(failed(format!("listen on {address}")))?;
@@ -124,7 +129,7 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
         let (peers, stop) = (peers.clone(), background.clone());
         tasks.spawn(async move { peers.poll_maps(stop).await });
     }
-    let node = Arc::new(Node { label: label.clone(), store: store.clone(), maps, roles });
+    let node = Arc::new(Node { label: label.clone(), store: store.clone(), maps, roles: roles.clone() });
     write_address(&options.dir, bound)?;
     tracing::info!(%bound, disk = label.disk.0, uuid = %label.uuid, cluster = %label.cluster, "serving");
     let limits = ServerLimits { max_connections: MAX_CONNECTIONS, max_control_bytes: MAX_CONTROL_BYTES, ..ServerLimits::default() };
@@ -142,6 +147,7 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
     if let Err(error) = server.await {
         tracing::error!(%error, "the server ended badly");
     }
+    roles.shutdown().await;
     while tasks.join_next().await.is_some() {}
     store.close().await.map_err(ServeError::Close)?;
     let _ = std::fs::remove_file(options.dir.join(ADDRESS_FILE));
