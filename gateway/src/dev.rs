@@ -97,8 +97,8 @@ pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), Dev
     let layout = Layout::open(&options.dir)?;
     let _lock = layout.lock()?;
     let program = disk_node_program()?;
-    let (root, credentials_file, fresh) = root_credentials(&layout)?;
     let (plan, map) = layout.plan(&options.shape)?;
+    let (root, credentials_file, fresh) = root_credentials(&layout)?;
     let secret_file = layout.file("cluster-secret");
     let secret = cluster_secret(&secret_file)?;
     let admin_token = admin_token(&layout)?;

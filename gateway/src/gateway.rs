@@ -109,6 +109,7 @@ impl Gateway {
         let store = ObjectStore::new(disks.clone(), ObjectSettings::default());
         let mut s3 = S3Settings::new(&config.region, &config.root.access_key, config.root.secret_key.reveal());
         s3.base_domain = config.domain;
+        s3.metrics = Some(metrics.clone());
         let counted = store.clone();
         let samples: SamplesFn = Arc::new(move || object_samples(&counted));
         let snapshot = watch::Sender::new(Arc::new(Snapshot::default()));
@@ -126,8 +127,15 @@ impl Gateway {
             disks,
             metrics,
         };
+        // Background work may be waiting for a shard that does not answer; nothing it does needs an orderly end.
         let background = |task: Task| {
-            gateway.tasks[BACKGROUND].spawn(task);
+            let stop = gateway.stops[BACKGROUND].clone();
+            gateway.tasks[BACKGROUND].spawn(async move {
+                tokio::select! {
+                    () = task => {}
+                    () = stop.cancelled() => {}
+                }
+            });
         };
         let stop = || gateway.stops[BACKGROUND].clone();
         let shards = gateway.shards.clone();

@@ -3,6 +3,7 @@
 use super::access::AccessKey;
 use super::backend::Backend;
 use super::error;
+use crate::metrics::Metrics;
 use granary_wire::meta::{Answer, Query};
 use granary_wire::record::{AccountId, BucketRecord, UploadId, UploadRecord};
 use s3s::{s3_error, S3Result};
@@ -34,6 +35,8 @@ pub struct S3Settings {
     pub body_idle_timeout: Duration,
     /// Longest silence of a kept-alive connection between requests.
     pub keep_alive: Duration,
+    /// Where requests are counted; None: nowhere.
+    pub metrics: Option<Metrics>,
 }
 
 impl S3Settings {
@@ -50,6 +53,7 @@ impl S3Settings {
             header_timeout: Duration::from_secs(30),
             body_idle_timeout: Duration::from_secs(60),
             keep_alive: Duration::from_secs(120),
+            metrics: None,
         }
     }
 }

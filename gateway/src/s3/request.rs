@@ -1,6 +1,7 @@
 //! What is known of one request: its ids, what was found out on its way, and the line it leaves in the log.
 
 use super::sums::SumCheck;
+use crate::metrics::Metrics;
 use http::{Extensions, HeaderMap, Method};
 use s3s::S3Error;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,11 +27,23 @@ pub(super) struct RequestInfo {
     received_bytes: AtomicU64,
     check: Mutex<Option<SumCheck>>,
     body_fault: Mutex<Option<S3Error>>,
+    metrics: Option<Metrics>,
+}
+
+impl Drop for RequestInfo {
+    fn drop(&mut self) {
+        if let Some(metrics) = &self.metrics {
+            metrics.requests_in_flight.dec();
+        }
+    }
 }
 
 impl RequestInfo {
     /// Begins a request.
-    pub(super) fn new(method: Method, path: &str) -> Arc<RequestInfo> {
+    pub(super) fn new(method: Method, path: &str, metrics: Option<Metrics>) -> Arc<RequestInfo> {
+        if let Some(metrics) = &metrics {
+            metrics.requests_in_flight.inc();
+        }
         let mut random = [0u8; 24];
         // Ids need to be different, not secret: the clock will do when the system gives no randomness.
         if getrandom::fill(&mut random).is_err() {
@@ -55,6 +68,7 @@ impl RequestInfo {
             received_bytes: AtomicU64::new(0),
             check: Mutex::new(None),
             body_fault: Mutex::new(None),
+            metrics,
         })
     }
 
@@ -115,10 +129,16 @@ impl RequestInfo {
     }
 
     /// The request's line in the log. Called once, when its last byte was sent or its connection broke.
+    /// Counts it too.
     pub(super) fn log(&self, status: u16, code: &str, sent_bytes: u64, whole: bool) {
         let verb = self.verb.get().copied().unwrap_or("-");
         let ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let received_bytes = self.received_bytes.load(Ordering::Relaxed);
+        if let Some(metrics) = &self.metrics {
+            metrics.bytes_in.inc_by(received_bytes);
+            metrics.bytes_out.inc_by(sent_bytes);
+            metrics.request_done(verb, status, self.began.elapsed());
+        }
         if status >= 500 || !whole {
             tracing::warn!(
                 target: "granary::s3", id = %self.id, verb, method = %self.method, path = ?self.path, status, code, received_bytes,

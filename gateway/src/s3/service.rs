@@ -110,7 +110,7 @@ impl Front {
 
     /// Answers one request. `refuse_all` is set on connections beyond the bound.
     pub(super) async fn handle(&self, request: Request<Incoming>, refuse_all: bool) -> Response<Answer> {
-        let info = RequestInfo::new(request.method().clone(), request.uri().path());
+        let info = RequestInfo::new(request.method().clone(), request.uri().path(), self.cx.settings.metrics.clone());
         let head = request.method() == Method::HEAD;
         let permit = if refuse_all { None } else { self.requests.clone().try_acquire_owned().ok() };
         let expects_continue = request.headers().contains_key(header::EXPECT);
