@@ -99,6 +99,7 @@ pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), Dev
     let program = disk_node_program()?;
     let (plan, map) = layout.plan(&options.shape)?;
     let (root, credentials_file, fresh) = root_credentials(&layout)?;
+    layout.make_addresses()?;
     let secret_file = layout.file("cluster-secret");
     let secret = cluster_secret(&secret_file)?;
     let admin_token = admin_token(&layout)?;

@@ -8,9 +8,10 @@
 //! Stopping: no new S3 requests, those under way get [`DRAIN`]; then background work; then the admin listener, so that a
 //! gateway that drains can still be looked at.
 
-use crate::admin::status::{collect, Snapshot};
+use crate::admin::status::{collect, Snapshot, Sources};
 use crate::admin::{AdminContext, CensusFn, LocalDisks, SamplesFn};
 use crate::disks::{DiskSettings, Disks};
+use crate::heal::{HealSettings, Healer};
 use crate::metrics::{MetricError, Metrics};
 use crate::object::{ObjectSettings, ObjectStore};
 use crate::s3::{self, Live, S3Context, S3Settings};
@@ -21,7 +22,8 @@ use granary_placement::map::ClusterMap;
 use granary_wire::auth::Credentials;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -112,11 +114,12 @@ impl Gateway {
         s3.metrics = Some(metrics.clone());
         let counted = store.clone();
         let samples: SamplesFn = Arc::new(move || object_samples(&counted));
+        let healer: Arc<OnceLock<Healer>> = Arc::default();
         let snapshot = watch::Sender::new(Arc::new(Snapshot::default()));
         let gateway = Gateway {
             s3,
             store,
-            census: Arc::new(|| Box::pin(async { Err("no census".to_owned()) })),
+            census: census_of(healer.clone()),
             samples: vec![samples],
             admin_token: config.admin_token,
             snapshot: snapshot.subscribe(),
@@ -141,13 +144,14 @@ impl Gateway {
         let shards = gateway.shards.clone();
         let watch_stop = stop();
         background(Box::pin(async move { shards.watch_map(watch_stop).await }));
-        background(Box::pin(collect(
-            gateway.shards.clone(),
-            gateway.disks.clone(),
-            gateway.metrics.clone(),
-            snapshot,
-            stop(),
-        )));
+        let sources = Sources {
+            shards: gateway.shards.clone(),
+            disks: gateway.disks.clone(),
+            healer: healer.clone(),
+            metrics: gateway.metrics.clone(),
+        };
+        background(Box::pin(collect(sources, snapshot, stop())));
+        background(Box::pin(heal(gateway.store.clone(), gateway.shards.clone(), healer.clone(), stop())));
         if let Some(path) = config.keep_map {
             background(Box::pin(keep_map(gateway.shards.map(), path, stop())));
         }
@@ -214,6 +218,26 @@ impl Gateway {
     }
 }
 
+/// Heals from the moment the root shard has told its map: by an old one, chunks might be rebuilt where they no longer belong.
+async fn heal(store: ObjectStore, shards: Shards, place: Arc<OnceLock<Healer>>, stop: CancellationToken) {
+    if shards.confirmed().wait_for(|confirmed| *confirmed).await.is_err() {
+        return;
+    }
+    let healer = place.get_or_init(|| Healer::start(store, Arc::new(shards), HealSettings::default(), stop.clone()));
+    healer.stopped().await;
+}
+
+fn census_of(healer: Arc<OnceLock<Healer>>) -> CensusFn {
+    Arc::new(move || {
+        let healer = healer.clone();
+        Box::pin(async move {
+            let healer = healer.get().ok_or("the root shard has not told the cluster map yet")?;
+            let census = healer.census(|_| {}).await.map_err(|error| error.to_string())?;
+            serde_json::to_value(census).map_err(|error| error.to_string())
+        })
+    })
+}
+
 /// The object store counts by itself; this is its part of `/metrics`.
 fn object_samples(store: &ObjectStore) -> String {
     use std::fmt::Write;
@@ -226,6 +250,17 @@ fn object_samples(store: &ObjectStore) -> String {
             help.trim()
         );
         let _ = writeln!(text, "granary_object_{name}_total {value}");
+    }
+    let disks = store.disks().counters();
+    for (name, help, value) in [
+        ("pings_good", "Pings that disk nodes answered", &disks.pings_good),
+        ("pings_failed", "Pings not answered, or answered by the wrong disk", &disks.pings_failed),
+        ("service_errors", "Errors of requests that speak against a disk", &disks.service_errors),
+        ("downs", "Changes of a disk to down", &disks.downs),
+    ] {
+        let value = value.load(Ordering::Relaxed);
+        let _ = writeln!(text, "# HELP granary_disk_{name}_total {help}\n# TYPE granary_disk_{name}_total counter");
+        let _ = writeln!(text, "granary_disk_{name}_total {value}");
     }
     text
 }

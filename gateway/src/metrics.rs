@@ -67,16 +67,8 @@ pub struct Shared {
     pub shard_seconds: HistogramVec,
     /// Epoch of the cluster map in use.
     pub map_epoch: IntGauge,
-    /// Chunks rebuilt, by `result` (done, failed).
-    pub repairs: IntCounterVec,
     /// Chunks in the repair queue at the last look.
     pub repair_queue: IntGauge,
-    /// Reads that asked another disk because one was slow, by `result` (won, lost).
-    pub hedges: IntCounterVec,
-    /// Uploads that could not be stored, by `kind`.
-    pub stage_errors: IntCounterVec,
-    /// Reads that failed, by `kind`.
-    pub read_errors: IntCounterVec,
     /// Disk nodes started by `granary dev`, first start included, by `disk`.
     pub disk_node_starts: IntCounterVec,
 }
@@ -141,21 +133,7 @@ impl Metrics {
             )?,
             shard_seconds: histogram_vec(&registry, "granary_shard_seconds", "Time of requests to shards", &["kind"])?,
             map_epoch: gauge(&registry, "granary_map_epoch", "Epoch of the cluster map in use")?,
-            repairs: counter_vec(&registry, "granary_repairs_total", "Chunks rebuilt", &["result"])?,
             repair_queue: gauge(&registry, "granary_repair_queue", "Chunks waiting for repair")?,
-            hedges: counter_vec(
-                &registry,
-                "granary_hedged_reads_total",
-                "Second reads because one was slow",
-                &["result"],
-            )?,
-            stage_errors: counter_vec(
-                &registry,
-                "granary_stage_errors_total",
-                "Uploads that could not be stored",
-                &["kind"],
-            )?,
-            read_errors: counter_vec(&registry, "granary_read_errors_total", "Reads that failed", &["kind"])?,
             disk_node_starts: counter_vec(&registry, "granary_disk_node_starts_total", "Disk node starts", &["disk"])?,
             registry,
         };

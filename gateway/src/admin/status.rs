@@ -1,6 +1,7 @@
 //! What is known of the cluster, collected once for everybody who asks: the API, the page, readiness and metrics.
 
 use crate::disks::Disks;
+use crate::heal::{HealStatus, Healer};
 use crate::metrics::Metrics;
 use crate::shards::{jitter, now_ms, Shards};
 use futures::stream::{self, StreamExt};
@@ -11,7 +12,7 @@ use granary_wire::meta::{Answer, Query, ShardStatus};
 use granary_wire::record::Usage;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -48,6 +49,8 @@ pub struct Snapshot {
     pub shards: Vec<ShardRow>,
     /// Chunks waiting for repair.
     pub repair_queue: Count,
+    /// How healing stands; None before it begins.
+    pub heal: Option<HealStatus>,
     /// Buckets, the first by name.
     pub buckets: Vec<BucketRow>,
     /// There are more buckets than shown.
@@ -150,24 +153,31 @@ impl From<Usage> for UsageRow {
     }
 }
 
+/// Where it is collected from.
+pub struct Sources {
+    /// The shards.
+    pub shards: Shards,
+    /// The disks.
+    pub disks: Disks,
+    /// The healer, once it has begun.
+    pub healer: Arc<OnceLock<Healer>>,
+    /// Where gauges are set.
+    pub metrics: Metrics,
+}
+
 /// Collects each second until `stop`; the receivers see each new snapshot.
-pub async fn collect(
-    shards: Shards,
-    disks: Disks,
-    metrics: Metrics,
-    out: watch::Sender<Arc<Snapshot>>,
-    stop: CancellationToken,
-) {
+pub async fn collect(sources: Sources, out: watch::Sender<Arc<Snapshot>>, stop: CancellationToken) {
+    let shards = &sources.shards;
     let mut slow_at = Instant::now();
     let mut slow = Slow::default();
     loop {
         if let Some(map) = shards.current_map() {
             let work = async {
                 if *shards.confirmed().borrow() && Instant::now() >= slow_at {
-                    slow = Slow::collect(&shards).await;
+                    slow = Slow::collect(shards).await;
                     slow_at = Instant::now() + SLOW_INTERVAL;
                 }
-                quick(&shards, &disks, &map).await
+                quick(shards, &sources.disks, &map).await
             };
             let mut snapshot = tokio::select! {
                 snapshot = work => snapshot,
@@ -176,7 +186,8 @@ pub async fn collect(
             snapshot.repair_queue = slow.repair_queue;
             snapshot.buckets = slow.buckets.clone();
             snapshot.more_buckets = slow.more_buckets;
-            gauge(&metrics, &snapshot);
+            snapshot.heal = sources.healer.get().map(Healer::status);
+            gauge(&sources.metrics, &snapshot);
             out.send_replace(Arc::new(snapshot));
         }
         tokio::select! {

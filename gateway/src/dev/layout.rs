@@ -223,6 +223,18 @@ impl Layout {
         }
     }
 
+    /// Makes an empty addresses file if there is none, so that everybody who watches it has something to read.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn make_addresses(&self) -> Result<(), LayoutError> {
+        let path = self.file("addresses.json");
+        if path.exists() {
+            return Ok(());
+        }
+        write_json(&path, &BTreeMap::<DiskId, String>::new())
+    }
+
     /// The plan and the first map, made at the first start and read back at every later one. The map is written before the plan, so
     /// that a plan always has a map; without a plan, whatever else lies there is made anew.
     ///
