@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn combined_crcs_equal_the_crc_of_all_bytes() {
-        let data: Vec<u8> = (0..100_000u32).map(|i| (i * 2_654_435_761 % 251) as u8).collect();
+        let data: Vec<u8> = (0..100_000u32).map(|i| (i.wrapping_mul(2_654_435_761) % 251) as u8).collect();
         for algorithm in [ChecksumAlgorithm::Crc32, ChecksumAlgorithm::Crc32c, ChecksumAlgorithm::Crc64Nvme] {
             let whole = digest(&data, &[algorithm]);
             for cuts in [vec![0], vec![1], vec![50_000], vec![100_000], vec![7, 7, 4096, 99_999], vec![]] {

@@ -27,9 +27,35 @@ pub(super) enum RequestBodyError {
     /// A sum in the headers does not fit (bodies of XML verbs only; those of objects are checked by their verbs).
     #[error("{0}")]
     Checksum(String),
+    /// Signed chunks without the last one.
+    #[error("the last chunk of the body is missing")]
+    NoLastChunk,
     /// hyper's error.
     #[error("the connection broke")]
     Connection(#[source] hyper::Error),
+}
+
+/// Bytes of the last, empty chunk of signed chunks: `0;chunk-signature=`, 64 hex digits, two line ends.
+const LAST_CHUNK_BYTES: usize = 18 + 64 + 4;
+
+/// Watches that signed chunks end in their empty one. s3s takes an end after any whole chunk for the end, once the length fits.
+#[derive(Default)]
+struct LastChunk {
+    tail: Vec<u8>,
+}
+
+impl LastChunk {
+    fn see(&mut self, data: &[u8]) {
+        let fresh = data.get(data.len().saturating_sub(LAST_CHUNK_BYTES)..).unwrap_or(data);
+        self.tail.extend_from_slice(fresh);
+        self.tail.drain(..self.tail.len().saturating_sub(LAST_CHUNK_BYTES));
+    }
+
+    fn is_there(&self) -> bool {
+        let text = String::from_utf8_lossy(&self.tail);
+        let signature = text.trim_end_matches("\r\n").rsplit_once("0;chunk-signature=").map_or("", |(_, signature)| signature);
+        signature.len() == 64 && signature.bytes().all(|byte| byte.is_ascii_hexdigit())
+    }
 }
 
 /// The socket's end of a request body. It outlives the request's handling, so that what a refused client still sends can be drained.
@@ -62,14 +88,16 @@ pub(super) struct RequestBody {
     idle_limit: Duration,
     idle: Option<Pin<Box<Sleep>>>,
     check: Option<SumCheck>,
+    last_chunk: Option<LastChunk>,
     started: bool,
     over: bool,
 }
 
 impl RequestBody {
-    /// Wraps a body; `idle_limit` is the longest wait for its next byte.
-    pub(super) fn new(wire: Arc<Wire>, info: Arc<RequestInfo>, idle_limit: Duration) -> RequestBody {
-        RequestBody { wire, info, idle_limit, idle: None, check: None, started: false, over: false }
+    /// Wraps a body; `idle_limit` is the longest wait for its next byte, `signed_chunks` how it is framed.
+    pub(super) fn new(wire: Arc<Wire>, info: Arc<RequestInfo>, idle_limit: Duration, signed_chunks: bool) -> RequestBody {
+        let last_chunk = signed_chunks.then(LastChunk::default);
+        RequestBody { wire, info, idle_limit, idle: None, check: None, last_chunk, started: false, over: false }
     }
 
     fn fail(&mut self, error: RequestBodyError) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
@@ -117,10 +145,16 @@ impl http_body::Body for RequestBody {
                     if let Some(check) = &mut self.check {
                         check.update(data);
                     }
+                    if let Some(last_chunk) = &mut self.last_chunk {
+                        last_chunk.see(data);
+                    }
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(cause))) => self.fail(RequestBodyError::Connection(cause)),
+            Poll::Ready(None) if self.last_chunk.as_ref().is_some_and(|last_chunk| !last_chunk.is_there()) => {
+                self.fail(RequestBodyError::NoLastChunk)
+            }
             Poll::Ready(None) => match self.check.take().map_or(Ok(()), SumCheck::verify) {
                 Ok(()) => {
                     self.over = true;

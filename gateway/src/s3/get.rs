@@ -261,10 +261,7 @@ pub(super) async fn head_object(cx: &Arc<S3Context>, req: S3Request<HeadObjectIn
     replace(&mut output.cache_control, input.response_cache_control);
     replace(&mut output.content_disposition, input.response_content_disposition);
     replace(&mut output.content_encoding, input.response_content_encoding);
-    let status = if piece.partial { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
-    let mut response = S3Response::with_headers(output, meta::user_headers(&record.meta));
-    response.status = Some(status);
-    Ok(response)
+    Ok(S3Response::with_headers(output, meta::user_headers(&record.meta)))
 }
 
 /// Describes an object in XML.
@@ -274,7 +271,8 @@ pub(super) async fn get_object_attributes(
 ) -> S3Result<S3Response<GetObjectAttributesOutput>> {
     let input = req.input;
     let (_, record) = find(cx, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
-    let wants = |name: &str| input.object_attributes.iter().any(|asked| asked.as_str() == name);
+    // The names come as one list or as several headers.
+    let wants = |name: &str| input.object_attributes.iter().any(|asked| asked.as_str().split(',').any(|asked| asked.trim() == name));
     let mut output = GetObjectAttributesOutput { last_modified: Some(meta::timestamp(record.modified_ms)), ..Default::default() };
     if wants(ObjectAttributes::ETAG) {
         output.e_tag = Some(ETag::Strong(record.etag.clone()));

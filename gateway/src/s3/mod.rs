@@ -33,6 +33,8 @@ mod request;
 mod server;
 mod service;
 mod sums;
+#[cfg(test)]
+mod tests;
 mod verbs;
 
 pub use access::AccessKey;

@@ -113,7 +113,8 @@ pub(super) fn no_tags() -> S3Error {
 
 /// No default encryption.
 pub(super) fn no_encryption() -> S3Error {
-    s3_error!(ServerSideEncryptionConfigurationNotFoundError, "The server side encryption configuration was not found")
+    let message = "The server side encryption configuration was not found";
+    error::custom("ServerSideEncryptionConfigurationNotFoundError", StatusCode::NOT_FOUND, message)
 }
 
 /// No object lock.

@@ -99,12 +99,12 @@ impl RequestInfo {
         self.entered.load(Ordering::Relaxed)
     }
 
-    /// The body is XML and has sums in its headers: they are to be verified as it is read.
+    /// The body is XML: sums in its headers are to be verified as it is read. `of_body`: see [`SumCheck::begin`].
     ///
     /// # Errors
     /// Malformed sums.
-    pub(super) fn verify_xml(&self, headers: &HeaderMap) -> Result<(), S3Error> {
-        *self.check.lock().unwrap_or_else(PoisonError::into_inner) = SumCheck::begin(headers)?;
+    pub(super) fn verify_xml(&self, headers: &HeaderMap, of_body: bool) -> Result<(), S3Error> {
+        *self.check.lock().unwrap_or_else(PoisonError::into_inner) = SumCheck::begin(headers, of_body)?;
         Ok(())
     }
 

@@ -123,7 +123,8 @@ impl Front {
             refusal(error, head)
         } else {
             let service = self.service_for(&parts);
-            let body = RequestBody::new(wire.clone(), info.clone(), self.cx.settings.body_idle_timeout);
+            let signed_chunks = parts.headers.get("x-amz-content-sha256").is_some_and(|mode| mode == "STREAMING-AWS4-HMAC-SHA256-PAYLOAD");
+            let body = RequestBody::new(wire.clone(), info.clone(), self.cx.settings.body_idle_timeout, signed_chunks);
             let mut request = Request::from_parts(parts, Body::http_body(body));
             request.extensions_mut().insert(info.clone());
             match AssertUnwindSafe(service.call(request)).catch_unwind().await {
@@ -137,6 +138,10 @@ impl Front {
             // wrong there.
             let cause = info.take_body_fault().unwrap_or_else(|| super::intake::BodyFault::ContentSha256.into());
             response = refusal(cause, head);
+        }
+        if head && response.status() == StatusCode::OK && response.headers().contains_key(header::CONTENT_RANGE) {
+            // s3s knows the 206 of a GET only.
+            *response.status_mut() = StatusCode::PARTIAL_CONTENT;
         }
         let code = self.complete_error(&mut response, &info, head).await;
         for (name, value) in [("x-amz-request-id", &info.id), ("x-amz-id-2", &info.id2)] {

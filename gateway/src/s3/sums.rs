@@ -123,17 +123,19 @@ fn single<'a>(headers: &'a HeaderMap, name: &str) -> S3Result<Option<&'a str>> {
     value.to_str().map(Some).map_err(|_| s3_error!(InvalidRequest, "The header {name} is not text."))
 }
 
+fn promised_md5(headers: &HeaderMap) -> S3Result<Option<[u8; MD5_BYTES]>> {
+    let Some(text) = single(headers, "content-md5")? else { return Ok(None) };
+    let raw = BASE64.decode(text.trim()).ok().and_then(|raw| <[u8; MD5_BYTES]>::try_from(raw).ok());
+    raw.map(Some).ok_or_else(|| s3_error!(InvalidDigest))
+}
+
 impl Promised {
     /// Reads Content-MD5, x-amz-checksum-* and x-amz-trailer.
     ///
     /// # Errors
     /// InvalidDigest for a malformed MD5, InvalidRequest for a malformed, unknown or ambiguous checksum.
     pub(super) fn from_headers(headers: &HeaderMap) -> S3Result<Promised> {
-        let mut promised = Promised::default();
-        if let Some(text) = single(headers, "content-md5")? {
-            let raw = BASE64.decode(text.trim()).ok().and_then(|raw| <[u8; MD5_BYTES]>::try_from(raw).ok());
-            promised.md5 = Some(raw.ok_or_else(|| s3_error!(InvalidDigest))?);
-        }
+        let mut promised = Promised { md5: promised_md5(headers)?, ..Promised::default() };
         for header in headers.keys() {
             let Some(end) = header.as_str().strip_prefix(PREFIX) else { continue };
             if matches!(end, "algorithm" | "mode" | "type") {
@@ -236,12 +238,16 @@ pub(super) struct SumCheck {
 }
 
 impl SumCheck {
-    /// Begins; None when the headers promise nothing.
+    /// Begins; None when the headers promise nothing. `of_body`: x-amz-checksum-* speak of this body, and not of an object.
     ///
     /// # Errors
     /// As [`Promised::from_headers`]; a trailer cannot be checked here and is refused.
-    pub(super) fn begin(headers: &HeaderMap) -> S3Result<Option<SumCheck>> {
-        let promised = Promised::from_headers(headers)?;
+    pub(super) fn begin(headers: &HeaderMap, of_body: bool) -> S3Result<Option<SumCheck>> {
+        let promised = if of_body {
+            Promised::from_headers(headers)?
+        } else {
+            Promised { md5: promised_md5(headers)?, ..Promised::default() }
+        };
         if promised.trailer.is_some() {
             return Err(error::not_implemented("A trailing checksum on a request that is not an object upload"));
         }
