@@ -49,8 +49,9 @@ impl Default for DiskSettings {
     fn default() -> DiskSettings {
         DiskSettings {
             ping_interval: Duration::from_secs(1),
-            ping_deadline: Duration::from_secs(1),
-            down_after: Duration::from_secs(3),
+            // Long enough for a busy machine: a disk that is suspect for nothing costs repairs.
+            ping_deadline: Duration::from_secs(2),
+            down_after: Duration::from_secs(2),
             suspect_hold: Duration::from_secs(2),
             unwritable_hold: Duration::from_secs(5),
             pings_at_once: 64,
@@ -265,7 +266,9 @@ impl Inner {
         if before != after {
             match after {
                 DiskHealth::Up => tracing::info!(disk = %entry.id, address = %entry.address, "disk is up"),
-                DiskHealth::Suspect => tracing::warn!(disk = %entry.id, address = %entry.address, %error, "disk is suspect"),
+                DiskHealth::Suspect => {
+                    tracing::warn!(disk = %entry.id, address = %entry.address, %error, "disk is suspect")
+                }
                 DiskHealth::Down => {
                     self.counters.downs.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(disk = %entry.id, address = %entry.address, %error, "disk is down");
@@ -309,10 +312,13 @@ impl Inner {
 
     async fn ping(&self, entry: Arc<Entry>) {
         let answer = entry.client.control(ControlRequest::Status, self.settings.ping_deadline);
-        let answer = tokio::time::timeout(self.settings.ping_deadline * 2, answer).await.unwrap_or(Err(LinkError::Timeout));
+        let answer =
+            tokio::time::timeout(self.settings.ping_deadline * 2, answer).await.unwrap_or(Err(LinkError::Timeout));
         let now = Instant::now();
         let good = match answer {
-            Ok(ControlResponse::Status(status)) if status.uuid == entry.uuid && status.disk.is_none_or(|id| id == entry.id) => {
+            Ok(ControlResponse::Status(status))
+                if status.uuid == entry.uuid && status.disk.is_none_or(|id| id == entry.id) =>
+            {
                 self.change(&entry, |state, settings| state.pinged(now, status, settings));
                 true
             }
@@ -326,7 +332,9 @@ impl Inner {
                 false
             }
             Ok(_) => {
-                self.change(&entry, |state, settings| state.error(now, false, "a ping was answered with something else", settings));
+                self.change(&entry, |state, settings| {
+                    state.error(now, false, "a ping was answered with something else", settings)
+                });
                 false
             }
             Err(error) => {
@@ -343,7 +351,11 @@ impl Inner {
     async fn ping_round(&self, only_suspect: bool) {
         let due: Vec<Arc<Entry>> = {
             let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
-            table.values().filter(|entry| !only_suspect || entry.state().health() == DiskHealth::Suspect).cloned().collect()
+            table
+                .values()
+                .filter(|entry| !only_suspect || entry.state().health() == DiskHealth::Suspect)
+                .cloned()
+                .collect()
         };
         stream::iter(due).for_each_concurrent(self.settings.pings_at_once, |entry| self.ping(entry)).await;
     }

@@ -108,10 +108,11 @@ pub async fn census(
     for (shards_done, shard) in shards.iter().copied().enumerate() {
         let mut after = None;
         loop {
-            let (extents, more) = match meta.query(shard, Query::ExtentsOfGroup { group: None, after, limit: PAGE }).await? {
-                Answer::Extents { extents, more } => (extents, more),
-                other => return Err(unexpected(shard, &other)),
-            };
+            let (extents, more) =
+                match meta.query(shard, Query::ExtentsOfGroup { group: None, after, limit: PAGE }).await? {
+                    Answer::Extents { extents, more } => (extents, more),
+                    other => return Err(unexpected(shard, &other)),
+                };
             after = extents.last().map(|record| (record.extent.group, record.extent.extent));
             let health = verify(store, &extents, verify_deadline).await;
             extents.iter().for_each(|record| count(&mut census, record, &health));
@@ -211,7 +212,9 @@ async fn verify_on(
         rest = later;
         let ids: Vec<ChunkId> = part.iter().map(|(id, _)| *id).collect();
         match client.control(ControlRequest::VerifyChunks(ids.clone()), deadline).await {
-            Ok(ControlResponse::Health(health)) if health.len() == ids.len() => answers.extend(ids.into_iter().zip(health)),
+            Ok(ControlResponse::Health(health)) if health.len() == ids.len() => {
+                answers.extend(ids.into_iter().zip(health))
+            }
             Ok(answer) => tracing::warn!(%disk, ?answer, "a disk could not verify its chunks"),
             Err(error) => tracing::warn!(%disk, %error, "a disk did not verify its chunks"),
         }

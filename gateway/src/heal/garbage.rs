@@ -57,8 +57,11 @@ impl Inner {
                 other => return Err(unexpected(shard, &other)),
             };
             // The shard was asked not to list younger ones; it is cheap to see to it.
-            let queued: Vec<(u64, ExtentRef)> = queued.into_iter().filter(|(queued_ms, _)| *queued_ms <= until_ms).collect();
-            let Some(map) = self.store.disks().map().filter(|_| !queued.is_empty()) else { return Ok(queued.is_empty()) };
+            let queued: Vec<(u64, ExtentRef)> =
+                queued.into_iter().filter(|(queued_ms, _)| *queued_ms <= until_ms).collect();
+            let Some(map) = self.store.disks().map().filter(|_| !queued.is_empty()) else {
+                return Ok(queued.is_empty());
+            };
             let asked = queued.iter().map(|(_, extent)| (extent.group, extent.extent)).collect();
             let alive = self.alive(shard, asked).await?;
             let mut dead = Vec::with_capacity(queued.len());
@@ -71,8 +74,11 @@ impl Inner {
                 }
             }
             let failed = self.delete(&map, &dead).await;
-            let done: Vec<(u64, ExtentId)> =
-                dead.iter().map(|(queued_ms, extent)| (*queued_ms, extent.extent)).filter(|(_, extent)| !failed.contains(extent)).collect();
+            let done: Vec<(u64, ExtentId)> = dead
+                .iter()
+                .map(|(queued_ms, extent)| (*queued_ms, extent.extent))
+                .filter(|(_, extent)| !failed.contains(extent))
+                .collect();
             let (count, stuck) = (done.len(), failed.len());
             if count > 0 {
                 self.meta.command(shard, Command::GarbageDone { extents: done }).await?;

@@ -120,7 +120,9 @@ impl Inner {
         for (id, group) in &map.groups {
             for (slot, disk) in group.slots.iter().enumerate() {
                 let (Some(times_up), Ok(slot)) = (up.get(disk), u8::try_from(slot)) else { continue };
-                let known = walked.get(disk).is_some_and(|walked| walked.times_up == *times_up && walked.slots.contains(&(*id, slot)));
+                let known = walked
+                    .get(disk)
+                    .is_some_and(|walked| walked.times_up == *times_up && walked.slots.contains(&(*id, slot)));
                 if !known {
                     due.entry(*disk).or_default().insert((*id, slot));
                 }
@@ -131,7 +133,8 @@ impl Inner {
 
     /// Walks the extents of the groups that have a slot due. Disks that fail on the way stay due.
     async fn walk(&self, map: &ClusterMap, mut due: Due) {
-        let times_up: HashMap<DiskId, u64> = self.store.disks().view().into_iter().map(|disk| (disk.id, disk.times_up)).collect();
+        let times_up: HashMap<DiskId, u64> =
+            self.store.disks().view().into_iter().map(|disk| (disk.id, disk.times_up)).collect();
         let groups: BTreeSet<PlacementGroupId> = due.values().flatten().map(|(group, _)| *group).collect();
         // One pass over everything is cheaper than many over most groups.
         let passes: Vec<Option<PlacementGroupId>> =
@@ -147,6 +150,7 @@ impl Inner {
                 }
             }
         }
+        lock(&self.status).walks_done += u64::try_from(due.len()).unwrap_or(0);
         let mut walked = lock(&self.walked);
         for (disk, slots) in due {
             let times_up = times_up.get(&disk).copied().unwrap_or_default();

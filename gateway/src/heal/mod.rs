@@ -63,7 +63,9 @@ pub trait MetaClient: Send + Sync + 'static {
 #[async_trait::async_trait]
 impl MetaClient for Shards {
     async fn command(&self, shard: ShardId, command: Command) -> Result<Reply, MetaClientError> {
-        Shards::command(self, shard, command).await.map_err(|error| MetaClientError { shard, detail: error.to_string() })
+        Shards::command(self, shard, command)
+            .await
+            .map_err(|error| MetaClientError { shard, detail: error.to_string() })
     }
 
     async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, MetaClientError> {
@@ -134,6 +136,8 @@ pub struct HealStatus {
     pub waiting_extents: u64,
     /// Disks whose chunks are still to be looked at, or are being looked at.
     pub disks_to_walk: Vec<DiskId>,
+    /// Walks over disks that came to their end since the start.
+    pub walks_done: u64,
     /// Bytes per second allowed; 0 for no ceiling.
     pub bytes_per_s: u64,
     /// Healing is paused.
@@ -163,7 +167,12 @@ struct Inner {
 
 impl Healer {
     /// Starts the tasks; they end when `stop` is cancelled. Must be called inside a tokio runtime.
-    pub fn start(store: ObjectStore, meta: Arc<dyn MetaClient>, settings: HealSettings, stop: CancellationToken) -> Healer {
+    pub fn start(
+        store: ObjectStore,
+        meta: Arc<dyn MetaClient>,
+        settings: HealSettings,
+        stop: CancellationToken,
+    ) -> Healer {
         let inner = Arc::new(Inner {
             pace: Pace::new(settings.bytes_per_s),
             store,

@@ -104,11 +104,15 @@ impl<'a> Planner<'a> {
         let Some(Queued { shard, record, indices, queued_ms }) = self.current.take() else { return };
         let extent = record.extent;
         let width = extent.k.saturating_add(extent.m);
-        let lost = (0..width).filter(|index| indices.contains(index) || (self.target)(&extent, *index) == Target::Down).count();
+        let lost = (0..width)
+            .filter(|index| indices.contains(index) || (self.target)(&extent, *index) == Target::Down)
+            .count();
         let failures_left = i32::from(extent.m) - i32::try_from(lost).unwrap_or(i32::MAX);
         *self.by_failures_left.entry(failures_left).or_default() += 1;
-        let rebuild: Vec<u8> =
-            indices.into_iter().filter(|index| *index < width && (self.target)(&extent, *index) == Target::Up).collect();
+        let rebuild: Vec<u8> = indices
+            .into_iter()
+            .filter(|index| *index < width && (self.target)(&extent, *index) == Target::Up)
+            .collect();
         if rebuild.is_empty() || !(self.ready)(extent.extent) {
             self.waiting += 1;
             return;

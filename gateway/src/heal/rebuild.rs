@@ -116,7 +116,11 @@ impl Inner {
     }
 
     /// Hands a shard's queue to the planner; answers where the next pass goes on when it is longer than one pass.
-    async fn read_queue(&self, shard: granary_placement::id::ShardId, planner: &mut Planner<'_>) -> Result<Option<ChunkRef>, MetaClientError> {
+    async fn read_queue(
+        &self,
+        shard: granary_placement::id::ShardId,
+        planner: &mut Planner<'_>,
+    ) -> Result<Option<ChunkRef>, MetaClientError> {
         let mut after = lock(&self.cursors).get(&shard).copied();
         for _ in 0..self.settings.pages_per_pass.max(1) {
             let (chunks, more) = match self.meta.query(shard, Query::ListMissing { after, limit: PAGE }).await? {
@@ -169,7 +173,8 @@ impl Inner {
         let (mut good, mut lost, mut trouble) = (Vec::new(), Vec::new(), None);
         let Some(map) = self.store.disks().map() else { return (good, None) };
         for &index in &task.rebuild {
-            let found = disk_of(&map, &task.extent, index).and_then(|disk| Some((disk, self.store.disks().client(disk)?)));
+            let found =
+                disk_of(&map, &task.extent, index).and_then(|disk| Some((disk, self.store.disks().client(disk)?)));
             let Some((disk, client)) = found else { continue };
             let id = chunk_id(&task.extent, index);
             match self.verify(&client, disk, id).await {
@@ -281,14 +286,24 @@ impl Inner {
         // An extent that was deleted meanwhile must not be left with chunks nobody knows of.
         if !done.is_empty() && self.alive(task.shard, vec![(extent.group, extent.extent)]).await? == [false] {
             for lost in &done {
-                let _ = lost.client.control(ControlRequest::DeleteChunks(vec![lost.id]), self.settings.control_deadline).await;
+                let _ = lost
+                    .client
+                    .control(ControlRequest::DeleteChunks(vec![lost.id]), self.settings.control_deadline)
+                    .await;
             }
         }
         Ok((done.iter().map(|lost| lost.index).collect(), trouble))
     }
 
     /// Makes a rebuilt chunk durable, has it read back on its disk, and holds one of its blocks against what was decoded.
-    async fn finish(&self, lost: &Lost, spec: ChunkSpec, sink: Sink, sampled: u32, sample: Option<Bytes>) -> Result<(), RebuildError> {
+    async fn finish(
+        &self,
+        lost: &Lost,
+        spec: ChunkSpec,
+        sink: Sink,
+        sampled: u32,
+        sample: Option<Bytes>,
+    ) -> Result<(), RebuildError> {
         let stored = match sink {
             Sink::Disk(writer) => within(writer.finish()).await,
             Sink::Memory(pieces) => {
@@ -310,7 +325,9 @@ impl Inner {
             ChunkHealth::Good => {}
             health => return Err(RebuildError::NotThere { index: lost.index, health }),
         }
-        let read = within(lost.client.read_blocks(lost.id, sampled, 1)).await.map_err(|error| self.disk_failed(lost, error))?;
+        let read = within(lost.client.read_blocks(lost.id, sampled, 1))
+            .await
+            .map_err(|error| self.disk_failed(lost, error))?;
         if read.data.first() != sample.as_ref() {
             return Err(RebuildError::Refuted { index: lost.index, block: sampled });
         }
@@ -352,7 +369,8 @@ fn decode_back(codec: &Codec, got: &Blocks, index: u8, block: u32, len_bytes: u6
     let others = sources.without(checked).iter().take(usize::from(codec.k()).saturating_sub(1));
     let present = others.collect::<ChunkSet>().with(index);
     let plan = codec.plan(present, ChunkSet::from_indices([checked])).map_err(ReadError::Codec)?;
-    let inputs: Vec<&[u8]> = plan.sources().iter().filter_map(|chunk| got.get(*chunk, block).map(|bytes| &bytes[..])).collect();
+    let inputs: Vec<&[u8]> =
+        plan.sources().iter().filter_map(|chunk| got.get(*chunk, block).map(|bytes| &bytes[..])).collect();
     let mut out = vec![0u8; rebuilt.len()];
     plan.apply(&inputs, &mut [&mut out]).map_err(ReadError::Codec)?;
     if got.get(checked, block).is_none_or(|read| read[..] != out[..]) {

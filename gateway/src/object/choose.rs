@@ -252,7 +252,10 @@ mod tests {
         assert_eq!(shape(&[0, 3]), (2, 2, 0, 3));
         assert_eq!(shape(&[0, 3, 4]), (1, 2, 0, 2));
         assert_eq!(shape(&[0, 3, 4, 5]), (1, 1, 0, 2));
-        assert!(matches!(choose_with(&map, &[0, 1, 2, 3, 4], &[], 1), Err(ChooseError::Unavailable { best_up: 1, .. })));
+        assert!(matches!(
+            choose_with(&map, &[0, 1, 2, 3, 4], &[], 1),
+            Err(ChooseError::Unavailable { best_up: 1, .. })
+        ));
     }
 
     #[test]
@@ -269,7 +272,10 @@ mod tests {
         let choice = choose_with(&map, &[], &[2], 1).unwrap();
         assert_eq!(choice.disks.iter().filter(|disk| disk.is_none()).count(), 1);
         let choice = choose_with(&map, &[], &[0, 1, 2, 3, 4, 5], 1).unwrap();
-        assert!(choice.disks.iter().all(Option::is_some) && !choice.narrow, "before the first ping all disks are doubtful");
+        assert!(
+            choice.disks.iter().all(Option::is_some) && !choice.narrow,
+            "before the first ping all disks are doubtful"
+        );
         let choice = choose_with(&map, &[0, 1], &[2], 1).unwrap();
         assert_eq!((choice.scheme.k, choice.scheme.m), (2, 2));
     }

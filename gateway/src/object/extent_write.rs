@@ -91,7 +91,9 @@ impl Attempt<'_> {
         uncommitted.add_writers(&tasks);
         let mut targets = Vec::with_capacity(scheme.width());
         for (index, disk) in (0u8..).zip(&self.choice.disks) {
-            let Some((disk, client)) = disk.and_then(|disk| Some((disk, self.store.disks().client(disk)?))) else { continue };
+            let Some((disk, client)) = disk.and_then(|disk| Some((disk, self.store.disks().client(disk)?))) else {
+                continue;
+            };
             let id = chunk_id(&extent, index);
             uncommitted.add_chunk(disk, id);
             targets.push(LaneTarget { index, disk, client, id });
@@ -134,7 +136,12 @@ impl Attempt<'_> {
     }
 
     /// Gathers and codes one stripe: K+M units in order of their chunk indices.
-    async fn stripe<S>(&self, stripe: &Stripe, codec: &Codec, source: &mut Source<'_, S>) -> Result<Vec<Bytes>, StageError>
+    async fn stripe<S>(
+        &self,
+        stripe: &Stripe,
+        codec: &Codec,
+        source: &mut Source<'_, S>,
+    ) -> Result<Vec<Bytes>, StageError>
     where
         S: Stream<Item = Result<Bytes, super::BodyError>> + Send,
     {
@@ -153,14 +160,17 @@ impl Attempt<'_> {
         for start in (0..unit_len).step_by(step) {
             let end = unit_len.min(start + step);
             let data: Vec<&[u8]> = payload.chunks_exact(unit_len).filter_map(|unit| unit.get(start..end)).collect();
-            let mut out: Vec<&mut [u8]> = coding.chunks_exact_mut(unit_len).filter_map(|unit| unit.get_mut(start..end)).collect();
+            let mut out: Vec<&mut [u8]> =
+                coding.chunks_exact_mut(unit_len).filter_map(|unit| unit.get_mut(start..end)).collect();
             codec.encode(&data, &mut out).map_err(StageError::Codec)?;
             if end < unit_len {
                 tokio::task::yield_now().await;
             }
         }
         let coding = coding.freeze();
-        let units = |buffer: &Bytes, count: usize| (0..count).map(|j| buffer.slice(j * unit_len..(j + 1) * unit_len)).collect::<Vec<_>>();
+        let units = |buffer: &Bytes, count: usize| {
+            (0..count).map(|j| buffer.slice(j * unit_len..(j + 1) * unit_len)).collect::<Vec<_>>()
+        };
         let mut all = units(&payload, k);
         all.append(&mut units(&coding, m));
         Ok(all)

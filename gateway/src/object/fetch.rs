@@ -184,7 +184,8 @@ impl Fetch<'_> {
     /// How little is to be expected of a chunk's disk: 0 it answers, 1 doubtful, 2 it does not answer or was trouble just now.
     fn rank(&self, chunk: u8) -> u8 {
         let Some(disk) = disk_of(&self.map, self.extent, chunk) else { return 3 };
-        let trouble = self.avoid.contains(disk) || self.corrupt.get(usize::from(chunk)).is_some_and(|blocks| *blocks > 0);
+        let trouble =
+            self.avoid.contains(disk) || self.corrupt.get(usize::from(chunk)).is_some_and(|blocks| *blocks > 0);
         match self.store.disks().health(disk) {
             DiskHealth::Down => 3,
             _ if trouble => 2,
@@ -206,7 +207,8 @@ impl Fetch<'_> {
     }
 
     fn request(&mut self, chunk: u8, blocks: Range<u32>, hedged: bool) {
-        let target = disk_of(&self.map, self.extent, chunk).and_then(|disk| Some((disk, self.store.disks().client(disk)?)));
+        let target =
+            disk_of(&self.map, self.extent, chunk).and_then(|disk| Some((disk, self.store.disks().client(disk)?)));
         let Some((disk, client)) = target else {
             self.grid.set(chunk, blocks, || Cell::Away);
             return;
@@ -278,9 +280,10 @@ impl Fetch<'_> {
             == (extent.codec, extent.k, extent.m, extent.unit_bytes, extent.len_bytes, chunk_len);
         same && got.first_block == blocks.start
             && got.data.len() == blocks.len()
-            && blocks.clone().zip(&got.data).all(|(block, bytes)| {
-                u64::try_from(bytes.len()).is_ok_and(|len| len == block_len(chunk_len, block))
-            })
+            && blocks
+                .clone()
+                .zip(&got.data)
+                .all(|(block, bytes)| u64::try_from(bytes.len()).is_ok_and(|len| len == block_len(chunk_len, block)))
     }
 
     /// Time is up for what is under way: its columns are topped up from other disks, within the budget.
@@ -319,7 +322,14 @@ impl Fetch<'_> {
     }
 }
 
-async fn read(client: NodeClient, chunk: u8, disk: DiskId, id: ChunkId, blocks: Range<u32>, deadline: Duration) -> ReadDone {
+async fn read(
+    client: NodeClient,
+    chunk: u8,
+    disk: DiskId,
+    id: ChunkId,
+    blocks: Range<u32>,
+    deadline: Duration,
+) -> ReadDone {
     let begun = Instant::now();
     let count = blocks.end.saturating_sub(blocks.start);
     let result = tokio::time::timeout(deadline, client.read_blocks(id, blocks.start, count)).await;

@@ -63,7 +63,13 @@ impl Lane {
     }
 
     /// A lane that has all its units at once.
-    pub(super) fn whole(target: LaneTarget, spec: ChunkSpec, units: Vec<Bytes>, deadline: Duration, tasks: &TaskTracker) -> Lane {
+    pub(super) fn whole(
+        target: LaneTarget,
+        spec: ChunkSpec,
+        units: Vec<Bytes>,
+        deadline: Duration,
+        tasks: &TaskTracker,
+    ) -> Lane {
         let LaneTarget { index, disk, client, id } = target;
         let task = tasks.spawn(async move { stored(within(deadline, client.put_chunk(id, spec, units)).await) });
         Lane { index, disk, queue: None, task }
@@ -107,6 +113,9 @@ fn stored(result: Result<(), ChunkError>) -> Result<(), ChunkError> {
     }
 }
 
-async fn within<T>(deadline: Duration, work: impl std::future::Future<Output = Result<T, ChunkError>>) -> Result<T, ChunkError> {
+async fn within<T>(
+    deadline: Duration,
+    work: impl std::future::Future<Output = Result<T, ChunkError>>,
+) -> Result<T, ChunkError> {
     tokio::time::timeout(deadline, work).await.unwrap_or(Err(ChunkError::Link(LinkError::Timeout)))
 }

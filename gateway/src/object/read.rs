@@ -251,7 +251,12 @@ fn segments(extent: &ExtentRef, range: &Range<u64>) -> Vec<Segment> {
 }
 
 /// The payload bytes `range` of one extent.
-async fn read_window(store: &ObjectStore, extent: &ExtentRef, range: Range<u64>, avoid: &Avoid) -> Result<Vec<Bytes>, ReadError> {
+async fn read_window(
+    store: &ObjectStore,
+    extent: &ExtentRef,
+    range: Range<u64>,
+    avoid: &Avoid,
+) -> Result<Vec<Bytes>, ReadError> {
     let segments = segments(extent, &range);
     let block = |offset: u64| u32::try_from(offset / BLOCK_BYTES).unwrap_or(u32::MAX);
     let mut wanted: Vec<Wanted> = Vec::with_capacity(usize::from(extent.k));

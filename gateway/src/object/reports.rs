@@ -39,7 +39,8 @@ impl Reports {
     pub fn push(&self, chunk: ChunkRef, owner: Option<ShardId>) -> bool {
         let now = Instant::now();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.waiting.len() >= WAITING || state.seen.get(&chunk).is_some_and(|at| now.duration_since(*at) < ONCE_PER) {
+        if state.waiting.len() >= WAITING || state.seen.get(&chunk).is_some_and(|at| now.duration_since(*at) < ONCE_PER)
+        {
             return false;
         }
         if state.seen.len() >= WAITING * 4 {

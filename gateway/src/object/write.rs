@@ -110,7 +110,12 @@ impl ObjectStore {
             source.end().await?;
             let bytes = bytes.freeze();
             let crc32 = crc32fast::hash(&bytes);
-            return Ok(Staged { data: ObjectData::Inline { bytes, crc32 }, missing: Vec::new(), size_bytes: len_bytes, uncommitted });
+            return Ok(Staged {
+                data: ObjectData::Inline { bytes, crc32 },
+                missing: Vec::new(),
+                size_bytes: len_bytes,
+                uncommitted,
+            });
         }
 
         let longest = self.settings().extent_bytes.clamp(1, MAX_EXTENT_BYTES);
@@ -121,7 +126,8 @@ impl ObjectStore {
         while left > 0 {
             let len = left.min(longest);
             left -= len;
-            let written = self.write_extent(scheme, owner_shard, len, left == 0, &mut source, &mut failed, &mut draw).await?;
+            let written =
+                self.write_extent(scheme, owner_shard, len, left == 0, &mut source, &mut failed, &mut draw).await?;
             uncommitted.absorb(written.uncommitted);
             extents.push(written.extent);
             missing.extend(written.missing);
@@ -147,20 +153,22 @@ impl ObjectStore {
     {
         let disks = self.disks();
         for attempt in 1.. {
-            let map = disks.map().ok_or_else(|| StageError::Unavailable("the cluster map is not known yet".to_owned()))?;
+            let map =
+                disks.map().ok_or_else(|| StageError::Unavailable("the cluster map is not known yet".to_owned()))?;
             let usable = |disk: DiskId| match disks.health(disk) {
                 _ if failed.contains(&disk) => Usable::No,
                 DiskHealth::Up if disks.writable(disk) => Usable::Yes,
                 DiskHealth::Up | DiskHealth::Suspect => Usable::Maybe,
                 DiskHealth::Down => Usable::No,
             };
-            let choice = choose(&map, &self.group_index(&map), scheme, usable, || draw.next()).map_err(|error| match error {
-                ChooseError::UnknownScheme(name) => StageError::UnknownScheme(name),
-                ChooseError::Unavailable { .. } => {
-                    add(&self.counters().writes_unavailable, 1);
-                    StageError::Unavailable(error.to_string())
-                }
-            })?;
+            let choice =
+                choose(&map, &self.group_index(&map), scheme, usable, || draw.next()).map_err(|error| match error {
+                    ChooseError::UnknownScheme(name) => StageError::UnknownScheme(name),
+                    ChooseError::Unavailable { .. } => {
+                        add(&self.counters().writes_unavailable, 1);
+                        StageError::Unavailable(error.to_string())
+                    }
+                })?;
             source.begin_extent();
             let try_this =
                 Attempt { store: self, choice: &choice, extent: ExtentId(random()?), owner, len_bytes, last };
@@ -221,7 +229,10 @@ where
             if self.carry.is_empty() {
                 self.carry = match self.replay.pop_front() {
                     Some(bytes) => bytes,
-                    None => self.receive().await?.ok_or(StageError::TooShort { expected: self.expected, got: self.received })?,
+                    None => self
+                        .receive()
+                        .await?
+                        .ok_or(StageError::TooShort { expected: self.expected, got: self.received })?,
                 };
             }
             let some = self.carry.split_to(want.min(self.carry.len()));
@@ -338,7 +349,10 @@ mod tests {
     async fn a_body_that_is_too_short_or_too_long_is_refused() {
         let body = std::pin::pin!(pieces(&[b"abc"]));
         let mut source = Source::new(body, 4, 0);
-        assert!(matches!(source.take(&mut BytesMut::new(), 4).await, Err(StageError::TooShort { expected: 4, got: 3 })));
+        assert!(matches!(
+            source.take(&mut BytesMut::new(), 4).await,
+            Err(StageError::TooShort { expected: 4, got: 3 })
+        ));
         let body = std::pin::pin!(pieces(&[b"abc", b"d"]));
         let mut source = Source::new(body, 3, 0);
         source.take(&mut BytesMut::new(), 3).await.unwrap();

@@ -33,7 +33,8 @@ pub struct Cluster {
 /// A seed from the clock, or from GRANARY_SEED to replay; printed, so that a failure can be replayed.
 pub fn seed(test: &str) -> Draw {
     let given = std::env::var("GRANARY_SEED").ok().and_then(|text| text.parse().ok());
-    let seed = given.unwrap_or_else(|| SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64);
+    let seed =
+        given.unwrap_or_else(|| SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64);
     println!("{test}: GRANARY_SEED={seed}");
     Draw(seed)
 }
@@ -129,7 +130,8 @@ impl Cluster {
 
     pub async fn kill(&self, place: usize) {
         self.disks[place].kill();
-        self.until("the disk is seen as down", || self.store.disks().health(self.disks[place].id) == DiskHealth::Down).await;
+        self.until("the disk is seen as down", || self.store.disks().health(self.disks[place].id) == DiskHealth::Down)
+            .await;
     }
 
     pub async fn revive(&self, place: usize) {
@@ -181,7 +183,10 @@ impl Cluster {
 
     /// Reads the range and holds it against the payload.
     pub async fn check(&self, data: &ObjectData, payload: &Bytes, range: Range<u64>) {
-        let got = self.read(data, range.clone()).await.unwrap_or_else(|error| panic!("{range:?} of {}: {error}", payload.len()));
+        let got = self
+            .read(data, range.clone())
+            .await
+            .unwrap_or_else(|error| panic!("{range:?} of {}: {error}", payload.len()));
         let expected = &payload[range.start as usize..range.end as usize];
         assert_eq!(got.len(), expected.len(), "{range:?} of {}", payload.len());
         assert!(got == expected, "wrong bytes in {range:?} of {}", payload.len());

@@ -91,7 +91,10 @@ async fn missing_and_corrupt_chunks_come_back_byte_for_byte() {
                 cluster.damage(extent, second, block as u32, Damage::Flip);
             }
             for index in [first, second] {
-                let shard = [1, 2].map(ShardId).into_iter().find(|shard| meta.shard(*shard).extents.contains_key(&(extent.group, extent.extent)));
+                let shard = [1, 2]
+                    .map(ShardId)
+                    .into_iter()
+                    .find(|shard| meta.shard(*shard).extents.contains_key(&(extent.group, extent.extent)));
                 meta.shard(shard.unwrap()).missing.insert(chunk(extent, index), 1);
             }
             broken += if first == second { 1 } else { 2 };
@@ -115,7 +118,8 @@ async fn a_substitute_disk_is_filled_without_being_told() {
     let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
     meta.page.store(2, Ordering::Relaxed);
     let objects = fill(&cluster, &meta, &mut draw).await;
-    let (_healer, _stop) = heal(&cluster, &meta);
+    let (healer, _stop) = heal(&cluster, &meta);
+    cluster.until("all disks are walked", || healer.status().walks_done >= 6).await;
     let before = contents(&cluster.disks[2]);
     cluster.kill(2).await;
     cluster.map.send_modify(|map| {
@@ -139,8 +143,10 @@ async fn a_disk_that_comes_back_empty_is_filled_again() {
     let mut draw = seed("a_disk_that_comes_back_empty_is_filled_again");
     let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
     fill(&cluster, &meta, &mut draw).await;
-    let (_healer, _stop) = heal(&cluster, &meta);
+    let (healer, _stop) = heal(&cluster, &meta);
     let before = contents(&cluster.disks[4]);
+    // The walks at the start must be over, or they would find it empty.
+    cluster.until("all disks are walked", || healer.status().walks_done == 6).await;
     cluster.kill(4).await;
     cluster.disks[4].chunks.lock().unwrap().clear();
     cluster.revive(4).await;
@@ -170,11 +176,11 @@ async fn what_a_reader_finds_is_repaired_and_what_is_good_is_left_alone() {
     let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
     let objects = fill(&cluster, &meta, &mut draw).await;
     let before = all_contents(&cluster);
-    let (_healer, _stop) = heal(&cluster, &meta);
+    let (healer, _stop) = heal(&cluster, &meta);
     let (data, payload) = &objects[3];
     let extent = &data.extents()[1];
-    // The walk at the start must be over, or it would find the missing chunk by itself.
-    cluster.until("all disks are walked", || counter(&meta.queries) > 20).await;
+    // The walks at the start must be over, or they would find the missing chunk.
+    cluster.until("all disks are walked", || healer.status().walks_done == 6).await;
     cluster.holder(extent, 1).chunks.lock().unwrap().remove(&chunk_id(extent, 1));
     cluster.damage(extent, 3, 0, Damage::Noticed);
     meta.shard(ShardId(1)).missing.insert(chunk(&objects[1].0.extents()[0], 0), 1);
@@ -216,7 +222,8 @@ async fn garbage_goes_after_its_grace_and_nothing_that_is_alive_ever_does() {
     let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
     let objects = fill(&cluster, &meta, &mut draw).await;
     let (old, young, alive) = (&objects[0].0, &objects[1].0, &objects[3].0);
-    let shard_of = |data: &ObjectData| ShardId(1 + (data.extents().iter().map(|extent| extent.len_bytes).sum::<u64>() % 2) as u16);
+    let shard_of =
+        |data: &ObjectData| ShardId(1 + (data.extents().iter().map(|extent| extent.len_bytes).sum::<u64>() % 2) as u16);
     cluster.kill(5).await;
     meta.delete(shard_of(old), old, now_ms() - 61_000);
     meta.delete(shard_of(young), young, now_ms());
@@ -228,7 +235,10 @@ async fn garbage_goes_after_its_grace_and_nothing_that_is_alive_ever_does() {
     let (_healer, _stop) = heal(&cluster, &meta);
     cluster.until("it is gone from the disks that answer", || !contents(&cluster.disks[0]).contains_key(&old_id)).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
-    assert!(meta.shard(shard_of(old)).garbage.iter().any(|(_, extent)| extent.extent == old_id.extent), "one disk has not answered");
+    assert!(
+        meta.shard(shard_of(old)).garbage.iter().any(|(_, extent)| extent.extent == old_id.extent),
+        "one disk has not answered"
+    );
     cluster.revive(5).await;
     let gone = || !meta.shard(shard_of(old)).garbage.iter().any(|(_, extent)| extent.extent == old_id.extent);
     cluster.until("it is gone", gone).await;
@@ -274,7 +284,10 @@ async fn a_census_counts_what_is_there() {
 
     cluster.kill(5).await;
     let census = healer.census(|_| {}).await.unwrap();
-    assert_eq!((census.unreachable, census.extents_lost, census.extents_lost_unless_disks_return), (extents.len() as u64, 2, 1));
+    assert_eq!(
+        (census.unreachable, census.extents_lost, census.extents_lost_unless_disks_return),
+        (extents.len() as u64, 2, 1)
+    );
     assert!(serde_json::to_string(&census).unwrap().contains("\"extents_lost\":2"));
     stop.cancel();
     healer.stopped().await;
@@ -292,7 +305,9 @@ async fn several_healers_do_no_harm_to_each_other() {
         cluster.kill(place).await;
         cluster.disks[place].chunks.lock().unwrap().clear();
         cluster.revive(place).await;
-        cluster.until("it is full again", || contents(&cluster.disks[place]) == before[place] && meta.missing() == 0).await;
+        cluster
+            .until("it is full again", || contents(&cluster.disks[place]) == before[place] && meta.missing() == 0)
+            .await;
     }
     assert!(all_contents(&cluster) == before);
 }

@@ -22,7 +22,6 @@ pub struct Meta {
     shards: [Mutex<Shard>; 2],
     /// Pages are no longer than this, so that paging is tried with few extents.
     pub page: AtomicU64,
-    pub queries: AtomicU64,
 }
 
 impl Meta {
@@ -92,7 +91,6 @@ impl MetaClient for Meta {
     }
 
     async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, MetaClientError> {
-        self.queries.fetch_add(1, Ordering::Relaxed);
         let state = self.shard(shard);
         Ok(match query {
             Query::ExtentsOfGroup { group, after, limit } => {
@@ -108,7 +106,9 @@ impl MetaClient for Meta {
             }
             Query::ListMissing { after, limit } => {
                 let all = state.missing.iter().filter(|(chunk, _)| after.is_none_or(|after| **chunk > after));
-                let all = all.map(|(chunk, queued_ms)| (*chunk, *queued_ms, state.extents[&(chunk.group, chunk.extent)].clone()));
+                let all = all.map(|(chunk, queued_ms)| {
+                    (*chunk, *queued_ms, state.extents[&(chunk.group, chunk.extent)].clone())
+                });
                 let (chunks, more) = page(all, self.limit(limit));
                 Answer::Missing { chunks, more }
             }

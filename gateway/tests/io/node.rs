@@ -76,7 +76,8 @@ impl Disk {
 
     pub fn serve(self: &Arc<Disk>, listener: TcpListener, credentials: Credentials) {
         let service: Arc<dyn NodeService> = Arc::new(Service(self.clone()));
-        let server = tokio::spawn(serve(listener, service, credentials, ServerLimits::default(), CancellationToken::new()));
+        let server =
+            tokio::spawn(serve(listener, service, credentials, ServerLimits::default(), CancellationToken::new()));
         *self.server.lock().unwrap() = Some(server);
     }
 
@@ -99,7 +100,9 @@ impl Disk {
 
     fn health(&self, id: &ChunkId) -> ChunkHealth {
         let chunks = self.chunks.lock().unwrap();
-        let Some(stored) = chunks.get(id).filter(|_| !self.blind.load(Ordering::SeqCst)) else { return ChunkHealth::Missing };
+        let Some(stored) = chunks.get(id).filter(|_| !self.blind.load(Ordering::SeqCst)) else {
+            return ChunkHealth::Missing;
+        };
         let damage = self.damage.lock().unwrap();
         let damaged = damage.keys().any(|(damaged, _)| damaged == id);
         let wrong = stored.bytes.chunks(BLOCK_BYTES as usize).zip(&stored.crcs).zip(0u32..);
@@ -178,7 +181,9 @@ impl NodeService for Service {
                     let chunks = disk.chunks.lock().unwrap();
                     ControlResponse::Have(ids.iter().map(|id| chunks.contains_key(id)).collect())
                 }
-                ControlRequest::VerifyChunks(ids) => ControlResponse::Health(ids.iter().map(|id| disk.health(id)).collect()),
+                ControlRequest::VerifyChunks(ids) => {
+                    ControlResponse::Health(ids.iter().map(|id| disk.health(id)).collect())
+                }
                 _ => ControlResponse::Error(ControlError::BadRequest("not in this test".to_owned())),
             }
         })

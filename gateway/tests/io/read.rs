@@ -1,7 +1,7 @@
 use crate::cluster::{losses, payload, random_range, seed, Cluster, OWNER, UNIT};
 use crate::node::Damage;
 use futures::StreamExt;
-use granary_gateway::object::{ObjectSettings, ReadError};
+use granary_gateway::object::{chunk_id, ObjectSettings, ReadError};
 use granary_wire::record::ObjectData;
 use std::sync::atomic::Ordering;
 
@@ -24,7 +24,9 @@ async fn any_range_of_a_healthy_payload_is_read_without_decoding() {
     cluster.check(&data, &payload, 5..5).await;
     // A busy machine may make a read late and hedge it; decoding is then right, but never for want of a chunk.
     let counters = cluster.store.counters();
-    assert!(counters.blocks_decoded.load(Ordering::Relaxed) == 0 || counters.chunk_reads_hedged.load(Ordering::Relaxed) > 0);
+    assert!(
+        counters.blocks_decoded.load(Ordering::Relaxed) == 0 || counters.chunk_reads_hedged.load(Ordering::Relaxed) > 0
+    );
     assert_eq!(cluster.store.reports().waiting(), 0);
     assert!(matches!(cluster.read(&data, 0..LEN + 1).await, Err(ReadError::Range { .. })));
 }
@@ -144,7 +146,8 @@ async fn a_slow_disk_is_not_waited_for() {
     assert!(slow.reads_begun.load(Ordering::SeqCst) > 0);
     assert_eq!(slow.reads_ended.load(Ordering::SeqCst), 0);
     let counters = cluster.store.counters();
-    let (reads, hedged) = (counters.chunk_reads.load(Ordering::Relaxed), counters.chunk_reads_hedged.load(Ordering::Relaxed));
+    let (reads, hedged) =
+        (counters.chunk_reads.load(Ordering::Relaxed), counters.chunk_reads_hedged.load(Ordering::Relaxed));
     assert!(hedged > 0 && hedged < reads / 2, "{hedged} of {reads}");
 }
 
@@ -166,6 +169,23 @@ async fn disks_that_die_in_mid_read_are_read_around() {
         }
     }
     assert!(got == payload);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chunk_that_says_it_is_of_another_extent_shape_is_not_used() {
+    let mut draw = seed("a_chunk_that_says_it_is_of_another_extent_shape_is_not_used");
+    let cluster = Cluster::start(4, 2, small()).await;
+    let payload = payload(4 * UNIT, &mut draw);
+    let data = cluster.put(&payload, &mut draw).await;
+    let extent = &data.extents()[0];
+    for index in [1, 3] {
+        let mut chunks = cluster.holder(extent, index).chunks.lock().unwrap();
+        chunks.get_mut(&chunk_id(extent, index)).unwrap().spec.extent_len_bytes -= 1;
+    }
+    cluster.check(&data, &payload, 0..4 * UNIT).await;
+    let mut reported: Vec<u8> = cluster.store.reports().take(10).iter().map(|report| report.chunk.index).collect();
+    reported.sort_unstable();
+    assert_eq!(reported, [1, 3]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -47,7 +47,9 @@ impl Grid {
         let chunk_len = extent.layout().chunk_len();
         let base = wanted.iter().map(|want| want.blocks.start).min().unwrap_or(0);
         let end = wanted.iter().map(|want| want.blocks.end).max().unwrap_or(0);
-        if u64::from(end) > block_count(chunk_len) || wanted.iter().any(|want| want.chunk >= width || want.blocks.is_empty()) {
+        if u64::from(end) > block_count(chunk_len)
+            || wanted.iter().any(|want| want.chunk >= width || want.blocks.is_empty())
+        {
             return Err(format!("blocks outside extent {}", extent.extent));
         }
         let mut rows = vec![0..0; usize::from(width)];
@@ -138,8 +140,9 @@ impl Grid {
 
     /// Chunks that are wanted in this column and not there yet.
     fn open(&self, block: u32) -> impl Iterator<Item = u8> + '_ {
-        self.chunks()
-            .filter(move |chunk| self.is_wanted(*chunk, block) && !matches!(self.cell(*chunk, block), Cell::Read(_) | Cell::Decoded(_)))
+        self.chunks().filter(move |chunk| {
+            self.is_wanted(*chunk, block) && !matches!(self.cell(*chunk, block), Cell::Read(_) | Cell::Decoded(_))
+        })
     }
 
     fn readable(&self, block: u32) -> ChunkSet {
@@ -250,7 +253,8 @@ mod tests {
             generation: 1,
             slots: (0..6).collect(),
         };
-        let wanted: Vec<Wanted> = wanted.iter().map(|(chunk, blocks)| Wanted { chunk: *chunk, blocks: blocks.clone() }).collect();
+        let wanted: Vec<Wanted> =
+            wanted.iter().map(|(chunk, blocks)| Wanted { chunk: *chunk, blocks: blocks.clone() }).collect();
         Grid::new(&extent, &wanted, exclude.iter().copied().collect()).unwrap()
     }
 
