@@ -80,9 +80,15 @@ impl Maps {
             },
             Err(source) => return Err(MapRefused::File { path, source }),
         };
-        if let Some(map) = &kept {
-            check(map, &label)?;
-        }
+        let kept = match kept.map(|map| check(&map, &label).map(|()| map)).transpose() {
+            Ok(kept) => kept,
+            Err(MapRefused::Rule(error)) => {
+                // Written by a build with other rules. A map that says this is another disk is refused.
+                tracing::warn!(path = %path.display(), %error, "the kept map breaks a rule; waiting for a peer's");
+                None
+            }
+            Err(other) => return Err(other),
+        };
         Ok(Maps { label, path, newest: watch::Sender::new(kept.map(Arc::new)), writing: tokio::sync::Mutex::new(()) })
     }
 
@@ -128,11 +134,8 @@ fn check(map: &ClusterMap, label: &Label) -> Result<(), MapRefused> {
     if map.cluster_id != label.cluster {
         return Err(MapRefused::OtherCluster { found: map.cluster_id, expected: label.cluster });
     }
-    map.validate()?;
-    match map.disk(label.disk) {
-        Some(disk) if disk.uuid != label.uuid => {
-            Err(MapRefused::OtherDisk { disk: label.disk, found: disk.uuid, expected: label.uuid })
-        }
-        _ => Ok(()),
+    if let Some(disk) = map.disk(label.disk).filter(|disk| disk.uuid != label.uuid) {
+        return Err(MapRefused::OtherDisk { disk: label.disk, found: disk.uuid, expected: label.uuid });
     }
+    Ok(map.validate()?)
 }

@@ -268,3 +268,34 @@ async fn the_first_failed_sync_ends_the_process() {
         assert!(node.wait().success());
     }
 }
+
+/// Many long uploads and reads at once; what is not written yet must wait in the clients, not in the node.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_stays_bounded_under_load() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let client = node.client();
+    let tasks: Vec<_> = (0..32u8)
+        .map(|number| {
+            let client = client.clone();
+            tokio::spawn(async move {
+                let len = if number % 2 == 0 { 24 << 20 } else { 900_000 };
+                put(&client, number, len).await.unwrap();
+                let blocks = (len as u32).div_ceil(65536);
+                for first in (0..blocks).step_by(64) {
+                    client.read_blocks(chunk(number), first, 64).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", node.child.id())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let peak_kib: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    println!("peak memory {} MiB", peak_kib / 1024);
+    assert!(peak_kib < 400 * 1024, "{peak_kib} KiB");
+    node.signal("TERM");
+    assert!(node.wait().success());
+}

@@ -85,23 +85,17 @@ struct Reservation {
 /// A segment as the writer knows it.
 pub(super) struct Segment {
     pub(super) info: SegmentInfo,
-    /// `info` changed since the last batch.
-    pub(super) dirty: bool,
     /// Only of segments that take records or wait for uploads.
     file: Option<Arc<dyn SegmentFile>>,
     /// Where the next record goes.
     tail: u64,
     /// Records being written.
     taken: BTreeSet<u64>,
-    /// A record was finished since the last sync.
-    touched: bool,
-    /// Takes no new records; sealed when the last upload ends.
-    closing: bool,
 }
 
 impl Segment {
     pub(super) fn sealed(info: SegmentInfo) -> Segment {
-        Segment { info, dirty: false, file: None, tail: info.length_bytes, taken: BTreeSet::new(), touched: false, closing: false }
+        Segment { info, file: None, tail: info.length_bytes, taken: BTreeSet::new() }
     }
 }
 
@@ -110,6 +104,15 @@ pub struct Core {
     shared: Arc<Shared>,
     segments: BTreeMap<u32, Segment>,
     active: Option<u32>,
+    // Sets of segment numbers, so that a group never walks over all segments of a large disk.
+    /// Take no new records; sealed when their last upload ends.
+    closing: BTreeSet<u32>,
+    /// A record was finished since the last sync.
+    touched: BTreeSet<u32>,
+    /// Their `info` changed since the last batch.
+    dirty: BTreeSet<u32>,
+    /// Sealed, and nothing alive in them.
+    dead: BTreeSet<u32>,
     uploads: HashMap<Ticket, Reservation>,
     next_ticket: u64,
     disk: DiskInfo,
@@ -132,10 +135,16 @@ enum Step {
 
 impl Core {
     pub(super) fn new(shared: Arc<Shared>, disk: DiskInfo, segments: BTreeMap<u32, Segment>) -> Core {
+        let is_dead = |segment: &Segment| segment.info.state == SegmentState::Sealed && segment.info.live_records == 0;
+        let dead = segments.iter().filter(|(_, segment)| is_dead(segment)).map(|(number, _)| *number).collect();
         let core = Core {
             shared,
             segments,
             active: None,
+            closing: BTreeSet::new(),
+            touched: BTreeSet::new(),
+            dirty: BTreeSet::new(),
+            dead,
             uploads: HashMap::new(),
             next_ticket: 0,
             disk,
@@ -181,9 +190,7 @@ impl Core {
                     other => other?,
                 };
                 // Only now: a record that found no room for a segment of its own must not close one that others still fit in.
-                if let Some(segment) = before.and_then(|before| self.segments.get_mut(&before)) {
-                    segment.closing = true;
-                }
+                self.closing.extend(before);
                 self.active = Some(number);
                 number
             }
@@ -231,9 +238,8 @@ impl Core {
         device.sync_dir().map_err(|error| self.broken("sync of the segment folder", error))?;
         self.shared.remember(number, file.clone());
         let info = SegmentInfo { uuid, length_bytes, watermark: RECORDS_AT, state: SegmentState::Open, live_records: 0, live_bytes: 0 };
-        let segment =
-            Segment { info, dirty: true, file: Some(file), tail: RECORDS_AT, taken: BTreeSet::new(), touched: false, closing: false };
-        self.segments.insert(number, segment);
+        self.segments.insert(number, Segment { info, file: Some(file), tail: RECORDS_AT, taken: BTreeSet::new() });
+        self.dirty.insert(number);
         Ok(number)
     }
 
@@ -310,7 +316,7 @@ impl Core {
     fn abandon(&mut self, place: Place, len_bytes: u64) {
         if let Some(segment) = self.segments.get_mut(&place.segment) {
             segment.taken.remove(&place.offset);
-            segment.dirty = true;
+            self.dirty.insert(place.segment);
         }
         let mut carry = std::mem::take(&mut self.carry);
         self.bury_piece(&mut carry, Hole { segment: place.segment, offset: place.offset, len_bytes: record_bytes(len_bytes) });
@@ -404,25 +410,19 @@ impl Core {
         if let Err(error) = file.pwrite(place.offset, &header.encode()) {
             return Err(self.write_failed(place, spec.len_bytes, &error));
         }
-        if let Some(segment) = self.segments.get_mut(&place.segment) {
-            segment.taken.remove(&place.offset);
-            segment.touched = true;
-            segment.dirty = true;
-        }
+        // It stays taken until the batch that indexes it: a flush in between (to make room for another record of the group) must not
+        // carry the watermark past it.
+        self.touched.insert(place.segment);
         self.appended_bytes += record_bytes(spec.len_bytes);
         Ok(Step::Stored { id, at: Location { segment: place.segment, offset: place.offset, sequence, spec } })
     }
 
     fn sync_touched(&mut self) -> Result<(), StoreError> {
-        for segment in self.segments.values_mut() {
-            if std::mem::take(&mut segment.touched) {
-                let Some(file) = &segment.file else { continue };
-                let begun = Instant::now();
-                if let Err(error) = file.fdatasync() {
-                    return Err(self.shared.fail(format!("sync: {error}")));
-                }
-                self.shared.metrics.sync_seconds.observe(begun.elapsed().as_secs_f64());
-            }
+        for number in std::mem::take(&mut self.touched) {
+            let file = self.file(number)?;
+            let begun = Instant::now();
+            file.fdatasync().map_err(|error| self.broken("sync", error))?;
+            self.shared.metrics.sync_seconds.observe(begun.elapsed().as_secs_f64());
         }
         Ok(())
     }
@@ -438,6 +438,9 @@ impl Core {
                 Step::Stored { id, at } => {
                     let before = self.lookup(&group, id)?;
                     self.unlink_record(&mut batch, before);
+                    if let Some(segment) = self.segments.get_mut(&at.segment) {
+                        segment.taken.remove(&at.offset);
+                    }
                     batch.put_chunk(id, at);
                     self.count(at, 1);
                     group.insert(*id, Some(*at));
@@ -485,7 +488,10 @@ impl Core {
         if let Some(segment) = self.segments.get_mut(&at.segment) {
             step(&mut segment.info.live_records, 1);
             step(&mut segment.info.live_bytes, at.record_bytes());
-            segment.dirty = true;
+            if segment.info.state == SegmentState::Sealed && segment.info.live_records == 0 {
+                self.dead.insert(at.segment);
+            }
+            self.dirty.insert(at.segment);
         }
     }
 
@@ -493,13 +499,12 @@ impl Core {
     fn write_index(&mut self, batch: Batch) -> Result<(), StoreError> {
         let mut all = std::mem::take(&mut self.carry);
         all.changes.extend(batch.changes);
-        for (number, segment) in &mut self.segments {
-            if std::mem::take(&mut segment.dirty) {
-                if segment.info.state == SegmentState::Open {
-                    segment.info.watermark = segment.taken.first().copied().unwrap_or(segment.tail);
-                }
-                all.put_segment(*number, &segment.info);
+        for number in std::mem::take(&mut self.dirty) {
+            let Some(segment) = self.segments.get_mut(&number) else { continue };
+            if segment.info.state == SegmentState::Open {
+                segment.info.watermark = segment.taken.first().copied().unwrap_or(segment.tail);
             }
+            all.put_segment(number, &segment.info);
         }
         all.put_disk(&self.disk);
         self.unflushed = true;
@@ -514,7 +519,7 @@ impl Core {
     /// [`StoreError::Failed`].
     pub fn flush(&mut self) -> Result<(), StoreError> {
         self.shared.alive()?;
-        if !self.carry.is_empty() || self.segments.values().any(|segment| segment.dirty) {
+        if !self.carry.is_empty() || !self.dirty.is_empty() {
             self.write_index(Batch::default())?;
         }
         if self.unflushed {
@@ -554,18 +559,22 @@ impl Core {
     /// Seals segments that take no more records: their records are synced already, so whoever finds the seal may believe every header.
     fn seal_closed(&mut self) -> Result<bool, StoreError> {
         let mut any = false;
-        for (number, segment) in &mut self.segments {
-            if !segment.closing || !segment.taken.is_empty() || segment.touched {
+        for number in self.closing.clone() {
+            let Some(segment) = self.segments.get_mut(&number) else { continue };
+            if !segment.taken.is_empty() || self.touched.contains(&number) {
                 continue;
             }
             let Some(file) = segment.file.take() else { continue };
-            if let Err(error) = seal(&*file, *number, &segment.info, segment.tail, &[(segment.tail, segment.info.length_bytes)]) {
+            if let Err(error) = seal(&*file, number, &segment.info, segment.tail, &[(segment.tail, segment.info.length_bytes)]) {
                 return Err(self.shared.fail(format!("seal: {error}")));
             }
-            segment.closing = false;
             segment.info.state = SegmentState::Sealed;
             segment.info.watermark = segment.info.length_bytes;
-            segment.dirty = true;
+            if segment.info.live_records == 0 {
+                self.dead.insert(number);
+            }
+            self.closing.remove(&number);
+            self.dirty.insert(number);
             any = true;
         }
         Ok(any)
@@ -603,15 +612,14 @@ impl Core {
     /// Removes sealed segments with nothing alive in them: marked dead in the flushed index first, so that a file that comes back after a
     /// crash is not taken for an unknown one and read.
     fn remove_dead(&mut self) -> Result<(), StoreError> {
-        let is_dead = |segment: &Segment| segment.info.state == SegmentState::Sealed && segment.info.live_records == 0;
-        let dead: BTreeSet<u32> = self.segments.iter().filter(|(_, segment)| is_dead(segment)).map(|(number, _)| *number).collect();
+        let dead = std::mem::take(&mut self.dead);
         if dead.is_empty() {
             return Ok(());
         }
         for number in &dead {
             if let Some(segment) = self.segments.get_mut(number) {
                 segment.info.state = SegmentState::Dead;
-                segment.dirty = true;
+                self.dirty.insert(*number);
             }
         }
         for holes in [&mut self.holes_waiting, &mut self.holes_ready] {
