@@ -461,7 +461,7 @@ impl MetaHost {
     }
 }
 
-/// Keeps the members of led shards as the map says, and stops replicas that are no members any more. Ends with the host.
+/// Keeps the members of led shards as the map says, stops replicas that are no members any more, and keeps logs short. Ends with the host.
 async fn reconcile_members(host: MetaHost) {
     let stop = host.inner.stop.clone();
     let mut round = 0u64;
@@ -471,7 +471,7 @@ async fn reconcile_members(host: MetaHost) {
             () = tokio::time::sleep(RECONCILE_EVERY) => {}
         }
         round += 1;
-        let Some(map) = host.newest_map() else { continue };
+        let map = host.newest_map();
         let running: Vec<(ShardId, Arc<Lanes>)> = {
             let slots = lock(&host.inner.slots);
             let running = |(shard, slot): (&ShardId, &Slot)| match slot {
@@ -481,7 +481,12 @@ async fn reconcile_members(host: MetaHost) {
             slots.iter().filter_map(running).collect()
         };
         for (shard, lanes) in running {
-            let work = reconcile_shard(&host, &map, shard, &lanes, round);
+            let work = async {
+                lanes.replica.hand_over_long_log().await;
+                if let Some(map) = &map {
+                    reconcile_shard(&host, map, shard, &lanes, round).await;
+                }
+            };
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = work => {}

@@ -57,6 +57,8 @@ struct Tail {
     cache_bytes: usize,
     /// Entries below this index are in the database.
     written_end: u64,
+    /// First entry there is or was not purged yet; reads begin there, and a hole behind it is an error.
+    first: u64,
     last: Option<LogId>,
     purged: Option<LogId>,
     vote: Option<Vote>,
@@ -110,16 +112,17 @@ impl ShardLog {
             let purged: WireLogId = crate::codec::decode(&bytes).map_err(failed)?;
             tail.purged = Some(log_id_from_wire(purged));
         }
-        let mut expected = tail.purged.as_ref().map(|purged| purged.index + 1);
+        tail.first = tail.purged.as_ref().map_or(0, |purged| purged.index + 1);
+        let mut expected = tail.first;
         let mut last = None;
         db.scan(&entry_key(group, 0), &after_entries(group), |key, value| {
             let index = key.last_chunk::<8>().map(|index| u64::from_be_bytes(*index)).unwrap_or(u64::MAX);
             let bad = |why: String| crate::kv::StateError::Value(why);
-            if expected.is_some_and(|expected| expected != index) {
-                return Err(bad(format!("log of shard {shard}: entry {index} where {expected:?} should be")));
+            if expected != index {
+                return Err(bad(format!("log of shard {shard}: entry {index} where {expected} should be")));
             }
             let entry = decode_entry(group, index, value).map_err(|error| bad(error.to_string()))?;
-            expected = Some(index + 1);
+            expected = index + 1;
             last = Some(entry.id);
             Ok(true)
         })
@@ -133,7 +136,7 @@ impl ShardLog {
     fn read(&self, start: u64, end: u64, max_bytes: usize) -> io::Result<Vec<Entry>> {
         let (mut found, from_cache, start, end) = {
             let tail = lock(&self.tail);
-            let start = start.max(tail.purged.as_ref().map_or(0, |purged| purged.index + 1));
+            let start = start.max(tail.first);
             let end = end.min(tail.last.as_ref().map_or(0, |last| last.index + 1));
             if start >= end {
                 return Ok(Vec::new());
@@ -171,8 +174,7 @@ impl ShardLog {
         let reached = start + found.len() as u64;
         if reached < end && bytes < max_bytes {
             // A purge may have come between; anything else is a hole.
-            let purged = lock(&self.tail).purged.as_ref().map_or(0, |purged| purged.index + 1);
-            if purged <= start {
+            if lock(&self.tail).first <= start {
                 return Err(failed(format!("log of shard {}: entry {reached} is missing", self.shard)));
             }
             return Ok(Vec::new());
@@ -273,12 +275,16 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
             added.push(Cached { len_bytes: value.len(), entry: entry.clone() });
             writes.push(LogWrite::Put(entry_key(group, entry.log_id.index), value));
         }
-        let Some(last) = added.last().map(|cached| cached.entry.log_id) else {
+        let ends = added.first().zip(added.last()).map(|(first, last)| (first.entry.log_id, last.entry.log_id));
+        let Some((first, last)) = ends else {
             callback.io_completed(Ok(()));
             return Ok(());
         };
         {
             let mut tail = lock(&self.tail);
+            if tail.last.is_none() {
+                tail.first = first.index;
+            }
             for cached in added {
                 tail.cache_bytes += cached.len_bytes;
                 tail.cache.insert(cached.entry.log_id.index, cached);
@@ -324,6 +330,7 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
             let gone = std::mem::replace(&mut tail.cache, kept);
             tail.cache_bytes -= gone.values().map(|cached| cached.len_bytes).sum::<usize>();
             tail.purged = tail.purged.max(Some(log_id));
+            tail.first = tail.first.max(log_id.index + 1);
             tail.last = tail.last.max(Some(log_id));
             tail.written_end = tail.written_end.max(log_id.index + 1);
         }

@@ -225,7 +225,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     async fn get_current_snapshot(
         &mut self,
     ) -> Result<Option<Snapshot<super::LeaderId, u64, (), SnapshotSource>>, io::Error> {
-        Ok(live_snapshot(&self.state, &self.applied))
+        Ok(self.applied.last.map(|_| live_snapshot(&self.state, &self.applied)))
     }
 }
 
@@ -233,10 +233,9 @@ impl RaftStateMachine<TypeConfig> for Machine {
 fn live_snapshot(
     state: &Arc<StateDb>,
     applied: &AppliedState,
-) -> Option<Snapshot<super::LeaderId, u64, (), SnapshotSource>> {
-    applied.last?;
+) -> Snapshot<super::LeaderId, u64, (), SnapshotSource> {
     let meta = SnapshotMeta { last_log_id: last_log_id(applied), last_membership: super::members_from_applied(applied) };
-    Some(Snapshot { meta, snapshot: SnapshotSource::Live(state.clone()) })
+    Snapshot { meta, snapshot: SnapshotSource::Live(state.clone()) }
 }
 
 /// Builds snapshots: an explicit flush, after which the log up to there may go.
@@ -256,6 +255,6 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
         if let Some(last) = self.applied.last {
             tokio::task::spawn_blocking(move || state.make_durable(shard, last.index)).await.map_err(failed)?.map_err(failed)?;
         }
-        live_snapshot(&self.state, &self.applied).ok_or_else(|| failed("nothing was applied yet"))
+        Ok(live_snapshot(&self.state, &self.applied))
     }
 }

@@ -425,6 +425,35 @@ impl Replica {
         Ok(true)
     }
 
+    /// Hands leadership over when the log has grown far past what snapshots should leave of it.
+    ///
+    /// A leader of this library keeps every entry that a voter has not acknowledged, also for one that is dead; its followers do not. So
+    /// while a disk is dead the leaders take turns: the next one begins with a short log, and this one purges as a follower.
+    pub async fn hand_over_long_log(&self) {
+        let limit = 4 * (self.timing.snapshot_entries + self.timing.keep_entries);
+        let to = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            let last = metrics.last_log_index.unwrap_or(0);
+            let purged = metrics.purged.as_ref().map_or(0, |purged| purged.index);
+            if !metrics.state.is_leader() || last.saturating_sub(purged) <= limit {
+                return;
+            }
+            let voters: BTreeSet<u64> = metrics.membership_config.voter_ids().filter(|node| *node != self.me).collect();
+            let replicated = metrics.replication.clone().unwrap_or_default();
+            voters
+                .into_iter()
+                .filter_map(|node| replicated.get(&node).cloned().flatten().map(|matched| (matched.index, node)))
+                .max()
+                .filter(|(matched, _)| matched + self.timing.keep_entries >= last)
+                .map(|(_, node)| node)
+        };
+        if let Some(to) = to {
+            tracing::info!(shard = %self.shard, to, "handing leadership over: the log is long because a voter lags");
+            let _ = self.raft.trigger().transfer_leader(to).await;
+        }
+    }
+
     /// How it stands.
     pub fn status(&self) -> ShardStatus {
         let metrics = self.raft.metrics();
