@@ -110,10 +110,10 @@ impl Default for HealSettings {
     fn default() -> HealSettings {
         HealSettings {
             interval: Duration::from_secs(2),
-            extents_at_once: 4,
+            extents_at_once: 8,
             bytes_per_s: 512 * 1024 * 1024,
             window_bytes: 1024 * 1024,
-            extents_per_pass: 1024,
+            extents_per_pass: 256,
             pages_per_pass: 100,
             first_backoff: Duration::from_secs(5),
             longest_backoff: Duration::from_secs(300),

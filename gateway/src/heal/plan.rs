@@ -40,10 +40,13 @@ pub enum Target {
     Down,
 }
 
+/// Where the disk of an extent's chunk stands.
+type TargetFn<'a> = Box<dyn Fn(&ExtentRef, u8) -> Target + Send + Sync + 'a>;
+
 /// Collects the entries of repair queues and keeps the most urgent extents.
 pub struct Planner<'a> {
     limit: usize,
-    target: Box<dyn Fn(&ExtentRef, u8) -> Target + Send + Sync + 'a>,
+    target: TargetFn<'a>,
     ready: Box<dyn Fn(ExtentId) -> bool + Send + Sync + 'a>,
     /// The extent whose entries are coming in: a queue is in order of extents.
     current: Option<Queued>,

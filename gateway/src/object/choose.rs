@@ -168,7 +168,7 @@ pub struct Draw(pub u64);
 
 impl Draw {
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -221,7 +221,7 @@ mod tests {
             id if maybe.contains(&id) => Usable::Maybe,
             _ => Usable::Yes,
         };
-        choose(map, &GroupIndex::new(map), None, usable, || draw.next())
+        choose(map, &GroupIndex::new(map), None, usable, || draw.number())
     }
 
     #[test]

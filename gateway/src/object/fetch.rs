@@ -67,11 +67,7 @@ pub async fn fetch(
     avoid: &Avoid,
 ) -> Result<Blocks, ReadError> {
     check_extent(extent).map_err(ReadError::BadRecord)?;
-    let map = store.disks().map().ok_or_else(|| ReadError::Unreachable {
-        extent: extent.extent,
-        good: 0,
-        needed: extent.k,
-    })?;
+    let map = store.disks().map().ok_or(ReadError::Unreachable { extent: extent.extent, good: 0, needed: extent.k })?;
     let grid = Grid::new(extent, wanted, exclude).map_err(ReadError::BadRecord)?;
     let mut fetch = Fetch {
         store,

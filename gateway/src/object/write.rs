@@ -162,13 +162,15 @@ impl ObjectStore {
                 DiskHealth::Down => Usable::No,
             };
             let choice =
-                choose(&map, &self.group_index(&map), scheme, usable, || draw.next()).map_err(|error| match error {
-                    ChooseError::UnknownScheme(name) => StageError::UnknownScheme(name),
-                    ChooseError::Unavailable { .. } => {
-                        add(&self.counters().writes_unavailable, 1);
-                        StageError::Unavailable(error.to_string())
-                    }
-                })?;
+                choose(&map, &self.group_index(&map), scheme, usable, || draw.number()).map_err(
+                    |error| match error {
+                        ChooseError::UnknownScheme(name) => StageError::UnknownScheme(name),
+                        ChooseError::Unavailable { .. } => {
+                            add(&self.counters().writes_unavailable, 1);
+                            StageError::Unavailable(error.to_string())
+                        }
+                    },
+                )?;
             source.begin_extent();
             let try_this =
                 Attempt { store: self, choice: &choice, extent: ExtentId(random()?), owner, len_bytes, last };

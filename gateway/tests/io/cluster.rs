@@ -43,7 +43,7 @@ pub fn seed(test: &str) -> Draw {
 pub fn payload(len: u64, draw: &mut Draw) -> Bytes {
     let mut bytes = BytesMut::with_capacity(len as usize + 8);
     while (bytes.len() as u64) < len {
-        bytes.extend_from_slice(&draw.next().to_le_bytes());
+        bytes.extend_from_slice(&draw.number().to_le_bytes());
     }
     bytes.truncate(len as usize);
     bytes.freeze()
@@ -54,7 +54,7 @@ pub fn body(payload: &Bytes, draw: &mut Draw) -> impl Stream<Item = Result<Bytes
     let mut pieces = Vec::new();
     let mut rest = payload.clone();
     while !rest.is_empty() {
-        let len = (draw.next() % 150_000 + 1).min(rest.len() as u64);
+        let len = (draw.number() % 150_000 + 1).min(rest.len() as u64);
         pieces.push(Ok(rest.split_to(len as usize)));
     }
     stream::iter(pieces)
@@ -194,9 +194,9 @@ impl Cluster {
 }
 
 pub fn random_range(len: u64, draw: &mut Draw) -> Range<u64> {
-    let start = draw.next() % len;
-    let longest = if draw.next() % 2 == 0 { len - start } else { (len - start).min(5000) };
-    start..start + 1 + draw.next() % longest
+    let start = draw.number() % len;
+    let longest = if draw.number() % 2 == 0 { len - start } else { (len - start).min(5000) };
+    start..start + 1 + draw.number() % longest
 }
 
 /// All sets of one or two of `width` places.

@@ -84,9 +84,9 @@ async fn missing_and_corrupt_chunks_come_back_byte_for_byte() {
     let mut broken = 0;
     for (data, _) in &objects {
         for extent in data.extents() {
-            let (first, second) = ((draw.next() % 6) as u8, (draw.next() % 6) as u8);
+            let (first, second) = ((draw.number() % 6) as u8, (draw.number() % 6) as u8);
             cluster.holder(extent, first).chunks.lock().unwrap().remove(&chunk_id(extent, first));
-            let block = draw.next() % extent.layout().chunk_len().div_ceil(UNIT);
+            let block = draw.number() % extent.layout().chunk_len().div_ceil(UNIT);
             if second != first {
                 cluster.damage(extent, second, block as u32, Damage::Flip);
             }
@@ -301,7 +301,7 @@ async fn several_healers_do_no_harm_to_each_other() {
     let before = all_contents(&cluster);
     let _healers = [heal(&cluster, &meta), heal(&cluster, &meta), heal(&cluster, &meta)];
     for round in 0..3 {
-        let place = (round + draw.next() as usize % 2) % 6;
+        let place = (round + draw.number() as usize % 2) % 6;
         cluster.kill(place).await;
         cluster.disks[place].chunks.lock().unwrap().clear();
         cluster.revive(place).await;

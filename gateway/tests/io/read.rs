@@ -85,8 +85,8 @@ async fn damaged_blocks_never_reach_the_reader() {
             let blocks = extent.layout().chunk_len().div_ceil(UNIT) as u32;
             for block in 0..blocks {
                 // Up to two bad cells in any column, in any chunks.
-                for _ in 0..draw.next() % 3 {
-                    cluster.damage(extent, (draw.next() % 6) as u8, block, kinds[(draw.next() % 3) as usize]);
+                for _ in 0..draw.number() % 3 {
+                    cluster.damage(extent, (draw.number() % 6) as u8, block, kinds[(draw.number() % 3) as usize]);
                 }
             }
         }

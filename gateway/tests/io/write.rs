@@ -119,7 +119,7 @@ async fn a_disk_that_dies_in_mid_write_is_named_and_the_payload_is_safe() {
     for place in 0..6 {
         let cluster = Cluster::start(4, 2, streaming()).await;
         let payload = payload(20_000_000, &mut draw);
-        cluster.disks[place].die_after_bytes.store(draw.next() % 4_000_000, Ordering::SeqCst);
+        cluster.disks[place].die_after_bytes.store(draw.number() % 4_000_000, Ordering::SeqCst);
         let staged = cluster.stage(&payload, &mut draw).await.unwrap();
         let missing: Vec<usize> = staged.missing.iter().map(|chunk| usize::from(chunk.index)).collect();
         assert_eq!(missing, [place]);
