@@ -20,6 +20,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// A node that ran this long is not in a loop of crashes: the next pause is short again.
 const STEADY: Duration = Duration::from_secs(30);
+/// How often a running node's directory is looked at, and how often its label must be missed before it counts as gone.
+const LABEL_LOOK: Duration = Duration::from_secs(1);
+const LABEL_LOOKS: u32 = 2;
 /// How long a node may take to stop in peace.
 const STOP: Duration = Duration::from_secs(20);
 /// How long an order may take: a start may include a replacement, which waits for the root shard.
@@ -331,8 +334,23 @@ impl SlotTask {
     }
 
     async fn watch_child(&mut self, child: &mut Child, stop: &CancellationToken) -> Ended {
+        let mut looks = tokio::time::interval(LABEL_LOOK);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut gone = 0u32;
         loop {
             let order = tokio::select! {
+                _ = looks.tick() => {
+                    gone = if matches!(super::label::read(&self.dir), Ok(None)) { gone + 1 } else { 0 };
+                    if gone < LABEL_LOOKS {
+                        continue;
+                    }
+                    // A process may live on for long with files that have no names any more; what it says is stored would be
+                    // lost with it. There is nothing left to stop in peace.
+                    if let Err(error) = child.kill().await {
+                        tracing::warn!(disk = %self.slot.name, %error, "disk node could not be killed");
+                    }
+                    return Ended::ByItself(format!("{} or its label was removed; the disk node was killed", self.dir.display()));
+                }
                 ended = child.wait() => return Ended::ByItself(match ended {
                     Ok(status) => format!("the disk node ended: {status}; its log: {}", self.log.display()),
                     Err(error) => format!("the disk node's end is not known: {error}"),
