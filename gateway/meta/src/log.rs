@@ -308,6 +308,9 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
         let group = self.shard.0;
         {
             let mut tail = lock(&self.tail);
+            if tail.last.as_ref().is_none_or(|last| last.index < first_gone) {
+                return Ok(());
+            }
             let gone = tail.cache.split_off(&first_gone);
             tail.cache_bytes -= gone.values().map(|cached| cached.len_bytes).sum::<usize>();
             tail.last = last_log_id.max(tail.purged);
