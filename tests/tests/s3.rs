@@ -49,13 +49,21 @@ impl Scene {
         assert_eq!(self.keys(), Vec::<String>::new(), "{what}: something was stored");
     }
 
-    /// Bytes as they are on a connection of their own; the answer as text. The connection's write side is closed after them.
+    /// Bytes as they are on a connection of their own; the answer as text.
     fn raw(&self, request: &[u8]) -> String {
+        self.raw_with_end(request, false)
+    }
+
+    /// The same; with `cut` the client's side of the connection is closed after the bytes.
+    fn raw_with_end(&self, request: &[u8], cut: bool) -> String {
         let mut stream = TcpStream::connect(self.cluster.s3()).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         // A server may refuse before it has read everything.
-        let _refused_early = stream.write_all(request);
-        let _refused_early = stream.shutdown(std::net::Shutdown::Write);
+        let request = String::from_utf8(request.to_vec()).unwrap().replacen("\r\nHost:", "\r\nConnection: close\r\nHost:", 1);
+        let _refused_early = stream.write_all(request.as_bytes());
+        if cut {
+            let _refused_early = stream.shutdown(std::net::Shutdown::Write);
+        }
         let mut answer = Vec::new();
         let _reset_after_the_answer = stream.read_to_end(&mut answer);
         String::from_utf8_lossy(&answer).into_owned()
@@ -95,7 +103,7 @@ fn hostile_requests_get_the_aws_error_and_store_nothing() {
     assert!(answer.starts_with("HTTP/1.1 403"), "altered expiry: {answer}");
 
     // Bodies that are not what was announced.
-    let short = scene.raw(format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 100000\r\n\r\nonly this").as_bytes());
+    let short = scene.raw_with_end(format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 100000\r\n\r\nonly this").as_bytes(), true);
     assert!(!short.starts_with("HTTP/1.1 200"), "short body: {short}");
     assert_eq!(scene.keys(), Vec::<String>::new(), "short body");
     let no_length = scene.raw(format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n").as_bytes());
