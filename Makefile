@@ -15,7 +15,16 @@ DIR ?= $(CURDIR)/.granary
 S3 ?= 127.0.0.1:9000
 ADMIN ?= 127.0.0.1:9001
 
-.PHONY: help setup setup-test build run test check soak bench clean-data
+.PHONY: help setup setup-test fresh build run test check soak bench clean-data
+
+# Cargo tells a changed file by its time alone, and the target folder is shared: a clone that was checked out before another one was
+# built would be taken for built. Whoever builds after another clone touches its sources.
+fresh:
+	@mkdir -p "$(CARGO_TARGET_DIR)"
+	@if [ "$$(cat "$(CARGO_TARGET_DIR)/.last-clone" 2>/dev/null)" != "$(CURDIR)" ]; then \
+	  find placement disk-node gateway bench tests -name '*.rs' -exec touch -c {} +; \
+	  echo "$(CURDIR)" > "$(CARGO_TARGET_DIR)/.last-clone"; \
+	fi
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,23 +35,23 @@ setup: ## install missing system packages
 setup-test: ## install what the tests need: clients, strace, file system tools
 	@tests/setup.sh test
 
-build: setup ## build the server and the disk node
+build: setup fresh ## build the server and the disk node
 	@echo "==> building Granary (the first build on a machine compiles RocksDB: 10 to 20 minutes on two cores)"
 	cargo build $(CARGO_FLAGS) --workspace --bins
 
 run: build ## start an embedded cluster of six disk nodes: S3 on $(S3), data kept in $(DIR)
 	@exec $(BIN)/granary dev --dir "$(DIR)" --s3 "$(S3)" --admin "$(ADMIN)"
 
-test: setup setup-test ## the whole suite, with real clients and real faults
+test: setup setup-test fresh ## the whole suite, with real clients and real faults
 	@echo "==> building Granary and its tests"
 	cargo build $(CARGO_FLAGS) --workspace --bins
 	cargo test $(CARGO_FLAGS) --workspace
 
-check: setup ## formatting and lints
+check: setup fresh ## formatting and lints
 	cargo fmt --all --check
 	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
 
-soak: setup setup-test ## the long forms: hours, results go to docs/reliability.md
+soak: setup setup-test fresh ## the long forms: hours, results go to docs/reliability.md
 	cargo build $(CARGO_FLAGS) --workspace --bins
 	GRANARY_SOAK=1 cargo test $(CARGO_FLAGS) --workspace --test clients --test faults --test s3 -- --nocapture --test-threads 1
 

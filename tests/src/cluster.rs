@@ -250,6 +250,19 @@ impl Cluster {
         http(&self.admin, "GET", "/metrics", None, Duration::from_secs(10)).expect("metrics").1
     }
 
+    /// Waits until clients have uploaded `bytes` more than now while `client` still runs: the middle of a backup. Fails when it ends first.
+    pub fn wait_until_uploading(&self, client: &mut Child, bytes: u64) {
+        let uploaded = || metric(&self.metrics(), "granary_s3_bytes_in_total");
+        let (before, started) = (uploaded(), Instant::now());
+        while uploaded() < before + bytes as f64 {
+            let ended = client.try_wait().expect("state of the client");
+            assert!(ended.is_none(), "the client ended ({ended:?}) after {:.0} bytes; the disks were to die before", uploaded() - before);
+            assert!(started.elapsed() < Duration::from_secs(60), "the client uploads nothing");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(client.try_wait().expect("state of the client").is_none(), "the client was too fast");
+    }
+
     /// SIGKILL to the gateway process (and so to everything that depends on it), then a new start on the same folder.
     pub fn kill_all_and_restart(&mut self) {
         let disks = self.disks();
@@ -381,6 +394,14 @@ pub fn memory_bytes(pid: i32, peak: bool) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let field = if peak { "VmHWM:" } else { "VmRSS:" };
     status.lines().find_map(|line| line.strip_prefix(field)).and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// The sum of a metric over its labels.
+pub fn metric(page: &str, name: &str) -> f64 {
+    page.lines()
+        .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum()
 }
 
 /// One plain HTTP request; status and body.

@@ -50,7 +50,7 @@ fn text(path: &Path) -> String {
 }
 
 fn restic_scene(test: &str, newest: bool) {
-    let Scene { cluster, programs, tree, work, mut random } = scene(test, 60 << 20);
+    let Scene { cluster, programs, tree, work, mut random } = scene(test, 100 << 20);
     let restic = find("restic", newest);
     let repository = format!("s3:http://{}/b-restic/r", cluster.s3());
     let cache = text(&work.join("cache"));
@@ -66,7 +66,7 @@ fn restic_scene(test: &str, newest: bool) {
     // Two disks die in the middle of the first backup; the tool must get through.
     let all = restic_args(&["backup", &text(&tree)]);
     let mut backup = programs.start(&restic, &all.iter().map(String::as_str).collect::<Vec<_>>(), &work.join("backup.log"));
-    std::thread::sleep(Duration::from_millis(1500));
+    cluster.wait_until_uploading(&mut backup, 5 << 20);
     let (first, second) = two_places(&mut random);
     let dead = [cluster.kill_disk(first), cluster.kill_disk(second)];
     let status = backup.wait().unwrap();
@@ -107,7 +107,7 @@ fn restic_of_debian_survives_two_dead_disks() {
 }
 
 fn rclone_scene(test: &str, newest: bool) {
-    let Scene { cluster, programs, tree, work, mut random } = scene(test, 60 << 20);
+    let Scene { cluster, programs, tree, work, mut random } = scene(test, 100 << 20);
     let rclone = find("rclone", newest);
     let run = |args: &[&str]| programs.run(&rclone, args);
     programs.run(&find("aws", true), &["s3", "mb", "s3://b-rclone"]);
@@ -117,7 +117,7 @@ fn rclone_scene(test: &str, newest: bool) {
     let source_text = text(&tree);
     let args: Vec<&str> = sync.iter().copied().chain([source_text.as_str(), ":s3:b-rclone/p"]).collect();
     let mut backup = programs.start(&rclone, &args, &work.join("backup.log"));
-    std::thread::sleep(Duration::from_millis(1500));
+    cluster.wait_until_uploading(&mut backup, 5 << 20);
     let (first, second) = two_places(&mut random);
     let dead = [cluster.kill_disk(first), cluster.kill_disk(second)];
     let status = backup.wait().unwrap();
@@ -155,7 +155,7 @@ fn rclone_of_debian_survives_two_dead_disks() {
 /// aws, s3cmd and boto3 skip symbolic links, so does the judge here.
 #[test]
 fn aws_s3cmd_and_boto3_survive_two_dead_disks() {
-    let Scene { cluster, programs, tree, work, mut random } = scene("aws_s3cmd_and_boto3_survive_two_dead_disks", 40 << 20);
+    let Scene { cluster, programs, tree, work, mut random } = scene("aws_s3cmd_and_boto3_survive_two_dead_disks", 60 << 20);
     let (aws, s3cmd_new, s3cmd_old) = (find("aws", true), find("s3cmd", true), find("s3cmd", false));
     let source_text = text(&tree);
     programs.run(&aws, &["s3", "mb", "s3://b-aws"]);
@@ -170,7 +170,7 @@ fn aws_s3cmd_and_boto3_survive_two_dead_disks() {
     s3cmd(&s3cmd_new, &["mb", "s3://b-s3cmd"]);
 
     let mut backup = programs.start(&aws, &["s3", "sync", "--only-show-errors", "--no-follow-symlinks", &source_text, "s3://b-aws/p"], &work.join("backup.log"));
-    std::thread::sleep(Duration::from_millis(2500));
+    cluster.wait_until_uploading(&mut backup, 5 << 20);
     let (first, second) = two_places(&mut random);
     let dead = [cluster.kill_disk(first), cluster.kill_disk(second)];
     let status = backup.wait().unwrap();
