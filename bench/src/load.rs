@@ -305,7 +305,7 @@ fn random(counter: u64) -> u64 {
 
 fn size_text(bytes: u64) -> String {
     for (unit, factor) in [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)] {
-        if bytes % factor == 0 {
+        if bytes.is_multiple_of(factor) {
             return format!("{} {unit}", bytes / factor);
         }
     }

@@ -8,7 +8,8 @@ use crate::peers::Peers;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
-use granary_meta::{HostConfig, MetaError, MetaHost, PeerTransport, Timing, TransportError};
+pub use granary_meta::MetaError; // for the errors of `serve`
+use granary_meta::{HostConfig, MetaHost, PeerTransport, Timing, TransportError};
 use granary_placement::id::{DiskId, ShardId};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::meta::{Answer, MetaRequest, Query, Reply, ShardStatus};

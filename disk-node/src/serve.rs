@@ -5,7 +5,7 @@ use crate::label::{self, LabelError};
 use crate::maps::{MapRefused, Maps};
 use crate::metrics::Metrics;
 use crate::peers::Peers;
-use crate::roles::Roles;
+use crate::roles::{MetaError, Roles};
 use crate::store::device::Device;
 use crate::store::file_device::FileDevice;
 use crate::store::handle::Store;
@@ -68,7 +68,7 @@ pub enum ServeError {
     Store(#[from] OpenError),
     /// The shard replicas cannot be opened.
     #[error("metadata: {0}")]
-    Meta(#[from] granary_meta::MetaError),
+    Meta(#[from] MetaError),
     /// A listener or file failed.
     #[error("{what}: {source}")]
     Io {

@@ -179,7 +179,7 @@ fn run(device: &SimDevice, engine: &MemoryEngine, actions: &[Action]) -> Model {
                         return model;
                     }
                 }
-                if world.core.flush().is_err() || world.core.write_piece(ticket, 0, &[long.clone()]).is_err() {
+                if world.core.flush().is_err() || world.core.write_piece(ticket, 0, std::slice::from_ref(&long)).is_err() {
                     return model;
                 }
                 group.push(Op::Commit { ticket, crcs: crcs(&chunk(*number), &long) });

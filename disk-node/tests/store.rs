@@ -309,7 +309,7 @@ async fn a_full_disk_refuses_chunks_reads_deletes_and_takes_chunks_again() {
     let mount = LoopMount::new(96 * MIB);
     let reserve = 8 * MIB;
     let (store, _) = open_with(&mount.path(), StoreSettings { reserve_bytes: reserve, ..settings() }, DISK).unwrap();
-    let data = |number: u32| payload(u64::from(number), if number % 4 == 0 { 2 * MIB } else { 300_000 });
+    let data = |number: u32| payload(u64::from(number), if number.is_multiple_of(4) { 2 * MIB } else { 300_000 });
     let mut stored = Vec::new();
     for number in 0.. {
         match put(&store, chunk(number), &data(number)).await {

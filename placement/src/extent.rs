@@ -82,7 +82,7 @@ mod tests {
                 for number in 0..layout.stripes() {
                     let stripe = layout.stripe(number).unwrap_or_else(|| panic!("stripe {number} of {len} at K={k}"));
                     assert_eq!((stripe.payload_offset, stripe.chunk_offset), (payload, chunk));
-                    assert!(stripe.unit_len * u64::from(k) >= stripe.payload_len && stripe.unit_len % 128 == 0);
+                    assert!(stripe.unit_len * u64::from(k) >= stripe.payload_len && stripe.unit_len.is_multiple_of(128));
                     assert!(stripe.unit_len <= layout.unit_bytes);
                     payload += stripe.payload_len;
                     chunk += stripe.unit_len;

@@ -96,7 +96,7 @@ impl Scheme {
         if self.k == 0 || self.k > MAX_K || self.m == 0 || self.m > MAX_M {
             return Err(SchemeError::Range { k: self.k.into(), m: self.m.into() });
         }
-        if self.unit_bytes == 0 || self.unit_bytes % 65536 != 0 || self.unit_bytes > 4 * 1024 * 1024 {
+        if self.unit_bytes == 0 || !self.unit_bytes.is_multiple_of(65536) || self.unit_bytes > 4 * 1024 * 1024 {
             return Err(SchemeError::Unit(self.unit_bytes));
         }
         Ok(())

@@ -7,6 +7,8 @@
 //! 4. [`seed`]: seeded randomness that prints how to replay it.
 //!
 //! A test that cannot get what it needs (a program, a mount) fails; nothing is skipped.
+// A harness that cannot go on fails the test that uses it, with the reason: that is what a panic is for here.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod cluster;
 pub mod programs;

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+/// The argument that carries the secret key to a program that takes it from nowhere else.
+const SECRET: &str = "--secret_key=";
+
 fn clients_env() -> BTreeMap<String, String> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache"));
     let file = cache.join("granary/clients.env");
@@ -75,7 +78,7 @@ impl Programs {
 
     /// Runs a program to its end, at most `limit`.
     pub fn try_run(&self, program: &Path, args: &[&str], limit: Duration) -> Said {
-        let shown = format!("{} {}", program.file_name().unwrap_or_default().to_string_lossy(), args.join(" "));
+        let shown = command_line(program, args);
         let out_path = self.home.join(format!("out-{:x}", rand_name()));
         let err_path = out_path.with_extension("err");
         let started = Instant::now();
@@ -111,7 +114,7 @@ impl Programs {
     /// Runs a program that must succeed; gives its standard output.
     pub fn run(&self, program: &Path, args: &[&str]) -> String {
         let said = self.try_run(program, args, Duration::from_secs(if crate::soak() { 3600 } else { 600 }));
-        assert!(said.ok, "{} {} failed\n--- out\n{}\n--- err\n{}", program.display(), args.join(" "), tail(&said.out), tail(&said.err));
+        assert!(said.ok, "{} failed\n--- out\n{}\n--- err\n{}", command_line(program, args), tail(&said.out), tail(&said.err));
         said.out
     }
 
@@ -128,6 +131,16 @@ impl Programs {
             .spawn()
             .unwrap_or_else(|error| panic!("{}: {error}", program.display()))
     }
+}
+
+/// The command line as it may be printed: without the secret key.
+fn command_line(program: &Path, args: &[&str]) -> String {
+    let mut line = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    for arg in args {
+        line.push(' ');
+        line.push_str(if arg.starts_with(SECRET) { "--secret_key=***" } else { arg });
+    }
+    line
 }
 
 fn rand_name() -> u64 {

@@ -143,7 +143,7 @@ fn one_hundred_kills_lose_nothing_acknowledged() {
         let stop = Arc::new(AtomicBool::new(false));
         let writers: Vec<_> = (0..WRITERS)
             .map(|id| {
-                let random = Random::new(random.next());
+                let random = Random::new(random.number());
                 runtime.spawn(writer(client.clone(), id, random, model.clone(), numbers.clone(), stop.clone(), done.clone()))
             })
             .collect();
@@ -227,7 +227,7 @@ fn flipped_bytes_on_two_disks_are_never_served_and_are_repaired() {
     let cluster = Cluster::start(Options::default());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let client = cluster.client();
-    let numbers: Vec<u64> = (0..40).map(|_| random.next() >> 1).collect();
+    let numbers: Vec<u64> = (0..40).map(|_| random.number() >> 1).collect();
     runtime.block_on(async {
         assert_eq!(client.make_bucket(BUCKET).await.unwrap().status, StatusCode::OK);
         for number in &numbers {

@@ -14,6 +14,7 @@ use super::StoreError;
 use bytes::Bytes;
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::btree_map::Entry;
 use std::fmt::Display;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -592,13 +593,13 @@ impl Core {
             if !self.segments.contains_key(&hole.segment) {
                 continue;
             }
-            if !files.contains_key(&hole.segment) {
-                let file = self.shared.segment(hole.segment).map_err(|error| self.broken("open segment", error))?;
-                files.insert(hole.segment, file);
-            }
-            if let Some(file) = files.get(&hole.segment) {
-                file.punch(hole.offset, hole.len_bytes).map_err(|error| self.broken("punch", error))?;
-            }
+            let file = match files.entry(hole.segment) {
+                Entry::Occupied(open) => open.into_mut(),
+                Entry::Vacant(place) => {
+                    place.insert(self.shared.segment(hole.segment).map_err(|error| self.broken("open segment", error))?)
+                }
+            };
+            file.punch(hole.offset, hole.len_bytes).map_err(|error| self.broken("punch", error))?;
         }
         for file in files.values() {
             file.fdatasync().map_err(|error| self.broken("sync of holes", error))?;

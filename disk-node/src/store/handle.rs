@@ -343,7 +343,7 @@ impl Upload {
             let mut crc = self.crc.take().unwrap_or_else(|| BlockCrc::new(&self.id, block));
             crc.update(now);
             self.received_bytes += now.len() as u64;
-            if self.received_bytes % BLOCK_BYTES == 0 || self.received_bytes == self.spec.len_bytes {
+            if self.received_bytes.is_multiple_of(BLOCK_BYTES) || self.received_bytes == self.spec.len_bytes {
                 self.crcs.push(crc.finish());
             } else {
                 self.crc = Some(crc);

@@ -34,6 +34,9 @@ pub struct Batch {
     pub changes: Vec<(Vec<u8>, Option<Vec<u8>>)>,
 }
 
+/// A key and its value.
+pub type Pair = (Vec<u8>, Vec<u8>);
+
 /// The engine under the index.
 pub trait Engine: Send + Sync {
     /// The value of a key.
@@ -46,7 +49,7 @@ pub trait Engine: Send + Sync {
     ///
     /// # Errors
     /// When the engine fails.
-    fn scan(&self, from: &[u8], until: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, IndexError>;
+    fn scan(&self, from: &[u8], until: &[u8], limit: usize) -> Result<Vec<Pair>, IndexError>;
 
     /// Applies a batch. Until a flush a crash may undo it and all batches after it, never one before it.
     ///

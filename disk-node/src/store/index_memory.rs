@@ -2,7 +2,7 @@
 //!
 //! It keeps the promise of [`Engine`] and no more: a crash leaves the flushed state plus any number of the batches after it, in order.
 
-use super::index::{Batch, Engine, IndexError};
+use super::index::{Batch, Engine, IndexError, Pair};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -59,7 +59,7 @@ impl Engine for MemoryEngine {
         Ok(self.state().now.get(key).cloned())
     }
 
-    fn scan(&self, from: &[u8], until: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, IndexError> {
+    fn scan(&self, from: &[u8], until: &[u8], limit: usize) -> Result<Vec<Pair>, IndexError> {
         let state = self.state();
         let range = state.now.range(from.to_vec()..until.to_vec());
         Ok(range.take(limit).map(|(key, value)| (key.clone(), value.clone())).collect())

@@ -3,7 +3,7 @@
 //! Its write-ahead log is off: the segments are the log. Batches live in the memtable until a flush, and a crash forgets the newest of
 //! them, never one in the middle: there is one column family, and memtables are flushed in order.
 
-use super::index::{Batch, Engine, IndexError};
+use super::index::{Batch, Engine, IndexError, Pair};
 use rocksdb::{BlockBasedOptions, Cache, Direction, ErrorKind, IteratorMode, Options, ReadOptions, WriteBatch, WriteOptions, DB};
 use std::path::{Path, PathBuf};
 
@@ -103,7 +103,7 @@ impl Engine for RocksEngine {
         self.db.get(key).map_err(error)
     }
 
-    fn scan(&self, from: &[u8], until: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, IndexError> {
+    fn scan(&self, from: &[u8], until: &[u8], limit: usize) -> Result<Vec<Pair>, IndexError> {
         let mut read = ReadOptions::default();
         read.set_iterate_upper_bound(until.to_vec());
         let pairs = self.db.iterator_opt(IteratorMode::From(from, Direction::Forward), read);

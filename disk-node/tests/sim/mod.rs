@@ -350,7 +350,7 @@ impl SegmentFile for SimFile {
     }
 
     fn punch(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
-        assert!(offset % PAGE as u64 == 0 && len_bytes % PAGE as u64 == 0);
+        assert!(offset.is_multiple_of(PAGE as u64) && len_bytes.is_multiple_of(PAGE as u64));
         let mut state = self.disk.state();
         state.call("punch")?;
         let inode = state.inodes.get_mut(&self.inode).unwrap();

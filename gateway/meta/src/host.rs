@@ -506,7 +506,7 @@ async fn reconcile_shard(host: &MetaHost, map: &ClusterMap, shard: ShardId, lane
         }
         return;
     }
-    if host.named_by(map, shard) || round % ASK_EVERY_ROUNDS != 0 {
+    if host.named_by(map, shard) || !round.is_multiple_of(ASK_EVERY_ROUNDS) {
         return;
     }
     let me = host.inner.config.disk;

@@ -28,12 +28,15 @@ struct Version {
     extents: Vec<ExtentRef>,
 }
 
+/// What a finished upload was made of: part numbers with ETags, the version it became, and that version's ETag.
+type Completed = (Vec<(u16, String)>, u64, String);
+
 #[derive(Default)]
 struct Model {
     /// Oldest first.
     versions: BTreeMap<(u64, String), Vec<Version>>,
     uploads: BTreeMap<(u64, String, [u8; 16]), BTreeMap<u16, PartRecord>>,
-    completed: BTreeMap<[u8; 16], (Vec<(u16, String)>, u64, String)>,
+    completed: BTreeMap<[u8; 16], Completed>,
     fences: BTreeSet<u64>,
     owned: BTreeMap<ExtentId, ExtentRef>,
     missing: BTreeSet<ChunkRef>,

@@ -322,7 +322,6 @@ fn attribute_parts(record: &ObjectRecord, marker: Option<i32>, max_parts: Option
         part_number_marker: Some(marker),
         total_parts_count: i32::try_from(record.part_sizes.len()).ok(),
         parts: with_sums.is_some().then_some(parts),
-        ..Default::default()
     }
 }
 

@@ -267,9 +267,8 @@ pub(super) fn copy_source(
     let failed = Arc::new(Mutex::new(None));
     let seen = failed.clone();
     let stream = stream.map(move |item| {
-        item.map_err(|cause| {
+        item.inspect_err(|cause| {
             *seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(cause.clone());
-            cause
         })
     });
     (Source::new(Some(StreamingBlob::wrap(super::body::SyncStream::new(stream.boxed())))), failed)

@@ -195,7 +195,7 @@ impl Cluster {
 
 pub fn random_range(len: u64, draw: &mut Draw) -> Range<u64> {
     let start = draw.number() % len;
-    let longest = if draw.number() % 2 == 0 { len - start } else { (len - start).min(5000) };
+    let longest = if draw.number().is_multiple_of(2) { len - start } else { (len - start).min(5000) };
     start..start + 1 + draw.number() % longest
 }
 
