@@ -144,15 +144,21 @@ pub enum Command {
         /// The upload.
         upload: UploadId,
     },
-    /// Stops all writes to a bucket in this shard, if it is empty here. Replies [`Reply::Fenced`].
+    /// Stops all writes to a bucket in this shard, if it is empty here; a fence of an earlier attempt becomes this attempt's.
+    /// Replies [`Reply::Fenced`], or StaleAttempt when the shard saw a later attempt, or the end of this one.
     FenceBucket {
         /// Bucket.
         bucket: BucketId,
+        /// The attempt that BeginDeleteBucket gave.
+        attempt: u64,
     },
-    /// Takes a fence back: the bucket was not empty somewhere else. Replies [`Reply::Done`].
+    /// Takes a fence of this attempt or an earlier one back: the bucket was not empty somewhere else. Fences of these attempts are
+    /// refused from then on. Replies [`Reply::Done`], or StaleAttempt when the shard saw a later attempt.
     UnfenceBucket {
         /// Bucket.
         bucket: BucketId,
+        /// The attempt that BeginDeleteBucket gave.
+        attempt: u64,
     },
     /// Queues chunks for repair that a reader found missing or corrupt. Those of extents the shard does not own any more are
     /// ignored; so is an index the extent does not have. Replies [`Reply::Done`].
@@ -177,19 +183,24 @@ pub enum Command {
         /// Owner.
         owner: AccountId,
     },
-    /// Root shard: marks a bucket as being deleted. Replies [`Reply::Bucket`] or NoSuchBucket.
+    /// Root shard: marks a bucket as being deleted, and hands out the next attempt (`delete_attempt` of the reply). A deletion that
+    /// is under way is taken over: it can neither remove the bucket nor take the mark back any more. Replies [`Reply::Bucket`] or
+    /// NoSuchBucket.
     BeginDeleteBucket {
         /// Name.
         name: String,
         /// The bucket the caller means.
         bucket: BucketId,
     },
-    /// Root shard: removes a bucket that is marked and fenced everywhere, or takes the mark back. Replies [`Reply::Done`].
+    /// Root shard: removes a bucket that is marked, and fenced everywhere by this attempt, or takes the mark back. Replies
+    /// [`Reply::Done`], NoSuchBucket, or StaleAttempt when another attempt was handed out since.
     EndDeleteBucket {
         /// Name.
         name: String,
         /// The bucket the caller means.
         bucket: BucketId,
+        /// The attempt that BeginDeleteBucket gave.
+        attempt: u64,
         /// True: remove it. False: it was not empty, take the mark back.
         remove: bool,
     },
@@ -224,7 +235,7 @@ pub enum Reply {
     },
     /// The bucket as it is now.
     Bucket(BucketRecord),
-    /// FenceBucket: is the fenced bucket empty in this shard (no versions, no uploads)? When false the fence was not set.
+    /// FenceBucket: is the bucket empty in this shard (no versions, no uploads)? When false the fence was not set.
     Fenced {
         /// Nothing there.
         empty: bool,
@@ -253,6 +264,11 @@ pub enum Reply {
     },
     /// The command does not belong to this shard, or is malformed.
     Refused(String),
+    /// The attempt to delete a bucket is over: a later one has begun, or this one was ended. Nothing was done.
+    StaleAttempt {
+        /// The highest attempt known here.
+        current: u64,
+    },
 }
 
 /// Where a listing goes on from.

@@ -214,6 +214,9 @@ pub struct BucketRecord {
     pub owner: AccountId,
     /// Being deleted: takes no uploads, not listed; finished or taken back by whoever began it, or by the next DeleteBucket.
     pub deleting: bool,
+    /// The last attempt to delete it; 0 before the first. Only grows: of two deletions at once the later attempt is the one that
+    /// counts, in the root shard and in every fence.
+    pub delete_attempt: u64,
 }
 
 /// What a shard knows of an extent it owns: enough to find, rebuild and report it without the object record.

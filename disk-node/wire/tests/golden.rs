@@ -145,7 +145,7 @@ fn part() -> PartRecord {
 }
 
 fn bucket() -> BucketRecord {
-    BucketRecord { id: BUCKET, name: "photos".into(), created_ms: 16, owner: AccountId::ROOT, deleting: true }
+    BucketRecord { id: BUCKET, name: "photos".into(), created_ms: 16, owner: AccountId::ROOT, deleting: true, delete_attempt: 300 }
 }
 
 fn map() -> ClusterMap {
@@ -206,14 +206,14 @@ fn commands() -> Vec<Command> {
             mode: VersionMode::On,
         },
         Command::AbortUpload { bucket: BUCKET, key: key(), upload: UPLOAD },
-        Command::FenceBucket { bucket: BUCKET },
-        Command::UnfenceBucket { bucket: BUCKET },
+        Command::FenceBucket { bucket: BUCKET, attempt: 300 },
+        Command::UnfenceBucket { bucket: BUCKET, attempt: 300 },
         Command::ReportMissing { chunks: vec![chunk_ref()] },
         Command::RepairDone { chunks: vec![chunk_ref()] },
         Command::GarbageDone { extents: vec![(17, EXTENT)] },
         Command::CreateBucket { name: "photos".into(), owner: AccountId::ROOT },
         Command::BeginDeleteBucket { name: "photos".into(), bucket: BUCKET },
-        Command::EndDeleteBucket { name: "photos".into(), bucket: BUCKET, remove: true },
+        Command::EndDeleteBucket { name: "photos".into(), bucket: BUCKET, attempt: 300, remove: true },
         Command::SetMap { map: Box::new(map()) },
         Command::Noop,
     ]
@@ -259,6 +259,7 @@ fn replies() -> Vec<Reply> {
         Reply::InvalidPart { number: 7 },
         Reply::EpochConflict { current: Epoch(12) },
         Reply::Refused("no".into()),
+        Reply::StaleAttempt { current: 300 },
     ]
 }
 

@@ -3,7 +3,7 @@
 //! `apply` is the door: it deduplicates by request id and hands the command to [`objects`](crate::objects), [`uploads`](crate::uploads),
 //! [`queues`](crate::queues) or [`buckets`](crate::buckets). A refusal writes nothing but its own kept reply.
 
-use crate::codec::{decode, encode, Counters, KeptReply};
+use crate::codec::{decode, encode, Counters, Fence, KeptReply};
 use crate::keys::{kind, Keys};
 use crate::kv::{Kv, Overlay, StateError};
 use crate::{buckets, objects, queues, uploads};
@@ -54,9 +54,9 @@ impl<K: Kv + ?Sized> Tx<'_, '_, K> {
         self.store(self.keys.single(kind::COUNTERS), counters)
     }
 
-    /// Is there a fence on the bucket?
+    /// Is there a fence up around the bucket?
     pub fn fenced(&self, bucket: BucketId) -> Result<bool, StateError> {
-        Ok(self.batch.get(&self.keys.fence(bucket))?.is_some())
+        Ok(self.load::<Fence>(&self.keys.fence(bucket))?.is_some_and(|fence| fence.up))
     }
 
     /// Usage of a bucket.
@@ -154,14 +154,16 @@ fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Co
             uploads::complete(tx, *bucket, key, *upload, &wanted)
         }
         Command::AbortUpload { bucket, key, upload } => uploads::abort(tx, *bucket, key, *upload),
-        Command::FenceBucket { bucket } => buckets::fence(tx, *bucket),
-        Command::UnfenceBucket { bucket } => buckets::unfence(tx, *bucket),
+        Command::FenceBucket { bucket, attempt } => buckets::fence(tx, *bucket, *attempt),
+        Command::UnfenceBucket { bucket, attempt } => buckets::unfence(tx, *bucket, *attempt),
         Command::ReportMissing { chunks } => queues::report_missing(tx, chunks),
         Command::RepairDone { chunks } => queues::repair_done(tx, chunks),
         Command::GarbageDone { extents } => queues::garbage_done(tx, extents),
         Command::CreateBucket { name, owner } => buckets::create(tx, name, *owner),
         Command::BeginDeleteBucket { name, bucket } => buckets::begin_delete(tx, name, *bucket),
-        Command::EndDeleteBucket { name, bucket, remove } => buckets::end_delete(tx, name, *bucket, *remove),
+        Command::EndDeleteBucket { name, bucket, attempt, remove } => {
+            buckets::end_delete(tx, name, *bucket, *attempt, *remove)
+        }
         Command::SetMap { map } => buckets::set_map(tx, map),
         Command::Noop => Ok(Reply::Done),
     }

@@ -1,6 +1,7 @@
 //! Buckets: fences in every object shard; names, ids and the cluster map in the root shard.
 
 use crate::apply::Tx;
+use crate::codec::Fence;
 use crate::keys::kind;
 use crate::kv::{Kv, StateError};
 use granary_placement::map::ClusterMap;
@@ -10,21 +11,37 @@ use granary_wire::record::{AccountId, BucketId, BucketRecord};
 /// Longest bucket name, in bytes; S3's limit.
 const MAX_BUCKET_NAME_BYTES: usize = 63;
 
-/// See [`granary_wire::meta::Command::FenceBucket`]. The fence stays for ever: bucket ids are never used again.
-pub fn fence<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, bucket: BucketId) -> Result<Reply, StateError> {
+/// See [`granary_wire::meta::Command::FenceBucket`]. The fence of a bucket that is removed stays for ever: ids are never used again.
+pub fn fence<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, bucket: BucketId, attempt: u64) -> Result<Reply, StateError> {
+    let key = tx.keys.fence(bucket);
+    match tx.load::<Fence>(&key)? {
+        Some(there) if there.attempt > attempt => return Ok(Reply::StaleAttempt { current: there.attempt }),
+        // A fence that came late must not go up again behind its own attempt's Unfence: nobody would take it down.
+        Some(there) if there.attempt == attempt && !there.up => return Ok(Reply::StaleAttempt { current: attempt }),
+        _ => {}
+    }
+    let empty = is_empty(tx, bucket)?;
+    tx.store(key, &Fence { at_ms: tx.now_ms, attempt, up: empty })?;
+    Ok(Reply::Fenced { empty })
+}
+
+fn is_empty<K: Kv + ?Sized>(tx: &Tx<'_, '_, K>, bucket: BucketId) -> Result<bool, StateError> {
     for kind in [kind::OBJECT, kind::VERSION, kind::UPLOAD] {
         let range = tx.keys.bucket_range(kind, bucket, "");
         if !tx.batch.scan(&range.from, &range.to, 1)?.is_empty() {
-            return Ok(Reply::Fenced { empty: false });
+            return Ok(false);
         }
     }
-    tx.store_now(tx.keys.fence(bucket))?;
-    Ok(Reply::Fenced { empty: true })
+    Ok(true)
 }
 
-/// See [`granary_wire::meta::Command::UnfenceBucket`].
-pub fn unfence<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, bucket: BucketId) -> Result<Reply, StateError> {
-    tx.batch.delete(tx.keys.fence(bucket));
+/// See [`granary_wire::meta::Command::UnfenceBucket`]. The attempt stays on record.
+pub fn unfence<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, bucket: BucketId, attempt: u64) -> Result<Reply, StateError> {
+    let key = tx.keys.fence(bucket);
+    if let Some(there) = tx.load::<Fence>(&key)?.filter(|there| there.attempt > attempt) {
+        return Ok(Reply::StaleAttempt { current: there.attempt });
+    }
+    tx.store(key, &Fence { at_ms: tx.now_ms, attempt, up: false })?;
     Ok(Reply::Done)
 }
 
@@ -40,7 +57,14 @@ pub fn create<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, name: &str, owner: Account
     let counter_key = tx.keys.single(kind::BUCKET_COUNTER);
     let id = tx.load::<u64>(&counter_key)?.unwrap_or(0) + 1;
     tx.store(counter_key, &id)?;
-    let bucket = BucketRecord { id: BucketId(id), name: name.to_owned(), created_ms: tx.now_ms, owner, deleting: false };
+    let bucket = BucketRecord {
+        id: BucketId(id),
+        name: name.to_owned(),
+        created_ms: tx.now_ms,
+        owner,
+        deleting: false,
+        delete_attempt: 0,
+    };
     tx.store(key, &bucket)?;
     Ok(Reply::Bucket(bucket))
 }
@@ -50,7 +74,7 @@ pub fn begin_delete<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, name: &str, id: Buck
     let key = tx.keys.bucket(name);
     match tx.load::<BucketRecord>(&key)? {
         Some(there) if there.id == id => {
-            let marked = BucketRecord { deleting: true, ..there };
+            let marked = BucketRecord { deleting: true, delete_attempt: there.delete_attempt + 1, ..there };
             tx.store(key, &marked)?;
             Ok(Reply::Bucket(marked))
         }
@@ -58,27 +82,28 @@ pub fn begin_delete<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, name: &str, id: Buck
     }
 }
 
-/// See [`granary_wire::meta::Command::EndDeleteBucket`]. A bucket that is gone is as asked for.
+/// See [`granary_wire::meta::Command::EndDeleteBucket`]. The attempt is what makes a removal safe: as long as no later one was handed
+/// out here, nobody took a fence of this one down.
 pub fn end_delete<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     name: &str,
     id: BucketId,
+    attempt: u64,
     remove: bool,
 ) -> Result<Reply, StateError> {
     let key = tx.keys.bucket(name);
     match tx.load::<BucketRecord>(&key)? {
-        Some(there) if there.id == id && remove && !there.deleting => {
-            Ok(Reply::Refused("bucket is not marked as being deleted".to_owned()))
-        }
-        Some(there) if there.id == id && remove => {
-            tx.batch.delete(key);
-            Ok(Reply::Done)
-        }
         Some(there) if there.id == id => {
-            tx.store(key, &BucketRecord { deleting: false, ..there })?;
+            if there.delete_attempt != attempt || (remove && !there.deleting) {
+                return Ok(Reply::StaleAttempt { current: there.delete_attempt });
+            }
+            if remove {
+                tx.batch.delete(key);
+            } else {
+                tx.store(key, &BucketRecord { deleting: false, ..there })?;
+            }
             Ok(Reply::Done)
         }
-        _ if remove => Ok(Reply::Done),
         _ => Ok(Reply::NoSuchBucket),
     }
 }

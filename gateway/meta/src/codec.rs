@@ -59,6 +59,18 @@ pub struct KeptReply {
     pub reply: Reply,
 }
 
+/// What a shard knows of the deletions of a bucket. Kept when the fence is down, so that late commands of an attempt that is over
+/// find out; bucket ids are never used again, so there is at most one per bucket that somebody tried to delete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fence {
+    /// When this was last changed, by the command's time, Unix milliseconds.
+    pub at_ms: u64,
+    /// The highest attempt seen. A fence that is up is this attempt's.
+    pub attempt: u64,
+    /// The fence is up: the bucket takes nothing.
+    pub up: bool,
+}
+
 /// A completed upload, kept for a repeated CompleteUpload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CompletedUpload {

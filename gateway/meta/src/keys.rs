@@ -27,7 +27,7 @@ pub mod kind {
     pub const MISSING: u8 = b'M';
     /// The garbage queue, and its index by extent.
     pub const GARBAGE: u8 = b'G';
-    /// Fenced buckets.
+    /// Fences of buckets: the highest attempt at a deletion seen, and whether its fence is up.
     pub const FENCE: u8 = b'F';
     /// Usage by bucket.
     pub const USAGE: u8 = b'S';

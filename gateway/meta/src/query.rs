@@ -1,6 +1,6 @@
 //! Reads of a shard. Pure: a view of the state and a query in, an answer out. Work is bounded by the query's limit.
 
-use crate::codec::{decode, CompletedUpload};
+use crate::codec::{decode, CompletedUpload, Fence};
 use crate::keys::{kind, split_garbage_key, split_missing_key, split_upload_key, KeyRange, Keys};
 use crate::kv::{Kv, StateError};
 use crate::list;
@@ -102,7 +102,8 @@ pub fn query<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<An
 }
 
 fn is_fenced<K: Kv + ?Sized>(kv: &K, keys: &Keys, bucket: BucketId) -> Result<bool, StateError> {
-    Ok(kv.get(&keys.fence(bucket))?.is_some())
+    let fence = load::<Fence, K>(kv, &keys.fence(bucket))?;
+    Ok(fence.is_some_and(|fence| fence.up))
 }
 
 fn get_object<K: Kv + ?Sized>(

@@ -37,7 +37,8 @@ struct Model {
     versions: BTreeMap<(u64, String), Vec<Version>>,
     uploads: BTreeMap<(u64, String, [u8; 16]), BTreeMap<u16, PartRecord>>,
     completed: BTreeMap<[u8; 16], Completed>,
-    fences: BTreeSet<u64>,
+    /// Highest attempt seen, and is the fence up.
+    fences: BTreeMap<u64, (u64, bool)>,
     owned: BTreeMap<ExtentId, ExtentRef>,
     missing: BTreeSet<ChunkRef>,
     garbage: BTreeMap<ExtentId, u64>,
@@ -46,6 +47,10 @@ struct Model {
 }
 
 impl Model {
+    fn fenced(&self, bucket: u64) -> bool {
+        self.fences.get(&bucket).is_some_and(|(_, up)| *up)
+    }
+
     fn free(&mut self, extents: &[ExtentRef], now: u64) {
         for extent in extents {
             self.owned.remove(&extent.extent);
@@ -108,7 +113,7 @@ impl Model {
     fn change(&mut self, command: &Command, now: u64) -> Reply {
         match command {
             Command::PutObject { bucket, key, record, missing, conditions, mode } => {
-                if self.fences.contains(&bucket.0) {
+                if self.fenced(bucket.0) {
                     return Reply::BucketFenced;
                 }
                 if let Some(refusal) = self.refusal(bucket.0, key, conditions) {
@@ -122,7 +127,7 @@ impl Model {
             }
             Command::DeleteObject { bucket, key, version, mode, .. } => self.delete(bucket.0, key, *version, *mode, now),
             Command::CreateUpload { bucket, key, upload, .. } => {
-                if self.fences.contains(&bucket.0) {
+                if self.fenced(bucket.0) {
                     return Reply::BucketFenced;
                 }
                 self.uploads.insert((bucket.0, key.clone(), upload.0), BTreeMap::new());
@@ -184,18 +189,23 @@ impl Model {
                     Reply::Done
                 }
             },
-            Command::FenceBucket { bucket } => {
+            Command::FenceBucket { bucket, attempt } => {
+                let (seen, up) = self.fences.get(&bucket.0).copied().unwrap_or((0, true));
+                if *attempt < seen || (*attempt == seen && !up) {
+                    return Reply::StaleAttempt { current: seen };
+                }
                 let empty = !self.versions.iter().any(|((of, _), versions)| *of == bucket.0 && !versions.is_empty())
                     && !self.uploads.keys().any(|(of, _, _)| *of == bucket.0);
-                if empty {
-                    self.fences.insert(bucket.0);
-                }
+                self.fences.insert(bucket.0, (*attempt, empty));
                 Reply::Fenced { empty }
             }
-            Command::UnfenceBucket { bucket } => {
-                self.fences.remove(&bucket.0);
-                Reply::Done
-            }
+            Command::UnfenceBucket { bucket, attempt } => match self.fences.get(&bucket.0) {
+                Some((seen, _)) if seen > attempt => Reply::StaleAttempt { current: *seen },
+                _ => {
+                    self.fences.insert(bucket.0, (*attempt, false));
+                    Reply::Done
+                }
+            },
             Command::ReportMissing { chunks } => {
                 for chunk in chunks {
                     if self.owned.get(&chunk.extent).is_some_and(|extent| usize::from(chunk.index) < extent.slots.len()) {
@@ -221,7 +231,7 @@ impl Model {
     }
 
     fn delete(&mut self, bucket: u64, key: &str, pick: VersionPick, mode: VersionMode, now: u64) -> Reply {
-        if self.fences.contains(&bucket) {
+        if self.fenced(bucket) {
             return Reply::BucketFenced;
         }
         let id = (bucket, key.to_owned());
@@ -405,10 +415,18 @@ impl Run {
                 let Some((bucket, key, upload)) = known else { return Command::Noop };
                 Command::AbortUpload { bucket: BucketId(bucket), key, upload: UploadId(upload) }
             }
-            16 => match self.random.below(2) {
-                0 => Command::FenceBucket { bucket: BucketId(3) },
-                _ => Command::UnfenceBucket { bucket: BucketId(3) },
-            },
+            16 => {
+                // A bucket in use is too late to fence; an empty one would stay fenced for most of the run, so that is left to bucket 3.
+                let bucket = if self.random.chance(8) { bucket } else { BucketId(3) };
+                let in_use = self.model.usage(bucket.0) != Usage::default();
+                let seen = self.model.fences.get(&bucket.0).map_or(1, |(seen, _)| *seen);
+                let attempt = (seen + self.random.below(3)).saturating_sub(1);
+                if in_use || (bucket == BucketId(3) && self.random.chance(2)) {
+                    Command::FenceBucket { bucket, attempt }
+                } else {
+                    Command::UnfenceBucket { bucket, attempt }
+                }
+            }
             17 => {
                 let owned: Vec<_> = self.model.owned.values().cloned().collect();
                 let mut chunks = vec![ChunkRef { group: extent(&mut self.random, 1).group, extent: ExtentId([9; 16]), index: 0 }];
@@ -494,7 +512,7 @@ impl Run {
         ];
         let all = versions.iter().map(|version| (VersionPick::Seq(VersionSeq(version.seq)), Some(version)));
         for (version, expected) in picks.into_iter().chain(all) {
-            if self.model.fences.contains(&bucket) {
+            if self.model.fenced(bucket) {
                 continue;
             }
             let got = match self.ask(Query::GetObject { bucket: BucketId(bucket), key: key.to_owned(), version }) {

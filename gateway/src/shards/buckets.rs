@@ -1,11 +1,15 @@
 //! Buckets: looked up by name, made, and deleted behind fences.
 //!
 //! Deleting, in the order that keeps every acknowledged PUT:
-//! 1. the root shard marks the bucket as being deleted;
-//! 2. every object shard fences it, if it is empty there; a fenced bucket takes nothing, for ever;
+//! 1. the root shard marks the bucket as being deleted, and numbers the attempt;
+//! 2. every object shard fences it for this attempt, if it is empty there; a fenced bucket takes nothing;
 //! 3. all fenced: the root shard removes the name. Any not empty: fences come off, then the mark.
 //!
 //! A crash leaves the mark and some fences; the next DeleteBucket, or a CreateBucket of the name, begins at 1 again.
+//!
+//! Gateways know nothing of each other, so two may delete one bucket at once, and their commands may arrive late. The attempt's
+//! number keeps them apart: it rises with every step 1, a shard refuses commands of attempts below the highest it saw, and the root
+//! shard ends only the last attempt it handed out. So a name is removed only while every fence its deletion counted on is up.
 
 use super::{ShardError, Shards};
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -18,6 +22,9 @@ use std::time::Duration;
 
 /// Most buckets remembered by name.
 const CACHE_BUCKETS: usize = 10_000;
+
+/// Most attempts of one DeleteBucket. Each but the first follows one of another gateway that took over and then broke off.
+const MAX_ATTEMPTS: usize = 3;
 
 /// What CreateBucket came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,7 +60,7 @@ pub struct BucketPage {
 #[derive(Default)]
 pub(super) struct BucketCache {
     by_name: RwLock<HashMap<String, BucketRecord>>,
-    /// One deletion of a bucket at a time in this gateway: two would take each other's fences off.
+    /// One deletion of a bucket at a time in this gateway: a second would only take the first one over.
     deleting: Mutex<HashMap<BucketId, Arc<tokio::sync::Mutex<()>>>>,
 }
 
@@ -182,35 +189,60 @@ impl Shards {
             return Ok(Removed::NotEmpty);
         }
         self.inner.buckets.forget(&bucket.name);
-        let begin = Command::BeginDeleteBucket { name: bucket.name.clone(), bucket: bucket.id };
-        match self.command(ShardId::ROOT, begin).await? {
-            Reply::Bucket(_) => {}
-            Reply::NoSuchBucket => return Ok(Removed::NoSuchBucket),
-            other => return Err(odd_reply(ShardId::ROOT, &other)),
-        }
-        let fenced = self.on_all_shards(|| Command::FenceBucket { bucket: bucket.id }).await?;
-        let mut empty = true;
-        for (shard, reply) in &fenced {
-            match reply {
-                Reply::Fenced { empty: empty_here } => empty &= empty_here,
-                other => return Err(odd_reply(*shard, other)),
+        for _ in 0..MAX_ATTEMPTS {
+            let removed = self.attempt_delete(bucket).await?;
+            self.inner.buckets.forget(&bucket.name);
+            if let Some(removed) = removed {
+                return Ok(removed);
+            }
+            // The attempt that took over began after ours, so what it saw is an answer to this call too. Given time to end, it leaves
+            // its mark only if it was broken off.
+            match self.fresh_bucket(&bucket.name).await? {
+                Some(now) if now.id == bucket.id && now.deleting => {}
+                Some(now) if now.id == bucket.id => return Ok(Removed::NotEmpty),
+                _ => return Ok(Removed::NoSuchBucket),
             }
         }
+        let detail = "other deletions of the bucket took this one over and did not end".to_owned();
+        Err(ShardError::Unavailable { shard: ShardId::ROOT, detail })
+    }
+
+    /// One attempt, from mark to end. None: a later attempt took over, and decides.
+    async fn attempt_delete(&self, bucket: &BucketRecord) -> Result<Option<Removed>, ShardError> {
+        let id = bucket.id;
+        let begin = Command::BeginDeleteBucket { name: bucket.name.clone(), bucket: id };
+        let attempt = match self.command(ShardId::ROOT, begin).await? {
+            Reply::Bucket(marked) => marked.delete_attempt,
+            Reply::NoSuchBucket => return Ok(Some(Removed::NoSuchBucket)),
+            other => return Err(odd_reply(ShardId::ROOT, &other)),
+        };
+        let (mut empty, mut stale) = (true, false);
+        for (shard, reply) in self.on_all_shards(|| Command::FenceBucket { bucket: id, attempt }).await? {
+            match reply {
+                Reply::Fenced { empty: empty_here } => empty &= empty_here,
+                Reply::StaleAttempt { .. } => stale = true,
+                other => return Err(odd_reply(shard, &other)),
+            }
+        }
+        if empty && stale {
+            return Ok(None);
+        }
         if !empty {
-            // Everywhere, not only where this call set the fence: a call that was broken off may have set others.
-            for (shard, reply) in self.on_all_shards(|| Command::UnfenceBucket { bucket: bucket.id }).await? {
-                if reply != Reply::Done {
+            // Everywhere, not only where this attempt set the fence: one that was broken off may have set others. Where a later
+            // attempt was, it sees to the fence.
+            for (shard, reply) in self.on_all_shards(|| Command::UnfenceBucket { bucket: id, attempt }).await? {
+                if !matches!(reply, Reply::Done | Reply::StaleAttempt { .. }) {
                     return Err(odd_reply(shard, &reply));
                 }
             }
         }
-        let end = Command::EndDeleteBucket { name: bucket.name.clone(), bucket: bucket.id, remove: empty };
-        let ended = self.command(ShardId::ROOT, end).await?;
-        self.inner.buckets.forget(&bucket.name);
-        match ended {
-            Reply::Done if empty => Ok(Removed::Done),
-            Reply::Done => Ok(Removed::NotEmpty),
-            Reply::NoSuchBucket => Ok(Removed::NoSuchBucket),
+        let end = Command::EndDeleteBucket { name: bucket.name.clone(), bucket: id, attempt, remove: empty };
+        match self.command(ShardId::ROOT, end).await? {
+            Reply::Done if empty => Ok(Some(Removed::Done)),
+            Reply::StaleAttempt { .. } if empty => Ok(None),
+            // With a later attempt under way the mark is that one's to take back.
+            Reply::Done | Reply::StaleAttempt { .. } => Ok(Some(Removed::NotEmpty)),
+            Reply::NoSuchBucket => Ok(Some(Removed::NoSuchBucket)),
             other => Err(odd_reply(ShardId::ROOT, &other)),
         }
     }

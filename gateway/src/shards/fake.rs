@@ -34,11 +34,15 @@ pub(crate) struct State {
     /// Keys by shard and bucket.
     pub(crate) keys: BTreeMap<(ShardId, u64), BTreeSet<String>>,
     pub(crate) fences: HashSet<(ShardId, u64)>,
+    /// Highest attempt at a deletion seen by each shard; a fence is always this attempt's.
+    attempts: HashMap<(ShardId, u64), u64>,
     pub(crate) buckets: BTreeMap<String, BucketRecord>,
     next_bucket: u64,
     replies: HashMap<[u8; 16], Reply>,
     pub(crate) map: Option<ClusterMap>,
     pub(crate) epochs: HashMap<DiskId, Epoch>,
+    /// Applied before the next EndDeleteBucket: what others did, or what came late.
+    pub(crate) before_end: Vec<(ShardId, Command)>,
     /// Commands applied, in order.
     pub(crate) applied: Vec<(ShardId, Command)>,
     /// (disk, shard) of every request for a shard.
@@ -164,14 +168,25 @@ impl State {
                 self.keys.entry((shard, bucket.0)).or_default().insert(key);
                 Reply::Done
             }
-            Command::FenceBucket { bucket } => {
+            Command::FenceBucket { bucket, attempt } => {
+                let at = (shard, bucket.0);
+                let seen = self.attempts.get(&at).copied().unwrap_or(0);
+                if attempt < seen || (attempt == seen && !self.fences.contains(&at)) {
+                    return Reply::StaleAttempt { current: seen };
+                }
+                self.attempts.insert(at, attempt);
                 let empty = self.keys.get(&(shard, bucket.0)).is_none_or(BTreeSet::is_empty);
                 if empty {
                     self.fences.insert((shard, bucket.0));
                 }
                 Reply::Fenced { empty }
             }
-            Command::UnfenceBucket { bucket } => {
+            Command::UnfenceBucket { bucket, attempt } => {
+                let seen = self.attempts.entry((shard, bucket.0)).or_default();
+                if attempt < *seen {
+                    return Reply::StaleAttempt { current: *seen };
+                }
+                *seen = attempt;
                 self.fences.remove(&(shard, bucket.0));
                 Reply::Done
             }
@@ -181,7 +196,8 @@ impl State {
                 }
                 let id = BucketId(self.next_bucket);
                 self.next_bucket += 1;
-                let bucket = BucketRecord { id, name: name.clone(), created_ms: 1, owner, deleting: false };
+                let bucket =
+                    BucketRecord { id, name: name.clone(), created_ms: 1, owner, deleting: false, delete_attempt: 0 };
                 self.buckets.insert(name, bucket.clone());
                 Reply::Bucket(bucket)
             }
@@ -189,13 +205,20 @@ impl State {
                 match self.buckets.get_mut(&name).filter(|known| known.id == bucket) {
                     Some(known) => {
                         known.deleting = true;
+                        known.delete_attempt += 1;
                         Reply::Bucket(known.clone())
                     }
                     None => Reply::NoSuchBucket,
                 }
             }
-            Command::EndDeleteBucket { name, bucket, remove } => {
+            Command::EndDeleteBucket { name, bucket, attempt, remove } => {
+                for (shard, command) in std::mem::take(&mut self.before_end) {
+                    self.apply(shard, command);
+                }
                 match self.buckets.get_mut(&name).filter(|known| known.id == bucket) {
+                    Some(known) if known.delete_attempt != attempt || (remove && !known.deleting) => {
+                        Reply::StaleAttempt { current: known.delete_attempt }
+                    }
                     Some(known) => {
                         known.deleting = false;
                         if remove {

@@ -9,7 +9,7 @@ use crate::metrics::Metrics;
 use granary_placement::id::{DiskId, Epoch, ShardId};
 use granary_wire::control::ControlError;
 use granary_wire::meta::{Command, ListFrom, Query, Reply};
-use granary_wire::record::{AccountId, BucketId, ObjectMeta, UploadId, UploadRecord};
+use granary_wire::record::{AccountId, BucketId, BucketRecord, ObjectMeta, UploadId, UploadRecord};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,10 +28,15 @@ const HURRY: Timing = Timing {
 };
 
 fn cluster() -> (Arc<FakeCluster>, Shards) {
-    let map = map(5, OBJECT_SHARDS + 1, 1);
-    let fake = Arc::new(FakeCluster::new(&map));
-    let known = watch::Sender::new(Some(Arc::new(map)));
-    (fake.clone(), Shards::with_timing(fake, known, Metrics::new().unwrap(), HURRY))
+    let fake = Arc::new(FakeCluster::new(&map(5, OBJECT_SHARDS + 1, 1)));
+    let shards = another_gateway(&fake);
+    (fake, shards)
+}
+
+/// Knows the cluster, and nothing of other gateways.
+fn another_gateway(fake: &Arc<FakeCluster>) -> Shards {
+    let known = watch::Sender::new(Some(Arc::new(map(5, OBJECT_SHARDS + 1, 1))));
+    Shards::with_timing(fake.clone(), known, Metrics::new().unwrap(), HURRY)
 }
 
 /// A small generator, so that a failing seed can be run again.
@@ -46,10 +51,13 @@ impl Dice {
     }
 }
 
-async fn put(shards: &Shards, bucket: BucketId, key: &str) -> Result<Reply, ShardError> {
+fn put_command(bucket: BucketId, key: &str) -> Command {
     let record = UploadRecord { initiated_ms: 1, meta: ObjectMeta::default(), checksum: None, owner: AccountId::ROOT };
-    let command = Command::CreateUpload { bucket, key: key.to_owned(), upload: UploadId([1; 16]), record };
-    shards.command_for(bucket, key, command).await
+    Command::CreateUpload { bucket, key: key.to_owned(), upload: UploadId([1; 16]), record }
+}
+
+async fn put(shards: &Shards, bucket: BucketId, key: &str) -> Result<Reply, ShardError> {
+    shards.command_for(bucket, key, put_command(bucket, key)).await
 }
 
 #[tokio::test]
@@ -218,7 +226,7 @@ async fn a_deletion_that_was_broken_off_is_finished_by_the_next_one_or_by_create
             .command(ShardId::ROOT, Command::BeginDeleteBucket { name: "b".into(), bucket: bucket.id })
             .await
             .unwrap();
-        shards.command(ShardId(2), Command::FenceBucket { bucket: bucket.id }).await.unwrap();
+        shards.command(ShardId(2), Command::FenceBucket { bucket: bucket.id, attempt: 1 }).await.unwrap();
         // Meanwhile it is neither gone nor there.
         assert!(shards.fresh_bucket("b").await.unwrap().unwrap().deleting);
         if finish_by_create {
@@ -231,6 +239,85 @@ async fn a_deletion_that_was_broken_off_is_finished_by_the_next_one_or_by_create
     }
 }
 
+async fn begin_delete(shards: &Shards, name: &str, bucket: BucketId) -> u64 {
+    let begin = Command::BeginDeleteBucket { name: name.into(), bucket };
+    match shards.command(ShardId::ROOT, begin).await.unwrap() {
+        Reply::Bucket(marked) => marked.delete_attempt,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_late_unfence_of_one_deletion_leaves_the_fences_of_the_next() {
+    let (fake, shards) = cluster();
+    let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
+    let attempt = begin_delete(&another_gateway(&fake), "b", bucket.id).await;
+    let shard = shards.shard_of(bucket.id, "k").unwrap();
+    fake.state.lock().unwrap().before_end =
+        vec![(shard, Command::UnfenceBucket { bucket: bucket.id, attempt }), (shard, put_command(bucket.id, "k"))];
+    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::Done);
+    let state = fake.state.lock().unwrap();
+    assert!(state.keys.values().all(BTreeSet::is_empty), "an acknowledged upload lies in a deleted bucket");
+    assert_eq!(state.fences.len(), OBJECT_SHARDS);
+}
+
+#[tokio::test]
+async fn a_deletion_that_was_taken_over_does_not_remove_what_the_other_found_not_empty() {
+    let (fake, shards) = cluster();
+    let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
+    let id = bucket.id;
+    let shard = shards.shard_of(id, "k").unwrap();
+    // The other one took the fences off, where a PUT comes in at once, and ends before this one does.
+    fake.state.lock().unwrap().before_end = vec![
+        (ShardId::ROOT, Command::BeginDeleteBucket { name: "b".into(), bucket: id }),
+        (shard, Command::UnfenceBucket { bucket: id, attempt: 2 }),
+        (shard, put_command(id, "k")),
+        (ShardId::ROOT, Command::EndDeleteBucket { name: "b".into(), bucket: id, attempt: 2, remove: false }),
+    ];
+    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::NotEmpty);
+    let state = fake.state.lock().unwrap();
+    assert_eq!(state.keys[&(shard, id.0)].len(), 1);
+    assert_eq!(state.buckets["b"], BucketRecord { delete_attempt: 2, ..bucket });
+}
+
+#[tokio::test]
+async fn a_deletion_that_was_taken_over_goes_on_when_the_other_is_broken_off() {
+    let (fake, shards) = cluster();
+    let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
+    fake.state.lock().unwrap().before_end = vec![
+        (ShardId::ROOT, Command::BeginDeleteBucket { name: "b".into(), bucket: bucket.id }),
+        (ShardId(2), Command::FenceBucket { bucket: bucket.id, attempt: 2 }),
+    ];
+    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::Done);
+    let state = fake.state.lock().unwrap();
+    let removals: Vec<u64> = state
+        .applied
+        .iter()
+        .filter_map(|(_, command)| match command {
+            Command::EndDeleteBucket { attempt, remove: true, .. } => Some(*attempt),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(removals, [1, 3], "the attempt that was taken over, and a third");
+    assert!(state.buckets.is_empty());
+    assert_eq!(state.fences.len(), OBJECT_SHARDS);
+}
+
+#[tokio::test]
+async fn of_deletions_by_several_gateways_one_removes_the_bucket() {
+    for _ in 0..50 {
+        let (fake, shards) = cluster();
+        shards.create_bucket("b", AccountId::ROOT).await.unwrap();
+        let deletes = (0..3).map(|_| {
+            let gateway = another_gateway(&fake);
+            async move { gateway.delete_bucket("b").await.unwrap() }
+        });
+        let mut removed = futures::future::join_all(deletes).await;
+        removed.sort_by_key(|removed| *removed != Removed::Done);
+        assert_eq!(removed, [Removed::Done, Removed::NoSuchBucket, Removed::NoSuchBucket]);
+    }
+}
+
 #[tokio::test]
 async fn no_acknowledged_put_is_lost_in_a_race_with_deletions() {
     for round in 0..200 {
@@ -240,17 +327,21 @@ async fn no_acknowledged_put_is_lost_in_a_race_with_deletions() {
             let shards = shards.clone();
             tokio::spawn(async move { put(&shards, bucket.id, &format!("key{round}-{n}")).await.unwrap() })
         });
-        let deletes = (0..2).map(|_| {
-            let shards = shards.clone();
-            tokio::spawn(async move { shards.delete_bucket("b").await.unwrap() })
-        });
+        // Two in one gateway, which take turns, and one in another.
+        let deletes = [shards.clone(), shards.clone(), another_gateway(&fake)]
+            .into_iter()
+            .map(|shards| tokio::spawn(async move { shards.delete_bucket("b").await.unwrap() }));
         let (puts, deletes): (Vec<_>, Vec<_>) = (puts.collect(), deletes.collect());
         let puts = futures::future::try_join_all(puts).await.unwrap();
         let deletes = futures::future::try_join_all(deletes).await.unwrap();
         let stored = puts.iter().filter(|reply| **reply == Reply::Done).count();
         let state = fake.state.lock().unwrap();
         let gone = !state.buckets.contains_key("b");
-        assert_eq!(gone, deletes.contains(&Removed::Done), "{deletes:?}");
+        assert_eq!(
+            deletes.iter().filter(|removed| **removed == Removed::Done).count(),
+            usize::from(gone),
+            "{deletes:?}"
+        );
         assert!(!gone || stored == 0, "round {round}: {stored} acknowledged puts in a deleted bucket");
         assert!(gone || state.fences.is_empty(), "round {round}: a living bucket keeps a fence");
     }

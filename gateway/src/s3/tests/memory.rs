@@ -233,7 +233,7 @@ impl Backend for Memory {
             return Ok(Created::Exists(bucket.clone()));
         }
         state.next_bucket += 1;
-        let bucket = BucketRecord { id: BucketId(state.next_bucket), name: name.to_owned(), created_ms: 1_700_000_000_000, owner, deleting: false };
+        let bucket = BucketRecord { id: BucketId(state.next_bucket), name: name.to_owned(), created_ms: 1_700_000_000_000, owner, deleting: false, delete_attempt: 0 };
         state.buckets.insert(name.to_owned(), bucket.clone());
         Ok(Created::New(bucket))
     }
