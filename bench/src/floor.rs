@@ -93,7 +93,12 @@ pub fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     println!("  {:<42} {:>7.3}", "with a signed payload (SHA-256)", put + sha256);
     let get = table("GET", &get_steps);
     if let Some(path) = &args.json {
-        let steps = |steps: &[(&str, f64)]| steps.iter().map(|(name, seconds)| (name.to_string(), serde_json::json!(seconds))).collect::<serde_json::Map<_, _>>();
+        let steps = |steps: &[(&str, f64)]| {
+            steps
+                .iter()
+                .map(|(name, seconds)| (name.to_string(), serde_json::json!(seconds)))
+                .collect::<serde_json::Map<_, _>>()
+        };
         let report = serde_json::json!({
             "scheme": format!("{}+{}", args.k, args.m),
             "put": steps(&put_steps), "put_sum": put, "put_signed_sum": put + sha256, "get": steps(&get_steps), "get_sum": get,

@@ -146,11 +146,24 @@ pub fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     }
     println!("\nCPU-seconds by process (user + system):");
     for phase in &phases {
-        let spent: Vec<String> = phase.processes.iter().map(|spent| format!("{} {:.2}", spent.name, spent.cpu_seconds)).collect();
-        println!("  {:?} {}: {}; client {:.2}", phase.verb, size_text(phase.size_bytes), spent.join(", "), phase.client_cpu_seconds);
+        let spent: Vec<String> =
+            phase.processes.iter().map(|spent| format!("{} {:.2}", spent.name, spent.cpu_seconds)).collect();
+        println!(
+            "  {:?} {}: {}; client {:.2}",
+            phase.verb,
+            size_text(phase.size_bytes),
+            spent.join(", "),
+            phase.client_cpu_seconds
+        );
     }
     if let Some(path) = &args.json {
-        let report = Report { endpoint: target.endpoint.clone(), scheme: args.scheme.clone(), concurrency: args.concurrency, signed_payload: args.signed, phases };
+        let report = Report {
+            endpoint: target.endpoint.clone(),
+            scheme: args.scheme.clone(),
+            concurrency: args.concurrency,
+            signed_payload: args.signed,
+            phases,
+        };
         std::fs::write(path, serde_json::to_vec_pretty(&report)?)?;
     }
     Ok(())
@@ -198,7 +211,10 @@ async fn phase(
                         if verb == Verb::Put {
                             written.fetch_max(number + 1, Ordering::Relaxed);
                         }
-                        latencies.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(begun.elapsed().as_secs_f64() * 1e3);
+                        latencies
+                            .lock()
+                            .unwrap_or_else(|poisoned| poisoned.into_inner())
+                            .push(begun.elapsed().as_secs_f64() * 1e3);
                     }
                     Err(error) => {
                         if errors.fetch_add(1, Ordering::Relaxed) < 3 {
@@ -221,7 +237,8 @@ async fn phase(
     if requests == 0 {
         return Err(format!("no {verb:?} of {} succeeded", size_text(size)).into());
     }
-    let at = |quantile: f64| latencies.get(((latencies.len() - 1) as f64 * quantile) as usize).copied().unwrap_or_default();
+    let at =
+        |quantile: f64| latencies.get(((latencies.len() - 1) as f64 * quantile) as usize).copied().unwrap_or_default();
     let cpu_seconds: f64 = spent.iter().map(|spent| spent.cpu_seconds).sum();
     let gib = (requests * size) as f64 / f64::from(1 << 30);
     Ok(Phase {
@@ -242,7 +259,14 @@ async fn phase(
     })
 }
 
-async fn put(client: &Client, bucket: &str, size: u64, number: u64, payload: &Bytes, signed: Payload) -> Result<(), Box<dyn Error + Send + Sync>> {
+async fn put(
+    client: &Client,
+    bucket: &str,
+    size: u64,
+    number: u64,
+    payload: &Bytes,
+    signed: Payload,
+) -> Result<(), Box<dyn Error + Send + Sync>> {
     let body = if size <= payload.len() as u64 {
         Body::Bytes(payload.clone())
     } else {
@@ -263,7 +287,9 @@ async fn put(client: &Client, bucket: &str, size: u64, number: u64, payload: &By
 }
 
 async fn get(client: &Client, bucket: &str, size: u64, number: u64) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let mut answer = client.stream(Method::GET, &format!("/{bucket}/{size}/{number:08}"), &[], &[], Body::Empty, Payload::Unsigned).await?;
+    let mut answer = client
+        .stream(Method::GET, &format!("/{bucket}/{size}/{number:08}"), &[], &[], Body::Empty, Payload::Unsigned)
+        .await?;
     let mut length = 0u64;
     while let Some(bytes) = answer.next().await? {
         length += bytes.len() as u64;

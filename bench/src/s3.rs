@@ -110,7 +110,12 @@ fn between<'a>(text: &'a str, open: &str, close: &str) -> Option<&'a str> {
 }
 
 fn unescape(text: &str) -> String {
-    text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", "\"").replace("&apos;", "'").replace("&#39;", "'").replace("&amp;", "&")
+    text.replace("&lt;", "<")
+        .replace("&gt;", ">")
+        .replace("&quot;", "\"")
+        .replace("&apos;", "'")
+        .replace("&#39;", "'")
+        .replace("&amp;", "&")
 }
 
 /// An answer whose body is still to be read.
@@ -237,9 +242,11 @@ impl Client {
                 };
                 (signable, bytes.len() as u64, whole(bytes))
             }
-            Body::Stream(length, stream) => {
-                (SignableBody::UnsignedPayload, length, StreamBody::new(stream.map(|piece| piece.map(Frame::data))).boxed_unsync())
-            }
+            Body::Stream(length, stream) => (
+                SignableBody::UnsignedPayload,
+                length,
+                StreamBody::new(stream.map(|piece| piece.map(Frame::data))).boxed_unsync(),
+            ),
         };
         let request = self.signed(method, &uri, headers, signable, length)?.map(|()| body);
         let mut sender = self.connection().await?;
@@ -267,14 +274,24 @@ impl Client {
         Ok(request.uri().path_and_query().map(|path| path.to_string()).unwrap_or_default())
     }
 
-    fn signed(&self, method: Method, uri: &str, headers: &[(&str, &str)], body: SignableBody<'static>, length: u64) -> Result<Request<()>, NoAnswer> {
+    fn signed(
+        &self,
+        method: Method,
+        uri: &str,
+        headers: &[(&str, &str)],
+        body: SignableBody<'static>,
+        length: u64,
+    ) -> Result<Request<()>, NoAnswer> {
         let mut builder = Request::builder()
             .method(method)
             .uri(format!("http://{}{uri}", self.inner.address))
             .header("host", &self.inner.address)
             .header("content-length", length);
         for (name, value) in headers {
-            builder = builder.header(*name, http::HeaderValue::from_bytes(value.as_bytes()).map_err(|error| no_answer("header")(&error))?);
+            builder = builder.header(
+                *name,
+                http::HeaderValue::from_bytes(value.as_bytes()).map_err(|error| no_answer("header")(&error))?,
+            );
         }
         let mut request = builder.body(()).map_err(|error| no_answer("build")(&error))?;
         self.sign(&mut request, settings(), body)?;
@@ -284,7 +301,12 @@ impl Client {
         Ok(request)
     }
 
-    fn sign(&self, request: &mut Request<()>, settings: SigningSettings, body: SignableBody<'static>) -> Result<(), NoAnswer> {
+    fn sign(
+        &self,
+        request: &mut Request<()>,
+        settings: SigningSettings,
+        body: SignableBody<'static>,
+    ) -> Result<(), NoAnswer> {
         let identity = self.inner.credentials.clone().into();
         let params = v4::SigningParams::builder()
             .identity(&identity)
@@ -303,8 +325,13 @@ impl Client {
             .collect();
         let method = request.method().to_string();
         let uri = request.uri().to_string();
-        let signable = SignableRequest::new(&method, &uri, headers.iter().map(|(name, value)| (name.as_str(), value.as_str())), body)
-            .map_err(|error| no_answer("sign")(&error))?;
+        let signable = SignableRequest::new(
+            &method,
+            &uri,
+            headers.iter().map(|(name, value)| (name.as_str(), value.as_str())),
+            body,
+        )
+        .map_err(|error| no_answer("sign")(&error))?;
         let (instructions, _) = sign(signable, &params).map_err(|error| no_answer("sign")(&error))?.into_parts();
         instructions.apply_to_request_http1x(request);
         Ok(())
@@ -323,9 +350,12 @@ impl Client {
                 None => break,
             }
         }
-        let stream = tokio::net::TcpStream::connect(&self.inner.address).await.map_err(|error| no_answer("connect")(&error))?;
+        let stream =
+            tokio::net::TcpStream::connect(&self.inner.address).await.map_err(|error| no_answer("connect")(&error))?;
         stream.set_nodelay(true).map_err(|error| no_answer("nodelay")(&error))?;
-        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| no_answer("handshake")(&error))?;
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| no_answer("handshake")(&error))?;
         tokio::spawn(async move {
             // Its end shows at the request that used it.
             let _ended = connection.await;
@@ -384,7 +414,8 @@ impl Client {
             if !token.is_empty() {
                 query.push(("continuation-token", token.as_str()));
             }
-            let page = self.request(Method::GET, &format!("/{bucket}"), &query, &[], Body::Empty, Payload::Signed).await?;
+            let page =
+                self.request(Method::GET, &format!("/{bucket}"), &query, &[], Body::Empty, Payload::Signed).await?;
             if page.status != StatusCode::OK {
                 return Err(NoAnswer(format!("listing: {} {}", page.status, page.code())));
             }

@@ -73,7 +73,12 @@ impl NodeService for Node {
         async move { Ok(Box::new(Sink(self.store.begin(id, spec).await?)) as Box<dyn ChunkSink>) }.boxed()
     }
 
-    fn read_blocks(&self, id: ChunkId, first_block: u32, blocks: u32) -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>> {
+    fn read_blocks(
+        &self,
+        id: ChunkId,
+        first_block: u32,
+        blocks: u32,
+    ) -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>> {
         async move {
             let read = self.store.read_blocks(id, first_block, blocks).await?;
             Ok(ChunkBlocks { spec: read.spec, first_block: read.first_block, crcs: read.crcs, data: read.data })
@@ -115,9 +120,13 @@ impl Node {
                 let (chunks, more) = self.store.list(after, limit).await.map_err(control_error)?;
                 ControlResponse::Chunks { chunks, more }
             }
-            ControlRequest::Meta { shard, request } => ControlResponse::Meta(self.roles.command(shard, *request).await?),
+            ControlRequest::Meta { shard, request } => {
+                ControlResponse::Meta(self.roles.command(shard, *request).await?)
+            }
             ControlRequest::Query { shard, query } => ControlResponse::Query(self.roles.query(shard, *query).await?),
-            ControlRequest::Raft { shard, from, message } => ControlResponse::Raft(self.roles.raft(shard, from, message).await?),
+            ControlRequest::Raft { shard, from, message } => {
+                ControlResponse::Raft(self.roles.raft(shard, from, message).await?)
+            }
             ControlRequest::InitShard { shard, members } => {
                 self.roles.init_shard(shard, members).await?;
                 ControlResponse::Done

@@ -120,14 +120,22 @@ pub fn inspect(dir: &Path, chunks: bool, verify: bool) -> Result<DiskReport, Ins
             let length = file.length()?;
             Ok((file, length))
         };
-        let (file, length) = open().map_err(|source| InspectError::Io { what: device.path(number).display().to_string(), source })?;
+        let (file, length) =
+            open().map_err(|source| InspectError::Io { what: device.path(number).display().to_string(), source })?;
         segments.push(segment(number, &*file, length, &label, chunks, verify));
     }
     let damaged = segments.iter().any(SegmentReport::damaged);
     Ok(DiskReport { label, segments, verified: verify, damaged })
 }
 
-fn segment(number: u32, file: &dyn SegmentFile, length: u64, label: &Label, chunks: bool, verify: bool) -> SegmentReport {
+fn segment(
+    number: u32,
+    file: &dyn SegmentFile,
+    length: u64,
+    label: &Label,
+    chunks: bool,
+    verify: bool,
+) -> SegmentReport {
     let mut page = Vec::new();
     let header = file.pread(0, PAGE_BYTES as usize, &mut page).map_err(|error| error.to_string());
     let header = header.and_then(|()| SegmentHeader::decode(&page).map_err(|error| error.to_string()));
@@ -199,14 +207,18 @@ fn next(scan: &mut Scan<'_>, identity: &mut Option<SegmentUuid>, length_bytes: u
 fn bad_headers(file: &dyn SegmentFile, from: u64, until: u64) -> u64 {
     let mut page = Vec::new();
     let pages = (from..until).step_by(PAGE_BYTES as usize);
-    pages.filter(|at| file.pread(*at, PAGE_BYTES as usize, &mut page).is_ok() && RecordHeader::region_hint(&page).is_some()).count() as u64
+    pages
+        .filter(|at| {
+            file.pread(*at, PAGE_BYTES as usize, &mut page).is_ok() && RecordHeader::region_hint(&page).is_some()
+        })
+        .count() as u64
 }
 
 fn empty(file: &dyn SegmentFile, length: u64) -> bool {
     let mut page = Vec::new();
-    (RECORDS_AT..length)
-        .step_by(PAGE_BYTES as usize)
-        .all(|at| file.pread(at, PAGE_BYTES.min(length - at) as usize, &mut page).is_ok() && page.iter().all(|byte| *byte == 0))
+    (RECORDS_AT..length).step_by(PAGE_BYTES as usize).all(|at| {
+        file.pread(at, PAGE_BYTES.min(length - at) as usize, &mut page).is_ok() && page.iter().all(|byte| *byte == 0)
+    })
 }
 
 fn describe(record: &RecordHeader, bad_block: Option<u32>) -> RecordReport {
@@ -260,7 +272,8 @@ impl DiskReport {
                 );
             }
         }
-        let checked = if self.verified { "every block was read" } else { "payloads were not read (--verify reads them)" };
+        let checked =
+            if self.verified { "every block was read" } else { "payloads were not read (--verify reads them)" };
         out += &format!("{}; {checked}\n", if self.damaged { "DAMAGED" } else { "no damage found" });
         out
     }

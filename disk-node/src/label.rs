@@ -158,7 +158,9 @@ pub fn format(dir: &Path, cluster: ClusterId, disk: DiskId, uuid: DiskUuid) -> R
     match read(dir) {
         Err(LabelError::Unlabelled(_)) => {}
         Err(other) => return Err(other),
-        Ok(Label { disk, uuid, cluster, .. }) => return Err(LabelError::Labelled { dir: dir.to_owned(), disk, uuid, cluster }),
+        Ok(Label { disk, uuid, cluster, .. }) => {
+            return Err(LabelError::Labelled { dir: dir.to_owned(), disk, uuid, cluster })
+        }
     }
     let label = Label { version: LABEL_VERSION, cluster, uuid, disk, created_ms: now_ms() };
     let path = dir.join(LABEL_FILE);

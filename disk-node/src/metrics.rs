@@ -54,7 +54,8 @@ impl Metrics {
         };
         let histogram = |name: &str, help: &str, first: f64| -> Result<Histogram, prometheus::Error> {
             let buckets = prometheus::exponential_buckets(first, 2.0, 14)?;
-            let histogram = Histogram::with_opts(HistogramOpts::new(format!("granary_disk_{name}"), help).buckets(buckets))?;
+            let histogram =
+                Histogram::with_opts(HistogramOpts::new(format!("granary_disk_{name}"), help).buckets(buckets))?;
             registry.register(Box::new(histogram.clone()))?;
             Ok(histogram)
         };

@@ -43,7 +43,11 @@ impl Book {
             Ok(None) => return,
             Ok(Some((modified, text))) => serde_json::from_slice::<BTreeMap<String, String>>(&text)
                 .map_err(|error| error.to_string())
-                .and_then(|book| book.into_iter().map(|(id, at)| id.parse().map(|id| (id, at)).map_err(|_| format!("`{id}`"))).collect())
+                .and_then(|book| {
+                    book.into_iter()
+                        .map(|(id, at)| id.parse().map(|id| (id, at)).map_err(|_| format!("`{id}`")))
+                        .collect()
+                })
                 .map(|addresses| (modified, addresses)),
             Err(error) => Err(error.to_string()),
         };
@@ -122,7 +126,9 @@ impl Peers {
             let Some(root) = map.shards.get(usize::from(ShardId::ROOT.0)) else { continue };
             let others: Vec<DiskId> = root.members.iter().copied().filter(|disk| *disk != self.me).collect();
             round = round.wrapping_add(1);
-            let Some(client) = others.get(round % others.len().max(1)).and_then(|disk| self.client(*disk)) else { continue };
+            let Some(client) = others.get(round % others.len().max(1)).and_then(|disk| self.client(*disk)) else {
+                continue;
+            };
             match client.control(ControlRequest::GetMap, POLL_DEADLINE).await {
                 Ok(ControlResponse::Map(Some(found))) => {
                     if let Err(error) = self.maps.offer(Arc::from(found)).await {
@@ -130,7 +136,9 @@ impl Peers {
                     }
                 }
                 Ok(_) => {}
-                Err(LinkError::Auth(error)) => tracing::warn!(%error, peer = client.address(), "cannot ask for a newer map"),
+                Err(LinkError::Auth(error)) => {
+                    tracing::warn!(%error, peer = client.address(), "cannot ask for a newer map")
+                }
                 Err(error) => tracing::debug!(%error, peer = client.address(), "cannot ask for a newer map"),
             }
         }

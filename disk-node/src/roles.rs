@@ -41,10 +41,18 @@ pub struct Roles {
 struct Transport(Arc<Peers>);
 
 impl PeerTransport for Transport {
-    fn raft(&self, to: DiskId, shard: ShardId, message: Bytes, deadline: Duration) -> BoxFuture<'static, Result<Bytes, TransportError>> {
+    fn raft(
+        &self,
+        to: DiskId,
+        shard: ShardId,
+        message: Bytes,
+        deadline: Duration,
+    ) -> BoxFuture<'static, Result<Bytes, TransportError>> {
         let peers = self.0.clone();
         async move {
-            let client = peers.client(to).ok_or_else(|| TransportError::Unreachable(format!("disk {to} has no known address")))?;
+            let client = peers
+                .client(to)
+                .ok_or_else(|| TransportError::Unreachable(format!("disk {to} has no known address")))?;
             match client.control(ControlRequest::Raft { shard, from: peers.me(), message }, deadline).await {
                 Ok(ControlResponse::Raft(answer)) => Ok(answer),
                 Ok(ControlResponse::Error(error)) => Err(TransportError::Refused(error.to_string())),
@@ -59,7 +67,13 @@ impl PeerTransport for Transport {
 
 impl Roles {
     /// Nothing is opened yet.
-    pub fn new(dir: &std::path::Path, peers: Arc<Peers>, maps: Arc<Maps>, on_fatal: OnFatal, stop: CancellationToken) -> Arc<Roles> {
+    pub fn new(
+        dir: &std::path::Path,
+        peers: Arc<Peers>,
+        maps: Arc<Maps>,
+        on_fatal: OnFatal,
+        stop: CancellationToken,
+    ) -> Arc<Roles> {
         let folder = dir.join(META_FOLDER);
         Arc::new(Roles { folder, peers, maps, on_fatal, host: OnceCell::new(), tasks: TaskTracker::new(), stop })
     }
@@ -105,7 +119,13 @@ impl Roles {
         self.host
             .get_or_try_init(|| async {
                 let config = HostConfig { dir: self.folder.clone(), disk: self.peers.me(), timing: Timing::default() };
-                let host = MetaHost::open(config, Arc::new(Transport(self.peers.clone())), self.maps.watch(), self.on_fatal.clone()).await?;
+                let host = MetaHost::open(
+                    config,
+                    Arc::new(Transport(self.peers.clone())),
+                    self.maps.watch(),
+                    self.on_fatal.clone(),
+                )
+                .await?;
                 tracing::info!(folder = %self.folder.display(), "holding metadata replicas");
                 // A root replica here learns of new maps before anyone can ask for them.
                 let (mut applied, maps, stop) = (host.root_map(), self.maps.clone(), self.stop.clone());

@@ -132,7 +132,11 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
     let node = Arc::new(Node { label: label.clone(), store: store.clone(), maps, roles: roles.clone() });
     write_address(&options.dir, bound)?;
     tracing::info!(%bound, disk = label.disk.0, uuid = %label.uuid, cluster = %label.cluster, "serving");
-    let limits = ServerLimits { max_connections: MAX_CONNECTIONS, max_control_bytes: MAX_CONTROL_BYTES, ..ServerLimits::default() };
+    let limits = ServerLimits {
+        max_connections: MAX_CONNECTIONS,
+        max_control_bytes: MAX_CONTROL_BYTES,
+        ..ServerLimits::default()
+    };
     let server = tokio::spawn(granary_wire::serve(listener, node, credentials, limits, stop.clone()));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("signal handler"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("signal handler"))?;
@@ -174,7 +178,9 @@ async fn open_store(options: &ServeOptions, label: &Label, metrics: Arc<Metrics>
         Ok(store)
     };
     let opened = tokio::task::spawn_blocking(open).await;
-    opened.unwrap_or_else(|error| Err(ServeError::Io { what: "open the chunk store".to_owned(), source: io::Error::other(error) }))
+    opened.unwrap_or_else(|error| {
+        Err(ServeError::Io { what: "open the chunk store".to_owned(), source: io::Error::other(error) })
+    })
 }
 
 /// For scripts that let the system pick a port. Not synced: it is only true while the process runs.

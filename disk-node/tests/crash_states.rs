@@ -47,7 +47,16 @@ fn chunk(number: u8) -> ChunkId {
 
 fn spec(len_bytes: u64) -> ChunkSpec {
     let owner = ShardId(3);
-    ChunkSpec { codec: CodecId::Np16, k: 4, m: 2, unit_bytes: 65536, extent_len_bytes: len_bytes * 4, len_bytes, owner, created_ms: 5 }
+    ChunkSpec {
+        codec: CodecId::Np16,
+        k: 4,
+        m: 2,
+        unit_bytes: 65536,
+        extent_len_bytes: len_bytes * 4,
+        len_bytes,
+        owner,
+        created_ms: 5,
+    }
 }
 
 /// Bytes that no other write has.
@@ -93,7 +102,14 @@ struct World {
 }
 
 fn open(device: &SimDevice, engine: &MemoryEngine) -> Result<World, granary_disk_node::store::OpenError> {
-    let shared = Shared::new(Arc::new(device.clone()), Index::new(Box::new(engine.clone())), DISK, settings(), metrics(), Arc::new(|_| {}));
+    let shared = Shared::new(
+        Arc::new(device.clone()),
+        Index::new(Box::new(engine.clone())),
+        DISK,
+        settings(),
+        metrics(),
+        Arc::new(|_| {}),
+    );
     let shared = Arc::new(shared);
     let (core, _) = recover(shared.clone())?;
     Ok(World { core, shared })
@@ -179,7 +195,9 @@ fn run(device: &SimDevice, engine: &MemoryEngine, actions: &[Action]) -> Model {
                         return model;
                     }
                 }
-                if world.core.flush().is_err() || world.core.write_piece(ticket, 0, std::slice::from_ref(&long)).is_err() {
+                if world.core.flush().is_err()
+                    || world.core.write_piece(ticket, 0, std::slice::from_ref(&long)).is_err()
+                {
                     return model;
                 }
                 group.push(Op::Commit { ticket, crcs: crcs(&chunk(*number), &long) });
@@ -232,7 +250,11 @@ fn carry_out(world: &mut World, group: Vec<Op>, model: &mut Model, under_way: &[
     for (place, (number, contents)) in under_way.iter().enumerate() {
         if acknowledged.get(place).copied().unwrap_or(false) {
             // From now on this, or what comes later in the group and may have happened.
-            let later = under_way.iter().skip(place + 1).filter(|(other, _)| other == number).map(|(_, contents)| contents.clone());
+            let later = under_way
+                .iter()
+                .skip(place + 1)
+                .filter(|(other, _)| other == number)
+                .map(|(_, contents)| contents.clone());
             model.insert(*number, std::iter::once(contents.clone()).chain(later).collect());
         }
     }
@@ -253,9 +275,19 @@ fn contents(world: &World) -> BTreeMap<ChunkId, Bytes> {
 fn check(model: &Model, found: &BTreeMap<ChunkId, Bytes>, tell: &dyn Fn() -> String) {
     for (number, allowed) in model {
         let there = found.get(&chunk(*number)).cloned();
-        assert!(allowed.contains(&there), "chunk {number}: found {:?} bytes, {} possibilities; {}", there.map(|b| b.len()), allowed.len(), tell());
+        assert!(
+            allowed.contains(&there),
+            "chunk {number}: found {:?} bytes, {} possibilities; {}",
+            there.map(|b| b.len()),
+            allowed.len(),
+            tell()
+        );
     }
-    assert!(found.keys().all(|id| model.keys().any(|number| chunk(*number) == *id)), "a chunk nobody wrote; {}", tell());
+    assert!(
+        found.keys().all(|id| model.keys().any(|number| chunk(*number) == *id)),
+        "a chunk nobody wrote; {}",
+        tell()
+    );
 }
 
 /// The counts the index keeps must be those of its entries.
@@ -290,7 +322,14 @@ struct Effort {
 const ROOMY: u64 = 1 << 20;
 
 /// Checks ways the power may go right now. Returns how many states were looked at.
-fn check_crashes(device: &SimDevice, engine: &MemoryEngine, model: &Model, effort: &Effort, random: &mut Random, tell: &dyn Fn() -> String) -> u64 {
+fn check_crashes(
+    device: &SimDevice,
+    engine: &MemoryEngine,
+    model: &Model,
+    effort: &Effort,
+    random: &mut Random,
+    tell: &dyn Fn() -> String,
+) -> u64 {
     let ways = device.crash_states();
     let mut states = 0;
     for survive in 0..=engine.unflushed() {
@@ -306,7 +345,11 @@ fn check_crashes(device: &SimDevice, engine: &MemoryEngine, model: &Model, effor
                     0
                 } else if round == 1 {
                     // All of the newest, whole.
-                    if possibilities == 2 { 1 } else { possibilities - 2 }
+                    if possibilities == 2 {
+                        1
+                    } else {
+                        possibilities - 2
+                    }
                 } else {
                     random.below(possibilities)
                 }
@@ -335,7 +378,8 @@ fn explore(actions: &[Action], effort: &Effort, random: &mut Random) -> u64 {
         let (device, engine) = (SimDevice::new(effort.capacity), MemoryEngine::default());
         device.arm(cut, Fault::PowerLoss);
         let model = run(&device, &engine, actions);
-        let tell = || format!("{actions:?}, power lost at call {cut} of {calls} ({:?})", whole.kinds().get(cut as usize));
+        let tell =
+            || format!("{actions:?}, power lost at call {cut} of {calls} ({:?})", whole.kinds().get(cut as usize));
         states += check_crashes(&device, &engine, &model, effort, random, &tell);
     }
     states
@@ -357,7 +401,9 @@ const ALPHABET: [Action; 11] = [
 
 fn sequences(length: u32) -> Vec<Vec<Action>> {
     let letters = ALPHABET.len();
-    (0..letters.pow(length)).map(|code| (0..length).map(|place| ALPHABET[code / letters.pow(place) % letters]).collect()).collect()
+    (0..letters.pow(length))
+        .map(|code| (0..length).map(|place| ALPHABET[code / letters.pow(place) % letters]).collect())
+        .collect()
 }
 
 fn explore_all(sequences: &[Vec<Action>], effort: Effort, seed: u64) -> u64 {
@@ -368,7 +414,12 @@ fn explore_all(sequences: &[Vec<Action>], effort: Effort, seed: u64) -> u64 {
                 let effort = &effort;
                 scope.spawn(move || {
                     let mut random = Random(seed + worker as u64);
-                    sequences.iter().skip(worker).step_by(threads).map(|actions| explore(actions, effort, &mut random)).sum::<u64>()
+                    sequences
+                        .iter()
+                        .skip(worker)
+                        .step_by(threads)
+                        .map(|actions| explore(actions, effort, &mut random))
+                        .sum::<u64>()
                 })
             })
             .collect();
@@ -383,7 +434,11 @@ fn every_crash_state_of_every_short_sequence_keeps_every_promise() {
     for (length, ways) in [(1, 65536), (2, 512), (3, 24), (4, 2)] {
         let sequences = sequences(length);
         let states = explore_all(&sequences, Effort { ways, capacity: ROOMY }, 1);
-        println!("{} sequences of {length}: {states} crash states, {:.1} s", sequences.len(), begun.elapsed().as_secs_f64());
+        println!(
+            "{} sequences of {length}: {states} crash states, {:.1} s",
+            sequences.len(),
+            begun.elapsed().as_secs_f64()
+        );
         total += states;
     }
     println!("{total} crash states");
@@ -395,8 +450,9 @@ fn longer_sequences_keep_every_promise() {
     let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_122);
     println!("seed {seed} (set SEED to replay)");
     let mut random = Random(seed);
-    let sequences: Vec<Vec<Action>> =
-        (0..60).map(|_| (0..4 + random.below(12)).map(|_| ALPHABET[random.below(ALPHABET.len() as u64) as usize]).collect()).collect();
+    let sequences: Vec<Vec<Action>> = (0..60)
+        .map(|_| (0..4 + random.below(12)).map(|_| ALPHABET[random.below(ALPHABET.len() as u64) as usize]).collect())
+        .collect();
     println!("{} crash states", explore_all(&sequences, Effort { ways: 6, capacity: ROOMY }, seed));
 }
 
@@ -405,7 +461,8 @@ fn longer_sequences_keep_every_promise() {
 fn a_crash_at_each_step_of_recovery_loses_nothing() {
     let mut random = Random(3);
     let mut states = 0;
-    let picked: Vec<Vec<Action>> = sequences(3).into_iter().filter(|actions| actions.contains(&Action::Delete(0))).collect();
+    let picked: Vec<Vec<Action>> =
+        sequences(3).into_iter().filter(|actions| actions.contains(&Action::Delete(0))).collect();
     for actions in picked.iter().cycle().take(4 * picked.len()) {
         let (device, engine) = (SimDevice::new(1 << 20), MemoryEngine::default());
         let calls = {
@@ -464,7 +521,9 @@ fn space_of_deleted_and_aborted_chunks_comes_back() {
         let (device, engine) = (SimDevice::new(1 << 20), MemoryEngine::default());
         run(&device, &engine, &actions);
         let mut world = open(&device, &engine).unwrap();
-        world.core.commit(vec![Op::Delete { ids: (0..3).map(chunk).collect() }], &mut |_, outcome| assert!(outcome.is_ok()));
+        world
+            .core
+            .commit(vec![Op::Delete { ids: (0..3).map(chunk).collect() }], &mut |_, outcome| assert!(outcome.is_ok()));
         while world.core.housekeep(Instant::now()).unwrap() {}
         world.core.housekeep(Instant::now()).unwrap();
         assert_eq!(device.used(), 0, "{actions:?}");
@@ -491,7 +550,8 @@ fn a_failed_call_is_never_answered_for() {
                     assert_eq!(device.calls(), cut as u64 + 1, "went on after a failed {kind} in {actions:?}");
                 }
                 let tell = || format!("{actions:?}, {fault:?} at call {cut} ({kind})");
-                states += check_crashes(&device, &engine, &model, &Effort { ways: 4, capacity: ROOMY }, &mut random, &tell);
+                states +=
+                    check_crashes(&device, &engine, &model, &Effort { ways: 4, capacity: ROOMY }, &mut random, &tell);
             }
         }
         println!("{fault:?}: {states} crash states, the store ended {ended} times");
@@ -504,8 +564,9 @@ fn power_loss_on_a_full_disk_keeps_every_promise() {
     let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(6);
     println!("seed {seed} (set SEED to replay)");
     let mut random = Random(seed);
-    let sequences: Vec<Vec<Action>> =
-        (0..300).map(|_| (0..4 + random.below(8)).map(|_| ALPHABET[random.below(ALPHABET.len() as u64) as usize]).collect()).collect();
+    let sequences: Vec<Vec<Action>> = (0..300)
+        .map(|_| (0..4 + random.below(8)).map(|_| ALPHABET[random.below(ALPHABET.len() as u64) as usize]).collect())
+        .collect();
     for capacity in [40 * 1024, 64 * 1024, 100 * 1024] {
         println!("{capacity} bytes: {} crash states", explore_all(&sequences, Effort { ways: 3, capacity }, seed));
     }

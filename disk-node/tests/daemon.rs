@@ -49,13 +49,22 @@ impl Disk {
     fn serve_args(&self) -> Vec<String> {
         let secret = self.root.path().join("secret");
         let dir = self.dir();
-        let words = ["serve", "--dir", dir.to_str().unwrap(), "--listen", "127.0.0.1:0", "--secret-file", secret.to_str().unwrap()];
+        let words = [
+            "serve",
+            "--dir",
+            dir.to_str().unwrap(),
+            "--listen",
+            "127.0.0.1:0",
+            "--secret-file",
+            secret.to_str().unwrap(),
+        ];
         words.iter().map(|word| (*word).to_owned()).collect()
     }
 
     fn start(&self, command: &mut Command) -> Running {
         let _ = std::fs::remove_file(self.dir().join("address"));
-        let child = command.stdout(Stdio::null()).stderr(std::fs::File::create(self.root.path().join("log")).unwrap()).spawn();
+        let child =
+            command.stdout(Stdio::null()).stderr(std::fs::File::create(self.root.path().join("log")).unwrap()).spawn();
         let mut running = Running { child: child.unwrap(), address: String::new() };
         let begun = Instant::now();
         while running.address.is_empty() {
@@ -90,7 +99,11 @@ impl Running {
     }
 
     fn signal(&self, name: &str) {
-        assert!(Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap().success());
+        assert!(Command::new("kill")
+            .args([&format!("-{name}"), &self.child.id().to_string()])
+            .status()
+            .unwrap()
+            .success());
     }
 
     fn wait(&mut self) -> ExitStatus {
@@ -118,11 +131,22 @@ fn chunk(number: u8) -> ChunkId {
 
 fn spec(len_bytes: u64) -> ChunkSpec {
     let owner = ShardId(3);
-    ChunkSpec { codec: CodecId::Np16, k: 4, m: 2, unit_bytes: 65536, extent_len_bytes: len_bytes * 4, len_bytes, owner, created_ms: 5 }
+    ChunkSpec {
+        codec: CodecId::Np16,
+        k: 4,
+        m: 2,
+        unit_bytes: 65536,
+        extent_len_bytes: len_bytes * 4,
+        len_bytes,
+        owner,
+        created_ms: 5,
+    }
 }
 
 fn payload(number: u8, len: usize) -> Bytes {
-    (0..len).map(|at| (at as u32).wrapping_mul(2_654_435_761).wrapping_add(u32::from(number)).to_be_bytes()[0]).collect()
+    (0..len)
+        .map(|at| (at as u32).wrapping_mul(2_654_435_761).wrapping_add(u32::from(number)).to_be_bytes()[0])
+        .collect()
 }
 
 async fn put(client: &NodeClient, number: u8, len: usize) -> Result<(), ChunkError> {
@@ -147,7 +171,10 @@ async fn a_disk_node_stores_reads_verifies_lists_and_deletes_over_kill_and_stop(
         assert_eq!(get(&client, number).await.unwrap(), payload(number, len));
     }
     let all = vec![chunk(1), chunk(9), chunk(3)];
-    assert_eq!(ask(&client, ControlRequest::HaveChunks(all.clone())).await, ControlResponse::Have(vec![true, false, true]));
+    assert_eq!(
+        ask(&client, ControlRequest::HaveChunks(all.clone())).await,
+        ControlResponse::Have(vec![true, false, true])
+    );
     let health = vec![ChunkHealth::Good, ChunkHealth::Missing, ChunkHealth::Good];
     assert_eq!(ask(&client, ControlRequest::VerifyChunks(all)).await, ControlResponse::Health(health));
     assert_eq!(ask(&client, ControlRequest::DeleteChunks(vec![chunk(1), chunk(9)])).await, ControlResponse::Deleted(1));
@@ -159,7 +186,11 @@ async fn a_disk_node_stores_reads_verifies_lists_and_deletes_over_kill_and_stop(
     assert_eq!(get(&client, 1).await, Err(ChunkError::NotFound));
     assert_eq!(get(&client, 2).await.unwrap(), payload(2, 70_000));
     assert_eq!(get(&client, 3).await.unwrap(), payload(3, 3_000_000));
-    let ControlResponse::Chunks { chunks, more } = ask(&client, ControlRequest::ListChunks { after: None, limit: 10 }).await else { panic!() };
+    let ControlResponse::Chunks { chunks, more } =
+        ask(&client, ControlRequest::ListChunks { after: None, limit: 10 }).await
+    else {
+        panic!()
+    };
     assert_eq!((chunks.iter().map(|chunk| chunk.id).collect::<Vec<_>>(), more), (vec![chunk(2), chunk(3)], false));
     let ControlResponse::Status(status) = ask(&client, ControlRequest::Status).await else { panic!() };
     assert_eq!((status.chunks, status.chunk_bytes), (2, 3_070_000));
@@ -185,7 +216,9 @@ fn flip_a_payload_byte(dir: &Path) {
     for entry in std::fs::read_dir(dir.join("segments")).unwrap() {
         let path = entry.unwrap().path();
         let mut bytes = std::fs::read(&path).unwrap();
-        let Some(record) = (8192..bytes.len()).step_by(4096).find(|at| bytes[*at..].starts_with(b"GRNYREC\0")) else { continue };
+        let Some(record) = (8192..bytes.len()).step_by(4096).find(|at| bytes[*at..].starts_with(b"GRNYREC\0")) else {
+            continue;
+        };
         if bytes[4096..].starts_with(b"GRNYSEAL") {
             bytes[record + 4096] ^= 4;
             std::fs::write(&path, bytes).unwrap();
@@ -229,7 +262,10 @@ async fn what_is_not_this_nodes_disk_is_refused_in_words() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_failed_sync_ends_the_process() {
     let strace = Command::new("strace").arg("-V").output();
-    assert!(strace.is_ok_and(|done| done.status.success()), "this test needs strace (a failing sync cannot be had otherwise): install it");
+    assert!(
+        strace.is_ok_and(|done| done.status.success()),
+        "this test needs strace (a failing sync cannot be had otherwise): install it"
+    );
     let disk = Disk::new();
     let mut node = disk.serve();
     put(&node.client(), 1, 100_000).await.unwrap();

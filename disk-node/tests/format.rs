@@ -2,14 +2,21 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use granary_disk_node::store::format::{record_bytes, FormatError, RecordHeader, Seal, SegmentHeader, SegmentUuid, PAGE_BYTES};
+use granary_disk_node::store::format::{
+    record_bytes, FormatError, RecordHeader, Seal, SegmentHeader, SegmentUuid, PAGE_BYTES,
+};
 use granary_placement::id::{DiskUuid, ExtentId, PlacementGroupId, ShardId};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use proptest::prelude::{any, prop_assert, prop_assert_eq, proptest};
 
 fn segment() -> SegmentHeader {
-    SegmentHeader { number: 0x0102_0304, uuid: SegmentUuid([0xaa; 16]), disk: DiskUuid([0xbb; 16]), length_bytes: 0x1000_0000 }
+    SegmentHeader {
+        number: 0x0102_0304,
+        uuid: SegmentUuid([0xaa; 16]),
+        disk: DiskUuid([0xbb; 16]),
+        length_bytes: 0x1000_0000,
+    }
 }
 
 fn seal() -> Seal {
@@ -28,7 +35,14 @@ fn record() -> RecordHeader {
         owner: ShardId(0x0709),
         created_ms: 0x0001_9000_0000_0000,
     };
-    RecordHeader { segment: SegmentUuid([0xaa; 16]), offset: 0x2000, sequence: 77, id, spec, crcs: vec![0xdead_beef, 0x0123_4567] }
+    RecordHeader {
+        segment: SegmentUuid([0xaa; 16]),
+        offset: 0x2000,
+        sequence: 77,
+        id,
+        spec,
+        crcs: vec![0xdead_beef, 0x0123_4567],
+    }
 }
 
 /// Everything up to the padding, as hex.

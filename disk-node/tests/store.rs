@@ -22,13 +22,26 @@ const DISK: DiskUuid = DiskUuid([7; 16]);
 const MIB: u64 = 1024 * 1024;
 
 fn settings() -> StoreSettings {
-    StoreSettings { segment_bytes: 8 * MIB, min_segment_bytes: MIB, reserve_bytes: 0, punch_interval: Duration::from_millis(50), ..StoreSettings::default() }
+    StoreSettings {
+        segment_bytes: 8 * MIB,
+        min_segment_bytes: MIB,
+        reserve_bytes: 0,
+        punch_interval: Duration::from_millis(50),
+        ..StoreSettings::default()
+    }
 }
 
 fn open_with(dir: &Path, settings: StoreSettings, disk: DiskUuid) -> Result<(Store, Recovered), OpenError> {
     let device = FileDevice::open(&dir.join("segments")).unwrap();
     let engine = RocksEngine::open(&dir.join("index")).unwrap();
-    Store::open(Arc::new(device), Box::new(engine), disk, settings, Arc::new(Metrics::new().unwrap()), Arc::new(|reason| panic!("{reason}")))
+    Store::open(
+        Arc::new(device),
+        Box::new(engine),
+        disk,
+        settings,
+        Arc::new(Metrics::new().unwrap()),
+        Arc::new(|reason| panic!("{reason}")),
+    )
 }
 
 fn open(dir: &Path) -> (Store, Recovered) {
@@ -41,7 +54,16 @@ fn chunk(number: u32) -> ChunkId {
 
 fn spec(len_bytes: u64) -> ChunkSpec {
     let owner = ShardId(3);
-    ChunkSpec { codec: CodecId::Np16, k: 4, m: 2, unit_bytes: 65536, extent_len_bytes: len_bytes * 4, len_bytes, owner, created_ms: 5 }
+    ChunkSpec {
+        codec: CodecId::Np16,
+        k: 4,
+        m: 2,
+        unit_bytes: 65536,
+        extent_len_bytes: len_bytes * 4,
+        len_bytes,
+        owner,
+        created_ms: 5,
+    }
 }
 
 fn payload(seed: u64, len_bytes: u64) -> Vec<u8> {
@@ -91,7 +113,10 @@ async fn chunks_of_every_size_come_back_over_restarts_and_without_the_index() {
     }
     let all_there = |store: Store| async move {
         for (number, size) in sizes.iter().enumerate() {
-            assert!(get(&store, chunk(number as u32)).await.unwrap() == payload(number as u64, *size), "chunk of {size}");
+            assert!(
+                get(&store, chunk(number as u32)).await.unwrap() == payload(number as u64, *size),
+                "chunk of {size}"
+            );
             assert_eq!(store.verify(chunk(number as u32)).await, Ok(ChunkHealth::Good));
         }
         let (listed, more) = store.list(None, 1000).await.unwrap();
@@ -102,7 +127,10 @@ async fn chunks_of_every_size_come_back_over_restarts_and_without_the_index() {
     all_there(store.clone()).await;
     store.close().await.unwrap();
     assert!(matches!(store.have(vec![chunk(0)]).await, Err(StoreError::Failed(_))));
-    assert!(matches!(store.begin(chunk(0), spec(10)).await.unwrap().finish(vec![]).await, Err(StoreError::Rejected(_))));
+    assert!(matches!(
+        store.begin(chunk(0), spec(10)).await.unwrap().finish(vec![]).await,
+        Err(StoreError::Rejected(_))
+    ));
     assert!(matches!(put(&store, chunk(0), b"late").await, Err(StoreError::Failed(_))));
     drop(store);
     let (store, recovered) = open(dir.path());
@@ -198,7 +226,11 @@ async fn a_flipped_bit_is_never_served() {
         std::fs::write(&path, bytes).unwrap();
         let (store, _) = open(dir.path());
         let outcome = get(&store, id).await;
-        assert!(matches!(outcome, Err(StoreError::Corrupt { .. })), "byte {at}: {:?}", outcome.map(|bytes| bytes.len()));
+        assert!(
+            matches!(outcome, Err(StoreError::Corrupt { .. })),
+            "byte {at}: {:?}",
+            outcome.map(|bytes| bytes.len())
+        );
         assert_eq!(store.verify(id).await, Ok(ChunkHealth::Corrupt), "byte {at}");
         // A good copy written over it heals it.
         put(&store, id, &data).await.unwrap();
@@ -283,9 +315,14 @@ impl LoopMount {
         std::fs::create_dir(&mount).unwrap();
         let run = |program: &str, args: &[&str]| {
             let done = Command::new(program).args(args).output();
-            let done = done.unwrap_or_else(|error| panic!("this test needs `{program}` (a real full disk cannot be faked): {error}"));
+            let done = done.unwrap_or_else(|error| {
+                panic!("this test needs `{program}` (a real full disk cannot be faked): {error}")
+            });
             let said = String::from_utf8_lossy(&done.stderr);
-            assert!(done.status.success(), "this test needs root and loop mounts (a real full disk cannot be faked); {program} {args:?}: {said}");
+            assert!(
+                done.status.success(),
+                "this test needs root and loop mounts (a real full disk cannot be faked); {program} {args:?}: {said}"
+            );
         };
         run("mkfs.ext4", &["-q", "-F", "-m", "0", image.to_str().unwrap()]);
         run("mount", &["-o", "loop", image.to_str().unwrap(), mount.to_str().unwrap()]);

@@ -115,7 +115,10 @@ fn crc_bytes(algorithm: ChecksumAlgorithm, value: u64) -> Vec<u8> {
 
 /// The CRC of all bytes from the CRCs and lengths of consecutive pieces. None when the algorithm is no CRC, or a value has the
 /// wrong length.
-pub fn combine_crc<'a>(algorithm: ChecksumAlgorithm, pieces: impl IntoIterator<Item = (&'a [u8], u64)>) -> Option<Vec<u8>> {
+pub fn combine_crc<'a>(
+    algorithm: ChecksumAlgorithm,
+    pieces: impl IntoIterator<Item = (&'a [u8], u64)>,
+) -> Option<Vec<u8>> {
     let crc = crc_of(algorithm)?;
     let mut whole: Option<u64> = None;
     for (value, len_bytes) in pieces {
@@ -178,7 +181,10 @@ mod tests {
         assert_eq!(hex_of(ChecksumAlgorithm::Crc32c), "e3069283");
         assert_eq!(hex_of(ChecksumAlgorithm::Crc64Nvme), "ae8b14860a799888");
         assert_eq!(hex_of(ChecksumAlgorithm::Sha1), "f7c3bc1d808e04732adf679965ccc34ca7ae3441");
-        assert_eq!(hex_of(ChecksumAlgorithm::Sha256), "15e2b0d3c33891ebb0f1ef609ec419420c20e320ce94c65fbc8c3312448eb225");
+        assert_eq!(
+            hex_of(ChecksumAlgorithm::Sha256),
+            "15e2b0d3c33891ebb0f1ef609ec419420c20e320ce94c65fbc8c3312448eb225"
+        );
     }
 
     #[test]
@@ -207,7 +213,10 @@ mod tests {
         let one = hex::encode(digest(b"a", &[]).md5);
         let two = hex::encode(digest(b"b", &[]).md5);
         // md5(md5("a") + md5("b")) in binary.
-        assert_eq!(multipart_etag([one.as_str(), two.as_str()]).unwrap(), "96e024ba2074fe77e8e965ba43a704be-2".to_owned());
+        assert_eq!(
+            multipart_etag([one.as_str(), two.as_str()]).unwrap(),
+            "96e024ba2074fe77e8e965ba43a704be-2".to_owned()
+        );
         assert_eq!(multipart_etag(["zz"]), None);
     }
 }

@@ -76,13 +76,26 @@ mod tests {
     #[test]
     fn stripes_cover_the_payload_once_and_units_cover_the_stripe() {
         for k in [1u8, 2, 4, 10, 17, 32] {
-            for len in [1u64, 127, 128, 129, 65_536, 131_072 * 4 - 1, 131_072 * 4, 131_072 * 4 + 1, 10_000_000, MAX_EXTENT_BYTES] {
+            for len in [
+                1u64,
+                127,
+                128,
+                129,
+                65_536,
+                131_072 * 4 - 1,
+                131_072 * 4,
+                131_072 * 4 + 1,
+                10_000_000,
+                MAX_EXTENT_BYTES,
+            ] {
                 let layout = ExtentLayout { k, unit_bytes: 131_072, len_bytes: len };
                 let (mut payload, mut chunk) = (0, 0);
                 for number in 0..layout.stripes() {
                     let stripe = layout.stripe(number).unwrap_or_else(|| panic!("stripe {number} of {len} at K={k}"));
                     assert_eq!((stripe.payload_offset, stripe.chunk_offset), (payload, chunk));
-                    assert!(stripe.unit_len * u64::from(k) >= stripe.payload_len && stripe.unit_len.is_multiple_of(128));
+                    assert!(
+                        stripe.unit_len * u64::from(k) >= stripe.payload_len && stripe.unit_len.is_multiple_of(128)
+                    );
                     assert!(stripe.unit_len <= layout.unit_bytes);
                     payload += stripe.payload_len;
                     chunk += stripe.unit_len;

@@ -101,13 +101,24 @@ impl Cluster {
     }
 
     fn spawn(&mut self) {
-        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.folder.path().join("granary.log")).expect("log file");
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.folder.path().join("granary.log"))
+            .expect("log file");
         let mut command = Command::new(bin("granary"));
         command
             .arg("dev")
             .arg("--dir")
             .arg(self.dir())
-            .args(["--disks", &self.options.disks.to_string(), "--scheme", self.options.scheme, "--shards", &self.options.shards.to_string()])
+            .args([
+                "--disks",
+                &self.options.disks.to_string(),
+                "--scheme",
+                self.options.scheme,
+                "--shards",
+                &self.options.shards.to_string(),
+            ])
             .args(["--s3", &self.s3, "--admin", &self.admin])
             .args(if self.options.restart { None } else { Some("--no-restart") })
             .args(&self.options.extra)
@@ -219,8 +230,10 @@ impl Cluster {
 
     /// A call of the admin API that must succeed.
     pub fn admin(&self, method: &str, path: &str) -> Value {
-        let token = std::fs::read_to_string(self.json()["admin_token_file"].as_str().expect("token file")).expect("admin token");
-        let (status, body) = http(&self.admin, method, path, Some(token.trim()), Duration::from_secs(600)).unwrap_or_else(|error| panic!("{method} {path}: {error}"));
+        let token = std::fs::read_to_string(self.json()["admin_token_file"].as_str().expect("token file"))
+            .expect("admin token");
+        let (status, body) = http(&self.admin, method, path, Some(token.trim()), Duration::from_secs(600))
+            .unwrap_or_else(|error| panic!("{method} {path}: {error}"));
         assert!((200..300).contains(&status), "{method} {path}: {status} {body}");
         serde_json::from_str(&body).unwrap_or(Value::String(body))
     }
@@ -235,8 +248,11 @@ impl Cluster {
         let started = Instant::now();
         loop {
             let census = self.census();
-            let number = |name: &str| census[name].as_u64().unwrap_or_else(|| panic!("census without {name}: {census}"));
-            if number("good") == number("chunks_expected") && number("missing") + number("corrupt") + number("unreachable") == 0 {
+            let number =
+                |name: &str| census[name].as_u64().unwrap_or_else(|| panic!("census without {name}: {census}"));
+            if number("good") == number("chunks_expected")
+                && number("missing") + number("corrupt") + number("unreachable") == 0
+            {
                 println!("    census after {:.1} s: {census}", started.elapsed().as_secs_f64());
                 return census;
             }
@@ -256,7 +272,11 @@ impl Cluster {
         let (before, started) = (uploaded(), Instant::now());
         while uploaded() < before + bytes as f64 {
             let ended = client.try_wait().expect("state of the client");
-            assert!(ended.is_none(), "the client ended ({ended:?}) after {:.0} bytes; the disks were to die before", uploaded() - before);
+            assert!(
+                ended.is_none(),
+                "the client ended ({ended:?}) after {:.0} bytes; the disks were to die before",
+                uploaded() - before
+            );
             assert!(started.elapsed() < Duration::from_secs(60), "the client uploads nothing");
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -343,11 +363,12 @@ impl Drop for Cluster {
         if std::thread::panicking() {
             self.show_logs();
         }
-        let disks: Vec<i32> = if self.child.is_some() && self.dir().join("cluster.json").exists() && !std::thread::panicking() {
-            self.disks().iter().map(|disk| disk.pid).collect()
-        } else {
-            Vec::new()
-        };
+        let disks: Vec<i32> =
+            if self.child.is_some() && self.dir().join("cluster.json").exists() && !std::thread::panicking() {
+                self.disks().iter().map(|disk| disk.pid).collect()
+            } else {
+                Vec::new()
+            };
         if let Some(mut child) = self.child.take() {
             signal(child.id() as i32, rustix::process::Signal::TERM);
             let started = Instant::now();
@@ -378,7 +399,8 @@ pub fn signal(pid: i32, signal: rustix::process::Signal) {
 
 /// Does the process run (a zombie does not)?
 pub fn alive(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or("").trim_start().starts_with('Z'))
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or("").trim_start().starts_with('Z'))
 }
 
 fn wait_gone(pid: i32) {
@@ -393,7 +415,12 @@ fn wait_gone(pid: i32) {
 pub fn memory_bytes(pid: i32, peak: bool) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let field = if peak { "VmHWM:" } else { "VmRSS:" };
-    status.lines().find_map(|line| line.strip_prefix(field)).and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix(field))
+        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok())
+        .unwrap_or(0)
+        * 1024
 }
 
 /// The sum of a metric over its labels.
@@ -405,18 +432,30 @@ pub fn metric(page: &str, name: &str) -> f64 {
 }
 
 /// One plain HTTP request; status and body.
-pub fn http(address: &str, method: &str, path: &str, token: Option<&str>, limit: Duration) -> std::io::Result<(u16, String)> {
+pub fn http(
+    address: &str,
+    method: &str,
+    path: &str,
+    token: Option<&str>,
+    limit: Duration,
+) -> std::io::Result<(u16, String)> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(limit))?;
     let auth = token.map(|token| format!("Authorization: Bearer {token}\r\n")).unwrap_or_default();
-    stream.write_all(format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n{auth}Content-Length: 0\r\nConnection: close\r\n\r\n").as_bytes())?;
+    stream.write_all(
+        format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n{auth}Content-Length: 0\r\nConnection: close\r\n\r\n")
+            .as_bytes(),
+    )?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;
     let answer = String::from_utf8_lossy(&answer).into_owned();
     let bad = || std::io::Error::other(format!("not an HTTP answer: {answer}"));
     let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or_else(bad)?;
     let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(bad)?;
-    Ok((status, if head.to_ascii_lowercase().contains("transfer-encoding: chunked") { dechunk(body) } else { body.to_owned() }))
+    Ok((
+        status,
+        if head.to_ascii_lowercase().contains("transfer-encoding: chunked") { dechunk(body) } else { body.to_owned() },
+    ))
 }
 
 fn dechunk(mut body: &str) -> String {

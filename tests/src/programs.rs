@@ -10,10 +10,16 @@ use std::time::{Duration, Instant};
 const SECRET: &str = "--secret_key=";
 
 fn clients_env() -> BTreeMap<String, String> {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache"));
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache"));
     let file = cache.join("granary/clients.env");
-    let text = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}; `make setup-test` makes it", file.display()));
-    text.lines().filter_map(|line| line.split_once('=')).map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    let text = std::fs::read_to_string(&file)
+        .unwrap_or_else(|error| panic!("{}: {error}; `make setup-test` makes it", file.display()));
+    text.lines()
+        .filter_map(|line| line.split_once('='))
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect()
 }
 
 /// A program of the newest set (PyPI, next Debian release) or, with `newest` false, Debian's own.
@@ -21,7 +27,13 @@ pub fn find(name: &str, newest: bool) -> PathBuf {
     let mut folders = Vec::new();
     if newest {
         let env = clients_env();
-        folders.extend(["GRANARY_CLIENTS", "GRANARY_NEWER_CLIENTS"].iter().filter_map(|key| env.get(*key)).filter(|path| !path.is_empty()).map(PathBuf::from));
+        folders.extend(
+            ["GRANARY_CLIENTS", "GRANARY_NEWER_CLIENTS"]
+                .iter()
+                .filter_map(|key| env.get(*key))
+                .filter(|path| !path.is_empty())
+                .map(PathBuf::from),
+        );
     }
     folders.push(PathBuf::from("/usr/bin"));
     for folder in &folders {
@@ -104,17 +116,29 @@ impl Programs {
             std::thread::sleep(Duration::from_millis(20));
         };
         let read = |path: &Path| String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned();
-        let said = Said { ok: status.is_some_and(|status| status.success()), out: read(&out_path), err: read(&err_path) };
+        let said =
+            Said { ok: status.is_some_and(|status| status.success()), out: read(&out_path), err: read(&err_path) };
         std::fs::remove_file(&out_path).expect("remove output");
         std::fs::remove_file(&err_path).expect("remove output");
-        println!("    {:6.1} s  {}{}", started.elapsed().as_secs_f64(), shown.chars().take(160).collect::<String>(), if status.is_none() { "  (stopped: too long)" } else { "" });
+        println!(
+            "    {:6.1} s  {}{}",
+            started.elapsed().as_secs_f64(),
+            shown.chars().take(160).collect::<String>(),
+            if status.is_none() { "  (stopped: too long)" } else { "" }
+        );
         said
     }
 
     /// Runs a program that must succeed; gives its standard output.
     pub fn run(&self, program: &Path, args: &[&str]) -> String {
         let said = self.try_run(program, args, Duration::from_secs(if crate::soak() { 3600 } else { 600 }));
-        assert!(said.ok, "{} failed\n--- out\n{}\n--- err\n{}", command_line(program, args), tail(&said.out), tail(&said.err));
+        assert!(
+            said.ok,
+            "{} failed\n--- out\n{}\n--- err\n{}",
+            command_line(program, args),
+            tail(&said.out),
+            tail(&said.err)
+        );
         said.out
     }
 

@@ -52,12 +52,25 @@ pub fn assert_same(what: &str, expected: &Manifest, found: &Manifest) {
     for (name, is) in expected {
         match found.get(name) {
             None => wrong.push(format!("missing: {}", String::from_utf8_lossy(name))),
-            Some(other) if other != is => wrong.push(format!("differs: {} ({is} became {other})", String::from_utf8_lossy(name))),
+            Some(other) if other != is => {
+                wrong.push(format!("differs: {} ({is} became {other})", String::from_utf8_lossy(name)))
+            }
             Some(_) => {}
         }
     }
-    wrong.extend(found.keys().filter(|name| !expected.contains_key(*name)).map(|name| format!("not in the source: {}", String::from_utf8_lossy(name))));
-    assert!(wrong.is_empty(), "{what}: {} of {} differ, the first:\n{}", wrong.len(), expected.len(), wrong.iter().take(10).cloned().collect::<Vec<_>>().join("\n"));
+    wrong.extend(
+        found
+            .keys()
+            .filter(|name| !expected.contains_key(*name))
+            .map(|name| format!("not in the source: {}", String::from_utf8_lossy(name))),
+    );
+    assert!(
+        wrong.is_empty(),
+        "{what}: {} of {} differ, the first:\n{}",
+        wrong.len(),
+        expected.len(),
+        wrong.iter().take(10).cloned().collect::<Vec<_>>().join("\n")
+    );
     println!("    {what}: {} files the same", expected.len());
 }
 
@@ -68,7 +81,8 @@ pub fn toolchain_sample(into: &Path, bytes: u64) -> PathBuf {
     let mut files = Vec::new();
     let mut folders = vec![source.clone()];
     while let Some(folder) = folders.pop() {
-        let mut entries: Vec<PathBuf> = std::fs::read_dir(&folder).expect("toolchain folder").map(|entry| entry.expect("entry").path()).collect();
+        let mut entries: Vec<PathBuf> =
+            std::fs::read_dir(&folder).expect("toolchain folder").map(|entry| entry.expect("entry").path()).collect();
         entries.sort();
         for path in entries {
             let meta = std::fs::symlink_metadata(&path).expect("metadata");
@@ -86,7 +100,8 @@ pub fn toolchain_sample(into: &Path, bytes: u64) -> PathBuf {
     if total <= bytes {
         picked = files.into_iter().map(|(_, path)| path).collect();
     } else {
-        let mut large: Vec<&(u64, PathBuf)> = files.iter().filter(|(length, _)| *length > 4 << 20 && *length <= bytes / 4).collect();
+        let mut large: Vec<&(u64, PathBuf)> =
+            files.iter().filter(|(length, _)| *length > 4 << 20 && *length <= bytes / 4).collect();
         large.sort();
         let mut for_large = bytes / 3;
         for (length, path) in large {
@@ -135,7 +150,15 @@ pub fn add_odd_files(root: &Path, random: &mut Random) {
     write("skel/x", 10);
     write("skel.other/x", 10);
     write("quote ' \" <xml> & \u{30c6}\u{30b9}\u{30c8}", 5_000);
-    for (name, length) in [("inline-max", 8192), ("inline-over", 8193), ("unit", 131_072), ("stripe", 524_288), ("stripe-over", 524_289), ("mid", 3_000_001), ("large", 20_000_003)] {
+    for (name, length) in [
+        ("inline-max", 8192),
+        ("inline-over", 8193),
+        ("unit", 131_072),
+        ("stripe", 524_288),
+        ("stripe-over", 524_289),
+        ("mid", 3_000_001),
+        ("large", 20_000_003),
+    ] {
         write(name, length);
     }
     let long = "long".repeat(60);

@@ -55,7 +55,11 @@ fn restic_scene(test: &str, newest: bool) {
     let repository = format!("s3:http://{}/b-restic/r", cluster.s3());
     let cache = text(&work.join("cache"));
     let restic_args = |args: &[&str]| -> Vec<String> {
-        ["-o", "s3.bucket-lookup=path", "-r", &repository, "--cache-dir", &cache].iter().chain(args).map(|arg| (*arg).to_owned()).collect()
+        ["-o", "s3.bucket-lookup=path", "-r", &repository, "--cache-dir", &cache]
+            .iter()
+            .chain(args)
+            .map(|arg| (*arg).to_owned())
+            .collect()
     };
     let run = |args: &[&str]| {
         let all = restic_args(args);
@@ -65,12 +69,17 @@ fn restic_scene(test: &str, newest: bool) {
 
     // Two disks die in the middle of the first backup; the tool must get through.
     let all = restic_args(&["backup", &text(&tree)]);
-    let mut backup = programs.start(&restic, &all.iter().map(String::as_str).collect::<Vec<_>>(), &work.join("backup.log"));
+    let mut backup =
+        programs.start(&restic, &all.iter().map(String::as_str).collect::<Vec<_>>(), &work.join("backup.log"));
     cluster.wait_until_uploading(&mut backup, 5 << 20);
     let (first, second) = two_places(&mut random);
     let dead = [cluster.kill_disk(first), cluster.kill_disk(second)];
     let status = backup.wait().unwrap();
-    assert!(status.success(), "restic backup with two disks dead: {}", std::fs::read_to_string(work.join("backup.err")).unwrap_or_default());
+    assert!(
+        status.success(),
+        "restic backup with two disks dead: {}",
+        std::fs::read_to_string(work.join("backup.err")).unwrap_or_default()
+    );
 
     // Go on writing with two disks dead, and read everything back.
     std::fs::write(tree.join("written while two disks are dead"), random.bytes(7_000_000)).unwrap();
@@ -121,7 +130,11 @@ fn rclone_scene(test: &str, newest: bool) {
     let (first, second) = two_places(&mut random);
     let dead = [cluster.kill_disk(first), cluster.kill_disk(second)];
     let status = backup.wait().unwrap();
-    assert!(status.success(), "rclone sync with two disks dead: {}", std::fs::read_to_string(work.join("backup.err")).unwrap_or_default());
+    assert!(
+        status.success(),
+        "rclone sync with two disks dead: {}",
+        std::fs::read_to_string(work.join("backup.err")).unwrap_or_default()
+    );
 
     std::fs::write(tree.join("written while two disks are dead"), random.bytes(12_000_000)).unwrap();
     let source = manifest(&tree, true);
@@ -155,7 +168,8 @@ fn rclone_of_debian_survives_two_dead_disks() {
 /// aws, s3cmd and boto3 skip symbolic links, so does the judge here.
 #[test]
 fn aws_s3cmd_and_boto3_survive_two_dead_disks() {
-    let Scene { cluster, programs, tree, work, mut random } = scene("aws_s3cmd_and_boto3_survive_two_dead_disks", 60 << 20);
+    let Scene { cluster, programs, tree, work, mut random } =
+        scene("aws_s3cmd_and_boto3_survive_two_dead_disks", 60 << 20);
     let (aws, s3cmd_new, s3cmd_old) = (find("aws", true), find("s3cmd", true), find("s3cmd", false));
     let source_text = text(&tree);
     programs.run(&aws, &["s3", "mb", "s3://b-aws"]);
@@ -169,18 +183,29 @@ fn aws_s3cmd_and_boto3_survive_two_dead_disks() {
     };
     s3cmd(&s3cmd_new, &["mb", "s3://b-s3cmd"]);
 
-    let mut backup = programs.start(&aws, &["s3", "sync", "--only-show-errors", "--no-follow-symlinks", &source_text, "s3://b-aws/p"], &work.join("backup.log"));
+    let mut backup = programs.start(
+        &aws,
+        &["s3", "sync", "--only-show-errors", "--no-follow-symlinks", &source_text, "s3://b-aws/p"],
+        &work.join("backup.log"),
+    );
     cluster.wait_until_uploading(&mut backup, 5 << 20);
     let (first, second) = two_places(&mut random);
     let dead = [cluster.kill_disk(first), cluster.kill_disk(second)];
     let status = backup.wait().unwrap();
-    assert!(status.success(), "aws s3 sync with two disks dead: {}", std::fs::read_to_string(work.join("backup.err")).unwrap_or_default());
+    assert!(
+        status.success(),
+        "aws s3 sync with two disks dead: {}",
+        std::fs::read_to_string(work.join("backup.err")).unwrap_or_default()
+    );
 
     std::fs::write(tree.join("written while two disks are dead"), random.bytes(12_000_000)).unwrap();
     let source: Manifest = manifest(&tree, false);
     programs.run(&aws, &["s3", "sync", "--only-show-errors", "--no-follow-symlinks", &source_text, "s3://b-aws/p"]);
     for program in [&s3cmd_old, &s3cmd_new] {
-        s3cmd(program, &["sync", "--quiet", "--multipart-chunk-size-mb=5", &format!("{source_text}/"), "s3://b-s3cmd/p/"]);
+        s3cmd(
+            program,
+            &["sync", "--quiet", "--multipart-chunk-size-mb=5", &format!("{source_text}/"), "s3://b-s3cmd/p/"],
+        );
     }
     let boto = find("python3", true);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/boto3_tree.py");

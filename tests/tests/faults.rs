@@ -54,7 +54,15 @@ fn number_of(key: &str, found: &[u8]) -> u64 {
     number
 }
 
-async fn writer(client: Client, id: u64, mut random: Random, model: Model, numbers: Arc<AtomicU64>, stop: Arc<AtomicBool>, done: Arc<AtomicU64>) {
+async fn writer(
+    client: Client,
+    id: u64,
+    mut random: Random,
+    model: Model,
+    numbers: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    done: Arc<AtomicU64>,
+) {
     while !stop.load(Ordering::Relaxed) {
         let key = format!("w{id}/{}key {}", if random.below(2) == 0 { "a/" } else { "" }, random.below(KEYS_EACH));
         let (state, outcome) = if random.below(5) == 0 {
@@ -144,7 +152,15 @@ fn one_hundred_kills_lose_nothing_acknowledged() {
         let writers: Vec<_> = (0..WRITERS)
             .map(|id| {
                 let random = Random::new(random.number());
-                runtime.spawn(writer(client.clone(), id, random, model.clone(), numbers.clone(), stop.clone(), done.clone()))
+                runtime.spawn(writer(
+                    client.clone(),
+                    id,
+                    random,
+                    model.clone(),
+                    numbers.clone(),
+                    stop.clone(),
+                    done.clone(),
+                ))
             })
             .collect();
         for _ in 0..10 {

@@ -59,7 +59,8 @@ impl Scene {
         let mut stream = TcpStream::connect(self.cluster.s3()).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         // A server may refuse before it has read everything.
-        let request = String::from_utf8(request.to_vec()).unwrap().replacen("\r\nHost:", "\r\nConnection: close\r\nHost:", 1);
+        let request =
+            String::from_utf8(request.to_vec()).unwrap().replacen("\r\nHost:", "\r\nConnection: close\r\nHost:", 1);
         let _refused_early = stream.write_all(request.as_bytes());
         if cut {
             let _refused_early = stream.shutdown(std::net::Shutdown::Write);
@@ -85,32 +86,63 @@ fn hostile_requests_get_the_aws_error_and_store_nothing() {
     let address = scene.cluster.s3();
 
     let wrong = Client::new(address, scene.cluster.access_key(), "not the secret key at all", Duration::from_secs(20));
-    scene.refused("wrong secret", &scene.ask_as(&wrong, Method::PUT, &path, &[], bytes("x")), 403, &["SignatureDoesNotMatch"]);
+    scene.refused(
+        "wrong secret",
+        &scene.ask_as(&wrong, Method::PUT, &path, &[], bytes("x")),
+        403,
+        &["SignatureDoesNotMatch"],
+    );
     let unknown = Client::new(address, "AKIAUNKNOWNUNKNOWN00", scene.cluster.secret_key(), Duration::from_secs(20));
-    scene.refused("unknown key", &scene.ask_as(&unknown, Method::PUT, &path, &[], bytes("x")), 403, &["InvalidAccessKeyId"]);
-    let anonymous = scene.raw(format!("PUT {path} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 1\r\n\r\nx").as_bytes());
+    scene.refused(
+        "unknown key",
+        &scene.ask_as(&unknown, Method::PUT, &path, &[], bytes("x")),
+        403,
+        &["InvalidAccessKeyId"],
+    );
+    let anonymous =
+        scene.raw(format!("PUT {path} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 1\r\n\r\nx").as_bytes());
     assert!(anonymous.starts_with("HTTP/1.1 403"), "anonymous: {anonymous}");
 
     // A presigned PUT, with a header that the signer never saw.
     let presigned = scene.client.presign(&Method::PUT, &path, Duration::from_secs(60)).unwrap();
-    for header in ["x-amz-copy-source: /hostile/other", "x-amz-meta-injected: yes", "x-amz-acl: public-read", "x-amz-storage-class: STANDARD"] {
-        let answer = scene.raw(format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\n{header}\r\nContent-Length: 1\r\n\r\nx").as_bytes());
-        assert!(answer.starts_with("HTTP/1.1 403") || answer.starts_with("HTTP/1.1 400"), "unsigned {header}: {answer}");
+    for header in [
+        "x-amz-copy-source: /hostile/other",
+        "x-amz-meta-injected: yes",
+        "x-amz-acl: public-read",
+        "x-amz-storage-class: STANDARD",
+    ] {
+        let answer = scene.raw(
+            format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\n{header}\r\nContent-Length: 1\r\n\r\nx").as_bytes(),
+        );
+        assert!(
+            answer.starts_with("HTTP/1.1 403") || answer.starts_with("HTTP/1.1 400"),
+            "unsigned {header}: {answer}"
+        );
         assert_eq!(scene.keys(), Vec::<String>::new(), "unsigned {header}");
     }
     let expired = presigned.replace("X-Amz-Expires=60", "X-Amz-Expires=600000");
-    let answer = scene.raw(format!("PUT {expired} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 1\r\n\r\nx").as_bytes());
+    let answer =
+        scene.raw(format!("PUT {expired} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 1\r\n\r\nx").as_bytes());
     assert!(answer.starts_with("HTTP/1.1 403"), "altered expiry: {answer}");
 
     // Bodies that are not what was announced.
-    let short = scene.raw_with_end(format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 100000\r\n\r\nonly this").as_bytes(), true);
+    let short = scene.raw_with_end(
+        format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 100000\r\n\r\nonly this").as_bytes(),
+        true,
+    );
     assert!(!short.starts_with("HTTP/1.1 200"), "short body: {short}");
     assert_eq!(scene.keys(), Vec::<String>::new(), "short body");
-    let no_length = scene.raw(format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n").as_bytes());
+    let no_length = scene.raw(
+        format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n")
+            .as_bytes(),
+    );
     assert!(no_length.starts_with("HTTP/1.1 411"), "neither length: {no_length}");
     let both = scene.raw(format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n").as_bytes());
     assert!(both.starts_with("HTTP/1.1 4"), "both lengths: {both}");
-    let two = scene.raw(format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx").as_bytes());
+    let two = scene.raw(
+        format!("PUT {presigned} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx")
+            .as_bytes(),
+    );
     assert!(two.starts_with("HTTP/1.1 4"), "two lengths: {two}");
     assert_eq!(scene.keys(), Vec::<String>::new(), "odd lengths");
 
@@ -118,7 +150,12 @@ fn hostile_requests_get_the_aws_error_and_store_nothing() {
     let md5_of_nothing = base64(&hex::decode("d41d8cd98f00b204e9800998ecf8427e").unwrap());
     for (length, body) in [(5, Bytes::from_static(b"hello")), (600_000, Bytes::from(vec![7u8; 600_000]))] {
         let put = |headers: &[(&str, &str)]| scene.ask(Method::PUT, &path, &[], headers, Body::Bytes(body.clone()));
-        scene.refused(&format!("Content-MD5 of something else, {length} bytes"), &put(&[("content-md5", &md5_of_nothing)]), 400, &["BadDigest"]);
+        scene.refused(
+            &format!("Content-MD5 of something else, {length} bytes"),
+            &put(&[("content-md5", &md5_of_nothing)]),
+            400,
+            &["BadDigest"],
+        );
         scene.refused("Content-MD5 that is none", &put(&[("content-md5", "nonsense")]), 400, &["InvalidDigest"]);
         for (header, zeros) in [
             ("x-amz-checksum-crc32", 4),
@@ -128,8 +165,18 @@ fn hostile_requests_get_the_aws_error_and_store_nothing() {
             ("x-amz-checksum-sha256", 32),
         ] {
             let value = base64(&vec![0u8; zeros]);
-            scene.refused(&format!("{header} of something else, {length} bytes"), &put(&[(header, &value)]), 400, &["BadDigest", "XAmzContentChecksumMismatch"]);
-            scene.refused(&format!("{header} that is none"), &put(&[(header, "nonsense")]), 400, &["InvalidRequest", "BadDigest"]);
+            scene.refused(
+                &format!("{header} of something else, {length} bytes"),
+                &put(&[(header, &value)]),
+                400,
+                &["BadDigest", "XAmzContentChecksumMismatch"],
+            );
+            scene.refused(
+                &format!("{header} that is none"),
+                &put(&[(header, "nonsense")]),
+                400,
+                &["InvalidRequest", "BadDigest"],
+            );
         }
     }
 
@@ -139,25 +186,43 @@ fn hostile_requests_get_the_aws_error_and_store_nothing() {
     for number in ["0", "10001", "-1", "99999999999999999999", "one", ""] {
         let answer = scene.ask(Method::PUT, &path, &[("partNumber", number), ("uploadId", &upload)], &[], bytes("x"));
         assert_eq!(answer.status.as_u16(), 400, "part number {number:?}: {}", answer.text());
-        assert!(["InvalidArgument", "InvalidRequest"].contains(&answer.code()), "part number {number:?}: {}", answer.text());
+        assert!(
+            ["InvalidArgument", "InvalidRequest"].contains(&answer.code()),
+            "part number {number:?}: {}",
+            answer.text()
+        );
     }
     for bad in ["nonsense", "00000000000000000000000000000000", "../../etc/passwd"] {
         let answer = scene.ask(Method::PUT, &path, &[("partNumber", "1"), ("uploadId", bad)], &[], bytes("x"));
         scene.refused("an upload that is none", &answer, 404, &["NoSuchUpload"]);
     }
     let complete = "<CompleteMultipartUpload><Part><PartNumber>1</PartNumber><ETag>\"d41d8cd98f00b204e9800998ecf8427e\"</ETag></Part></CompleteMultipartUpload>";
-    scene.refused("complete without its part", &scene.ask(Method::POST, &path, &[("uploadId", &upload)], &[], bytes(complete)), 400, &["InvalidPart"]);
+    scene.refused(
+        "complete without its part",
+        &scene.ask(Method::POST, &path, &[("uploadId", &upload)], &[], bytes(complete)),
+        400,
+        &["InvalidPart"],
+    );
     let broken = scene.ask(Method::POST, &path, &[("uploadId", &upload)], &[], bytes("<Complete"));
     scene.refused("XML that is none", &broken, 400, &["MalformedXML"]);
-    assert_eq!(scene.ask(Method::DELETE, &path, &[("uploadId", &upload)], &[], Body::Empty).status, StatusCode::NO_CONTENT);
-    scene.refused("abort twice", &scene.ask(Method::DELETE, &path, &[("uploadId", &upload)], &[], Body::Empty), 404, &["NoSuchUpload"]);
+    assert_eq!(
+        scene.ask(Method::DELETE, &path, &[("uploadId", &upload)], &[], Body::Empty).status,
+        StatusCode::NO_CONTENT
+    );
+    scene.refused(
+        "abort twice",
+        &scene.ask(Method::DELETE, &path, &[("uploadId", &upload)], &[], Body::Empty),
+        404,
+        &["NoSuchUpload"],
+    );
 
     // Names that are none.
     let nul = scene.ask(Method::PUT, &format!("/{BUCKET}/a\0b"), &[], &[], bytes("x"));
     assert_eq!(nul.status.as_u16(), 400, "NUL in a key: {}", nul.text());
     let long = scene.ask(Method::PUT, &format!("/{BUCKET}/{}", "k".repeat(1025)), &[], &[], bytes("x"));
     scene.refused("key of 1,025 bytes", &long, 400, &["KeyTooLongError"]);
-    let bad_utf8 = scene.raw(format!("PUT /{BUCKET}/%ff%fe HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\n\r\n").as_bytes());
+    let bad_utf8 =
+        scene.raw(format!("PUT /{BUCKET}/%ff%fe HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\n\r\n").as_bytes());
     assert!(bad_utf8.starts_with("HTTP/1.1 4"), "a key that is no UTF-8: {bad_utf8}");
     for name in ["UPPER", "a", "has_underscore..", "192.168.0.1", "-dash"] {
         let answer = scene.ask(Method::PUT, &format!("/{name}"), &[], &[], Body::Empty);
@@ -178,12 +243,58 @@ fn every_legal_key_comes_back_as_it_went() {
     let long = format!("{}{}", "\u{e9}".repeat(500), "x".repeat(24));
     assert_eq!(long.len(), 1024);
     let mut keys: Vec<&str> = vec![
-        "..", "../..", "../../etc/passwd", ".", "./x", "a/../b", "a//b", "//x", "/leading", "trailing/", "trailing space ", " leading space", "a b", "a+b", "a%20b", "a%2Fb",
-        "a&b=c?d#e", "quote\"'<>", "back\\slash", "tab\tand\nnewline", "\u{1}", "\u{7f}", "e\u{301}", "\u{e9}", "\u{202e}rtl", "\u{1f980}", "skel/x", "skel.other/x", "skel", &long,
-        "*", "%", "%zz", "~tilde", "null", "uploads", "a=b", "x;y", "comma,semi", "(paren)", "@at", "$dollar", ":colon",
+        "..",
+        "../..",
+        "../../etc/passwd",
+        ".",
+        "./x",
+        "a/../b",
+        "a//b",
+        "//x",
+        "/leading",
+        "trailing/",
+        "trailing space ",
+        " leading space",
+        "a b",
+        "a+b",
+        "a%20b",
+        "a%2Fb",
+        "a&b=c?d#e",
+        "quote\"'<>",
+        "back\\slash",
+        "tab\tand\nnewline",
+        "\u{1}",
+        "\u{7f}",
+        "e\u{301}",
+        "\u{e9}",
+        "\u{202e}rtl",
+        "\u{1f980}",
+        "skel/x",
+        "skel.other/x",
+        "skel",
+        &long,
+        "*",
+        "%",
+        "%zz",
+        "~tilde",
+        "null",
+        "uploads",
+        "a=b",
+        "x;y",
+        "comma,semi",
+        "(paren)",
+        "@at",
+        "$dollar",
+        ":colon",
     ];
     for (number, key) in keys.iter().enumerate() {
-        let answer = scene.ask(Method::PUT, &format!("/{BUCKET}/{key}"), &[], &[], Body::Bytes(Bytes::from(format!("body {number}"))));
+        let answer = scene.ask(
+            Method::PUT,
+            &format!("/{BUCKET}/{key}"),
+            &[],
+            &[],
+            Body::Bytes(Bytes::from(format!("body {number}"))),
+        );
         assert_eq!(answer.status, StatusCode::OK, "PUT {key:?}: {}", answer.text());
     }
     for (number, key) in keys.iter().enumerate() {
@@ -238,7 +349,13 @@ fn ranges_conditions_and_copies_agree_with_the_bytes() {
     for size in [0usize, 1, 100, 8192, 8193, 131_072, 524_288, 524_289, 5_000_000, 70_000_000] {
         let payload: Bytes = random.bytes(size).into();
         let path = format!("/{BUCKET}/size {size}");
-        let put = scene.ask(Method::PUT, &path, &[], &[("x-amz-meta-size", &size.to_string()), ("content-type", "x/y")], Body::Bytes(payload.clone()));
+        let put = scene.ask(
+            Method::PUT,
+            &path,
+            &[],
+            &[("x-amz-meta-size", &size.to_string()), ("content-type", "x/y")],
+            Body::Bytes(payload.clone()),
+        );
         assert_eq!(put.status, StatusCode::OK, "{}", put.text());
         let whole = scene.ask(Method::GET, &path, &[], &[], Body::Empty);
         assert!(whole.body == payload, "{size}: the bytes came back wrong");
@@ -249,13 +366,21 @@ fn ranges_conditions_and_copies_agree_with_the_bytes() {
         for _ in 0..12 {
             let first = random.below(size as u64 + 1);
             let last = first + random.below(size as u64 + 10);
-            let answer = scene.ask(Method::GET, &path, &[], &[("range", &format!("bytes={first}-{last}"))], Body::Empty);
+            let answer =
+                scene.ask(Method::GET, &path, &[], &[("range", &format!("bytes={first}-{last}"))], Body::Empty);
             if first >= size as u64 {
-                assert_eq!((answer.status.as_u16(), answer.code()), (416, "InvalidRange"), "bytes={first}-{last} of {size}");
+                assert_eq!(
+                    (answer.status.as_u16(), answer.code()),
+                    (416, "InvalidRange"),
+                    "bytes={first}-{last} of {size}"
+                );
             } else {
                 let end = (last + 1).min(size as u64);
                 assert_eq!(answer.status.as_u16(), 206, "bytes={first}-{last} of {size}");
-                assert!(answer.body == payload.slice(first as usize..end as usize), "bytes={first}-{last} of {size}: wrong bytes");
+                assert!(
+                    answer.body == payload.slice(first as usize..end as usize),
+                    "bytes={first}-{last} of {size}: wrong bytes"
+                );
                 assert_eq!(answer.header("content-range"), format!("bytes {first}-{}/{size}", end - 1));
             }
         }
@@ -264,9 +389,24 @@ fn ranges_conditions_and_copies_agree_with_the_bytes() {
             assert!(tail.body == payload.slice(size - 1..), "bytes=-1 of {size}");
         }
         let etag = put.header("etag").to_owned();
-        let get = |name: &str, value: &str| scene.ask(Method::GET, &path, &[], &[(name, value)], Body::Empty).status.as_u16();
-        assert_eq!((get("if-match", &etag), get("if-match", "\"no\""), get("if-none-match", &etag), get("if-none-match", "\"no\"")), (200, 412, 304, 200));
-        let copy = scene.ask(Method::PUT, &format!("/{BUCKET}/copy of {size}"), &[], &[("x-amz-copy-source", &uri(&path, &[]))], Body::Empty);
+        let get =
+            |name: &str, value: &str| scene.ask(Method::GET, &path, &[], &[(name, value)], Body::Empty).status.as_u16();
+        assert_eq!(
+            (
+                get("if-match", &etag),
+                get("if-match", "\"no\""),
+                get("if-none-match", &etag),
+                get("if-none-match", "\"no\"")
+            ),
+            (200, 412, 304, 200)
+        );
+        let copy = scene.ask(
+            Method::PUT,
+            &format!("/{BUCKET}/copy of {size}"),
+            &[],
+            &[("x-amz-copy-source", &uri(&path, &[]))],
+            Body::Empty,
+        );
         assert_eq!(copy.status, StatusCode::OK, "{}", copy.text());
         let copied = scene.ask(Method::GET, &format!("/{BUCKET}/copy of {size}"), &[], &[], Body::Empty);
         assert!(copied.body == payload, "{size}: the copy is wrong");
@@ -277,14 +417,25 @@ fn ranges_conditions_and_copies_agree_with_the_bytes() {
         let client = scene.client.clone();
         async move {
             let body = Body::Bytes(Bytes::from(format!("racer {number}")));
-            client.request(Method::PUT, &format!("/{BUCKET}/race"), &[], &[("if-none-match", "*")], body, Payload::Signed).await.unwrap()
+            client
+                .request(Method::PUT, &format!("/{BUCKET}/race"), &[], &[("if-none-match", "*")], body, Payload::Signed)
+                .await
+                .unwrap()
         }
     });
     let answers = scene.runtime.block_on(futures::future::join_all(racers));
-    let winners: Vec<usize> = answers.iter().enumerate().filter(|(_, answer)| answer.status == StatusCode::OK).map(|(number, _)| number).collect();
+    let winners: Vec<usize> = answers
+        .iter()
+        .enumerate()
+        .filter(|(_, answer)| answer.status == StatusCode::OK)
+        .map(|(number, _)| number)
+        .collect();
     assert_eq!(winners.len(), 1, "winners {winners:?}");
     assert!(answers.iter().all(|answer| [200, 409, 412].contains(&answer.status.as_u16())));
-    assert_eq!(scene.ask(Method::GET, &format!("/{BUCKET}/race"), &[], &[], Body::Empty).text(), format!("racer {}", winners[0]));
+    assert_eq!(
+        scene.ask(Method::GET, &format!("/{BUCKET}/race"), &[], &[], Body::Empty).text(),
+        format!("racer {}", winners[0])
+    );
 }
 
 /// An object of 20 GiB (2 GiB in the short form) goes in and out by multipart; no process may grow beyond 400 MiB.
@@ -329,8 +480,13 @@ fn a_huge_object_goes_through_in_constant_memory() {
         assert_eq!(at, gib << 30);
     });
     let mut peaks = vec![("gateway".to_owned(), memory_bytes(scene.cluster.pid(), true))];
-    peaks.extend(scene.cluster.disks().iter().map(|disk| (format!("disk node {}", disk.disk), memory_bytes(disk.pid, true))));
-    println!("    peak memory: {}", peaks.iter().map(|(name, bytes)| format!("{name} {} MiB", bytes >> 20)).collect::<Vec<_>>().join(", "));
+    peaks.extend(
+        scene.cluster.disks().iter().map(|disk| (format!("disk node {}", disk.disk), memory_bytes(disk.pid, true))),
+    );
+    println!(
+        "    peak memory: {}",
+        peaks.iter().map(|(name, bytes)| format!("{name} {} MiB", bytes >> 20)).collect::<Vec<_>>().join(", ")
+    );
     for (name, bytes) in peaks {
         assert!(bytes > 0 && bytes < 400 << 20, "{name} took {} MiB", bytes >> 20);
     }

@@ -51,7 +51,9 @@ fn naming(folder: &str, library: &str) -> BTreeSet<String> {
         .filter(|file| {
             let text = std::fs::read_to_string(file).unwrap();
             text.lines().map(|line| line.split("//").next().unwrap_or("")).any(|line| {
-                line.match_indices(&path).any(|(at, _)| !line[..at].ends_with(|before: char| before.is_alphanumeric() || before == '_' || before == ':'))
+                line.match_indices(&path).any(|(at, _)| {
+                    !line[..at].ends_with(|before: char| before.is_alphanumeric() || before == '_' || before == ':')
+                })
             })
         })
         .map(|file| file.strip_prefix(root()).unwrap().display().to_string())
@@ -68,7 +70,8 @@ fn the_layer_table_holds() {
         ("gateway/Cargo.toml", &["granary-placement", "granary-wire"]),
     ];
     for (manifest, allowed) in table {
-        let ours: BTreeSet<String> = dependencies(manifest).into_iter().filter(|name| name.starts_with("granary-")).collect();
+        let ours: BTreeSet<String> =
+            dependencies(manifest).into_iter().filter(|name| name.starts_with("granary-")).collect();
         let allowed: BTreeSet<String> = allowed.iter().map(|name| (*name).to_owned()).collect();
         assert!(ours.is_subset(&allowed), "{manifest} depends on {ours:?}, allowed are {allowed:?}");
     }
@@ -92,15 +95,31 @@ fn the_disk_node_knows_the_metadata_crate_in_one_file() {
 
 #[test]
 fn each_foreign_library_has_one_door() {
-    assert_eq!(naming("disk-node/src", "rocksdb").len(), 1, "RocksDB in the disk node: {:?}", naming("disk-node/src", "rocksdb"));
-    assert_eq!(naming("gateway/meta/src", "rocksdb").len(), 1, "RocksDB in the metadata crate: {:?}", naming("gateway/meta/src", "rocksdb"));
+    assert_eq!(
+        naming("disk-node/src", "rocksdb").len(),
+        1,
+        "RocksDB in the disk node: {:?}",
+        naming("disk-node/src", "rocksdb")
+    );
+    assert_eq!(
+        naming("gateway/meta/src", "rocksdb").len(),
+        1,
+        "RocksDB in the metadata crate: {:?}",
+        naming("gateway/meta/src", "rocksdb")
+    );
     for file in naming("gateway/meta/src", "openraft") {
         assert!(file == "gateway/meta/src/log.rs" || file.starts_with("gateway/meta/src/raft/"), "openraft in {file}");
     }
     for file in naming("gateway/src", "s3s") {
         assert!(file.starts_with("gateway/src/s3/"), "s3s in {file}");
     }
-    for (folder, library) in [("gateway/src", "rocksdb"), ("gateway/src", "openraft"), ("disk-node/src", "openraft"), ("disk-node/src", "s3s"), ("disk-node/wire/src", "openraft")] {
+    for (folder, library) in [
+        ("gateway/src", "rocksdb"),
+        ("gateway/src", "openraft"),
+        ("disk-node/src", "openraft"),
+        ("disk-node/src", "s3s"),
+        ("disk-node/wire/src", "openraft"),
+    ] {
         assert_eq!(naming(folder, library), BTreeSet::new(), "{library} in {folder}");
     }
 }
@@ -108,8 +127,29 @@ fn each_foreign_library_has_one_door() {
 #[test]
 fn the_top_level_is_what_the_design_names() {
     let allowed: BTreeSet<&str> = [
-        ".ci", ".git", ".github", ".gitignore", ".granary", ".gitattributes", "CHANGELOG.md", "CONTRIBUTING.md", "Cargo.lock", "Cargo.toml", "LICENSE",
-        "Makefile", "README.md", "bench", "clippy.toml", "disk-node", "docs", "gateway", "helm", "placement", "rustfmt.toml", "target", "tests",
+        ".ci",
+        ".git",
+        ".github",
+        ".gitignore",
+        ".granary",
+        ".gitattributes",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "Cargo.lock",
+        "Cargo.toml",
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "bench",
+        "clippy.toml",
+        "disk-node",
+        "docs",
+        "gateway",
+        "helm",
+        "placement",
+        "rustfmt.toml",
+        "target",
+        "tests",
     ]
     .into();
     for entry in std::fs::read_dir(root()).unwrap() {
@@ -120,7 +160,16 @@ fn the_top_level_is_what_the_design_names() {
 
 #[test]
 fn no_source_file_is_longer_than_one_sitting() {
-    for folder in ["placement/src", "disk-node/wire/src", "disk-node/src", "gateway/meta/src", "gateway/src", "bench/src", "tests/src", "tests/tests"] {
+    for folder in [
+        "placement/src",
+        "disk-node/wire/src",
+        "disk-node/src",
+        "gateway/meta/src",
+        "gateway/src",
+        "bench/src",
+        "tests/src",
+        "tests/tests",
+    ] {
         for file in rust_files(folder) {
             let lines = std::fs::read_to_string(&file).unwrap().lines().count();
             assert!(lines <= 900, "{} has {lines} lines", file.display());

@@ -92,7 +92,11 @@ fn start(args: &Args) -> Result<Target, Box<dyn Error>> {
     let started = Instant::now();
     while !ready(&format!("127.0.0.1:{admin}")) {
         if own.child.try_wait()?.is_some() || started.elapsed() > Duration::from_secs(90) {
-            return Err(format!("the cluster does not get ready:\n{}", std::fs::read_to_string(own.folder.join("granary.log"))?).into());
+            return Err(format!(
+                "the cluster does not get ready:\n{}",
+                std::fs::read_to_string(own.folder.join("granary.log"))?
+            )
+            .into());
         }
         std::thread::sleep(Duration::from_millis(100));
     }
@@ -124,11 +128,14 @@ fn json(path: &Path) -> Result<Value, Box<dyn Error>> {
 }
 
 fn keys_of(dir: &Path) -> Result<(String, String), Box<dyn Error>> {
-    if let (Ok(access_key), Ok(secret_key)) = (std::env::var("GRANARY_ROOT_ACCESS_KEY"), std::env::var("GRANARY_ROOT_SECRET_KEY")) {
+    if let (Ok(access_key), Ok(secret_key)) =
+        (std::env::var("GRANARY_ROOT_ACCESS_KEY"), std::env::var("GRANARY_ROOT_SECRET_KEY"))
+    {
         return Ok((access_key, secret_key));
     }
     let keys = json(&dir.join("root-credentials"))?;
-    let text = |name: &str| keys[name].as_str().map(str::to_owned).ok_or_else(|| format!("root-credentials has no {name}"));
+    let text =
+        |name: &str| keys[name].as_str().map(str::to_owned).ok_or_else(|| format!("root-credentials has no {name}"));
     Ok((text("access_key")?, text("secret_key")?))
 }
 

@@ -7,14 +7,17 @@
 //! deleted, an index flush, answers to the deletes. Then the housekeeping: seals, flushes, holes, removal of dead segments.
 
 use super::device::{is_full, SegmentFile};
-use super::format::{header_region_bytes, page_up, record_bytes, RecordHeader, Seal, SegmentHeader, SegmentUuid, PAGE_BYTES, RECORDS_AT, SEAL_AT};
+use super::format::{
+    header_region_bytes, page_up, record_bytes, RecordHeader, Seal, SegmentHeader, SegmentUuid, PAGE_BYTES, RECORDS_AT,
+    SEAL_AT,
+};
 use super::index::{Batch, DiskInfo, Hole, Location, SegmentInfo, SegmentState};
 use super::shared::Shared;
 use super::StoreError;
 use bytes::Bytes;
 use granary_wire::chunk::{ChunkId, ChunkSpec};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Display;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -197,7 +200,8 @@ impl Core {
             }
         };
         let shared = self.shared.clone();
-        let segment = self.segments.get_mut(&number).ok_or_else(|| shared.fail(format!("segment {number} vanished")))?;
+        let segment =
+            self.segments.get_mut(&number).ok_or_else(|| shared.fail(format!("segment {number} vanished")))?;
         let offset = segment.tail;
         segment.tail += need;
         segment.taken.insert(offset);
@@ -238,7 +242,14 @@ impl Core {
         file.fdatasync().map_err(|error| self.broken("sync of a new segment", error))?;
         device.sync_dir().map_err(|error| self.broken("sync of the segment folder", error))?;
         self.shared.remember(number, file.clone());
-        let info = SegmentInfo { uuid, length_bytes, watermark: RECORDS_AT, state: SegmentState::Open, live_records: 0, live_bytes: 0 };
+        let info = SegmentInfo {
+            uuid,
+            length_bytes,
+            watermark: RECORDS_AT,
+            state: SegmentState::Open,
+            live_records: 0,
+            live_bytes: 0,
+        };
         self.segments.insert(number, Segment { info, file: Some(file), tail: RECORDS_AT, taken: BTreeSet::new() });
         self.dirty.insert(number);
         Ok(number)
@@ -320,7 +331,10 @@ impl Core {
             self.dirty.insert(place.segment);
         }
         let mut carry = std::mem::take(&mut self.carry);
-        self.bury_piece(&mut carry, Hole { segment: place.segment, offset: place.offset, len_bytes: record_bytes(len_bytes) });
+        self.bury_piece(
+            &mut carry,
+            Hole { segment: place.segment, offset: place.offset, len_bytes: record_bytes(len_bytes) },
+        );
         self.carry = carry;
     }
 
@@ -341,7 +355,11 @@ impl Core {
         self.publish();
     }
 
-    fn commit_inner(&mut self, group: Vec<Op>, answer: &mut dyn FnMut(usize, Result<Done, StoreError>)) -> Result<(), StoreError> {
+    fn commit_inner(
+        &mut self,
+        group: Vec<Op>,
+        answer: &mut dyn FnMut(usize, Result<Done, StoreError>),
+    ) -> Result<(), StoreError> {
         self.shared.alive()?;
         let mut steps = Vec::with_capacity(group.len());
         for (number, op) in group.into_iter().enumerate() {
@@ -383,7 +401,8 @@ impl Core {
                 self.finish_record(id, spec, place, crcs)
             }
             Op::Commit { ticket, crcs } => {
-                let upload = self.uploads.remove(&ticket).ok_or_else(|| StoreError::Rejected("no such upload".to_owned()))?;
+                let upload =
+                    self.uploads.remove(&ticket).ok_or_else(|| StoreError::Rejected("no such upload".to_owned()))?;
                 if upload.full {
                     self.abandon(upload.place, upload.spec.len_bytes);
                     return Err(StoreError::DiskFull);
@@ -402,7 +421,13 @@ impl Core {
     }
 
     /// Writes the header of a record whose payload is written.
-    fn finish_record(&mut self, id: ChunkId, spec: ChunkSpec, place: Place, crcs: Vec<u32>) -> Result<Step, StoreError> {
+    fn finish_record(
+        &mut self,
+        id: ChunkId,
+        spec: ChunkSpec,
+        place: Place,
+        crcs: Vec<u32>,
+    ) -> Result<Step, StoreError> {
         let file = self.file(place.segment)?;
         let uuid = self.segments.get(&place.segment).map(|segment| segment.info.uuid).unwrap_or_default();
         let sequence = self.disk.next_sequence;
@@ -566,7 +591,9 @@ impl Core {
                 continue;
             }
             let Some(file) = segment.file.take() else { continue };
-            if let Err(error) = seal(&*file, number, &segment.info, segment.tail, &[(segment.tail, segment.info.length_bytes)]) {
+            if let Err(error) =
+                seal(&*file, number, &segment.info, segment.tail, &[(segment.tail, segment.info.length_bytes)])
+            {
                 return Err(self.shared.fail(format!("seal: {error}")));
             }
             segment.info.state = SegmentState::Sealed;
@@ -636,7 +663,9 @@ impl Core {
         for number in &dead {
             self.shared.forget(*number);
             match self.shared.device.unlink(*number) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.broken("remove segment", error)),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(self.broken("remove segment", error))
+                }
                 _ => {}
             }
         }
@@ -650,7 +679,13 @@ impl Core {
 }
 
 /// Gives the unused pieces of a segment back and writes its seal, for certain. All its records are synced, or are by this.
-pub(super) fn seal(file: &dyn SegmentFile, number: u32, info: &SegmentInfo, end: u64, unused: &[(u64, u64)]) -> io::Result<()> {
+pub(super) fn seal(
+    file: &dyn SegmentFile,
+    number: u32,
+    info: &SegmentInfo,
+    end: u64,
+    unused: &[(u64, u64)],
+) -> io::Result<()> {
     for (from, until) in unused {
         if from < until {
             file.punch(*from, until - from)?;

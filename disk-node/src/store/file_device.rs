@@ -51,7 +51,8 @@ impl FileDevice {
     fn check_support(&self) -> io::Result<()> {
         let path = self.folder.join(PROBE);
         let file = create_file(&path, OFlags::TRUNC)?;
-        let tried = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, PROBE_BYTES).and_then(|()| punch_hole(&file, 0, PROBE_BYTES));
+        let tried = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, PROBE_BYTES)
+            .and_then(|()| punch_hole(&file, 0, PROBE_BYTES));
         std::fs::remove_file(&path)?;
         match tried {
             // A full disk must still start: deletes are what helps it.
@@ -91,7 +92,8 @@ impl Device for FileDevice {
         let mut numbers = Vec::new();
         for entry in std::fs::read_dir(&self.folder)? {
             let name = entry?.file_name();
-            let number: Option<u32> = name.to_str().and_then(|name| name.strip_suffix(SUFFIX)).and_then(|digits| digits.parse().ok());
+            let number: Option<u32> =
+                name.to_str().and_then(|name| name.strip_suffix(SUFFIX)).and_then(|digits| digits.parse().ok());
             numbers.extend(number);
         }
         Ok(numbers)

@@ -86,7 +86,10 @@ impl Readers {
         Ok(Readers { jobs: Mutex::new(Some(jobs)), room, threads: Mutex::new(threads) })
     }
 
-    async fn run<T: Send + 'static>(&self, job: impl FnOnce(&Shared) -> Result<T, StoreError> + Send + 'static) -> Result<T, StoreError> {
+    async fn run<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&Shared) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
         let permit = self.room.clone().try_acquire_owned().map_err(|_| StoreError::Overloaded)?;
         let (reply, answer) = oneshot::channel();
         let job: Job = Box::new(move |shared| {
@@ -198,7 +201,10 @@ impl Store {
     pub async fn have(&self, ids: Vec<ChunkId>) -> Result<Vec<bool>, StoreError> {
         let look = move |shared: &Shared| {
             shared.alive()?;
-            ids.iter().map(|id| shared.index.chunk(id).map(|at| at.is_some())).collect::<Result<_, _>>().map_err(|error| shared.fail_index(&error))
+            ids.iter()
+                .map(|id| shared.index.chunk(id).map(|at| at.is_some()))
+                .collect::<Result<_, _>>()
+                .map_err(|error| shared.fail_index(&error))
         };
         self.0.readers.run(look).await
     }
@@ -235,7 +241,8 @@ impl Store {
         let space = shared.device.space().map_err(|error| StoreError::Unreadable(error.to_string()))?;
         let fill = Fill {
             capacity_bytes: space.capacity_bytes,
-            free_bytes: space.free_bytes.saturating_sub(shared.settings.reserve_bytes) + shared.open_bytes.load(Ordering::Relaxed),
+            free_bytes: space.free_bytes.saturating_sub(shared.settings.reserve_bytes)
+                + shared.open_bytes.load(Ordering::Relaxed),
             chunks: shared.chunks.load(Ordering::Relaxed),
             chunk_bytes: shared.chunk_bytes.load(Ordering::Relaxed),
         };

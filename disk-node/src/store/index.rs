@@ -319,7 +319,12 @@ impl Batch {
 
     /// What is known of the disk.
     pub fn put_disk(&mut self, info: &DiskInfo) {
-        let value = Put::new().bytes(&info.disk.0).u64(info.next_sequence).u32(info.next_segment).u64(info.chunks).u64(info.chunk_bytes);
+        let value = Put::new()
+            .bytes(&info.disk.0)
+            .u64(info.next_sequence)
+            .u32(info.next_segment)
+            .u64(info.chunks)
+            .u64(info.chunk_bytes);
         self.changes.push((DISK_KEY.to_vec(), Some(value.0)));
     }
 

@@ -4,7 +4,9 @@
 //! them, never one in the middle: there is one column family, and memtables are flushed in order.
 
 use super::index::{Batch, Engine, IndexError, Pair};
-use rocksdb::{BlockBasedOptions, Cache, Direction, ErrorKind, IteratorMode, Options, ReadOptions, WriteBatch, WriteOptions, DB};
+use rocksdb::{
+    BlockBasedOptions, Cache, Direction, ErrorKind, IteratorMode, Options, ReadOptions, WriteBatch, WriteOptions, DB,
+};
 use std::path::{Path, PathBuf};
 
 const WRITE_BUFFER_BYTES: usize = 8 * 1024 * 1024;
@@ -107,7 +109,10 @@ impl Engine for RocksEngine {
         let mut read = ReadOptions::default();
         read.set_iterate_upper_bound(until.to_vec());
         let pairs = self.db.iterator_opt(IteratorMode::From(from, Direction::Forward), read);
-        pairs.take(limit).map(|pair| pair.map(|(key, value)| (key.into_vec(), value.into_vec())).map_err(error)).collect()
+        pairs
+            .take(limit)
+            .map(|pair| pair.map(|(key, value)| (key.into_vec(), value.into_vec())).map_err(error))
+            .collect()
     }
 
     fn write(&self, batch: Batch) -> Result<(), IndexError> {

@@ -76,7 +76,8 @@ impl Shared {
         };
         let file = self.segment(at.segment).map_err(failed)?;
         let region = header_region_bytes(at.spec.len_bytes);
-        let (from, until) = (u64::from(first_block) * BLOCK_BYTES, (u64::from(last) * BLOCK_BYTES).min(at.spec.len_bytes));
+        let (from, until) =
+            (u64::from(first_block) * BLOCK_BYTES, (u64::from(last) * BLOCK_BYTES).min(at.spec.len_bytes));
         let cached = self.headers.get(&(*id, at.sequence));
         let mut buffer = self.buffers.take();
         // The header lies right before the payload: a first read from the beginning takes both at once.
@@ -101,7 +102,11 @@ impl Shared {
                     RecordHeader::decode(&bytes)
                 };
                 let header = decoded.map_err(|_| corrupt.clone())?;
-                if header.id != *id || header.sequence != at.sequence || header.offset != at.offset || header.spec != at.spec {
+                if header.id != *id
+                    || header.sequence != at.sequence
+                    || header.offset != at.offset
+                    || header.spec != at.spec
+                {
                     return Err(corrupt);
                 }
                 let header = Arc::new(header);
@@ -144,7 +149,9 @@ impl Shared {
                 Err(StoreError::NotFound) => return Ok(ChunkHealth::Missing),
                 // Replaced by a shorter one while it was read: look at that one.
                 Err(StoreError::Rejected(_)) if block > 0 => block = 0,
-                Err(StoreError::Corrupt { .. } | StoreError::Unreadable(_) | StoreError::Rejected(_)) => return Ok(ChunkHealth::Corrupt),
+                Err(StoreError::Corrupt { .. } | StoreError::Unreadable(_) | StoreError::Rejected(_)) => {
+                    return Ok(ChunkHealth::Corrupt)
+                }
                 Err(other) => return Err(other),
             }
         }

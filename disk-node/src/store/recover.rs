@@ -78,7 +78,8 @@ pub fn recover(shared: Arc<Shared>) -> Result<(Core, Recovered), OpenError> {
 
 impl Recovery {
     fn run(mut self) -> Result<(Core, Recovered), OpenError> {
-        let files: BTreeSet<u32> = self.shared.device.list().map_err(device_error("list segments"))?.into_iter().collect();
+        let files: BTreeSet<u32> =
+            self.shared.device.list().map_err(device_error("list segments"))?.into_iter().collect();
         if let Some(last) = files.last() {
             self.disk.next_segment = self.disk.next_segment.max(last + 1);
         }
@@ -95,7 +96,11 @@ impl Recovery {
                 }
                 (false, state) if state == SegmentState::Dead || info.live_records == 0 => removed.push(number),
                 (false, _) => {
-                    tracing::error!(segment = number, chunks = info.live_records, "a segment file is missing: its chunks are lost on this disk");
+                    tracing::error!(
+                        segment = number,
+                        chunks = info.live_records,
+                        "a segment file is missing: its chunks are lost on this disk"
+                    );
                     self.done.segments_missing += 1;
                     missing.insert(number);
                 }
@@ -146,7 +151,8 @@ impl Recovery {
         let sealed = self.done.rebuilt && read_seal(&*file, number, &info).is_some();
         self.segments.insert(number, info);
         self.done.segments_scanned += 1;
-        let mut scan = Scan { number, file: &*file, at: info.watermark.max(RECORDS_AT), end: info.length_bytes, damage: 0 };
+        let mut scan =
+            Scan { number, file: &*file, at: info.watermark.max(RECORDS_AT), end: info.length_bytes, damage: 0 };
         let mut used: Vec<(u64, u64)> = Vec::new();
         while let Some(header) = scan.next(&info) {
             let at = Location { segment: number, offset: header.offset, sequence: header.sequence, spec: header.spec };
@@ -186,7 +192,13 @@ impl Recovery {
     }
 
     /// Which segment is this? None for a file whose birth was not finished.
-    fn identify(&mut self, number: u32, file: &dyn SegmentFile, length: u64, known: Option<SegmentInfo>) -> Result<Option<SegmentInfo>, OpenError> {
+    fn identify(
+        &mut self,
+        number: u32,
+        file: &dyn SegmentFile,
+        length: u64,
+        known: Option<SegmentInfo>,
+    ) -> Result<Option<SegmentInfo>, OpenError> {
         let mut page = Vec::new();
         let header = match file.pread(0, PAGE_BYTES as usize, &mut page) {
             Ok(()) => SegmentHeader::decode(&page),
@@ -208,7 +220,8 @@ impl Recovery {
             Err(source @ FormatError::Version { .. }) => Err(OpenError::Version { segment: number, source }),
             wrong => {
                 // A known segment with a bad header keeps its records: they carry the identity too. So does an unknown one that has any.
-                let found = known.or_else(|| first_record(file, number, length).map(|record| fresh(record.segment, length)));
+                let found =
+                    known.or_else(|| first_record(file, number, length).map(|record| fresh(record.segment, length)));
                 if found.is_some() {
                     self.done.damage += 1;
                     tracing::error!(segment = number, header = ?wrong, "the segment header is damaged; its records are read without it");
@@ -219,7 +232,13 @@ impl Recovery {
     }
 
     /// Takes one record in unless the index knows better. True when its bytes are to be kept.
-    fn take_in(&mut self, header: &RecordHeader, at: &Location, file: &dyn SegmentFile, believed: bool) -> Result<bool, OpenError> {
+    fn take_in(
+        &mut self,
+        header: &RecordHeader,
+        at: &Location,
+        file: &dyn SegmentFile,
+        believed: bool,
+    ) -> Result<bool, OpenError> {
         let piece = Hole { segment: at.segment, offset: at.offset, len_bytes: at.record_bytes() };
         self.disk.next_sequence = self.disk.next_sequence.max(at.sequence + 1);
         if self.holes.contains(&piece) {

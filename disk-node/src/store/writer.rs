@@ -18,9 +18,23 @@ const GROUP_REQUESTS: usize = 1024;
 
 /// What waits in the queue. Permits ride along, so that a message leaves the bound when it is done.
 enum Message {
-    Reserve { id: ChunkId, spec: ChunkSpec, reply: oneshot::Sender<Result<Reserved, StoreError>>, _permit: OwnedSemaphorePermit },
-    Piece { ticket: Ticket, at: u64, data: Vec<Bytes>, _permits: (OwnedSemaphorePermit, OwnedSemaphorePermit) },
-    Op { op: Op, reply: oneshot::Sender<Result<Done, StoreError>>, permits: Permits },
+    Reserve {
+        id: ChunkId,
+        spec: ChunkSpec,
+        reply: oneshot::Sender<Result<Reserved, StoreError>>,
+        _permit: OwnedSemaphorePermit,
+    },
+    Piece {
+        ticket: Ticket,
+        at: u64,
+        data: Vec<Bytes>,
+        _permits: (OwnedSemaphorePermit, OwnedSemaphorePermit),
+    },
+    Op {
+        op: Op,
+        reply: oneshot::Sender<Result<Done, StoreError>>,
+        permits: Permits,
+    },
     /// Without a permit: there is at most one for each reservation.
     Abort(Ticket),
     Flush(oneshot::Sender<Result<(), StoreError>>),
@@ -119,7 +133,11 @@ impl Reserved {
         let permit = self.queue.request_permit().await?;
         let (reply, answer) = oneshot::channel();
         self.committed = true;
-        self.queue.send(Message::Op { op: Op::Commit { ticket: self.ticket, crcs }, reply, permits: (permit, None) })?;
+        self.queue.send(Message::Op {
+            op: Op::Commit { ticket: self.ticket, crcs },
+            reply,
+            permits: (permit, None),
+        })?;
         answer.await.map_err(|_| stopped())?
     }
 }
@@ -137,7 +155,9 @@ pub(super) fn start(core: Core, shared: Arc<Shared>) -> std::io::Result<(Queue, 
     };
     // The thread holds a sending end too, for the reservations it hands out: it is ended by Stop, which the handle sends when dropped.
     let back = queue.clone();
-    let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || Writer { core, shared, back }.run(&receiver))?;
+    let thread = std::thread::Builder::new()
+        .name("writer".to_owned())
+        .spawn(move || Writer { core, shared, back }.run(&receiver))?;
     Ok((queue, thread))
 }
 
@@ -210,7 +230,8 @@ impl Writer {
                     self.shared.metrics.refused_full.inc();
                 }
                 // If nobody waits any more the reservation is dropped here and its abort comes back through the queue.
-                let _ = reply.send(reserved.map(|ticket| Reserved { ticket, queue: self.back.clone(), committed: false }));
+                let _ =
+                    reply.send(reserved.map(|ticket| Reserved { ticket, queue: self.back.clone(), committed: false }));
             }
             Message::Piece { ticket, at, data, _permits } => {
                 // A failure reaches the sender with the commit: the store has ended.

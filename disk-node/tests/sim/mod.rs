@@ -131,7 +131,8 @@ impl SimDevice {
         let mut choices = Vec::new();
         let named: BTreeSet<u64> = state.names.values().chain(state.durable_names.values()).copied().collect();
         for (number, inode) in state.names.iter().chain(&state.durable_names) {
-            let (now, before) = (state.names.get(number) == Some(inode), state.durable_names.get(number) == Some(inode));
+            let (now, before) =
+                (state.names.get(number) == Some(inode), state.durable_names.get(number) == Some(inode));
             if now != before {
                 choices.push(Choice::Name { number: *number });
             }
@@ -354,11 +355,13 @@ impl SegmentFile for SimFile {
         let mut state = self.disk.state();
         state.call("punch")?;
         let inode = state.inodes.get_mut(&self.inode).unwrap();
-        let pages: Vec<u64> = inode.now.range(offset / PAGE as u64..(offset + len_bytes) / PAGE as u64).map(|(page, _)| *page).collect();
+        let pages: Vec<u64> =
+            inode.now.range(offset / PAGE as u64..(offset + len_bytes) / PAGE as u64).map(|(page, _)| *page).collect();
         for page in pages {
             inode.now.remove(&page);
             // A hole over zeros changes nothing that a crash could take back.
-            let touched = inode.unsynced.contains_key(&page) || inode.durable.get(&page).is_some_and(|bytes| bytes.iter().any(|byte| *byte != 0));
+            let touched = inode.unsynced.contains_key(&page)
+                || inode.durable.get(&page).is_some_and(|bytes| bytes.iter().any(|byte| *byte != 0));
             if touched {
                 inode.unsynced.entry(page).or_default().push(None);
             }

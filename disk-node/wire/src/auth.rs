@@ -70,7 +70,9 @@ pub enum SecretError {
     #[error("the cluster secret is not hexadecimal digits, two per byte")]
     NotHex,
     /// Too short to be a secret.
-    #[error("the cluster secret has {len_bytes} bytes, fewer than {MIN_SECRET_BYTES}: make one with `openssl rand -hex 32`")]
+    #[error(
+        "the cluster secret has {len_bytes} bytes, fewer than {MIN_SECRET_BYTES}: make one with `openssl rand -hex 32`"
+    )]
     TooShort {
         /// How long it is.
         len_bytes: usize,
@@ -283,7 +285,10 @@ impl Transcript {
     }
 
     fn session(&self) -> Session {
-        Session { to_server: MacKey::new(&self.mac(LABEL_TO_SERVER)), to_client: MacKey::new(&self.mac(LABEL_TO_CLIENT)) }
+        Session {
+            to_server: MacKey::new(&self.mac(LABEL_TO_SERVER)),
+            to_client: MacKey::new(&self.mac(LABEL_TO_CLIENT)),
+        }
     }
 }
 

@@ -110,7 +110,9 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             let read = if self.buffer.is_empty() {
                 self.stream.read_buf(&mut self.buffer).await
             } else {
-                tokio::time::timeout(stall, self.stream.read_buf(&mut self.buffer)).await.map_err(|_| LinkError::Timeout)?
+                tokio::time::timeout(stall, self.stream.read_buf(&mut self.buffer))
+                    .await
+                    .map_err(|_| LinkError::Timeout)?
             };
             match read {
                 Ok(0) if self.buffer.is_empty() => return Ok(None),
@@ -144,7 +146,9 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         }
         self.counter += 1;
         let head = frame.split_to(LEN_BYTES + HEAD_BYTES);
-        let Some((&[_, _, _, _, a, b, c, d, e, f, g, h, kind], _)) = head.split_first_chunk::<{ LEN_BYTES + HEAD_BYTES }>() else {
+        let Some((&[_, _, _, _, a, b, c, d, e, f, g, h, kind], _)) =
+            head.split_first_chunk::<{ LEN_BYTES + HEAD_BYTES }>()
+        else {
             return Err(LinkError::Protocol("a frame too short to be one".to_owned()));
         };
         let kind = Kind::from_number(kind).ok_or_else(|| LinkError::Protocol(format!("unknown frame kind {kind}")))?;

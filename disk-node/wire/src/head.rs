@@ -35,7 +35,13 @@ fn len_of(bytes: &[u8]) -> [u8; 4] {
 }
 
 /// The code of a request.
-pub(crate) fn request_mac(key: &MacKey, counter: u64, method: &str, target: &str, content_len: Option<u64>) -> [u8; 32] {
+pub(crate) fn request_mac(
+    key: &MacKey,
+    counter: u64,
+    method: &str,
+    target: &str,
+    content_len: Option<u64>,
+) -> [u8; 32] {
     key.mac(&[
         LABEL_REQUEST,
         &counter.to_be_bytes(),
@@ -193,8 +199,11 @@ pub(crate) fn parse_error(text: &str) -> Option<ChunkError> {
 
 /// Text that can stand in a header: visible ASCII and single spaces, bounded.
 fn header_text(text: &str) -> String {
-    let visible: String =
-        text.chars().take(MAX_ERROR_TEXT_BYTES).map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' }).collect();
+    let visible: String = text
+        .chars()
+        .take(MAX_ERROR_TEXT_BYTES)
+        .map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' })
+        .collect();
     visible.trim().to_owned()
 }
 

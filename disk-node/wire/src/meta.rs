@@ -4,7 +4,8 @@
 //! a request id is not applied again: its first reply is given back.
 
 use crate::record::{
-    AccountId, BucketId, BucketRecord, ExtentRecord, ObjectRecord, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
+    AccountId, BucketId, BucketRecord, ExtentRecord, ObjectRecord, PartRecord, UploadId, UploadRecord, Usage,
+    VersionSeq,
 };
 use granary_placement::id::{DiskId, Epoch, ExtentId, PlacementGroupId};
 use granary_placement::map::ClusterMap;

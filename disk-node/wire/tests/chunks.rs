@@ -13,7 +13,19 @@ use support::{chunk_id, payload, reaches, read_all, spec, start};
 async fn chunks_of_every_size_come_back_as_they_were_sent() {
     let server = start().await;
     let client = server.client();
-    let sizes = [1, 2, 4095, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 3 * BLOCK_BYTES, 10_000_000, 16 << 20, (64 << 20) - 1, 64 << 20];
+    let sizes = [
+        1,
+        2,
+        4095,
+        BLOCK_BYTES - 1,
+        BLOCK_BYTES,
+        BLOCK_BYTES + 1,
+        3 * BLOCK_BYTES,
+        10_000_000,
+        16 << 20,
+        (64 << 20) - 1,
+        64 << 20,
+    ];
     for (number, len) in (0..).zip(sizes) {
         let (id, data) = (chunk_id(number), payload(len));
         client.put_chunk(id, spec(len), vec![data.clone()]).await.unwrap();
@@ -73,7 +85,12 @@ async fn an_early_refusal_comes_through_as_itself() {
     let server = start().await;
     let client = server.client();
     let (len, data) = (32 << 20, payload(32 << 20));
-    for error in [ChunkError::DiskFull, ChunkError::Overloaded, ChunkError::AlreadyThere, ChunkError::Rejected("no such group".into())] {
+    for error in [
+        ChunkError::DiskFull,
+        ChunkError::Overloaded,
+        ChunkError::AlreadyThere,
+        ChunkError::Rejected("no such group".into()),
+    ] {
         *server.node.refuse.lock().unwrap() = Some(error.clone());
         for _ in 0..10 {
             assert_eq!(client.put_chunk(chunk_id(1), spec(len), vec![data.clone()]).await, Err(error.clone()));

@@ -10,12 +10,12 @@ use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkInfo, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::meta::{
-    Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, ObjectSummary, Query, Reply, ShardStatus, VersionMode,
-    VersionPick,
+    Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, ObjectSummary, Query, Reply, ShardStatus,
+    VersionMode, VersionPick,
 };
 use granary_wire::record::{
-    AccountId, BucketId, BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, ObjectData, ObjectMeta,
-    ObjectRecord, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
+    AccountId, BucketId, BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, ObjectData,
+    ObjectMeta, ObjectRecord, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
 };
 use serde::de::DeserializeOwned;
 use serde::Serialize;
@@ -145,7 +145,14 @@ fn part() -> PartRecord {
 }
 
 fn bucket() -> BucketRecord {
-    BucketRecord { id: BUCKET, name: "photos".into(), created_ms: 16, owner: AccountId::ROOT, deleting: true, delete_attempt: 300 }
+    BucketRecord {
+        id: BUCKET,
+        name: "photos".into(),
+        created_ms: 16,
+        owner: AccountId::ROOT,
+        deleting: true,
+        delete_attempt: 300,
+    }
 }
 
 fn map() -> ClusterMap {
@@ -378,5 +385,10 @@ fn messages_and_records_are_the_golden_bytes() {
     for (expected, found) in FIXTURE.lines().zip(lines.0.lines()) {
         assert_eq!(expected, found, "a message does not have the bytes it had");
     }
-    assert_eq!(FIXTURE.lines().count(), lines.0.lines().count(), "messages without golden bytes, or the other way round:\n{}", lines.0);
+    assert_eq!(
+        FIXTURE.lines().count(),
+        lines.0.lines().count(),
+        "messages without golden bytes, or the other way round:\n{}",
+        lines.0
+    );
 }

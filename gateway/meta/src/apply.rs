@@ -79,7 +79,11 @@ impl<K: Kv + ?Sized> Tx<'_, '_, K> {
 ///
 /// # Errors
 /// [`StateError`] when the state cannot be read: the replica must stop, for it can neither apply nor skip the command.
-pub fn apply<K: Kv + ?Sized>(shard: ShardId, batch: &mut Overlay<'_, K>, request: &MetaRequest) -> Result<Reply, StateError> {
+pub fn apply<K: Kv + ?Sized>(
+    shard: ShardId,
+    batch: &mut Overlay<'_, K>,
+    request: &MetaRequest,
+) -> Result<Reply, StateError> {
     let mut tx = Tx { batch, keys: Keys::new(shard), now_ms: request.now_ms };
     let kept_key = tx.keys.request(&request.request_id);
     if let Some(kept) = tx.load::<KeptReply>(&kept_key)? {
@@ -106,7 +110,8 @@ fn keep_reply<K: Kv + ?Sized>(
     if let Some(old) = sequence.checked_sub(REQUEST_WINDOW) {
         let old_order = tx.keys.request_order(old);
         if let Some(id) = tx.batch.get(&old_order)? {
-            let id: [u8; 16] = id.try_into().map_err(|_| StateError::Value("request id of another length".to_owned()))?;
+            let id: [u8; 16] =
+                id.try_into().map_err(|_| StateError::Value("request id of another length".to_owned()))?;
             tx.batch.delete(tx.keys.request(&id));
             tx.batch.delete(old_order);
         }
@@ -148,7 +153,9 @@ fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Co
             objects::delete(tx, *bucket, key, *version, conditions, *mode)
         }
         Command::CreateUpload { bucket, key, upload, record } => uploads::create(tx, *bucket, key, *upload, record),
-        Command::PutPart { bucket, key, upload, part, missing } => uploads::put_part(tx, *bucket, key, *upload, part, missing),
+        Command::PutPart { bucket, key, upload, part, missing } => {
+            uploads::put_part(tx, *bucket, key, *upload, part, missing)
+        }
         Command::CompleteUpload { bucket, key, upload, parts, record, conditions, mode } => {
             let wanted = uploads::Completion { parts, record, conditions, mode: *mode };
             uploads::complete(tx, *bucket, key, *upload, &wanted)

@@ -118,7 +118,9 @@ impl ObjectHead {
     /// # Errors
     /// As [`decode`].
     pub fn decode(bytes: &[u8]) -> Result<ObjectHead, StateError> {
-        postcard::take_from_bytes(body(bytes)?).map(|(head, _)| head).map_err(|error| StateError::Value(error.to_string()))
+        postcard::take_from_bytes(body(bytes)?)
+            .map(|(head, _)| head)
+            .map_err(|error| StateError::Value(error.to_string()))
     }
 
     /// What a listing says of it.

@@ -92,7 +92,11 @@ fn check_missing(extents: &[ExtentRef], missing: &[ChunkRef]) -> Result<(), Stri
             lost += 1;
         }
         if lost >= usize::from(extent.m) {
-            return Err(format!("extent {}: {lost} of {} chunks missing leaves no spare", extent.extent, extent.slots.len()));
+            return Err(format!(
+                "extent {}: {lost} of {} chunks missing leaves no spare",
+                extent.extent,
+                extent.slots.len()
+            ));
         }
         named += lost;
     }

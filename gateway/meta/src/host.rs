@@ -198,7 +198,8 @@ impl MetaHost {
     ) -> Result<MetaHost, MetaError> {
         let fatal = Fatal::new(on_fatal);
         let snapshot_dir = config.dir.join("snapshots");
-        let (dir, disk, opened_fatal, clean_dir) = (config.dir.clone(), config.disk, fatal.clone(), snapshot_dir.clone());
+        let (dir, disk, opened_fatal, clean_dir) =
+            (config.dir.clone(), config.disk, fatal.clone(), snapshot_dir.clone());
         let open = move || -> Result<_, MetaError> {
             std::fs::create_dir_all(&clean_dir)?;
             clean_snapshots(&clean_dir)?;
@@ -213,7 +214,8 @@ impl MetaHost {
             let replicas = replicas_here(&log)?;
             Ok((log, state, writer, thread, replicas))
         };
-        let opened = tokio::task::spawn_blocking(open).await.map_err(|error| std::io::Error::other(error.to_string()))?;
+        let opened =
+            tokio::task::spawn_blocking(open).await.map_err(|error| std::io::Error::other(error.to_string()))?;
         let (log, state, writer, thread, replicas) = opened?;
         let peers = Arc::new(Peers {
             me: config.disk,
@@ -269,7 +271,10 @@ impl MetaHost {
             known => return known,
         }
         let writer = lock(&inner.writer).clone().ok_or_else(|| ControlError::Unavailable("stopping".to_owned()))?;
-        writer.write(vec![LogWrite::Put(replica_key(shard), vec![crate::codec::VALUE_VERSION])]).await.map_err(ControlError::Disk)?;
+        writer
+            .write(vec![LogWrite::Put(replica_key(shard), vec![crate::codec::VALUE_VERSION])])
+            .await
+            .map_err(ControlError::Disk)?;
         let (log, state, dir) = (inner.log.clone(), inner.state.clone(), inner.peers.snapshot_dir.clone());
         let map = (shard == ShardId::ROOT).then(|| inner.root_map.clone());
         let applies = inner.applies.clone();
@@ -278,7 +283,9 @@ impl MetaHost {
             Ok((ShardLog::open(shard, log, writer, state)?, machine))
         });
         let opened = match opened.await {
-            Ok(Ok((log, machine))) => Replica::open(inner.peers.clone(), inner.config.timing.clone(), log, machine).await,
+            Ok(Ok((log, machine))) => {
+                Replica::open(inner.peers.clone(), inner.config.timing.clone(), log, machine).await
+            }
             Ok(Err(error)) => Err(error.to_string()),
             Err(error) => Err(error.to_string()),
         };
@@ -301,7 +308,10 @@ impl MetaHost {
     /// BadRequest when this disk is no member; Unavailable; Disk.
     pub async fn init_shard(&self, shard: ShardId, members: Vec<DiskId>) -> Result<(), ControlError> {
         if !members.contains(&self.inner.config.disk) || shard.0 == u16::MAX {
-            return Err(ControlError::BadRequest(format!("disk {} is no member of shard {shard}", self.inner.config.disk)));
+            return Err(ControlError::BadRequest(format!(
+                "disk {} is no member of shard {shard}",
+                self.inner.config.disk
+            )));
         }
         let lanes = self.open_replica(shard).await?;
         lanes.replica.initialize(&members).await
@@ -324,9 +334,10 @@ impl MetaHost {
         let state = &self.inner.state;
         // A point read is mostly in memory; a scan may wait for the disk and makes room for other tasks first.
         let answer = match &query {
-            Query::GetObject { .. } | Query::GetBucket { .. } | Query::BucketUsage { .. } | Query::CompletedUpload { .. } => {
-                query::query(shard, &state.view(), &query)
-            }
+            Query::GetObject { .. }
+            | Query::GetBucket { .. }
+            | Query::BucketUsage { .. }
+            | Query::CompletedUpload { .. } => query::query(shard, &state.view(), &query),
             _ => blocking(|| query::query(shard, &state.view(), &query)),
         };
         answer.map_err(|error| ControlError::Disk(error.to_string()))
@@ -352,7 +363,8 @@ impl MetaHost {
     /// # Errors
     /// NoSuchShard; BadRequest for bytes that are no message; Disk.
     pub async fn raft(&self, shard: ShardId, from: DiskId, message: Bytes) -> Result<Bytes, ControlError> {
-        let request: PeerRequest = decode_message(&message).map_err(|error| ControlError::BadRequest(error.to_string()))?;
+        let request: PeerRequest =
+            decode_message(&message).map_err(|error| ControlError::BadRequest(error.to_string()))?;
         let lanes = match self.lanes(shard) {
             Err(ControlError::NoSuchShard(_)) if request != PeerRequest::Members && shard.0 != u16::MAX => {
                 if self.newest_map().is_some_and(|map| !self.named_by(&map, shard)) {
@@ -419,7 +431,8 @@ impl MetaHost {
     pub async fn state_hash(&self, shard: ShardId) -> Result<u64, ControlError> {
         let state = self.inner.state.clone();
         let hash = tokio::task::spawn_blocking(move || snapshot::state_hash(&state.view(), shard)).await;
-        hash.map_err(|error| ControlError::Unavailable(error.to_string()))?.map_err(|error| ControlError::Disk(error.to_string()))
+        hash.map_err(|error| ControlError::Unavailable(error.to_string()))?
+            .map_err(|error| ControlError::Disk(error.to_string()))
     }
 
     /// Makes a shard's state durable here and lets its log be purged, as happens by itself every [`Timing::snapshot_entries`].
@@ -437,7 +450,10 @@ impl MetaHost {
         inner.stop.cancel();
         let running: Vec<Arc<Lanes>> = {
             let slots = std::mem::take(&mut *lock(&inner.slots));
-            slots.into_values().filter_map(|slot| if let Slot::Running(lanes) = slot { Some(lanes) } else { None }).collect()
+            slots
+                .into_values()
+                .filter_map(|slot| if let Slot::Running(lanes) = slot { Some(lanes) } else { None })
+                .collect()
         };
         for lanes in &running {
             lanes.replica.shutdown().await;

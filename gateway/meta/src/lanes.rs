@@ -70,7 +70,12 @@ fn full<T>(error: mpsc::error::TrySendError<T>) -> ControlError {
 
 impl Lanes {
     /// Starts the lanes of a replica.
-    pub fn start(replica: Arc<Replica>, counters: Arc<LaneCounters>, tasks: &TaskTracker, stop: CancellationToken) -> Lanes {
+    pub fn start(
+        replica: Arc<Replica>,
+        counters: Arc<LaneCounters>,
+        tasks: &TaskTracker,
+        stop: CancellationToken,
+    ) -> Lanes {
         let (proposals, proposed) = mpsc::channel(QUEUE);
         let (reads, asked) = mpsc::channel(QUEUE);
         tasks.spawn(propose(replica.clone(), proposed, counters.clone(), stop.clone(), tasks.clone()));

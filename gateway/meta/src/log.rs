@@ -325,7 +325,10 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
         let (group, shard, state) = (self.shard.0, self.shard, self.state.clone());
         // The state database has no log of its own: what the Raft log forgets must be flushed there first.
-        tokio::task::spawn_blocking(move || state.make_durable(shard, log_id.index)).await.map_err(failed)?.map_err(failed)?;
+        tokio::task::spawn_blocking(move || state.make_durable(shard, log_id.index))
+            .await
+            .map_err(failed)?
+            .map_err(failed)?;
         let value = crate::codec::encode(&log_id_to_wire(&log_id)).map_err(failed)?;
         {
             let mut tail = lock(&self.tail);

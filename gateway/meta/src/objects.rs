@@ -33,7 +33,11 @@ pub fn refused_by(conditions: &Conditions, current: Option<&ObjectRecord>) -> Op
 }
 
 /// The current object.
-pub fn current<K: Kv + ?Sized>(tx: &Tx<'_, '_, K>, bucket: BucketId, key: &str) -> Result<Option<ObjectRecord>, StateError> {
+pub fn current<K: Kv + ?Sized>(
+    tx: &Tx<'_, '_, K>,
+    bucket: BucketId,
+    key: &str,
+) -> Result<Option<ObjectRecord>, StateError> {
     tx.load(&tx.keys.object(bucket, key))
 }
 
@@ -119,7 +123,11 @@ fn make_room<K: Kv + ?Sized>(
 }
 
 /// Frees what a version held; its entry is gone already.
-fn drop_version<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, record: &ObjectRecord, usage: &mut Usage) -> Result<(), StateError> {
+fn drop_version<K: Kv + ?Sized>(
+    tx: &mut Tx<'_, '_, K>,
+    record: &ObjectRecord,
+    usage: &mut Usage,
+) -> Result<(), StateError> {
     usage.versions -= 1;
     usage.bytes -= record.size_bytes;
     queues::free_extents(tx, record.data.extents())
@@ -133,7 +141,11 @@ fn next_version<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>) -> Result<VersionSeq, St
 }
 
 /// The null version among those in 'V'.
-fn find_null<K: Kv + ?Sized>(tx: &Tx<'_, '_, K>, bucket: BucketId, key: &str) -> Result<Option<ObjectRecord>, StateError> {
+fn find_null<K: Kv + ?Sized>(
+    tx: &Tx<'_, '_, K>,
+    bucket: BucketId,
+    key: &str,
+) -> Result<Option<ObjectRecord>, StateError> {
     let range = tx.keys.versions_of(bucket, key);
     let mut from = range.from;
     loop {

@@ -7,7 +7,10 @@ use crate::list;
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_wire::meta::{Answer, ChunkRef, Query, VersionPick};
-use granary_wire::record::{BucketId, BucketRecord, ExtentRecord, ExtentRef, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord, Usage};
+use granary_wire::record::{
+    BucketId, BucketRecord, ExtentRecord, ExtentRef, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord,
+    Usage,
+};
 use serde::de::DeserializeOwned;
 
 /// Most items of a page of keys or uploads.
@@ -67,8 +70,12 @@ pub fn query<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<An
             let limit = (*limit).clamp(1, MAX_KEYS) as usize;
             list::list_objects(kv, &keys, *bucket, &list::Listing { prefix, delimiter, from, limit })
         }
-        Query::ListUploads { bucket, prefix, after, limit } => list_uploads(kv, &keys, *bucket, prefix, after.as_ref(), *limit),
-        Query::ListParts { bucket, key, upload, after, limit } => list_parts(kv, &keys, *bucket, key, *upload, *after, *limit),
+        Query::ListUploads { bucket, prefix, after, limit } => {
+            list_uploads(kv, &keys, *bucket, prefix, after.as_ref(), *limit)
+        }
+        Query::ListParts { bucket, key, upload, after, limit } => {
+            list_parts(kv, &keys, *bucket, key, *upload, *after, *limit)
+        }
         Query::CompletedUpload { bucket, key, upload } => {
             Ok(match load::<CompletedUpload, K>(kv, &keys.completed(*bucket, key, *upload))? {
                 Some(done) => Answer::Completed { version: done.version, etag: done.etag, parts: done.parts },
@@ -88,7 +95,9 @@ pub fn query<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<An
         }
         Query::ListMissing { after, limit } => list_missing(kv, &keys, *after, *limit),
         Query::ListGarbage { until_ms, limit } => list_garbage(kv, &keys, *until_ms, *limit),
-        Query::BucketUsage { bucket } => Ok(Answer::Usage(load::<Usage, K>(kv, &keys.usage(*bucket))?.unwrap_or_default())),
+        Query::BucketUsage { bucket } => {
+            Ok(Answer::Usage(load::<Usage, K>(kv, &keys.usage(*bucket))?.unwrap_or_default()))
+        }
         Query::GetBucket { name } => Ok(match load::<BucketRecord, K>(kv, &keys.bucket(name))? {
             Some(bucket) => Answer::Bucket(bucket),
             None => Answer::NoSuchBucket,
@@ -218,7 +227,12 @@ fn extents<K: Kv + ?Sized>(
     Ok(Answer::Extents { extents, more })
 }
 
-fn list_missing<K: Kv + ?Sized>(kv: &K, keys: &Keys, after: Option<ChunkRef>, limit: u32) -> Result<Answer, StateError> {
+fn list_missing<K: Kv + ?Sized>(
+    kv: &K,
+    keys: &Keys,
+    after: Option<ChunkRef>,
+    limit: u32,
+) -> Result<Answer, StateError> {
     let mut range = keys.kind_range(kind::MISSING);
     if let Some(chunk) = after {
         range.from = just_after(keys.missing(chunk));

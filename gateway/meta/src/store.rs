@@ -13,8 +13,8 @@ use crate::keys::Keys;
 use crate::kv::{Cursor, Kv, StateError, Writes};
 use granary_placement::id::ShardId;
 use rocksdb::{
-    BlockBasedOptions, Cache, DBCompressionType, DBRawIterator, DBRecoveryMode, Options, ReadOptions, Snapshot, WriteBatch,
-    WriteOptions, DB,
+    BlockBasedOptions, Cache, DBCompressionType, DBRawIterator, DBRecoveryMode, Options, ReadOptions, Snapshot,
+    WriteBatch, WriteOptions, DB,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -202,7 +202,8 @@ impl StateDb {
     /// [`StateError::Database`]; the process is ending then.
     pub fn make_durable(&self, shard: ShardId, index: u64) -> Result<(), StateError> {
         let covered = |state: &StateDb| {
-            lock(&state.durable).get(&shard).is_some_and(|durable| *durable >= index) || !lock(&state.applied).contains_key(&shard)
+            lock(&state.durable).get(&shard).is_some_and(|durable| *durable >= index)
+                || !lock(&state.applied).contains_key(&shard)
         };
         if covered(self) {
             return Ok(());

@@ -178,7 +178,8 @@ fn end_upload<K: Kv + ?Sized>(
     for (part_key, value) in tx.batch.scan(&range.from, &range.to, MAX_PARTS)? {
         let part: PartRecord = decode(&value)?;
         usage.upload_bytes -= part.size_bytes;
-        let is_taken = taken.is_some_and(|taken| taken.binary_search_by_key(&part.number, |(number, _)| *number).is_ok());
+        let is_taken =
+            taken.is_some_and(|taken| taken.binary_search_by_key(&part.number, |(number, _)| *number).is_ok());
         if !is_taken {
             queues::free_extents(tx, part.data.extents())?;
         }
@@ -190,7 +191,11 @@ fn end_upload<K: Kv + ?Sized>(
 }
 
 /// Writes 'D' and drops what is too old or too many.
-fn keep_completed<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, key: Vec<u8>, done: &CompletedUpload) -> Result<(), StateError> {
+fn keep_completed<K: Kv + ?Sized>(
+    tx: &mut Tx<'_, '_, K>,
+    key: Vec<u8>,
+    done: &CompletedUpload,
+) -> Result<(), StateError> {
     let mut counters = tx.counters()?;
     tx.batch.put(tx.keys.completed_order(counters.completed_next), key.clone());
     counters.completed_next += 1;

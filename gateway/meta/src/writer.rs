@@ -73,7 +73,8 @@ impl LogWriter {
         let (queue, jobs) = mpsc::channel(QUEUE);
         let counters = Arc::new(WriterCounters::default());
         let counted = counters.clone();
-        let thread = std::thread::Builder::new().name("raft-log".to_owned()).spawn(move || run(&db, jobs, &fatal, &counted))?;
+        let thread =
+            std::thread::Builder::new().name("raft-log".to_owned()).spawn(move || run(&db, jobs, &fatal, &counted))?;
         Ok((LogWriter { queue, counters }, thread))
     }
 

@@ -11,7 +11,9 @@ use granary_placement::id::{ExtentId, ShardId};
 use granary_wire::meta::{
     Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, Query, Reply, VersionMode, VersionPick,
 };
-use granary_wire::record::{BucketId, ExtentRef, ObjectData, ObjectMeta, PartRecord, UploadId, UploadRecord, Usage, VersionSeq};
+use granary_wire::record::{
+    BucketId, ExtentRef, ObjectData, ObjectMeta, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
+};
 use std::collections::{BTreeMap, BTreeSet};
 
 const SHARD: ShardId = ShardId(3);
@@ -121,11 +123,19 @@ impl Model {
                 }
                 let extents = record.data.extents().to_vec();
                 self.own(&extents, missing);
-                let version =
-                    Version { seq: 0, null: false, marker: false, size: record.size_bytes, etag: record.etag.clone(), extents };
+                let version = Version {
+                    seq: 0,
+                    null: false,
+                    marker: false,
+                    size: record.size_bytes,
+                    etag: record.etag.clone(),
+                    extents,
+                };
                 self.add(bucket.0, key, version, *mode, now)
             }
-            Command::DeleteObject { bucket, key, version, mode, .. } => self.delete(bucket.0, key, *version, *mode, now),
+            Command::DeleteObject { bucket, key, version, mode, .. } => {
+                self.delete(bucket.0, key, *version, *mode, now)
+            }
             Command::CreateUpload { bucket, key, upload, .. } => {
                 if self.fenced(bucket.0) {
                     return Reply::BucketFenced;
@@ -172,23 +182,31 @@ impl Model {
                         self.free(part.data.extents(), now);
                     }
                 }
-                let version =
-                    Version { seq: 0, null: false, marker: false, size: record.size_bytes, etag: record.etag.clone(), extents };
+                let version = Version {
+                    seq: 0,
+                    null: false,
+                    marker: false,
+                    size: record.size_bytes,
+                    etag: record.etag.clone(),
+                    extents,
+                };
                 let reply = self.add(bucket.0, key, version, *mode, now);
                 if let Reply::Put { version, etag } = &reply {
                     self.completed.insert(upload.0, (parts.clone(), version.0, etag.clone()));
                 }
                 reply
             }
-            Command::AbortUpload { bucket, key, upload } => match self.uploads.remove(&(bucket.0, key.clone(), upload.0)) {
-                None => Reply::NoSuchUpload,
-                Some(parts) => {
-                    for part in parts.values() {
-                        self.free(part.data.extents(), now);
+            Command::AbortUpload { bucket, key, upload } => {
+                match self.uploads.remove(&(bucket.0, key.clone(), upload.0)) {
+                    None => Reply::NoSuchUpload,
+                    Some(parts) => {
+                        for part in parts.values() {
+                            self.free(part.data.extents(), now);
+                        }
+                        Reply::Done
                     }
-                    Reply::Done
                 }
-            },
+            }
             Command::FenceBucket { bucket, attempt } => {
                 let (seen, up) = self.fences.get(&bucket.0).copied().unwrap_or((0, true));
                 if *attempt < seen || (*attempt == seen && !up) {
@@ -208,7 +226,8 @@ impl Model {
             },
             Command::ReportMissing { chunks } => {
                 for chunk in chunks {
-                    if self.owned.get(&chunk.extent).is_some_and(|extent| usize::from(chunk.index) < extent.slots.len()) {
+                    if self.owned.get(&chunk.extent).is_some_and(|extent| usize::from(chunk.index) < extent.slots.len())
+                    {
                         self.missing.insert(*chunk);
                     }
                 }
@@ -256,7 +275,9 @@ impl Model {
                 return Reply::Deleted { existed: existed || dropped || marker.is_some(), marker };
             }
             VersionPick::Null => self.versions.get(&id).and_then(|of| of.iter().position(|version| version.null)),
-            VersionPick::Seq(seq) => self.versions.get(&id).and_then(|of| of.iter().position(|version| version.seq == seq.0)),
+            VersionPick::Seq(seq) => {
+                self.versions.get(&id).and_then(|of| of.iter().position(|version| version.seq == seq.0))
+            }
         };
         let Some(at) = at else { return Reply::Deleted { existed: false, marker: None } };
         let gone = self.versions.get_mut(&id).unwrap().remove(at);
@@ -409,7 +430,15 @@ impl Run {
                 }
                 let conditions = self.conditions(bucket, &key);
                 let record = record(ObjectData::Extents(Vec::new()), size_bytes, &etag);
-                Command::CompleteUpload { bucket: BucketId(bucket), key, upload: UploadId(upload), parts, record, conditions, mode }
+                Command::CompleteUpload {
+                    bucket: BucketId(bucket),
+                    key,
+                    upload: UploadId(upload),
+                    parts,
+                    record,
+                    conditions,
+                    mode,
+                }
             }
             15 => {
                 let Some((bucket, key, upload)) = known else { return Command::Noop };
@@ -429,7 +458,8 @@ impl Run {
             }
             17 => {
                 let owned: Vec<_> = self.model.owned.values().cloned().collect();
-                let mut chunks = vec![ChunkRef { group: extent(&mut self.random, 1).group, extent: ExtentId([9; 16]), index: 0 }];
+                let mut chunks =
+                    vec![ChunkRef { group: extent(&mut self.random, 1).group, extent: ExtentId([9; 16]), index: 0 }];
                 if !owned.is_empty() {
                     let extent = self.random.pick(&owned).clone();
                     let index = self.random.below(6) as u8;
@@ -491,7 +521,10 @@ impl Run {
 
     fn compare(&mut self) {
         for bucket in 1..=3u64 {
-            assert_eq!(self.ask(Query::BucketUsage { bucket: BucketId(bucket) }), Answer::Usage(self.model.usage(bucket)));
+            assert_eq!(
+                self.ask(Query::BucketUsage { bucket: BucketId(bucket) }),
+                Answer::Usage(self.model.usage(bucket))
+            );
             for key in KEYS {
                 self.compare_key(bucket, key);
             }
@@ -516,9 +549,13 @@ impl Run {
                 continue;
             }
             let got = match self.ask(Query::GetObject { bucket: BucketId(bucket), key: key.to_owned(), version }) {
-                Answer::Object(record) => {
-                    Some((record.version.0, record.null_version, record.delete_marker, record.size_bytes, record.data.extents().to_vec()))
-                }
+                Answer::Object(record) => Some((
+                    record.version.0,
+                    record.null_version,
+                    record.delete_marker,
+                    record.size_bytes,
+                    record.data.extents().to_vec(),
+                )),
                 Answer::NoSuchKey => None,
                 other => panic!("{other:?}"),
             };
@@ -528,12 +565,17 @@ impl Run {
     }
 
     fn compare_queues(&self) {
-        let Answer::Extents { extents, more: false } = self.ask(Query::ExtentsOfGroup { group: None, after: None, limit: 1000 }) else {
+        let Answer::Extents { extents, more: false } =
+            self.ask(Query::ExtentsOfGroup { group: None, after: None, limit: 1000 })
+        else {
             panic!("more than a page of extents")
         };
-        let got: BTreeMap<ExtentId, ExtentRef> = extents.into_iter().map(|record| (record.extent.extent, record.extent)).collect();
+        let got: BTreeMap<ExtentId, ExtentRef> =
+            extents.into_iter().map(|record| (record.extent.extent, record.extent)).collect();
         assert_eq!(got, self.model.owned);
-        let Answer::Missing { chunks, more: false } = self.ask(Query::ListMissing { after: None, limit: 1000 }) else { panic!() };
+        let Answer::Missing { chunks, more: false } = self.ask(Query::ListMissing { after: None, limit: 1000 }) else {
+            panic!()
+        };
         assert_eq!(chunks.into_iter().map(|(chunk, _, _)| chunk).collect::<BTreeSet<_>>(), self.model.missing);
         let mut garbage = BTreeMap::new();
         let mut until_ms = u64::MAX;
@@ -543,15 +585,26 @@ impl Run {
             until_ms = *at;
         }
         assert!(extents.windows(2).all(|pair| pair[0].0 <= pair[1].0), "oldest first");
-        let expected: BTreeMap<_, _> =
-            self.model.garbage.iter().filter(|(_, at)| extents.len() < 1000 || **at < until_ms).map(|(id, at)| (*id, *at)).collect();
+        let expected: BTreeMap<_, _> = self
+            .model
+            .garbage
+            .iter()
+            .filter(|(_, at)| extents.len() < 1000 || **at < until_ms)
+            .map(|(id, at)| (*id, *at))
+            .collect();
         assert!(expected.iter().all(|(id, at)| garbage.get(id) == Some(at)));
         assert!(garbage.iter().all(|(id, at)| self.model.garbage.get(id) == Some(at)));
     }
 
     fn compare_uploads(&self) {
         for ((bucket, key, upload), parts) in &self.model.uploads {
-            let asked = Query::ListParts { bucket: BucketId(*bucket), key: key.clone(), upload: UploadId(*upload), after: 0, limit: 100 };
+            let asked = Query::ListParts {
+                bucket: BucketId(*bucket),
+                key: key.clone(),
+                upload: UploadId(*upload),
+                after: 0,
+                limit: 100,
+            };
             let Answer::Parts { parts: got, more: false, .. } = self.ask(asked) else { panic!() };
             let got: Vec<_> = got.into_iter().map(|part| (part.number, part.etag)).collect();
             assert_eq!(got, parts.values().map(|part| (part.number, part.etag.clone())).collect::<Vec<_>>());
@@ -559,7 +612,12 @@ impl Run {
         for bucket in 1..=2u64 {
             let (mut after, mut got) = (None, Vec::new());
             loop {
-                let asked = Query::ListUploads { bucket: BucketId(bucket), prefix: String::new(), after: after.clone(), limit: 2 };
+                let asked = Query::ListUploads {
+                    bucket: BucketId(bucket),
+                    prefix: String::new(),
+                    after: after.clone(),
+                    limit: 2,
+                };
                 let Answer::Uploads { uploads, more } = self.ask(asked) else { panic!() };
                 got.extend(uploads.iter().map(|(key, id, _)| (bucket, key.clone(), id.0)));
                 after = uploads.last().map(|(key, id, _)| (key.clone(), Some(*id)));
@@ -583,7 +641,8 @@ impl Run {
         };
         let expected = self.model.list(bucket, &prefix, &delimiter, &from);
         let limit = 1 + self.random.below(4) as u32;
-        let described = format!("bucket {bucket} prefix {prefix:?} delimiter {delimiter:?} from {from:?} limit {limit}");
+        let described =
+            format!("bucket {bucket} prefix {prefix:?} delimiter {delimiter:?} from {from:?} limit {limit}");
         let mut got = Vec::new();
         loop {
             let asked = Query::ListObjects {
@@ -636,8 +695,9 @@ fn fixed_seed_agrees_with_the_model_and_reaches_every_corner() {
 #[test]
 fn same_commands_give_the_same_bytes_in_any_batching() {
     let mut random = Random(11);
-    let requests: Vec<MetaRequest> =
-        (0..300).map(|i| request(&mut Random(i), 5 + i, common::put(1, KEYS[(random.below(12)) as usize], &[i as u8; 9]))).collect();
+    let requests: Vec<MetaRequest> = (0..300)
+        .map(|i| request(&mut Random(i), 5 + i, common::put(1, KEYS[(random.below(12)) as usize], &[i as u8; 9])))
+        .collect();
     let mut states = Vec::new();
     for step in [1usize, 7, 300] {
         let mut kv = MemoryKv::default();

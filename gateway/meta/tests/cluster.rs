@@ -42,7 +42,9 @@ async fn one_member_serves_and_reopens() {
     assert_eq!(cluster.leader(SHARD).await, disk(1));
     etag(cluster.query(SHARD, &get("key-99")).await);
     // A new leadership applies one blank entry, so only the applied index differs; the objects are the same.
-    let Answer::Usage(usage) = cluster.query(SHARD, &Query::BucketUsage { bucket: BucketId(1) }).await else { panic!() };
+    let Answer::Usage(usage) = cluster.query(SHARD, &Query::BucketUsage { bucket: BucketId(1) }).await else {
+        panic!()
+    };
     assert_eq!((usage.objects, usage.bytes), (100, 400));
     assert_ne!(before, 0);
     cluster.stop_all().await;
@@ -314,7 +316,10 @@ async fn concurrent_proposals_of_many_shards_share_syncs_and_reads_share_barrier
     let syncs = after.log_syncs - before.log_syncs;
     let entries = after.proposals - before.proposals;
     let barriers = after.read_barriers - before.read_barriers;
-    println!("{commands} commands, {entries} entries, {syncs} syncs, {} queries, {barriers} barriers", after.queries - before.queries);
+    println!(
+        "{commands} commands, {entries} entries, {syncs} syncs, {} queries, {barriers} barriers",
+        after.queries - before.queries
+    );
     assert_eq!(commands, 2_048);
     assert!(syncs * 4 < commands, "{syncs} syncs for {commands} commands");
     assert!(entries * 2 < commands, "{entries} entries for {commands} commands");
@@ -354,7 +359,10 @@ async fn an_unknown_shard_is_refused_when_the_map_does_not_name_this_disk() {
     let host = cluster.start(1).await;
     let message = bytes::Bytes::from_static(&[1, 4]);
     assert!(matches!(host.raft(SHARD, DiskId(2), message).await, Err(ControlError::NoSuchShard(_))));
-    assert!(matches!(host.raft(SHARD, DiskId(2), bytes::Bytes::from_static(b"junk")).await, Err(ControlError::BadRequest(_))));
+    assert!(matches!(
+        host.raft(SHARD, DiskId(2), bytes::Bytes::from_static(b"junk")).await,
+        Err(ControlError::BadRequest(_))
+    ));
     assert!(matches!(host.command(SHARD, noop(&mut Random(1))).await, Err(ControlError::NoSuchShard(_))));
     assert!(host.status().is_empty());
     cluster.stop_all().await;

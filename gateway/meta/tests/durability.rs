@@ -199,7 +199,9 @@ async fn a_vote_is_not_given_twice_across_a_crash() {
     let PeerResponse::Voted { granted, vote: held, .. } = ask(&host, 2, &vote(2)).await else { panic!("no answer") };
     assert!(!granted, "two candidates of one term got this vote");
     assert_eq!((held.term, held.node), (5, 3));
-    let PeerResponse::Voted { granted: true, .. } = ask(&host, 3, &vote(3)).await else { panic!("the vote was forgotten") };
+    let PeerResponse::Voted { granted: true, .. } = ask(&host, 3, &vote(3)).await else {
+        panic!("the vote was forgotten")
+    };
     cluster.stop_all().await;
 }
 

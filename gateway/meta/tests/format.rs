@@ -8,8 +8,8 @@ use granary_meta::apply::apply;
 use granary_meta::codec::{encode, ObjectHead};
 use granary_meta::kv::{MemoryKv, Overlay};
 use granary_meta::message::{
-    decode_batch, decode_entry, encode_batch, encode_entry, encode_message, encode_request, PeerRequest, WireEntry, WireLogId, WirePayload,
-    WireVote,
+    decode_batch, decode_entry, encode_batch, encode_entry, encode_message, encode_request, PeerRequest, WireEntry,
+    WireLogId, WirePayload, WireVote,
 };
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
 use granary_placement::scheme::CodecId;

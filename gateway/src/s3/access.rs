@@ -93,12 +93,43 @@ impl S3Access for Gate {
 /// s3s hands the verb's name out with the life of the request; the log wants it longer.
 fn verb_name(verb: &str) -> &'static str {
     const VERBS: [&str; 38] = [
-        "AbortMultipartUpload", "CompleteMultipartUpload", "CopyObject", "CreateBucket", "CreateMultipartUpload", "DeleteBucket",
-        "DeleteObject", "DeleteObjectTagging", "DeleteObjects", "GetBucketAcl", "GetBucketCors", "GetBucketEncryption",
-        "GetBucketLifecycleConfiguration", "GetBucketLocation", "GetBucketPolicy", "GetBucketTagging", "GetBucketVersioning",
-        "GetObject", "GetObjectAcl", "GetObjectAttributes", "GetObjectLockConfiguration", "GetObjectTagging", "HeadBucket",
-        "HeadObject", "ListBuckets", "ListMultipartUploads", "ListObjectVersions", "ListObjects", "ListObjectsV2", "ListParts",
-        "PutBucketAcl", "PutBucketVersioning", "PutObject", "PutObjectAcl", "PutObjectTagging", "UploadPart", "UploadPartCopy",
+        "AbortMultipartUpload",
+        "CompleteMultipartUpload",
+        "CopyObject",
+        "CreateBucket",
+        "CreateMultipartUpload",
+        "DeleteBucket",
+        "DeleteObject",
+        "DeleteObjectTagging",
+        "DeleteObjects",
+        "GetBucketAcl",
+        "GetBucketCors",
+        "GetBucketEncryption",
+        "GetBucketLifecycleConfiguration",
+        "GetBucketLocation",
+        "GetBucketPolicy",
+        "GetBucketTagging",
+        "GetBucketVersioning",
+        "GetObject",
+        "GetObjectAcl",
+        "GetObjectAttributes",
+        "GetObjectLockConfiguration",
+        "GetObjectTagging",
+        "HeadBucket",
+        "HeadObject",
+        "ListBuckets",
+        "ListMultipartUploads",
+        "ListObjectVersions",
+        "ListObjects",
+        "ListObjectsV2",
+        "ListParts",
+        "PutBucketAcl",
+        "PutBucketVersioning",
+        "PutObject",
+        "PutObjectAcl",
+        "PutObjectTagging",
+        "UploadPart",
+        "UploadPartCopy",
         "GetBucketLogging",
     ];
     VERBS.iter().find(|have| **have == verb).copied().unwrap_or("other")
@@ -130,17 +161,24 @@ fn host_is_signed(headers: &HeaderMap, uri: &Uri) -> S3Result<()> {
 }
 
 fn query_has(uri: &Uri, name: &str) -> bool {
-    uri.query().unwrap_or_default().split('&').any(|pair| pair.split('=').next().is_some_and(|have| have.eq_ignore_ascii_case(name)))
+    uri.query()
+        .unwrap_or_default()
+        .split('&')
+        .any(|pair| pair.split('=').next().is_some_and(|have| have.eq_ignore_ascii_case(name)))
 }
 
 /// Headers that ask for something we do not do, and that would change what is stored, are refused, never ignored.
 fn refuse_headers(headers: &HeaderMap) -> S3Result<()> {
     for name in headers.keys() {
         let name = name.as_str();
-        if name.starts_with("x-amz-server-side-encryption") || name.starts_with("x-amz-copy-source-server-side-encryption") {
+        if name.starts_with("x-amz-server-side-encryption")
+            || name.starts_with("x-amz-copy-source-server-side-encryption")
+        {
             return Err(error::not_implemented("Server-side encryption"));
         }
-        if name == "x-amz-bucket-object-lock-enabled" && headers.get(name).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"true")) {
+        if name == "x-amz-bucket-object-lock-enabled"
+            && headers.get(name).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"true"))
+        {
             return Err(error::not_implemented("Object lock"));
         }
         if name.starts_with("x-amz-object-lock-") {
@@ -150,7 +188,8 @@ fn refuse_headers(headers: &HeaderMap) -> S3Result<()> {
             return Err(s3_error!(AccessControlListNotSupported, "The bucket does not allow ACLs"));
         }
         if name == "x-amz-acl" {
-            let accepted = headers.get_all(name).iter().all(|v| matches!(v.as_bytes(), b"private" | b"bucket-owner-full-control"));
+            let accepted =
+                headers.get_all(name).iter().all(|v| matches!(v.as_bytes(), b"private" | b"bucket-owner-full-control"));
             if !accepted {
                 return Err(s3_error!(AccessControlListNotSupported, "The bucket does not allow ACLs"));
             }
@@ -169,7 +208,8 @@ mod tests {
         let uri: Uri = "/b/k".parse().unwrap();
         let auth = |list: &str| {
             let mut headers = HeaderMap::new();
-            let value = format!("AWS4-HMAC-SHA256 Credential=a/20260101/r/s3/aws4_request, SignedHeaders={list}, Signature=00");
+            let value =
+                format!("AWS4-HMAC-SHA256 Credential=a/20260101/r/s3/aws4_request, SignedHeaders={list}, Signature=00");
             headers.insert("authorization", value.parse().unwrap());
             headers
         };

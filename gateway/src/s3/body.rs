@@ -53,7 +53,8 @@ impl LastChunk {
 
     fn is_there(&self) -> bool {
         let text = String::from_utf8_lossy(&self.tail);
-        let signature = text.trim_end_matches("\r\n").rsplit_once("0;chunk-signature=").map_or("", |(_, signature)| signature);
+        let signature =
+            text.trim_end_matches("\r\n").rsplit_once("0;chunk-signature=").map_or("", |(_, signature)| signature);
         signature.len() == 64 && signature.bytes().all(|byte| byte.is_ascii_hexdigit())
     }
 }
@@ -95,7 +96,12 @@ pub(super) struct RequestBody {
 
 impl RequestBody {
     /// Wraps a body; `idle_limit` is the longest wait for its next byte, `signed_chunks` how it is framed.
-    pub(super) fn new(wire: Arc<Wire>, info: Arc<RequestInfo>, idle_limit: Duration, signed_chunks: bool) -> RequestBody {
+    pub(super) fn new(
+        wire: Arc<Wire>,
+        info: Arc<RequestInfo>,
+        idle_limit: Duration,
+        signed_chunks: bool,
+    ) -> RequestBody {
         let last_chunk = signed_chunks.then(LastChunk::default);
         RequestBody { wire, info, idle_limit, idle: None, check: None, last_chunk, started: false, over: false }
     }
@@ -119,7 +125,10 @@ impl http_body::Body for RequestBody {
     type Data = Bytes;
     type Error = RequestBodyError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
         if self.over {
             return Poll::Ready(None);
         }
@@ -171,12 +180,24 @@ impl http_body::Body for RequestBody {
 
     fn is_end_stream(&self) -> bool {
         // An empty body with a sum still has to be verified, so its end must be polled.
-        let at_end = self.wire.incoming.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_none_or(Incoming::is_end_stream);
+        let at_end = self
+            .wire
+            .incoming
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .is_none_or(Incoming::is_end_stream);
         at_end && self.check.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.wire.incoming.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Incoming::size_hint).unwrap_or_default()
+        self.wire
+            .incoming
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map(Incoming::size_hint)
+            .unwrap_or_default()
     }
 }
 

@@ -5,8 +5,9 @@ use super::backend::{Created, Removed};
 use super::context::S3Context;
 use super::error;
 use s3s::dto::{
-    Bucket, BucketLocationConstraint, CreateBucketInput, CreateBucketOutput, DeleteBucketInput, DeleteBucketOutput, GetBucketLocationInput,
-    GetBucketLocationOutput, HeadBucketInput, HeadBucketOutput, ListBucketsInput, ListBucketsOutput, Owner,
+    Bucket, BucketLocationConstraint, CreateBucketInput, CreateBucketOutput, DeleteBucketInput, DeleteBucketOutput,
+    GetBucketLocationInput, GetBucketLocationOutput, HeadBucketInput, HeadBucketOutput, ListBucketsInput,
+    ListBucketsOutput, Owner,
 };
 use s3s::path::check_bucket_name;
 use s3s::{s3_error, S3Request, S3Response, S3Result};
@@ -20,15 +21,23 @@ const QUERY_BUCKETS: u32 = 1000;
 const MAX_BUCKETS: usize = 10_000;
 
 /// Makes a bucket.
-pub(super) async fn create_bucket(cx: &Arc<S3Context>, req: S3Request<CreateBucketInput>) -> S3Result<S3Response<CreateBucketOutput>> {
+pub(super) async fn create_bucket(
+    cx: &Arc<S3Context>,
+    req: S3Request<CreateBucketInput>,
+) -> S3Result<S3Response<CreateBucketOutput>> {
     let input = req.input;
     if !check_bucket_name(&input.bucket) {
         return Err(s3_error!(InvalidBucketName));
     }
     let region = cx.settings.region.as_str();
-    if let Some(asked) = input.create_bucket_configuration.as_ref().and_then(|config| config.location_constraint.as_ref()) {
+    if let Some(asked) =
+        input.create_bucket_configuration.as_ref().and_then(|config| config.location_constraint.as_ref())
+    {
         if !asked.as_str().is_empty() && asked.as_str() != region {
-            return Err(s3_error!(InvalidLocationConstraint, "The specified location-constraint is not valid: this server is in {region}"));
+            return Err(s3_error!(
+                InvalidLocationConstraint,
+                "The specified location-constraint is not valid: this server is in {region}"
+            ));
         }
     }
     let location = Some(format!("/{}", input.bucket));
@@ -46,7 +55,10 @@ pub(super) async fn create_bucket(cx: &Arc<S3Context>, req: S3Request<CreateBuck
 }
 
 /// Does a bucket exist, and in which region?
-pub(super) async fn head_bucket(cx: &Arc<S3Context>, req: S3Request<HeadBucketInput>) -> S3Result<S3Response<HeadBucketOutput>> {
+pub(super) async fn head_bucket(
+    cx: &Arc<S3Context>,
+    req: S3Request<HeadBucketInput>,
+) -> S3Result<S3Response<HeadBucketOutput>> {
     let bucket = cx.bucket_now(&req.input.bucket).await?;
     if bucket.deleting {
         return Err(s3_error!(NoSuchBucket));
@@ -65,14 +77,18 @@ pub(super) async fn get_bucket_location(
 }
 
 /// All buckets, in order of name.
-pub(super) async fn list_buckets(cx: &Arc<S3Context>, req: S3Request<ListBucketsInput>) -> S3Result<S3Response<ListBucketsOutput>> {
+pub(super) async fn list_buckets(
+    cx: &Arc<S3Context>,
+    req: S3Request<ListBucketsInput>,
+) -> S3Result<S3Response<ListBucketsOutput>> {
     let input = req.input;
     let prefix = input.prefix.clone().unwrap_or_default();
     let most = match input.max_buckets {
         None => MAX_BUCKETS,
-        Some(most) => usize::try_from(most).ok().filter(|most| (1..=MAX_BUCKETS).contains(most)).ok_or_else(|| {
-            s3_error!(InvalidArgument, "Argument max-buckets must be an integer between 1 and 10000")
-        })?,
+        Some(most) => usize::try_from(most)
+            .ok()
+            .filter(|most| (1..=MAX_BUCKETS).contains(most))
+            .ok_or_else(|| s3_error!(InvalidArgument, "Argument max-buckets must be an integer between 1 and 10000"))?,
     };
     let mut after = input.continuation_token.clone().unwrap_or_default();
     let mut buckets = Vec::new();
@@ -103,7 +119,10 @@ pub(super) async fn list_buckets(cx: &Arc<S3Context>, req: S3Request<ListBuckets
 }
 
 /// Deletes an empty bucket.
-pub(super) async fn delete_bucket(cx: &Arc<S3Context>, req: S3Request<DeleteBucketInput>) -> S3Result<S3Response<DeleteBucketOutput>> {
+pub(super) async fn delete_bucket(
+    cx: &Arc<S3Context>,
+    req: S3Request<DeleteBucketInput>,
+) -> S3Result<S3Response<DeleteBucketOutput>> {
     let name = req.input.bucket;
     let cx = cx.clone();
     // On a task of its own: a client that goes away must not leave the bucket half deleted.

@@ -9,7 +9,8 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use base64::Engine;
 use granary_wire::meta::{Answer, Command, Query, Reply, VersionMode};
 use granary_wire::record::{
-    BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq,
+    BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectData, ObjectRecord, PartRecord, UploadId,
+    UploadRecord, VersionSeq,
 };
 use s3s::dto::{CompleteMultipartUploadInput, CompleteMultipartUploadOutput, CompletedPart, ETag};
 use s3s::{s3_error, S3Error, S3Request, S3Response, S3Result};
@@ -45,15 +46,21 @@ pub(super) async fn complete_multipart_upload(
 
 /// The parts a client names, in ascending order.
 fn named_parts(input: &CompleteMultipartUploadInput) -> S3Result<Vec<(u16, String, &CompletedPart)>> {
-    let parts = input.multipart_upload.as_ref().and_then(|upload| upload.parts.as_ref()).filter(|parts| !parts.is_empty());
+    let parts =
+        input.multipart_upload.as_ref().and_then(|upload| upload.parts.as_ref()).filter(|parts| !parts.is_empty());
     let parts = parts.ok_or_else(|| s3_error!(MalformedXML))?;
     if parts.len() > usize::from(MAX_PARTS) {
         return Err(s3_error!(MalformedXML));
     }
     let mut named: Vec<(u16, String, &CompletedPart)> = Vec::with_capacity(parts.len());
     for part in parts {
-        let number = part.part_number.and_then(|number| u16::try_from(number).ok()).filter(|number| (1..=MAX_PARTS).contains(number));
-        let number = number.ok_or_else(|| s3_error!(InvalidArgument, "Part number must be an integer between 1 and 10000, inclusive"))?;
+        let number = part
+            .part_number
+            .and_then(|number| u16::try_from(number).ok())
+            .filter(|number| (1..=MAX_PARTS).contains(number));
+        let number = number.ok_or_else(|| {
+            s3_error!(InvalidArgument, "Part number must be an integer between 1 and 10000, inclusive")
+        })?;
         let etag = part.e_tag.as_ref().ok_or_else(|| s3_error!(MalformedXML))?.value().to_owned();
         if named.last().is_some_and(|(before, ..)| *before >= number) {
             return Err(s3_error!(InvalidPartOrder));
@@ -64,11 +71,22 @@ fn named_parts(input: &CompleteMultipartUploadInput) -> S3Result<Vec<(u16, Strin
 }
 
 /// All parts of an upload. None when it does not exist (any more).
-async fn stored_parts(cx: &S3Context, bucket: &str, key: &str, upload: UploadId) -> S3Result<Option<(BucketRecord, UploadRecord, Vec<PartRecord>)>> {
+async fn stored_parts(
+    cx: &S3Context,
+    bucket: &str,
+    key: &str,
+    upload: UploadId,
+) -> S3Result<Option<(BucketRecord, UploadRecord, Vec<PartRecord>)>> {
     let mut all: Vec<PartRecord> = Vec::new();
     loop {
         let after = all.last().map_or(0, |part| part.number);
-        let query = |bucket: &BucketRecord| Query::ListParts { bucket: bucket.id, key: key.to_owned(), upload, after, limit: QUERY_PARTS };
+        let query = |bucket: &BucketRecord| Query::ListParts {
+            bucket: bucket.id,
+            key: key.to_owned(),
+            upload,
+            after,
+            limit: QUERY_PARTS,
+        };
         match cx.ask(bucket, key, query).await? {
             (bucket, Answer::Parts { upload, parts, more }) => {
                 // A page that does not advance would loop for ever.
@@ -95,12 +113,18 @@ async fn complete(cx: &Arc<S3Context>, input: CompleteMultipartUploadInput) -> S
     };
     let chosen = choose(&named, &stored, record.checksum)?;
     let size_bytes = check_sizes(&chosen, input.mpu_object_size)?;
-    let etag = digest::multipart_etag(chosen.iter().map(|part| part.etag.as_str())).ok_or_else(|| error::internal("a part's ETag is no MD5"))?;
+    let etag = digest::multipart_etag(chosen.iter().map(|part| part.etag.as_str()))
+        .ok_or_else(|| error::internal("a part's ETag is no MD5"))?;
     let checksum = whole_checksum(&chosen, record.checksum);
     check_promise(&input, checksum.as_ref(), chosen.len())?;
 
     let part_checksums = match &checksum {
-        Some(checksum) => chosen.iter().filter_map(|part| part.checksum.as_ref()).filter(|sum| sum.algorithm == checksum.algorithm).map(|sum| sum.value.clone()).collect(),
+        Some(checksum) => chosen
+            .iter()
+            .filter_map(|part| part.checksum.as_ref())
+            .filter(|sum| sum.algorithm == checksum.algorithm)
+            .map(|sum| sum.value.clone())
+            .collect(),
         None => Vec::new(),
     };
     let object = ObjectRecord {
@@ -180,7 +204,9 @@ fn choose<'a>(
         let found = found.filter(|found| found.etag == *etag).ok_or_else(|| invalid(*number))?;
         let algorithm = checksum.map(|(algorithm, _)| algorithm).or(found.checksum.as_ref().map(|sum| sum.algorithm));
         if let (Some(algorithm), Some(have)) = (algorithm, &found.checksum) {
-            let differs = |text: &str| BASE64.decode(text).map_or(true, |value| have.algorithm == algorithm && value != have.value);
+            let differs = |text: &str| {
+                BASE64.decode(text).map_or(true, |value| have.algorithm == algorithm && value != have.value)
+            };
             if get_sum!(part, algorithm).is_some_and(differs) {
                 return Err(invalid(*number));
             }
@@ -200,7 +226,10 @@ fn check_sizes(parts: &[&PartRecord], promised: Option<i64>) -> S3Result<u64> {
         return Err(s3_error!(EntityTooLarge));
     }
     if promised.is_some_and(|promised| u64::try_from(promised) != Ok(size)) {
-        return Err(s3_error!(InvalidRequest, "The provided 'x-amz-mp-object-size' header does not match what was computed."));
+        return Err(s3_error!(
+            InvalidRequest,
+            "The provided 'x-amz-mp-object-size' header does not match what was computed."
+        ));
     }
     Ok(size)
 }
@@ -223,7 +252,9 @@ fn whole_checksum(parts: &[&PartRecord], asked: Option<(ChecksumAlgorithm, Check
 
 /// The checksum of the object that the client sent along must be the one we found.
 fn check_promise(input: &CompleteMultipartUploadInput, found: Option<&Checksum>, parts: usize) -> S3Result<()> {
-    let bad = |algorithm| -> S3Error { s3_error!(BadDigest, "The {} you specified did not match the calculated checksum.", sums::name(algorithm)) };
+    let bad = |algorithm| -> S3Error {
+        s3_error!(BadDigest, "The {} you specified did not match the calculated checksum.", sums::name(algorithm))
+    };
     if let (Some(kind), Some(found)) = (&input.checksum_type, found) {
         if kind.as_str() != sums::kind_name(found.kind) {
             return Err(s3_error!(
@@ -242,7 +273,11 @@ fn check_promise(input: &CompleteMultipartUploadInput, found: Option<&Checksum>,
     ] {
         let Some(sent) = get_sum!(input, algorithm) else { continue };
         let Some(found) = found.filter(|found| found.algorithm == algorithm) else {
-            return Err(s3_error!(InvalidRequest, "The upload has no {} checksum to compare with.", sums::name(algorithm)));
+            return Err(s3_error!(
+                InvalidRequest,
+                "The upload has no {} checksum to compare with.",
+                sums::name(algorithm)
+            ));
         };
         // The number of parts may be left off a composite one.
         if sent != sums::text(found, parts) && sent != BASE64.encode(&found.value) {

@@ -94,7 +94,12 @@ impl S3Context {
     ///
     /// # Errors
     /// NoSuchBucket, 503. Everything else is an answer.
-    pub(super) async fn ask(&self, name: &str, key: &str, query: impl Fn(&BucketRecord) -> Query) -> S3Result<(BucketRecord, Answer)> {
+    pub(super) async fn ask(
+        &self,
+        name: &str,
+        key: &str,
+        query: impl Fn(&BucketRecord) -> Query,
+    ) -> S3Result<(BucketRecord, Answer)> {
         let mut bucket = self.bucket(name).await?;
         let mut tries = 0;
         loop {
@@ -125,12 +130,23 @@ impl S3Context {
     ///
     /// # Errors
     /// NoSuchUpload, NoSuchBucket, 503.
-    pub(super) async fn upload(&self, bucket: &str, key: &str, upload: UploadId) -> S3Result<(BucketRecord, Arc<UploadRecord>)> {
+    pub(super) async fn upload(
+        &self,
+        bucket: &str,
+        key: &str,
+        upload: UploadId,
+    ) -> S3Result<(BucketRecord, Arc<UploadRecord>)> {
         let cached = self.uploads.read().unwrap_or_else(PoisonError::into_inner).get(&upload).cloned();
         if let Some(record) = cached {
             return Ok((self.bucket(bucket).await?, record));
         }
-        let query = |bucket: &BucketRecord| Query::ListParts { bucket: bucket.id, key: key.to_owned(), upload, after: 0, limit: 1 };
+        let query = |bucket: &BucketRecord| Query::ListParts {
+            bucket: bucket.id,
+            key: key.to_owned(),
+            upload,
+            after: 0,
+            limit: 1,
+        };
         match self.ask(bucket, key, query).await? {
             (bucket, Answer::Parts { upload: record, .. }) => {
                 let record = Arc::new(record);

@@ -24,7 +24,10 @@ pub(super) async fn find_source(
     conditions: &ReadConditions<'_>,
 ) -> S3Result<(BucketRecord, String, Box<ObjectRecord>)> {
     let CopySource::Bucket { bucket, key, version_id } = source else {
-        return Err(s3_error!(InvalidArgument, "Copy Source must mention the source bucket and key: sourcebucket/sourcekey"));
+        return Err(s3_error!(
+            InvalidArgument,
+            "Copy Source must mention the source bucket and key: sourcebucket/sourcekey"
+        ));
     };
     let (bucket, record) = get::find(cx, bucket, key, get::pick(version_id.as_deref())?).await?;
     match conditions.decide(&record.etag, record.modified_ms) {
@@ -51,7 +54,9 @@ pub(super) async fn stage_copy(
         Ok(staged) => staged,
         Err(StageError::Body) => {
             let cause = read_error.lock().unwrap_or_else(PoisonError::into_inner).take();
-            return Err(error::read(cause.unwrap_or_else(|| ReadError::Internal("a copy's source has the wrong length".to_owned()))));
+            return Err(error::read(
+                cause.unwrap_or_else(|| ReadError::Internal("a copy's source has the wrong length".to_owned())),
+            ));
         }
         Err(cause) => return Err(error::stage(cause)),
     };
@@ -64,7 +69,10 @@ pub(super) async fn stage_copy(
 }
 
 /// Copies an object, also onto itself.
-pub(super) async fn copy_object(cx: &Arc<S3Context>, req: S3Request<CopyObjectInput>) -> S3Result<S3Response<CopyObjectOutput>> {
+pub(super) async fn copy_object(
+    cx: &Arc<S3Context>,
+    req: S3Request<CopyObjectInput>,
+) -> S3Result<S3Response<CopyObjectOutput>> {
     let S3Request { input, headers, .. } = req;
     let key = input.key;
     meta::check_key(&key)?;
@@ -91,7 +99,10 @@ pub(super) async fn copy_object(cx: &Arc<S3Context>, req: S3Request<CopyObjectIn
     };
     let (source_bucket, source_key, source) = find_source(cx, &input.copy_source, &source_conditions).await?;
     if source.size_bytes > MAX_PUT_BYTES {
-        return Err(s3_error!(InvalidRequest, "The specified copy source is larger than the maximum allowable size for a copy source: 5368709120"));
+        return Err(s3_error!(
+            InvalidRequest,
+            "The specified copy source is larger than the maximum allowable size for a copy source: 5368709120"
+        ));
     }
 
     let mut object_meta = if replace { given.clone() } else { source.meta.clone() };
@@ -109,12 +120,15 @@ pub(super) async fn copy_object(cx: &Arc<S3Context>, req: S3Request<CopyObjectIn
 
     let algorithm = asked.or(source.checksum.as_ref().map(|checksum| checksum.algorithm)).unwrap_or(DEFAULT_ALGORITHM);
     let len_bytes = source.size_bytes;
-    let spec = StageSpec { scheme: meta::scheme_of(&object_meta), bucket: bucket.id, key: &key, len_bytes, inline: true };
+    let spec =
+        StageSpec { scheme: meta::scheme_of(&object_meta), bucket: bucket.id, key: &key, len_bytes, inline: true };
     let (staged, digests) = stage_copy(cx, &source, 0..len_bytes, spec, algorithm).await?;
 
-    let checksum = digests
-        .sum(algorithm)
-        .map(|value| Checksum { algorithm, kind: ChecksumKind::FullObject, value: value.to_vec() });
+    let checksum = digests.sum(algorithm).map(|value| Checksum {
+        algorithm,
+        kind: ChecksumKind::FullObject,
+        value: value.to_vec(),
+    });
     let modified_ms = meta::now_ms();
     let record = ObjectRecord {
         version: VersionSeq(0),

@@ -5,7 +5,9 @@ use super::{error, get, meta, put};
 use futures::StreamExt;
 use granary_wire::meta::{Command, Conditions, Reply, VersionMode, VersionPick};
 use granary_wire::record::BucketRecord;
-use s3s::dto::{DeleteObjectInput, DeleteObjectOutput, DeleteObjectsInput, DeleteObjectsOutput, DeletedObject, ObjectIdentifier};
+use s3s::dto::{
+    DeleteObjectInput, DeleteObjectOutput, DeleteObjectsInput, DeleteObjectsOutput, DeletedObject, ObjectIdentifier,
+};
 use s3s::{s3_error, S3Request, S3Response, S3Result};
 use std::sync::Arc;
 
@@ -15,7 +17,10 @@ const MAX_KEYS: usize = 1000;
 const PARALLEL: usize = 32;
 
 /// Deletes an object; one that is not there counts as deleted.
-pub(super) async fn delete_object(cx: &Arc<S3Context>, req: S3Request<DeleteObjectInput>) -> S3Result<S3Response<DeleteObjectOutput>> {
+pub(super) async fn delete_object(
+    cx: &Arc<S3Context>,
+    req: S3Request<DeleteObjectInput>,
+) -> S3Result<S3Response<DeleteObjectOutput>> {
     let input = req.input;
     if input.if_match_last_modified_time.is_some() || input.if_match_size.is_some() {
         return Err(error::not_implemented("A delete on the condition of a size or a time"));
@@ -26,20 +31,30 @@ pub(super) async fn delete_object(cx: &Arc<S3Context>, req: S3Request<DeleteObje
     Ok(S3Response::new(DeleteObjectOutput::default()))
 }
 
-async fn delete(cx: &Arc<S3Context>, bucket: BucketRecord, key: String, version: Option<&str>, conditions: Conditions) -> S3Result<()> {
+async fn delete(
+    cx: &Arc<S3Context>,
+    bucket: BucketRecord,
+    key: String,
+    version: Option<&str>,
+    conditions: Conditions,
+) -> S3Result<()> {
     meta::check_key(&key)?;
     let version = match get::pick(version) {
         Ok(VersionPick::Current) => VersionPick::Current,
         Ok(version) => version,
         Err(_) => return Err(s3_error!(InvalidArgument, "Invalid version id specified")),
     };
-    let command = Command::DeleteObject { bucket: bucket.id, key: key.clone(), version, conditions, mode: VersionMode::Off };
+    let command =
+        Command::DeleteObject { bucket: bucket.id, key: key.clone(), version, conditions, mode: VersionMode::Off };
     put::settle(cx, bucket, key, command, None, |reply| matches!(reply, Reply::Deleted { .. })).await?;
     Ok(())
 }
 
 /// Deletes up to 1,000 objects. Errors of single keys are told inside a 200.
-pub(super) async fn delete_objects(cx: &Arc<S3Context>, req: S3Request<DeleteObjectsInput>) -> S3Result<S3Response<DeleteObjectsOutput>> {
+pub(super) async fn delete_objects(
+    cx: &Arc<S3Context>,
+    req: S3Request<DeleteObjectsInput>,
+) -> S3Result<S3Response<DeleteObjectsOutput>> {
     let input = req.input;
     let quiet = input.delete.quiet.unwrap_or(false);
     if input.delete.objects.is_empty() || input.delete.objects.len() > MAX_KEYS {
@@ -49,7 +64,10 @@ pub(super) async fn delete_objects(cx: &Arc<S3Context>, req: S3Request<DeleteObj
     let one = |object: ObjectIdentifier| {
         let bucket = bucket.clone();
         async move {
-            let conditions = Conditions { if_match: object.e_tag.as_ref().map(|etag| etag.value().to_owned()), if_none_match_any: false };
+            let conditions = Conditions {
+                if_match: object.e_tag.as_ref().map(|etag| etag.value().to_owned()),
+                if_none_match_any: false,
+            };
             let unsupported = object.last_modified_time.is_some() || object.size.is_some();
             let outcome = if unsupported {
                 Err(error::not_implemented("A delete on the condition of a size or a time"))

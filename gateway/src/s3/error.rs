@@ -2,8 +2,8 @@
 
 use super::backend::{BackendError, ReadError, StageError};
 use granary_wire::meta::{Answer, Reply};
-use s3s::{s3_error, S3Error, S3ErrorCode};
 use http::StatusCode;
+use s3s::{s3_error, S3Error, S3ErrorCode};
 
 /// An error whose code s3s has no name for, or whose status we know better.
 pub(super) fn custom(code: &'static str, status: StatusCode, message: impl Into<String>) -> S3Error {

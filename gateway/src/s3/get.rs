@@ -2,17 +2,17 @@
 
 use super::body::ExactBody;
 use super::context::S3Context;
+use super::error;
 use super::meta;
 use super::sums::{self, put_sum};
-use super::error;
 use futures::stream::BoxStream;
 use futures::StreamExt;
 use granary_wire::meta::{Answer, Query, VersionPick};
 use granary_wire::record::{BucketRecord, ChecksumKind, ObjectRecord};
 use http::{header, HeaderMap, HeaderValue, StatusCode};
 use s3s::dto::{
-    self, ETag, ETagCondition, GetObjectAttributesInput, GetObjectAttributesOutput, GetObjectInput, GetObjectOutput, GetObjectTaggingInput,
-    GetObjectTaggingOutput, HeadObjectInput, HeadObjectOutput, ObjectAttributes, Timestamp,
+    self, ETag, ETagCondition, GetObjectAttributesInput, GetObjectAttributesOutput, GetObjectInput, GetObjectOutput,
+    GetObjectTaggingInput, GetObjectTaggingOutput, HeadObjectInput, HeadObjectOutput, ObjectAttributes, Timestamp,
 };
 use s3s::{s3_error, S3Error, S3ErrorCode, S3Request, S3Response, S3Result};
 use std::ops::Range;
@@ -34,7 +34,12 @@ pub(super) fn pick(version_id: Option<&str>) -> S3Result<VersionPick> {
 ///
 /// # Errors
 /// NoSuchBucket, NoSuchKey, 503.
-pub(super) async fn find(cx: &S3Context, bucket: &str, key: &str, version: VersionPick) -> S3Result<(BucketRecord, Box<ObjectRecord>)> {
+pub(super) async fn find(
+    cx: &S3Context,
+    bucket: &str,
+    key: &str,
+    version: VersionPick,
+) -> S3Result<(BucketRecord, Box<ObjectRecord>)> {
     meta::check_key(key)?;
     let query = |bucket: &BucketRecord| Query::GetObject { bucket: bucket.id, key: key.to_owned(), version };
     match cx.ask(bucket, key, query).await? {
@@ -128,7 +133,9 @@ fn invalid_range(size: u64) -> S3Error {
 fn piece(record: &ObjectRecord, range: Option<&dto::Range>, part_number: Option<i32>) -> S3Result<Piece> {
     let size = record.size_bytes;
     match (range, part_number) {
-        (Some(_), Some(_)) => Err(s3_error!(InvalidRequest, "Cannot specify both Range header and partNumber query parameter")),
+        (Some(_), Some(_)) => {
+            Err(s3_error!(InvalidRequest, "Cannot specify both Range header and partNumber query parameter"))
+        }
         (None, None) => Ok(Piece { range: 0..size, partial: false, parts: None }),
         (Some(range), None) => {
             if size == 0 {
@@ -138,10 +145,22 @@ fn piece(record: &ObjectRecord, range: Option<&dto::Range>, part_number: Option<
             Ok(Piece { range, partial: true, parts: None })
         }
         (None, Some(number)) => {
-            let missing = || error::custom("InvalidPartNumber", StatusCode::RANGE_NOT_SATISFIABLE, "The requested partnumber is not satisfiable");
-            let index = usize::try_from(number).ok().and_then(|number| number.checked_sub(1)).ok_or_else(|| s3_error!(InvalidArgument, "Part number must be an integer between 1 and 10000, inclusive"))?;
+            let missing = || {
+                error::custom(
+                    "InvalidPartNumber",
+                    StatusCode::RANGE_NOT_SATISFIABLE,
+                    "The requested partnumber is not satisfiable",
+                )
+            };
+            let index = usize::try_from(number).ok().and_then(|number| number.checked_sub(1)).ok_or_else(|| {
+                s3_error!(InvalidArgument, "Part number must be an integer between 1 and 10000, inclusive")
+            })?;
             if record.part_sizes.is_empty() {
-                return if index == 0 { Ok(Piece { range: 0..size, partial: size > 0, parts: None }) } else { Err(missing()) };
+                return if index == 0 {
+                    Ok(Piece { range: 0..size, partial: size > 0, parts: None })
+                } else {
+                    Err(missing())
+                };
             }
             let len = *record.part_sizes.get(index).ok_or_else(missing)?;
             let begin: u64 = record.part_sizes.iter().take(index).sum();
@@ -175,9 +194,9 @@ macro_rules! describe {
             content_encoding: own("content-encoding"),
             content_language: own("content-language"),
             content_length: i64::try_from(piece.range.end - piece.range.start).ok(),
-            content_range: piece
-                .partial
-                .then(|| format!("bytes {}-{}/{}", piece.range.start, piece.range.end.saturating_sub(1), record.size_bytes)),
+            content_range: piece.partial.then(|| {
+                format!("bytes {}-{}/{}", piece.range.start, piece.range.end.saturating_sub(1), record.size_bytes)
+            }),
             content_type: Some(own("content-type").unwrap_or_else(|| "binary/octet-stream".to_owned())),
             e_tag: Some(ETag::Strong(record.etag.clone())),
             expires: own("expires"),
@@ -203,7 +222,10 @@ macro_rules! with_checksum {
 }
 
 /// Reads an object, or a range of it.
-pub(super) async fn get_object(cx: &Arc<S3Context>, req: S3Request<GetObjectInput>) -> S3Result<S3Response<GetObjectOutput>> {
+pub(super) async fn get_object(
+    cx: &Arc<S3Context>,
+    req: S3Request<GetObjectInput>,
+) -> S3Result<S3Response<GetObjectOutput>> {
     let S3Request { input, headers, .. } = req;
     let (_, record) = find(cx, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
     let conditions = ReadConditions {
@@ -238,7 +260,10 @@ pub(super) async fn get_object(cx: &Arc<S3Context>, req: S3Request<GetObjectInpu
 }
 
 /// Describes an object.
-pub(super) async fn head_object(cx: &Arc<S3Context>, req: S3Request<HeadObjectInput>) -> S3Result<S3Response<HeadObjectOutput>> {
+pub(super) async fn head_object(
+    cx: &Arc<S3Context>,
+    req: S3Request<HeadObjectInput>,
+) -> S3Result<S3Response<HeadObjectOutput>> {
     let S3Request { input, headers, .. } = req;
     let (_, record) = find(cx, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
     let conditions = ReadConditions {
@@ -272,8 +297,11 @@ pub(super) async fn get_object_attributes(
     let input = req.input;
     let (_, record) = find(cx, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
     // The names come as one list or as several headers.
-    let wants = |name: &str| input.object_attributes.iter().any(|asked| asked.as_str().split(',').any(|asked| asked.trim() == name));
-    let mut output = GetObjectAttributesOutput { last_modified: Some(meta::timestamp(record.modified_ms)), ..Default::default() };
+    let wants = |name: &str| {
+        input.object_attributes.iter().any(|asked| asked.as_str().split(',').any(|asked| asked.trim() == name))
+    };
+    let mut output =
+        GetObjectAttributesOutput { last_modified: Some(meta::timestamp(record.modified_ms)), ..Default::default() };
     if wants(ObjectAttributes::ETAG) {
         output.e_tag = Some(ETag::Strong(record.etag.clone()));
     }
@@ -284,7 +312,10 @@ pub(super) async fn get_object_attributes(
         output.storage_class = Some(meta::scheme_of(&record.meta).unwrap_or("STANDARD").to_owned().into());
     }
     if let (Some(checksum), true) = (&record.checksum, wants(ObjectAttributes::CHECKSUM)) {
-        let mut sum = dto::Checksum { checksum_type: Some(sums::kind_name(checksum.kind).to_owned().into()), ..Default::default() };
+        let mut sum = dto::Checksum {
+            checksum_type: Some(sums::kind_name(checksum.kind).to_owned().into()),
+            ..Default::default()
+        };
         put_sum!(sum, checksum.algorithm, sums::text(checksum, record.part_sizes.len()));
         output.checksum = Some(sum);
     }
@@ -294,7 +325,11 @@ pub(super) async fn get_object_attributes(
     Ok(S3Response::new(output))
 }
 
-fn attribute_parts(record: &ObjectRecord, marker: Option<i32>, max_parts: Option<i32>) -> dto::GetObjectAttributesParts {
+fn attribute_parts(
+    record: &ObjectRecord,
+    marker: Option<i32>,
+    max_parts: Option<i32>,
+) -> dto::GetObjectAttributesParts {
     let marker = marker.unwrap_or(0).max(0);
     let max_parts = max_parts.unwrap_or(1000).clamp(0, 1000);
     let all = record.part_sizes.iter().enumerate();
@@ -309,7 +344,11 @@ fn attribute_parts(record: &ObjectRecord, marker: Option<i32>, max_parts: Option
             ..Default::default()
         };
         if let (Some(checksum), Some(value)) = (with_sums, record.part_checksums.get(index)) {
-            let whole = granary_wire::record::Checksum { algorithm: checksum.algorithm, kind: ChecksumKind::FullObject, value: value.clone() };
+            let whole = granary_wire::record::Checksum {
+                algorithm: checksum.algorithm,
+                kind: ChecksumKind::FullObject,
+                value: value.clone(),
+            };
             put_sum!(part, checksum.algorithm, sums::text(&whole, 0));
         }
         parts.push(part);
@@ -332,7 +371,12 @@ pub(super) async fn get_object_tagging(
 ) -> S3Result<S3Response<GetObjectTaggingOutput>> {
     let input = req.input;
     let (_, record) = find(cx, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
-    let tag_set = record.meta.tags.iter().map(|(key, value)| dto::Tag { key: Some(key.clone()), value: Some(value.clone()) }).collect();
+    let tag_set = record
+        .meta
+        .tags
+        .iter()
+        .map(|(key, value)| dto::Tag { key: Some(key.clone()), value: Some(value.clone()) })
+        .collect();
     Ok(S3Response::new(GetObjectTaggingOutput { tag_set, version_id: None }))
 }
 
@@ -346,8 +390,17 @@ mod tests {
         let etag = |text: &str| ETagCondition::ETag(ETag::Strong(text.to_owned()));
         let (same, other) = (etag("e"), etag("f"));
         let (before, at, after) = (meta::timestamp(9_000), meta::timestamp(10_000), meta::timestamp(11_000));
-        let decide = |m: Option<&ETagCondition>, n: Option<&ETagCondition>, modified: Option<&Timestamp>, unmodified: Option<&Timestamp>| {
-            ReadConditions { if_match: m, if_none_match: n, if_modified_since: modified, if_unmodified_since: unmodified }.decide("e", 10_500)
+        let decide = |m: Option<&ETagCondition>,
+                      n: Option<&ETagCondition>,
+                      modified: Option<&Timestamp>,
+                      unmodified: Option<&Timestamp>| {
+            ReadConditions {
+                if_match: m,
+                if_none_match: n,
+                if_modified_since: modified,
+                if_unmodified_since: unmodified,
+            }
+            .decide("e", 10_500)
         };
         assert_eq!(decide(None, None, None, None), Verdict::Go);
         assert_eq!(decide(Some(&same), None, None, Some(&before)), Verdict::Go);

@@ -9,7 +9,8 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use base64::Engine;
 use granary_wire::meta::{ListFrom, ListItem, ObjectSummary};
 use s3s::dto::{
-    CommonPrefix, ETag, EncodingType, ListObjectsInput, ListObjectsOutput, ListObjectsV2Input, ListObjectsV2Output, Object, Owner,
+    CommonPrefix, ETag, EncodingType, ListObjectsInput, ListObjectsOutput, ListObjectsV2Input, ListObjectsV2Output,
+    Object, Owner,
 };
 use s3s::{s3_error, S3Request, S3Response, S3Result};
 use std::sync::Arc;
@@ -37,9 +38,12 @@ pub(super) fn url_encode(text: &str) -> String {
     let mut encoded = String::with_capacity(text.len());
     for byte in text.bytes() {
         match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' | b'/' => encoded.push(char::from(byte)),
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' | b'/' => {
+                encoded.push(char::from(byte))
+            }
             byte => {
-                const DIGITS: [char; 16] = ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'A', 'B', 'C', 'D', 'E', 'F'];
+                const DIGITS: [char; 16] =
+                    ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'A', 'B', 'C', 'D', 'E', 'F'];
                 let digit = |nibble: u8| DIGITS.get(usize::from(nibble)).copied().unwrap_or('0');
                 encoded.push('%');
                 encoded.push(digit(byte >> 4));
@@ -57,7 +61,9 @@ pub(super) fn url_encode(text: &str) -> String {
 pub(super) fn page_size(asked: Option<i32>) -> S3Result<i32> {
     match asked {
         None => Ok(MAX_KEYS),
-        Some(asked) if asked < 0 => Err(s3_error!(InvalidArgument, "Argument max-keys must be an integer between 0 and 2147483647")),
+        Some(asked) if asked < 0 => {
+            Err(s3_error!(InvalidArgument, "Argument max-keys must be an integer between 0 and 2147483647"))
+        }
         Some(asked) => Ok(asked.min(MAX_KEYS)),
     }
 }
@@ -72,18 +78,28 @@ fn position_of(token: &str) -> S3Result<String> {
     let bad = || s3_error!(InvalidArgument, "The continuation token provided is incorrect");
     let raw = URL_SAFE_NO_PAD.decode(token).map_err(|_| bad())?;
     match raw.split_first() {
-        Some((&TOKEN_VERSION, position)) if position.len() <= meta::KEY_BYTES => String::from_utf8(position.to_vec()).map_err(|_| bad()),
+        Some((&TOKEN_VERSION, position)) if position.len() <= meta::KEY_BYTES => {
+            String::from_utf8(position.to_vec()).map_err(|_| bad())
+        }
         _ => Err(bad()),
     }
 }
 
-async fn page(cx: &S3Context, bucket: &str, prefix: &str, delimiter: &str, from: ListFrom, limit: i32) -> S3Result<ListingPage> {
+async fn page(
+    cx: &S3Context,
+    bucket: &str,
+    prefix: &str,
+    delimiter: &str,
+    from: ListFrom,
+    limit: i32,
+) -> S3Result<ListingPage> {
     let mut bucket = cx.bucket(bucket).await?;
     let mut tries = 0;
     loop {
         // An empty page is asked for with a limit of one, so that a bucket that is gone is noticed.
         let limit = u32::try_from(limit.max(1)).unwrap_or(1);
-        let found = cx.backend.list_objects(bucket.id, prefix, delimiter, from.clone(), limit).await.map_err(error::backend)?;
+        let found =
+            cx.backend.list_objects(bucket.id, prefix, delimiter, from.clone(), limit).await.map_err(error::backend)?;
         if let Some(found) = found {
             return Ok(found);
         }
@@ -172,15 +188,20 @@ fn from(position: Option<String>) -> ListFrom {
 }
 
 /// Version 1: goes on after a marker, which the client makes from the last key.
-pub(super) async fn list_objects(cx: &Arc<S3Context>, req: S3Request<ListObjectsInput>) -> S3Result<S3Response<ListObjectsOutput>> {
+pub(super) async fn list_objects(
+    cx: &Arc<S3Context>,
+    req: S3Request<ListObjectsInput>,
+) -> S3Result<S3Response<ListObjectsOutput>> {
     let input = req.input;
     let url = wants_url(input.encoding_type.as_ref())?;
     let max_keys = page_size(input.max_keys)?;
     let (prefix, delimiter) = (input.prefix.unwrap_or_default(), input.delimiter.unwrap_or_default());
     let marker = input.marker.unwrap_or_default();
-    let page = collect(cx, &input.bucket, (&prefix, &delimiter), from(Some(marker.clone())), max_keys, url, true).await?;
+    let page =
+        collect(cx, &input.bucket, (&prefix, &delimiter), from(Some(marker.clone())), max_keys, url, true).await?;
     // NextMarker only under a delimiter: without one the last key says it.
-    let next_marker = page.last.clone().filter(|_| page.truncated && !delimiter.is_empty()).map(|last| page.encode(last));
+    let next_marker =
+        page.last.clone().filter(|_| page.truncated && !delimiter.is_empty()).map(|last| page.encode(last));
     let output = ListObjectsOutput {
         name: Some(input.bucket),
         prefix: Some(page.encode(prefix)),
@@ -198,7 +219,10 @@ pub(super) async fn list_objects(cx: &Arc<S3Context>, req: S3Request<ListObjects
 }
 
 /// Version 2: goes on after an opaque token, or starts after a key.
-pub(super) async fn list_objects_v2(cx: &Arc<S3Context>, req: S3Request<ListObjectsV2Input>) -> S3Result<S3Response<ListObjectsV2Output>> {
+pub(super) async fn list_objects_v2(
+    cx: &Arc<S3Context>,
+    req: S3Request<ListObjectsV2Input>,
+) -> S3Result<S3Response<ListObjectsV2Output>> {
     let input = req.input;
     let url = wants_url(input.encoding_type.as_ref())?;
     let max_keys = page_size(input.max_keys)?;

@@ -77,7 +77,8 @@ pub(super) fn xml_key(key: &str) -> Option<String> {
 }
 
 fn text_of(name: &HeaderName, value: &HeaderValue) -> S3Result<String> {
-    String::from_utf8(value.as_bytes().to_vec()).map_err(|_| s3_error!(InvalidArgument, "The header {name} is not valid UTF-8."))
+    String::from_utf8(value.as_bytes().to_vec())
+        .map_err(|_| s3_error!(InvalidArgument, "The header {name} is not valid UTF-8."))
 }
 
 /// Reads an object's headers, user metadata, tags and storage class.
@@ -85,7 +86,11 @@ fn text_of(name: &HeaderName, value: &HeaderValue) -> S3Result<String> {
 /// # Errors
 /// MetadataTooLarge, InvalidTag, InvalidStorageClass, InvalidArgument.
 pub(super) fn read(headers: &HeaderMap, has_scheme: impl Fn(&str) -> bool) -> S3Result<ObjectMeta> {
-    let mut meta = ObjectMeta { storage_class: storage_class(headers, has_scheme)?, tags: tags(headers)?, ..ObjectMeta::default() };
+    let mut meta = ObjectMeta {
+        storage_class: storage_class(headers, has_scheme)?,
+        tags: tags(headers)?,
+        ..ObjectMeta::default()
+    };
     for name in KEPT {
         let Some(value) = headers.get(name) else { continue };
         let mut value = text_of(&HeaderName::from_static(name), value)?;
@@ -118,7 +123,8 @@ pub(super) fn read(headers: &HeaderMap, has_scheme: impl Fn(&str) -> bool) -> S3
 
 /// `aws-chunked` says how the body travelled, not what it is.
 fn without_aws_chunked(value: &str) -> String {
-    let kept: Vec<&str> = value.split(',').map(str::trim).filter(|token| !token.eq_ignore_ascii_case("aws-chunked")).collect();
+    let kept: Vec<&str> =
+        value.split(',').map(str::trim).filter(|token| !token.eq_ignore_ascii_case("aws-chunked")).collect();
     kept.join(", ")
 }
 
@@ -142,7 +148,9 @@ pub(super) fn scheme_of(meta: &ObjectMeta) -> Option<&str> {
 
 fn tags(headers: &HeaderMap) -> S3Result<Vec<(String, String)>> {
     let Some(value) = headers.get("x-amz-tagging") else { return Ok(Vec::new()) };
-    let bad = || s3_error!(InvalidArgument, "The header 'x-amz-tagging' shall be encoded as UTF-8 then URLEncoded URL query parameters without tag name duplicates.");
+    let bad = || {
+        s3_error!(InvalidArgument, "The header 'x-amz-tagging' shall be encoded as UTF-8 then URLEncoded URL query parameters without tag name duplicates.")
+    };
     let text = value.to_str().map_err(|_| bad())?;
     let mut tags: Vec<(String, String)> = Vec::new();
     for pair in text.split('&').filter(|pair| !pair.is_empty()) {
@@ -199,7 +207,10 @@ pub(super) fn user_headers(meta: &ObjectMeta) -> HeaderMap {
 ///
 /// # Errors
 /// NotImplemented for an If-None-Match other than `*`.
-pub(super) fn write_conditions(if_match: Option<&ETagCondition>, if_none_match: Option<&ETagCondition>) -> S3Result<Conditions> {
+pub(super) fn write_conditions(
+    if_match: Option<&ETagCondition>,
+    if_none_match: Option<&ETagCondition>,
+) -> S3Result<Conditions> {
     let if_none_match_any = match if_none_match {
         None => false,
         Some(ETagCondition::Any) => true,
@@ -224,14 +235,20 @@ mod tests {
     fn headers(pairs: &[(&str, &str)]) -> HeaderMap {
         let mut map = HeaderMap::new();
         for (name, value) in pairs {
-            map.append(HeaderName::from_bytes(name.as_bytes()).unwrap(), HeaderValue::from_bytes(value.as_bytes()).unwrap());
+            map.append(
+                HeaderName::from_bytes(name.as_bytes()).unwrap(),
+                HeaderValue::from_bytes(value.as_bytes()).unwrap(),
+            );
         }
         map
     }
 
     #[test]
     fn only_the_aws_chunked_token_leaves_the_content_encoding() {
-        let encoding = |value| kept(&read(&headers(&[("content-encoding", value)]), |_| false).unwrap(), "content-encoding").map(str::to_owned);
+        let encoding = |value| {
+            kept(&read(&headers(&[("content-encoding", value)]), |_| false).unwrap(), "content-encoding")
+                .map(str::to_owned)
+        };
         assert_eq!(encoding("aws-chunked"), None);
         assert_eq!(encoding("aws-chunked,gzip").as_deref(), Some("gzip"));
         assert_eq!(encoding("gzip, AWS-Chunked, br").as_deref(), Some("gzip, br"));

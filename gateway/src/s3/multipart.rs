@@ -12,11 +12,14 @@ use super::sums::{self, put_sum, Promised};
 use super::{error, meta};
 use crate::digest::Digests;
 use granary_wire::meta::{Answer, Command, Query, Reply};
-use granary_wire::record::{BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, PartRecord, UploadId, UploadRecord};
+use granary_wire::record::{
+    BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, PartRecord, UploadId, UploadRecord,
+};
 use s3s::dto::{
-    self, AbortMultipartUploadInput, AbortMultipartUploadOutput, CommonPrefix, CopyPartResult, CreateMultipartUploadInput,
-    CreateMultipartUploadOutput, ETag, EncodingType, Initiator, ListMultipartUploadsInput, ListMultipartUploadsOutput, ListPartsInput,
-    ListPartsOutput, MultipartUpload, Owner, UploadPartCopyInput, UploadPartCopyOutput, UploadPartInput, UploadPartOutput,
+    self, AbortMultipartUploadInput, AbortMultipartUploadOutput, CommonPrefix, CopyPartResult,
+    CreateMultipartUploadInput, CreateMultipartUploadOutput, ETag, EncodingType, Initiator, ListMultipartUploadsInput,
+    ListMultipartUploadsOutput, ListPartsInput, ListPartsOutput, MultipartUpload, Owner, UploadPartCopyInput,
+    UploadPartCopyOutput, UploadPartInput, UploadPartOutput,
 };
 use s3s::{s3_error, S3Request, S3Response, S3Result};
 use std::ops::Range;
@@ -66,7 +69,10 @@ pub(super) async fn create_multipart_upload(
             Some((algorithm, sums::kind_of(algorithm, kind)?))
         }
         None if kind.is_some() => {
-            return Err(s3_error!(InvalidRequest, "The x-amz-checksum-type header can only be used with the x-amz-checksum-algorithm header."));
+            return Err(s3_error!(
+                InvalidRequest,
+                "The x-amz-checksum-type header can only be used with the x-amz-checksum-algorithm header."
+            ));
         }
         None => None,
     };
@@ -119,9 +125,11 @@ async fn commit_part(
     digests: &Digests,
     staged: Box<dyn StagedPayload>,
 ) -> S3Result<PartRecord> {
-    let checksum = digests
-        .sum(algorithm)
-        .map(|value| Checksum { algorithm, kind: ChecksumKind::FullObject, value: value.to_vec() });
+    let checksum = digests.sum(algorithm).map(|value| Checksum {
+        algorithm,
+        kind: ChecksumKind::FullObject,
+        value: value.to_vec(),
+    });
     let part = PartRecord {
         number: of.number,
         size_bytes,
@@ -142,7 +150,10 @@ async fn commit_part(
 }
 
 /// Stores a part; the last one of a number wins.
-pub(super) async fn upload_part(cx: &Arc<S3Context>, req: S3Request<UploadPartInput>) -> S3Result<S3Response<UploadPartOutput>> {
+pub(super) async fn upload_part(
+    cx: &Arc<S3Context>,
+    req: S3Request<UploadPartInput>,
+) -> S3Result<S3Response<UploadPartOutput>> {
     let S3Request { input, headers, trailing_headers, .. } = req;
     meta::check_key(&input.key)?;
     let number = part_number(input.part_number)?;
@@ -157,7 +168,13 @@ pub(super) async fn upload_part(cx: &Arc<S3Context>, req: S3Request<UploadPartIn
     let algorithm = part_algorithm(&record, sent)?;
 
     let (body, verdict) = Intake::start(source, len_bytes, &[algorithm]);
-    let spec = StageSpec { scheme: meta::scheme_of(&record.meta), bucket: bucket.id, key: &input.key, len_bytes, inline: false };
+    let spec = StageSpec {
+        scheme: meta::scheme_of(&record.meta),
+        bucket: bucket.id,
+        key: &input.key,
+        len_bytes,
+        inline: false,
+    };
     let staged = match cx.backend.stage(spec, body).await {
         Ok(staged) => staged,
         Err(StageError::Body) => return Err(verdict.fault().unwrap_or_else(|| error::stage(StageError::Body))),
@@ -165,7 +182,9 @@ pub(super) async fn upload_part(cx: &Arc<S3Context>, req: S3Request<UploadPartIn
     };
     let digests = verdict.digests()?;
     promised.verify(&digests, trailing_headers.as_ref())?;
-    let part = commit_part(cx, PartOf { bucket, key: input.key, upload, number }, len_bytes, algorithm, &digests, staged).await?;
+    let part =
+        commit_part(cx, PartOf { bucket, key: input.key, upload, number }, len_bytes, algorithm, &digests, staged)
+            .await?;
 
     let mut output = UploadPartOutput { e_tag: Some(ETag::Strong(part.etag)), ..Default::default() };
     // Ours alone is kept quiet: the client did not ask for it, and it need not be the kind it expects.
@@ -184,7 +203,9 @@ fn copy_range(text: Option<&str>, size: u64) -> S3Result<Range<u64>> {
         )
     };
     let (first, last) = text.strip_prefix("bytes=").and_then(|range| range.split_once('-')).ok_or_else(bad)?;
-    let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u64>().ok()).flatten().ok_or_else(bad);
+    let digits = |text: &str| {
+        text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u64>().ok()).flatten().ok_or_else(bad)
+    };
     let (first, last) = (digits(first)?, digits(last)?);
     if first > last {
         return Err(bad());
@@ -215,12 +236,23 @@ pub(super) async fn upload_part_copy(
     let range = copy_range(input.copy_source_range.as_deref(), source.size_bytes)?;
     let len_bytes = range.end - range.start;
     if len_bytes > MAX_PUT_BYTES {
-        return Err(s3_error!(InvalidRequest, "The specified copy source is larger than the maximum allowable size for a copy source: 5368709120"));
+        return Err(s3_error!(
+            InvalidRequest,
+            "The specified copy source is larger than the maximum allowable size for a copy source: 5368709120"
+        ));
     }
     let algorithm = part_algorithm(&record, None)?;
-    let spec = StageSpec { scheme: meta::scheme_of(&record.meta), bucket: bucket.id, key: &input.key, len_bytes, inline: false };
+    let spec = StageSpec {
+        scheme: meta::scheme_of(&record.meta),
+        bucket: bucket.id,
+        key: &input.key,
+        len_bytes,
+        inline: false,
+    };
     let (staged, digests) = copy::stage_copy(cx, &source, range, spec, algorithm).await?;
-    let part = commit_part(cx, PartOf { bucket, key: input.key, upload, number }, len_bytes, algorithm, &digests, staged).await?;
+    let part =
+        commit_part(cx, PartOf { bucket, key: input.key, upload, number }, len_bytes, algorithm, &digests, staged)
+            .await?;
 
     let mut result = CopyPartResult {
         e_tag: Some(ETag::Strong(part.etag)),
@@ -252,7 +284,10 @@ pub(super) async fn abort_multipart_upload(
 }
 
 /// The parts of an upload, in order of their numbers.
-pub(super) async fn list_parts(cx: &Arc<S3Context>, req: S3Request<ListPartsInput>) -> S3Result<S3Response<ListPartsOutput>> {
+pub(super) async fn list_parts(
+    cx: &Arc<S3Context>,
+    req: S3Request<ListPartsInput>,
+) -> S3Result<S3Response<ListPartsOutput>> {
     let input = req.input;
     meta::check_key(&input.key)?;
     let upload = parse_upload(&input.upload_id)?;
@@ -260,7 +295,8 @@ pub(super) async fn list_parts(cx: &Arc<S3Context>, req: S3Request<ListPartsInpu
     let marker = input.part_number_marker.unwrap_or(0);
     let after = u16::try_from(marker.clamp(0, i32::from(MAX_PARTS))).unwrap_or(MAX_PARTS);
     let limit = u32::try_from(max_parts.max(1)).unwrap_or(1);
-    let query = |bucket: &BucketRecord| Query::ListParts { bucket: bucket.id, key: input.key.clone(), upload, after, limit };
+    let query =
+        |bucket: &BucketRecord| Query::ListParts { bucket: bucket.id, key: input.key.clone(), upload, after, limit };
     let (record, mut parts, more) = match cx.ask(&input.bucket, &input.key, query).await? {
         (_, Answer::Parts { upload, parts, more }) => (upload, parts, more),
         (_, other) => return Err(error::answer(other)),
@@ -308,10 +344,16 @@ pub(super) async fn list_parts(cx: &Arc<S3Context>, req: S3Request<ListPartsInpu
 type UploadItem = (String, UploadId, UploadRecord);
 
 /// The next uploads in order of (key, id), and whether there are more.
-async fn next_uploads(cx: &S3Context, bucket: &mut BucketRecord, prefix: &str, after: UploadsAfter) -> S3Result<(Vec<UploadItem>, bool)> {
+async fn next_uploads(
+    cx: &S3Context,
+    bucket: &mut BucketRecord,
+    prefix: &str,
+    after: UploadsAfter,
+) -> S3Result<(Vec<UploadItem>, bool)> {
     let mut tries = 0;
     loop {
-        let page = cx.backend.list_uploads(bucket.id, prefix, after.clone(), QUERY_UPLOADS).await.map_err(error::backend)?;
+        let page =
+            cx.backend.list_uploads(bucket.id, prefix, after.clone(), QUERY_UPLOADS).await.map_err(error::backend)?;
         if let Some(page) = page {
             return Ok(page);
         }
@@ -332,13 +374,17 @@ pub(super) async fn list_multipart_uploads(
     let (prefix, delimiter) = (input.prefix.unwrap_or_default(), input.delimiter.unwrap_or_default());
     let key_marker = input.key_marker.unwrap_or_default();
     // An upload id counts only beside a key, and one that is none of ours is after nothing in particular: the key's end.
-    let id_marker = input.upload_id_marker.as_deref().filter(|text| !text.is_empty()).and_then(|text| parse_upload(text).ok());
+    let id_marker =
+        input.upload_id_marker.as_deref().filter(|text| !text.is_empty()).and_then(|text| parse_upload(text).ok());
     let mut after = (!key_marker.is_empty()).then(|| (key_marker.clone(), id_marker));
     let mut bucket = cx.bucket_now(&input.bucket).await?;
 
     let (mut uploads, mut prefixes): (Vec<UploadItem>, Vec<String>) = (Vec::new(), Vec::new());
     let skipped = |key: &str, prefixes: &[String]| {
-        let marker_prefix = !delimiter.is_empty() && !key_marker.is_empty() && key_marker.ends_with(&delimiter) && key.starts_with(&key_marker);
+        let marker_prefix = !delimiter.is_empty()
+            && !key_marker.is_empty()
+            && key_marker.ends_with(&delimiter)
+            && key.starts_with(&key_marker);
         marker_prefix || prefixes.last().is_some_and(|prefix| key.starts_with(prefix.as_str()))
     };
     let mut truncated = false;
@@ -424,7 +470,16 @@ mod tests {
         assert_eq!(copy_range(None, 10).unwrap(), 0..10);
         assert_eq!(copy_range(Some("bytes=0-9"), 10).unwrap(), 0..10);
         assert_eq!(copy_range(Some("bytes=3-3"), 10).unwrap(), 3..4);
-        for bad in ["bytes=0-10", "bytes=-3", "bytes=3-", "bytes=5-4", "0-3", "bytes=+1-3", "bytes=0-18446744073709551615", "bytes=0-99999999999999999999"] {
+        for bad in [
+            "bytes=0-10",
+            "bytes=-3",
+            "bytes=3-",
+            "bytes=5-4",
+            "0-3",
+            "bytes=+1-3",
+            "bytes=0-18446744073709551615",
+            "bytes=0-99999999999999999999",
+        ] {
             assert!(copy_range(Some(bad), 10).is_err(), "{bad}");
         }
     }

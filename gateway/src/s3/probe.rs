@@ -3,12 +3,13 @@
 
 use super::access::account_text;
 use super::context::S3Context;
-use super::get;
 use super::error;
+use super::get;
 use http::StatusCode;
 use s3s::dto::{
-    AccessControlPolicy, GetBucketAclInput, GetBucketAclOutput, GetBucketVersioningInput, GetBucketVersioningOutput, GetObjectAclInput,
-    GetObjectAclOutput, Grant, Grantee, Owner, Permission, PutBucketAclInput, PutBucketAclOutput, PutObjectAclInput, PutObjectAclOutput, Type,
+    AccessControlPolicy, GetBucketAclInput, GetBucketAclOutput, GetBucketVersioningInput, GetBucketVersioningOutput,
+    GetObjectAclInput, GetObjectAclOutput, Grant, Grantee, Owner, Permission, PutBucketAclInput, PutBucketAclOutput,
+    PutObjectAclInput, PutObjectAclOutput, Type,
 };
 use s3s::{s3_error, S3Error, S3Request, S3Response, S3Result};
 use std::sync::Arc;
@@ -45,20 +46,29 @@ fn check_policy(cx: &S3Context, policy: Option<&AccessControlPolicy>) -> S3Resul
 }
 
 /// The ACL of a bucket.
-pub(super) async fn get_bucket_acl(cx: &Arc<S3Context>, req: S3Request<GetBucketAclInput>) -> S3Result<S3Response<GetBucketAclOutput>> {
+pub(super) async fn get_bucket_acl(
+    cx: &Arc<S3Context>,
+    req: S3Request<GetBucketAclInput>,
+) -> S3Result<S3Response<GetBucketAclOutput>> {
     cx.bucket_now(&req.input.bucket).await?;
     Ok(S3Response::new(GetBucketAclOutput { grants: Some(grants(cx)), owner: Some(owner(cx)) }))
 }
 
 /// Takes the ACL there is; canned ones in headers were checked at the gate.
-pub(super) async fn put_bucket_acl(cx: &Arc<S3Context>, req: S3Request<PutBucketAclInput>) -> S3Result<S3Response<PutBucketAclOutput>> {
+pub(super) async fn put_bucket_acl(
+    cx: &Arc<S3Context>,
+    req: S3Request<PutBucketAclInput>,
+) -> S3Result<S3Response<PutBucketAclOutput>> {
     cx.bucket_now(&req.input.bucket).await?;
     check_policy(cx, req.input.access_control_policy.as_ref())?;
     Ok(S3Response::new(PutBucketAclOutput::default()))
 }
 
 /// The ACL of an object.
-pub(super) async fn get_object_acl(cx: &Arc<S3Context>, req: S3Request<GetObjectAclInput>) -> S3Result<S3Response<GetObjectAclOutput>> {
+pub(super) async fn get_object_acl(
+    cx: &Arc<S3Context>,
+    req: S3Request<GetObjectAclInput>,
+) -> S3Result<S3Response<GetObjectAclOutput>> {
     let input = req.input;
     get::find(cx, &input.bucket, &input.key, get::pick(input.version_id.as_deref())?).await?;
     let output = GetObjectAclOutput { grants: Some(grants(cx)), owner: Some(owner(cx)), ..Default::default() };
@@ -66,7 +76,10 @@ pub(super) async fn get_object_acl(cx: &Arc<S3Context>, req: S3Request<GetObject
 }
 
 /// Takes the ACL there is.
-pub(super) async fn put_object_acl(cx: &Arc<S3Context>, req: S3Request<PutObjectAclInput>) -> S3Result<S3Response<PutObjectAclOutput>> {
+pub(super) async fn put_object_acl(
+    cx: &Arc<S3Context>,
+    req: S3Request<PutObjectAclInput>,
+) -> S3Result<S3Response<PutObjectAclOutput>> {
     let input = req.input;
     get::find(cx, &input.bucket, &input.key, get::pick(input.version_id.as_deref())?).await?;
     check_policy(cx, input.access_control_policy.as_ref())?;
@@ -119,5 +132,9 @@ pub(super) fn no_encryption() -> S3Error {
 
 /// No object lock.
 pub(super) fn no_lock() -> S3Error {
-    error::custom("ObjectLockConfigurationNotFoundError", StatusCode::NOT_FOUND, "Object Lock configuration does not exist for this bucket")
+    error::custom(
+        "ObjectLockConfigurationNotFoundError",
+        StatusCode::NOT_FOUND,
+        "Object Lock configuration does not exist for this bucket",
+    )
 }

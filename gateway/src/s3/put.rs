@@ -6,7 +6,9 @@ use super::intake::{Intake, Source};
 use super::sums::{self, put_sum, Promised};
 use super::{error, meta};
 use granary_wire::meta::{Command, Conditions, Reply, VersionMode};
-use granary_wire::record::{BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectData, ObjectRecord, VersionSeq};
+use granary_wire::record::{
+    BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectData, ObjectRecord, VersionSeq,
+};
 use s3s::dto::{ETag, PutObjectInput, PutObjectOutput};
 use s3s::{s3_error, S3Request, S3Response, S3Result};
 use std::sync::Arc;
@@ -33,7 +35,10 @@ pub(super) fn body_len(content_length: Option<i64>) -> S3Result<u64> {
 }
 
 /// Stores an object.
-pub(super) async fn put_object(cx: &Arc<S3Context>, req: S3Request<PutObjectInput>) -> S3Result<S3Response<PutObjectOutput>> {
+pub(super) async fn put_object(
+    cx: &Arc<S3Context>,
+    req: S3Request<PutObjectInput>,
+) -> S3Result<S3Response<PutObjectOutput>> {
     let S3Request { input, headers, trailing_headers, .. } = req;
     let key = input.key;
     meta::check_key(&key)?;
@@ -48,7 +53,8 @@ pub(super) async fn put_object(cx: &Arc<S3Context>, req: S3Request<PutObjectInpu
     let bucket = cx.bucket(&input.bucket).await?;
 
     let (body, verdict) = Intake::start(source, len_bytes, &[algorithm]);
-    let spec = StageSpec { scheme: meta::scheme_of(&object_meta), bucket: bucket.id, key: &key, len_bytes, inline: true };
+    let spec =
+        StageSpec { scheme: meta::scheme_of(&object_meta), bucket: bucket.id, key: &key, len_bytes, inline: true };
     let staged = match cx.backend.stage(spec, body).await {
         Ok(staged) => staged,
         Err(StageError::Body) => return Err(verdict.fault().unwrap_or_else(|| error::stage(StageError::Body))),
@@ -57,9 +63,11 @@ pub(super) async fn put_object(cx: &Arc<S3Context>, req: S3Request<PutObjectInpu
     let digests = verdict.digests()?;
     promised.verify(&digests, trailing_headers.as_ref())?;
 
-    let checksum = digests
-        .sum(algorithm)
-        .map(|value| Checksum { algorithm, kind: ChecksumKind::FullObject, value: value.to_vec() });
+    let checksum = digests.sum(algorithm).map(|value| Checksum {
+        algorithm,
+        kind: ChecksumKind::FullObject,
+        value: value.to_vec(),
+    });
     let record = ObjectRecord {
         version: VersionSeq(0),
         null_version: true,
@@ -179,7 +187,9 @@ pub(super) async fn commit(
     conditions: Conditions,
     staged: Box<dyn StagedPayload>,
 ) -> S3Result<String> {
-    debug_assert!(matches!(record.data, ObjectData::Inline { .. }) || !record.data.extents().is_empty() || record.size_bytes == 0);
+    debug_assert!(
+        matches!(record.data, ObjectData::Inline { .. }) || !record.data.extents().is_empty() || record.size_bytes == 0
+    );
     let command = Command::PutObject {
         bucket: bucket.id,
         key: key.clone(),

@@ -103,7 +103,8 @@ impl Front {
         }
         let region = cx.settings.region.clone();
         let service = build(&cx, &region, None)?;
-        let location = if region == FIRST_REGION { None } else { Some(build(&cx, FIRST_REGION, Some("GetBucketLocation"))?) };
+        let location =
+            if region == FIRST_REGION { None } else { Some(build(&cx, FIRST_REGION, Some("GetBucketLocation"))?) };
         let requests = Arc::new(Semaphore::new(cx.settings.max_requests));
         Ok(Front { service, location, cx, requests })
     }
@@ -123,7 +124,10 @@ impl Front {
             refusal(error, head)
         } else {
             let service = self.service_for(&parts);
-            let signed_chunks = parts.headers.get("x-amz-content-sha256").is_some_and(|mode| mode == "STREAMING-AWS4-HMAC-SHA256-PAYLOAD");
+            let signed_chunks = parts
+                .headers
+                .get("x-amz-content-sha256")
+                .is_some_and(|mode| mode == "STREAMING-AWS4-HMAC-SHA256-PAYLOAD");
             let body = RequestBody::new(wire.clone(), info.clone(), self.cx.settings.body_idle_timeout, signed_chunks);
             let mut request = Request::from_parts(parts, Body::http_body(body));
             request.extensions_mut().insert(info.clone());
@@ -181,7 +185,11 @@ impl Front {
             Ok(collected) => String::from_utf8(collected.to_bytes().to_vec()).unwrap_or_default(),
             Err(_) => String::new(),
         };
-        let code = text.split_once("<Code>").and_then(|(_, rest)| rest.split_once("</Code>")).map_or("", |(code, _)| code).to_owned();
+        let code = text
+            .split_once("<Code>")
+            .and_then(|(_, rest)| rest.split_once("</Code>"))
+            .map_or("", |(code, _)| code)
+            .to_owned();
         let text = match text.strip_suffix("</Error>") {
             Some(begin) => {
                 let region = if code == "AuthorizationHeaderMalformed" {
@@ -227,7 +235,10 @@ fn check_head(method: &Method, headers: &HeaderMap, query: Option<&str>) -> Resu
         return Err(error::not_implemented("Upload by an HTML form"));
     }
     let authorizations = headers.get_all(header::AUTHORIZATION).iter().count();
-    let signed_query = query.unwrap_or_default().split('&').any(|pair| pair.split('=').next().is_some_and(|n| n.eq_ignore_ascii_case("x-amz-signature")));
+    let signed_query = query
+        .unwrap_or_default()
+        .split('&')
+        .any(|pair| pair.split('=').next().is_some_and(|n| n.eq_ignore_ascii_case("x-amz-signature")));
     if authorizations > 1 || (authorizations == 1 && signed_query) {
         return Err(s3_error!(InvalidArgument, "Only one auth mechanism allowed; only the X-Amz-Algorithm query parameter, Signature query string parameter or the Authorization header should be specified"));
     }

@@ -43,7 +43,13 @@ pub(super) fn parse_name(text: &str) -> S3Result<ChecksumAlgorithm> {
 /// InvalidRequest for a combination that cannot be.
 pub(super) fn kind_of(algorithm: ChecksumAlgorithm, asked: Option<&str>) -> S3Result<ChecksumKind> {
     let sha = matches!(algorithm, ChecksumAlgorithm::Sha1 | ChecksumAlgorithm::Sha256);
-    let wrong = |kind: &str| s3_error!(InvalidRequest, "The {kind} checksum type cannot be used with the {} checksum algorithm.", name(algorithm));
+    let wrong = |kind: &str| {
+        s3_error!(
+            InvalidRequest,
+            "The {kind} checksum type cannot be used with the {} checksum algorithm.",
+            name(algorithm)
+        )
+    };
     match asked {
         Some("FULL_OBJECT") if sha => Err(wrong("FULL_OBJECT")),
         Some("COMPOSITE") if algorithm == ChecksumAlgorithm::Crc64Nvme => Err(wrong("COMPOSITE")),
@@ -152,10 +158,16 @@ impl Promised {
             for name in names {
                 let end = name.to_ascii_lowercase();
                 let Some(end) = end.strip_prefix(PREFIX) else {
-                    return Err(s3_error!(InvalidRequest, "The value specified in the x-amz-trailer header is not supported"));
+                    return Err(s3_error!(
+                        InvalidRequest,
+                        "The value specified in the x-amz-trailer header is not supported"
+                    ));
                 };
                 if promised.trailer.replace(parse_name(end)?).is_some() {
-                    return Err(s3_error!(InvalidRequest, "Expecting a single x-amz-checksum- header. Multiple checksum Types are not allowed."));
+                    return Err(s3_error!(
+                        InvalidRequest,
+                        "Expecting a single x-amz-checksum- header. Multiple checksum Types are not allowed."
+                    ));
                 }
             }
         }
@@ -168,7 +180,12 @@ impl Promised {
     /// InvalidRequest when there are several, when the algorithm named by x-amz-sdk-checksum-algorithm is another one, or when one is
     /// named and none comes.
     pub(super) fn algorithm(&self, headers: &HeaderMap) -> S3Result<Option<ChecksumAlgorithm>> {
-        let several = || s3_error!(InvalidRequest, "Expecting a single x-amz-checksum- header. Multiple checksum Types are not allowed.");
+        let several = || {
+            s3_error!(
+                InvalidRequest,
+                "Expecting a single x-amz-checksum- header. Multiple checksum Types are not allowed."
+            )
+        };
         let mut all = self.sums.iter().map(|(algorithm, _)| *algorithm).chain(self.trailer);
         let found = all.next();
         if all.next().is_some() {
@@ -184,7 +201,9 @@ impl Promised {
                 ))
             }
             (Some(named), Some(found)) if parse_name(named)? == found => Ok(Some(found)),
-            (Some(_), Some(_)) => Err(s3_error!(InvalidRequest, "Value for x-amz-sdk-checksum-algorithm header is invalid.")),
+            (Some(_), Some(_)) => {
+                Err(s3_error!(InvalidRequest, "Value for x-amz-sdk-checksum-algorithm header is invalid."))
+            }
         }
     }
 
@@ -219,14 +238,20 @@ impl Promised {
 
 fn decode(algorithm: ChecksumAlgorithm, text: &str) -> S3Result<Vec<u8>> {
     BASE64.decode(text.trim()).ok().filter(|raw| raw.len() == digest::sum_bytes(algorithm)).ok_or_else(|| {
-        s3_error!(InvalidRequest, "Value for x-amz-checksum-{} header is invalid.", name(algorithm).to_ascii_lowercase())
+        s3_error!(
+            InvalidRequest,
+            "Value for x-amz-checksum-{} header is invalid.",
+            name(algorithm).to_ascii_lowercase()
+        )
     })
 }
 
 fn compare(algorithm: ChecksumAlgorithm, value: &[u8], digests: &Digests) -> S3Result<()> {
     match digests.sum(algorithm) {
         Some(have) if have == value => Ok(()),
-        Some(_) => Err(s3_error!(BadDigest, "The {} you specified did not match the calculated checksum.", name(algorithm))),
+        Some(_) => {
+            Err(s3_error!(BadDigest, "The {} you specified did not match the calculated checksum.", name(algorithm)))
+        }
         None => Err(error::internal("a promised checksum was not computed")),
     }
 }

@@ -64,7 +64,10 @@ async fn a_server_says_the_golden_bytes() {
 }
 
 /// Runs both ends against each other.
-async fn meet(client: Credentials, server: Credentials) -> (Result<Session, LinkError>, Result<(Purpose, Session), LinkError>) {
+async fn meet(
+    client: Credentials,
+    server: Credentials,
+) -> (Result<Session, LinkError>, Result<(Purpose, Session), LinkError>) {
     let (mut ours, mut theirs) = duplex(1024);
     tokio::join!(
         async move { client_handshake(&mut ours, &client, Purpose::Data, nonce().unwrap()).await },

@@ -54,7 +54,11 @@ struct Good {
 }
 
 /// Checks that the node itself gave this answer to this request, and turns errors into errors.
-fn check_answer(answer: Result<Response<Incoming>, hyper::Error>, lease: &Lease, counter: u64) -> Result<Good, ChunkError> {
+fn check_answer(
+    answer: Result<Response<Incoming>, hyper::Error>,
+    lease: &Lease,
+    counter: u64,
+) -> Result<Good, ChunkError> {
     let (parts, body) = answer.map_err(|error| link_error(&error))?.into_parts();
     let text = head::single_header(&parts.headers, head::ANSWER_HEADER).unwrap_or_default();
     let Some(len_bytes) = body.size_hint().exact() else {
@@ -117,7 +121,12 @@ pub struct ChunkWriter {
 }
 
 /// Begins a chunk, over a new connection if `fresh`.
-pub(super) async fn begin(pool: &Arc<Pool>, id: ChunkId, spec: ChunkSpec, fresh: bool) -> Result<ChunkWriter, ChunkError> {
+pub(super) async fn begin(
+    pool: &Arc<Pool>,
+    id: ChunkId,
+    spec: ChunkSpec,
+    fresh: bool,
+) -> Result<ChunkWriter, ChunkError> {
     head::check_spec(&id, &spec).map_err(ChunkError::Rejected)?;
     let mut lease = pool.lease(fresh).await?;
     let (queue, receiver) = mpsc::channel(QUEUE_PIECES);
@@ -254,7 +263,10 @@ impl ChunkWriter {
             return Err(error);
         }
         if self.written_bytes != self.spec.len_bytes {
-            return Err(ChunkError::Rejected(format!("{} bytes for a chunk of {}", self.written_bytes, self.spec.len_bytes)));
+            return Err(ChunkError::Rejected(format!(
+                "{} bytes for a chunk of {}",
+                self.written_bytes, self.spec.len_bytes
+            )));
         }
         if self.block_left_bytes < BLOCK_BYTES {
             self.end_block();
@@ -289,7 +301,13 @@ pub(super) async fn read(pool: &Arc<Pool>, id: ChunkId, first: u32, blocks: u32)
     }
 }
 
-async fn read_once(pool: &Pool, mut lease: Lease, id: ChunkId, first: u32, blocks: u32) -> Result<ChunkBlocks, ChunkError> {
+async fn read_once(
+    pool: &Pool,
+    mut lease: Lease,
+    id: ChunkId,
+    first: u32,
+    blocks: u32,
+) -> Result<ChunkBlocks, ChunkError> {
     let target = format!("{}{id}?{}", head::CHUNKS_PATH, head::read_query(first, blocks));
     let (mut answer, counter) = send(&mut lease, Method::GET, &target, WireBody::empty())?;
     let good = match answer_head(&mut answer, &lease, pool, counter).await {

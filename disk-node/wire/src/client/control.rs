@@ -120,7 +120,9 @@ impl ControlLink {
         let _place = self.in_flight.try_acquire().map_err(|_| LinkError::Busy)?;
         match self.try_send(body.clone()).await {
             // The connection was dead before the request went out: that is not the caller's concern.
-            Err(Lost { sent: false, error: LinkError::Closed(_) }) => self.try_send(body).await.map_err(|lost| lost.error),
+            Err(Lost { sent: false, error: LinkError::Closed(_) }) => {
+                self.try_send(body).await.map_err(|lost| lost.error)
+            }
             result => result.map_err(|lost| lost.error),
         }
     }
@@ -129,8 +131,11 @@ impl ControlLink {
         let unsent = |error| Lost { sent: false, error };
         let connection = self.connection().await.map_err(unsent)?;
         let units = u32::try_from(body.len().div_ceil(QUEUE_UNIT_BYTES).max(1)).unwrap_or(u32::MAX);
-        let units = units.min(u32::try_from(self.target.limits.max_control_queue_bytes / QUEUE_UNIT_BYTES).unwrap_or(u32::MAX).max(1));
-        let units = Arc::clone(&self.queue_units).acquire_many_owned(units).await.map_err(|_| unsent(LinkError::Busy))?;
+        let units = units.min(
+            u32::try_from(self.target.limits.max_control_queue_bytes / QUEUE_UNIT_BYTES).unwrap_or(u32::MAX).max(1),
+        );
+        let units =
+            Arc::clone(&self.queue_units).acquire_many_owned(units).await.map_err(|_| unsent(LinkError::Busy))?;
 
         let id = connection.next_id.fetch_add(1, Ordering::Relaxed);
         let (answer, waiting) = oneshot::channel();
@@ -282,7 +287,8 @@ async fn read_loop(
         if silent >= ping_every {
             let Some(queue) = pings.upgrade() else { return LinkError::Closed("not used any more".to_owned()) };
             // A full queue is a sign of life of its own kind: the write deadline watches it.
-            let _ = queue.try_send(Outgoing { frame: Frame { id: 0, kind: Kind::Ping, body: Bytes::new() }, _units: None });
+            let _ =
+                queue.try_send(Outgoing { frame: Frame { id: 0, kind: Kind::Ping, body: Bytes::new() }, _units: None });
         }
     }
 }

@@ -114,7 +114,8 @@ async fn an_answer_without_the_right_code_is_not_believed() {
     for counter in [None, Some(1)] {
         let client = against(quick(), move |mut stream| async move {
             let (_, session) = server_handshake(&mut stream, &credentials(), [1; 32]).await.unwrap();
-            let mac = counter.map_or([0; 32], |counter| head::answer_mac(&session.to_client, counter, StatusCode::OK, "", 0));
+            let mac =
+                counter.map_or([0; 32], |counter| head::answer_mac(&session.to_client, counter, StatusCode::OK, "", 0));
             let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: 0\r\nx-granary-mac: {}\r\n\r\n", hex::encode(mac));
             let mut byte = [0; 1];
             while !matches!(stream.read(&mut byte).await, Ok(1) if byte[0] == b'\n') {}

@@ -88,7 +88,10 @@ async fn a_length_beyond_the_limit_is_refused_before_anything_is_allocated() {
     assert!(matches!(reader.next(STALL).await, Err(LinkError::Closed(_))));
     assert!(reader.buffer.capacity() <= 4 * READ_BYTES, "{}", reader.buffer.capacity());
     let too_long = Frame { id: 1, kind: Kind::Request, body: vec![0; MAX_FRAME_BODY_BYTES + 1].into() };
-    assert_eq!(FrameWriter::new(Vec::new(), known_session().to_server).write(&too_long, STALL).await, Err(LinkError::TooLarge));
+    assert_eq!(
+        FrameWriter::new(Vec::new(), known_session().to_server).write(&too_long, STALL).await,
+        Err(LinkError::TooLarge)
+    );
 }
 
 #[tokio::test]
@@ -120,7 +123,8 @@ async fn frames_of_any_size_in_any_pieces_come_back() {
         let (mut theirs, ours) = tokio::io::duplex(piece);
         let mut reader = FrameReader::new(ours, key.clone());
         let bytes = bytes.clone();
-        let sending = tokio::spawn(async move { tokio::io::AsyncWriteExt::write_all(&mut theirs, &bytes).await.unwrap() });
+        let sending =
+            tokio::spawn(async move { tokio::io::AsyncWriteExt::write_all(&mut theirs, &bytes).await.unwrap() });
         for frame in &frames {
             assert_eq!(reader.next(STALL).await.unwrap().as_ref(), Some(frame));
         }

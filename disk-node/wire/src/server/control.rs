@@ -119,11 +119,17 @@ async fn answer(server: &Server, body: &[u8]) -> Bytes {
         Err(error) => ControlResponse::Error(ControlError::BadRequest(error.to_string())),
     };
     encode(&response)
-        .or_else(|error| encode(&ControlResponse::Error(ControlError::BadRequest(format!("the answer cannot be sent: {error}")))))
+        .or_else(|error| {
+            encode(&ControlResponse::Error(ControlError::BadRequest(format!("the answer cannot be sent: {error}"))))
+        })
         .unwrap_or_default()
 }
 
-async fn write_loop(mut writer: FrameWriter<OwnedWriteHalf>, mut queue: mpsc::Receiver<Frame>, stall: Duration) -> Result<(), LinkError> {
+async fn write_loop(
+    mut writer: FrameWriter<OwnedWriteHalf>,
+    mut queue: mpsc::Receiver<Frame>,
+    stall: Duration,
+) -> Result<(), LinkError> {
     let mut batch = Vec::new();
     while queue.recv_many(&mut batch, QUEUE_FRAMES).await > 0 {
         for frame in batch.drain(..) {

@@ -184,7 +184,8 @@ impl Requests {
         let mut sink = self.server.service.begin_chunk(id, spec).await?;
         let mut data_left = spec.len_bytes;
         let blocks = block_count(spec.len_bytes);
-        let table_bytes = usize::try_from(blocks * 4).map_err(|_| ChunkError::Rejected("too many blocks".to_owned()))?;
+        let table_bytes =
+            usize::try_from(blocks * 4).map_err(|_| ChunkError::Rejected("too many blocks".to_owned()))?;
         let mut table = BytesMut::with_capacity(table_bytes);
         while data_left > 0 || table.len() < table_bytes {
             let frame = timeout(self.server.limits.stall_timeout, body.frame())
@@ -213,7 +214,11 @@ impl Requests {
 fn check_blocks(first: u32, blocks: u32, found: &ChunkBlocks) -> Result<(), &'static str> {
     let total = block_count(found.spec.len_bytes);
     let wanted = total.saturating_sub(first.into()).min(blocks.into());
-    if found.first_block != first || wanted == 0 || found.data.len() as u64 != wanted || found.crcs.len() as u64 != wanted {
+    if found.first_block != first
+        || wanted == 0
+        || found.data.len() as u64 != wanted
+        || found.crcs.len() as u64 != wanted
+    {
         return Err("other blocks were read than asked for");
     }
     for (block, data) in (u64::from(first)..).zip(&found.data) {

@@ -41,7 +41,8 @@ pub trait NodeService: Send + Sync + 'static {
     fn begin_chunk(&self, id: ChunkId, spec: ChunkSpec) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>>;
 
     /// Reads blocks of a chunk: `blocks` is 1 to [`MAX_READ_BLOCKS`], clipped at the chunk's end.
-    fn read_blocks(&self, id: ChunkId, first_block: u32, blocks: u32) -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>>;
+    fn read_blocks(&self, id: ChunkId, first_block: u32, blocks: u32)
+        -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>>;
 }
 
 /// Takes one chunk. Dropped without [`ChunkSink::finish`], the chunk was never there.
@@ -164,7 +165,9 @@ impl Server {
         let authenticated = {
             let Ok(_place) = self.handshakes.try_acquire() else {
                 let _ = timeout(Duration::from_millis(100), refuse_busy(&mut stream)).await;
-                return self.complaints.warn(peer, "too many connections that are not authenticated yet: one was turned away");
+                return self
+                    .complaints
+                    .warn(peer, "too many connections that are not authenticated yet: one was turned away");
             };
             tokio::select! {
                 () = self.stop.cancelled() => return,

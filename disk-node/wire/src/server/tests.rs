@@ -69,7 +69,9 @@ async fn an_altered_request_is_refused_and_the_connection_closed() {
             text.replace(&line, &format!("{line}\r\n{line}"))
         }),
         ("a body", |text| text.replace("host: granary", "host: granary\r\ncontent-length: 1") + "x"),
-        ("a body in chunks", |text| text.replace("host: granary", "host: granary\r\ntransfer-encoding: chunked") + "0\r\n\r\n"),
+        ("a body in chunks", |text| {
+            text.replace("host: granary", "host: granary\r\ntransfer-encoding: chunked") + "0\r\n\r\n"
+        }),
     ];
     for (what, alter) in alterations {
         let (mut stream, session) = enter(&server, Purpose::Data).await;
@@ -214,7 +216,8 @@ async fn a_peer_that_does_not_read_its_answer_is_let_go() {
 async fn connections_and_handshakes_are_bounded() {
     let limits = ServerLimits { max_handshakes: 4, max_connections: 8, ..ServerLimits::default() };
     let server = start_with(Arc::default(), limits, "127.0.0.1:0").await;
-    let silent: Vec<TcpStream> = futures::future::try_join_all((0..4).map(|_| TcpStream::connect(server.address))).await.unwrap();
+    let silent: Vec<TcpStream> =
+        futures::future::try_join_all((0..4).map(|_| TcpStream::connect(server.address))).await.unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;
     let result = server.client().control(ControlRequest::Status, DEADLINE).await;
     assert!(matches!(result, Err(LinkError::Connect(_))), "{result:?}");

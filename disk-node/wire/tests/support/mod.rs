@@ -9,7 +9,9 @@ use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{block_count, block_crc, ChunkId, ChunkSpec, BLOCK_BYTES};
 use granary_wire::control::{ControlRequest, ControlResponse};
 use granary_wire::error::ChunkError;
-use granary_wire::{serve, ChunkBlocks, ChunkSink, ClientLimits, ClusterSecret, Credentials, NodeClient, NodeService, ServerLimits};
+use granary_wire::{
+    serve, ChunkBlocks, ChunkSink, ClientLimits, ClusterSecret, Credentials, NodeClient, NodeService, ServerLimits,
+};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -118,13 +120,19 @@ impl NodeService for Service {
                 return Err(error.clone());
             }
             self.0.begun.fetch_add(1, Ordering::SeqCst);
-            let sink: Box<dyn ChunkSink> = Box::new(MemorySink { node: Some(Arc::clone(&self.0)), id, spec, data: Vec::new() });
+            let sink: Box<dyn ChunkSink> =
+                Box::new(MemorySink { node: Some(Arc::clone(&self.0)), id, spec, data: Vec::new() });
             Ok(sink)
         }
         .boxed()
     }
 
-    fn read_blocks(&self, id: ChunkId, first_block: u32, blocks: u32) -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>> {
+    fn read_blocks(
+        &self,
+        id: ChunkId,
+        first_block: u32,
+        blocks: u32,
+    ) -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>> {
         async move {
             let (spec, data) = self.0.chunks.lock().unwrap().get(&id).cloned().ok_or(ChunkError::NotFound)?;
             let total = block_count(spec.len_bytes) as u32;

@@ -103,7 +103,11 @@ impl Machine {
     fn publish_map(&self) {
         let Some(sender) = &self.map else { return };
         let key = Keys::new(self.shard).single(kind::MAP);
-        match self.state.get(&key).and_then(|bytes| bytes.map(|bytes| crate::codec::decode::<ClusterMap>(&bytes)).transpose()) {
+        match self
+            .state
+            .get(&key)
+            .and_then(|bytes| bytes.map(|bytes| crate::codec::decode::<ClusterMap>(&bytes)).transpose())
+        {
             Ok(Some(map)) => {
                 sender.send_if_modified(|known| {
                     let newer = known.as_ref().is_none_or(|known| known.epoch < map.epoch);
@@ -230,11 +234,9 @@ impl RaftStateMachine<TypeConfig> for Machine {
 }
 
 /// The state itself is the snapshot; its file is only written when it is sent.
-fn live_snapshot(
-    state: &Arc<StateDb>,
-    applied: &AppliedState,
-) -> Snapshot<super::LeaderId, u64, (), SnapshotSource> {
-    let meta = SnapshotMeta { last_log_id: last_log_id(applied), last_membership: super::members_from_applied(applied) };
+fn live_snapshot(state: &Arc<StateDb>, applied: &AppliedState) -> Snapshot<super::LeaderId, u64, (), SnapshotSource> {
+    let meta =
+        SnapshotMeta { last_log_id: last_log_id(applied), last_membership: super::members_from_applied(applied) };
     Snapshot { meta, snapshot: SnapshotSource::Live(state.clone()) }
 }
 
@@ -248,12 +250,13 @@ pub struct Builder {
 impl RaftSnapshotBuilder<TypeConfig> for Builder {
     type SnapshotData = SnapshotSource;
 
-    async fn build_snapshot(
-        &mut self,
-    ) -> Result<Snapshot<super::LeaderId, u64, (), SnapshotSource>, io::Error> {
+    async fn build_snapshot(&mut self) -> Result<Snapshot<super::LeaderId, u64, (), SnapshotSource>, io::Error> {
         let (state, shard) = (self.state.clone(), self.shard);
         if let Some(last) = self.applied.last {
-            tokio::task::spawn_blocking(move || state.make_durable(shard, last.index)).await.map_err(failed)?.map_err(failed)?;
+            tokio::task::spawn_blocking(move || state.make_durable(shard, last.index))
+                .await
+                .map_err(failed)?
+                .map_err(failed)?;
         }
         Ok(live_snapshot(&self.state, &self.applied))
     }

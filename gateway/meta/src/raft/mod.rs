@@ -9,12 +9,13 @@ pub mod network;
 
 use crate::log::ShardLog;
 use crate::message::{
-    decode_batch, AppliedState, BadBytes, PeerRequest, PeerResponse, WireEntry, WireLogId, WireMembership, WirePayload, WireVote,
+    decode_batch, AppliedState, BadBytes, PeerRequest, PeerResponse, WireEntry, WireLogId, WireMembership, WirePayload,
+    WireVote,
 };
 use bytes::Bytes;
 use granary_placement::id::{DiskId, ShardId};
-use granary_wire::meta::{MetaRequest, Reply, ShardStatus};
 use granary_wire::control::ControlError;
+use granary_wire::meta::{MetaRequest, Reply, ShardStatus};
 use machine::{Machine, SnapshotSource};
 use network::{PeerLinks, Peers};
 use openraft::async_runtime::watch::WatchReceiver;
@@ -318,7 +319,9 @@ impl Replica {
                 };
                 match self.raft.append_entries(rpc).await {
                     Ok(AppendEntriesResponse::Success) => PeerResponse::Appended,
-                    Ok(AppendEntriesResponse::PartialSuccess(to)) => PeerResponse::AppendedTo(to.as_ref().map(log_id_to_wire)),
+                    Ok(AppendEntriesResponse::PartialSuccess(to)) => {
+                        PeerResponse::AppendedTo(to.as_ref().map(log_id_to_wire))
+                    }
                     Ok(AppendEntriesResponse::Conflict) => PeerResponse::Conflict,
                     Ok(AppendEntriesResponse::HigherVote(vote)) => PeerResponse::HigherVote(vote_to_wire(&vote)),
                     Err(error) => failed(error.to_string()),
@@ -338,7 +341,8 @@ impl Replica {
                 }
             }
             PeerRequest::Transfer { vote, to, last } => {
-                let rpc = TransferLeaderRequest::<TypeConfig>::new(vote_from_wire(vote), to, last.map(log_id_from_wire));
+                let rpc =
+                    TransferLeaderRequest::<TypeConfig>::new(vote_from_wire(vote), to, last.map(log_id_from_wire));
                 match self.raft.handle_transfer_leader(rpc).await {
                     Ok(Ok(())) => PeerResponse::Done,
                     Ok(Err(error)) => failed(error.to_string()),

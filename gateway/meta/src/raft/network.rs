@@ -10,8 +10,8 @@ use granary_placement::id::{DiskId, ShardId};
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest, TransferLeaderResponse, VoteRequest,
-    VoteResponse,
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest, TransferLeaderResponse,
+    VoteRequest, VoteResponse,
 };
 use openraft::{OptionalSend, Snapshot};
 use std::future::Future;
@@ -135,7 +135,11 @@ impl PeerLink {
         self.peers.ask(self.to, self.shard, request, self.peers.message_deadline).await.map_err(rpc_error)
     }
 
-    async fn request_vote(&self, rpc: VoteRequest<TypeConfig>, rehearsal: bool) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+    async fn request_vote(
+        &self,
+        rpc: VoteRequest<TypeConfig>,
+        rehearsal: bool,
+    ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
         let request = PeerRequest::Vote {
             vote: vote_to_wire(&rpc.vote),
             last: rpc.last_log_id.as_ref().map(log_id_to_wire),
@@ -193,8 +197,13 @@ impl PeerLink {
             let mut data = vec![0u8; step as usize];
             file.read_exact(&mut data).await.map_err(|error| lost(error.to_string()))?;
             let last = offset + step == len;
-            let request =
-                PeerRequest::SnapshotPiece { vote: vote_to_wire(&vote), transfer, offset, data: Bytes::from(data), last };
+            let request = PeerRequest::SnapshotPiece {
+                vote: vote_to_wire(&vote),
+                transfer,
+                offset,
+                data: Bytes::from(data),
+                last,
+            };
             let deadline = if last { INSTALL_DEADLINE } else { PIECE_DEADLINE };
             let answer = self.peers.ask(self.to, self.shard, &request, deadline).await;
             match answer.map_err(rpc_error)? {

@@ -50,7 +50,13 @@ pub struct Wire {
 }
 
 impl PeerTransport for Wire {
-    fn raft(&self, to: DiskId, shard: ShardId, message: Bytes, _deadline: Duration) -> BoxFuture<'static, Result<Bytes, TransportError>> {
+    fn raft(
+        &self,
+        to: DiskId,
+        shard: ShardId,
+        message: Bytes,
+        _deadline: Duration,
+    ) -> BoxFuture<'static, Result<Bytes, TransportError>> {
         let (me, network) = (self.me, self.network.clone());
         Box::pin(async move {
             let is_cut = |from, to| network.cut.lock().unwrap().contains(&(from, to));
@@ -59,7 +65,8 @@ impl PeerTransport for Wire {
             }
             let host = network.hosts.lock().unwrap().get(&to).cloned();
             let host = host.ok_or_else(|| TransportError::Unreachable("down".to_owned()))?;
-            let answer = host.raft(shard, me, message).await.map_err(|error| TransportError::Refused(error.to_string()))?;
+            let answer =
+                host.raft(shard, me, message).await.map_err(|error| TransportError::Refused(error.to_string()))?;
             if is_cut(to, me) {
                 return Err(TransportError::Timeout);
             }
@@ -69,7 +76,14 @@ impl PeerTransport for Wire {
 }
 
 pub fn fast() -> Timing {
-    Timing { heartbeat_ms: 60, election_min_ms: 300, election_max_ms: 600, request_ms: 2_000, snapshot_entries: 40, keep_entries: 10 }
+    Timing {
+        heartbeat_ms: 60,
+        election_min_ms: 300,
+        election_max_ms: 600,
+        request_ms: 2_000,
+        snapshot_entries: 40,
+        keep_entries: 10,
+    }
 }
 
 pub struct Cluster {
@@ -103,7 +117,10 @@ pub fn map(epoch: u64, shards: Vec<Vec<u32>>) -> ClusterMap {
         schemes: BTreeMap::new(),
         default_scheme: "4+2".to_owned(),
         groups: BTreeMap::new(),
-        shards: shards.into_iter().map(|members| ShardReplicas { members: members.into_iter().map(DiskId).collect() }).collect(),
+        shards: shards
+            .into_iter()
+            .map(|members| ShardReplicas { members: members.into_iter().map(DiskId).collect() })
+            .collect(),
     }
 }
 
@@ -188,7 +205,9 @@ impl Cluster {
             for (_, host) in self.running() {
                 match host.command(shard, request.clone()).await {
                     Ok(reply) => return reply,
-                    Err(ControlError::NotLeader { .. } | ControlError::Unavailable(_) | ControlError::NoSuchShard(_)) => {}
+                    Err(
+                        ControlError::NotLeader { .. } | ControlError::Unavailable(_) | ControlError::NoSuchShard(_),
+                    ) => {}
                     Err(ControlError::Overloaded) => {}
                     Err(other) => panic!("{other}"),
                 }
@@ -226,7 +245,8 @@ impl Cluster {
                 let status = self.host(*id).status().into_iter().find(|status| status.shard == shard);
                 applied.insert(status.map(|status| (status.applied_index, status.last_log_index)));
             }
-            let settled = applied.len() == 1 && applied.iter().all(|at| at.is_some_and(|(applied, last)| applied == last && applied > 0));
+            let settled = applied.len() == 1
+                && applied.iter().all(|at| at.is_some_and(|(applied, last)| applied == last && applied > 0));
             if settled {
                 break;
             }

@@ -1,9 +1,9 @@
 //! A client that signs by itself and writes its bytes by hand, so that it can also lie.
 
-use base64::engine::general_purpose::STANDARD as BASE64;
-use base64::Engine;
 use crate::s3::tests::memory::Memory;
 use crate::s3::{serve, S3Context, S3Settings};
+use base64::engine::general_purpose::STANDARD as BASE64;
+use base64::Engine;
 use granary_wire::record::ChecksumAlgorithm;
 use sha2::{Digest, Sha256};
 use std::net::SocketAddr;
@@ -125,7 +125,8 @@ impl Ask {
     }
 
     fn query_text(&self) -> String {
-        let mut pairs: Vec<String> = self.query.iter().map(|(n, v)| format!("{}={}", encode(n, false), encode(v, false))).collect();
+        let mut pairs: Vec<String> =
+            self.query.iter().map(|(n, v)| format!("{}={}", encode(n, false), encode(v, false))).collect();
         pairs.sort();
         pairs.join("&")
     }
@@ -150,8 +151,12 @@ impl Ask {
         let names = names.join(";");
         let lines: String = signed.iter().map(|(name, value)| format!("{name}:{value}\n")).collect();
         let canonical = format!("{}\n{}\n{}\n{lines}\n{names}\n{payload}", self.method, self.path, self.query_text());
-        let to_sign =
-            format!("AWS4-HMAC-SHA256\n{}\n{}\n{}", amz_date(self.time), self.scope(), sha256_hex(canonical.as_bytes()));
+        let to_sign = format!(
+            "AWS4-HMAC-SHA256\n{}\n{}\n{}",
+            amz_date(self.time),
+            self.scope(),
+            sha256_hex(canonical.as_bytes())
+        );
         (names, hex::encode(hmac(&self.key(), to_sign.as_bytes())))
     }
 
@@ -177,7 +182,11 @@ impl Ask {
         headers.push(("x-amz-date".to_owned(), amz_date(self.time)));
         headers.push(("x-amz-content-sha256".to_owned(), payload.clone()));
         let (names, signature) = self.sign(&headers, &payload);
-        let value = format!("AWS4-HMAC-SHA256 Credential={}/{}, SignedHeaders={names}, Signature={signature}", self.access, self.scope());
+        let value = format!(
+            "AWS4-HMAC-SHA256 Credential={}/{}, SignedHeaders={names}, Signature={signature}",
+            self.access,
+            self.scope()
+        );
         headers.push(("authorization".to_owned(), value));
         (self.wire(&headers, &self.query_text()), signature)
     }
@@ -205,7 +214,12 @@ impl Ask {
 
     /// Frames `data` as signed chunks, with a signed trailer when one is given, and signs all of it.
     pub fn chunked(mut self, host: &str, data: &[u8], chunk: usize, trailer: Option<(&str, &str)>) -> Vec<u8> {
-        self.payload = if trailer.is_some() { "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER" } else { "STREAMING-AWS4-HMAC-SHA256-PAYLOAD" }.to_owned();
+        self.payload = if trailer.is_some() {
+            "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER"
+        } else {
+            "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
+        }
+        .to_owned();
         self.headers.push(("x-amz-decoded-content-length".to_owned(), data.len().to_string()));
         self.headers.push(("content-encoding".to_owned(), "aws-chunked".to_owned()));
         if let Some((name, _)) = trailer {
@@ -224,9 +238,11 @@ impl Ask {
             }
         }
         if let Some((name, value)) = trailer {
-            let to_sign = format!("{}\n{previous}\n{}", begin("TRAILER"), sha256_hex(format!("{name}:{value}\n").as_bytes()));
+            let to_sign =
+                format!("{}\n{previous}\n{}", begin("TRAILER"), sha256_hex(format!("{name}:{value}\n").as_bytes()));
             let signature = hex::encode(hmac(&self.key(), to_sign.as_bytes()));
-            framed.extend_from_slice(format!("{name}:{value}\r\nx-amz-trailer-signature:{signature}\r\n\r\n").as_bytes());
+            framed
+                .extend_from_slice(format!("{name}:{value}\r\nx-amz-trailer-signature:{signature}\r\n\r\n").as_bytes());
         }
         framed.truncate(framed.len() - self.cut);
         self.body = framed;

@@ -9,13 +9,19 @@ async fn every_answer_carries_ids_and_errors_repeat_them() {
     let scene = Scene::new().await;
     let fine = scene.put("k", b"x").await;
     let wrong = scene.ask(Ask::new("GET", "/bucket/none")).await.expect(404, "NoSuchKey");
-    let signature = scene.ask(Ask { secret: "wrong".to_owned(), ..Ask::new("GET", "/bucket/none") }).await.expect(403, "SignatureDoesNotMatch");
+    let signature = scene
+        .ask(Ask { secret: "wrong".to_owned(), ..Ask::new("GET", "/bucket/none") })
+        .await
+        .expect(403, "SignatureDoesNotMatch");
     for got in [&fine, &wrong, &signature] {
         assert_eq!(got.header("x-amz-request-id").unwrap().len(), 16);
         assert_eq!(got.header("x-amz-id-2").unwrap().len(), 32);
     }
     for got in [wrong, signature] {
-        assert_eq!((Some(got.one("RequestId")), Some(got.one("HostId"))), (got.header("x-amz-request-id"), got.header("x-amz-id-2")));
+        assert_eq!(
+            (Some(got.one("RequestId")), Some(got.one("HostId"))),
+            (got.header("x-amz-request-id"), got.header("x-amz-id-2"))
+        );
         assert_eq!(got.header("content-length").unwrap(), got.body.len().to_string());
     }
     let head = scene.ask(Ask::new("HEAD", "/bucket/none")).await;
@@ -75,7 +81,11 @@ async fn one_connection_serves_many_requests() {
     let mut stream = TcpStream::connect(scene.address).await.unwrap();
     for n in 0..20 {
         let body = vec![n as u8; n * 1000];
-        let ask = if n % 3 == 2 { Ask::new("GET", "/bucket/none") } else { Ask::new("PUT", &format!("/bucket/{n}")).body(body) };
+        let ask = if n % 3 == 2 {
+            Ask::new("GET", "/bucket/none")
+        } else {
+            Ask::new("PUT", &format!("/bucket/{n}")).body(body)
+        };
         stream.write_all(&ask.signed(&scene.host()).0).await.unwrap();
         let got = read_answer(&mut stream, false).await;
         assert_eq!(got.status, if n % 3 == 2 { 404 } else { 200 }, "{n}");
@@ -166,6 +176,9 @@ async fn malformed_requests_get_a_4xx() {
     assert!((400..500).contains(&raw(format!("GET / HTTP/1.1\r\nhost: {host}\r\n{many}\r\n")).await));
     let long = format!("GET / HTTP/1.1\r\nhost: {host}\r\nx-long: {}\r\n\r\n", "v".repeat(40_000));
     assert_eq!(raw(long).await, 400);
-    scene.ask(Ask::new("POST", "/bucket").header("content-type", "multipart/form-data; boundary=x").body("x")).await.expect(501, "NotImplemented");
+    scene
+        .ask(Ask::new("POST", "/bucket").header("content-type", "multipart/form-data; boundary=x").body("x"))
+        .await
+        .expect(501, "NotImplemented");
     assert_eq!(scene.memory.objects(), 0);
 }

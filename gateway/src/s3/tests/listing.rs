@@ -45,8 +45,15 @@ async fn pages_of_both_versions_give_every_key_once_in_byte_order() {
     // With a delimiter, one item at a time.
     let (mut seen, mut marker) = (Vec::new(), String::new());
     loop {
-        let got = scene.ask(Ask::new("GET", "/bucket").query("delimiter", "/").query("max-keys", "1").query("marker", &marker)).await.ok();
-        let prefixes: Vec<String> = got.all("CommonPrefixes").iter().map(|text| text.replace("<Prefix>", "").replace("</Prefix>", "")).collect();
+        let got = scene
+            .ask(Ask::new("GET", "/bucket").query("delimiter", "/").query("max-keys", "1").query("marker", &marker))
+            .await
+            .ok();
+        let prefixes: Vec<String> = got
+            .all("CommonPrefixes")
+            .iter()
+            .map(|text| text.replace("<Prefix>", "").replace("</Prefix>", ""))
+            .collect();
         seen.extend(got.all("Key"));
         seen.extend(prefixes);
         if got.one("IsTruncated") == "false" {
@@ -62,11 +69,16 @@ async fn corner_cases_of_listings() {
     let scene = Scene::new().await;
     fill(&scene, &["a b+c", "a/1", "a/2", "b"]).await;
     let list = |pairs: &[(&str, &str)]| {
-        let ask = pairs.iter().fold(Ask::new("GET", "/bucket").query("list-type", "2"), |ask, (name, value)| ask.query(name, value));
+        let ask = pairs
+            .iter()
+            .fold(Ask::new("GET", "/bucket").query("list-type", "2"), |ask, (name, value)| ask.query(name, value));
         scene.ask(ask)
     };
     let none = list(&[("max-keys", "0")]).await.ok();
-    assert_eq!((none.all("Key").len(), none.one("IsTruncated").as_str(), none.one("MaxKeys").as_str()), (0, "false", "0"));
+    assert_eq!(
+        (none.all("Key").len(), none.one("IsTruncated").as_str(), none.one("MaxKeys").as_str()),
+        (0, "false", "0")
+    );
     let encoded = list(&[("encoding-type", "url"), ("prefix", "a b+")]).await.ok();
     assert_eq!((encoded.one("Key"), encoded.one("EncodingType")), ("a%20b%2Bc".to_owned(), "url".to_owned()));
     assert!(encoded.text().contains("<Prefix>a%20b%2B</Prefix>"));
@@ -82,5 +94,9 @@ async fn corner_cases_of_listings() {
     list(&[("encoding-type", "rot13")]).await.expect(400, "InvalidArgument");
     scene.ask(Ask::new("GET", "/no-such-bucket").query("list-type", "2")).await.expect(404, "NoSuchBucket");
     let v1 = scene.ask(Ask::new("GET", "/bucket")).await.ok();
-    assert!(v1.text().contains("<Marker></Marker>") || v1.text().contains("<Marker/>"), "V1 names its marker always: {}", v1.text());
+    assert!(
+        v1.text().contains("<Marker></Marker>") || v1.text().contains("<Marker/>"),
+        "V1 names its marker always: {}",
+        v1.text()
+    );
 }

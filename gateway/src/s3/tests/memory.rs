@@ -1,15 +1,17 @@
 //! A whole store in a few maps: the backend of the S3 tests. Small enough to be believed.
 
 use crate::s3::backend::{
-    Backend, BackendError, BrokenBody, Created, ListingPage, ReadError, Removed, StageError, StageSpec, StagedPayload, UploadsAfter,
-    UploadsPage,
+    Backend, BackendError, BrokenBody, Created, ListingPage, ReadError, Removed, StageError, StageSpec, StagedPayload,
+    UploadsAfter, UploadsPage,
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures::stream::BoxStream;
 use futures::StreamExt;
 use granary_wire::meta::{Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, ObjectSummary, Query, Reply};
-use granary_wire::record::{AccountId, BucketId, BucketRecord, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq};
+use granary_wire::record::{
+    AccountId, BucketId, BucketRecord, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq,
+};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -172,7 +174,8 @@ impl State {
             },
             Query::ListParts { bucket, key, upload, after, limit } => match self.uploads.get(&(bucket, key, upload)) {
                 Some((record, parts)) => {
-                    let mut page: Vec<_> = parts.values().filter(|part| part.number > after).take(limit as usize + 1).cloned().collect();
+                    let mut page: Vec<_> =
+                        parts.values().filter(|part| part.number > after).take(limit as usize + 1).cloned().collect();
                     let more = page.len() > limit as usize;
                     page.truncate(limit as usize);
                     Answer::Parts { upload: record.clone(), parts: page, more }
@@ -180,7 +183,9 @@ impl State {
                 None => Answer::NoSuchUpload,
             },
             Query::CompletedUpload { upload, .. } => match self.completed.get(&upload) {
-                Some((etag, parts)) => Answer::Completed { version: VersionSeq(1), etag: etag.clone(), parts: parts.clone() },
+                Some((etag, parts)) => {
+                    Answer::Completed { version: VersionSeq(1), etag: etag.clone(), parts: parts.clone() }
+                }
                 None => Answer::NoSuchUpload,
             },
             other => Answer::Refused(format!("{other:?}")),
@@ -233,7 +238,14 @@ impl Backend for Memory {
             return Ok(Created::Exists(bucket.clone()));
         }
         state.next_bucket += 1;
-        let bucket = BucketRecord { id: BucketId(state.next_bucket), name: name.to_owned(), created_ms: 1_700_000_000_000, owner, deleting: false, delete_attempt: 0 };
+        let bucket = BucketRecord {
+            id: BucketId(state.next_bucket),
+            name: name.to_owned(),
+            created_ms: 1_700_000_000_000,
+            owner,
+            deleting: false,
+            delete_attempt: 0,
+        };
         state.buckets.insert(name.to_owned(), bucket.clone());
         Ok(Created::New(bucket))
     }
@@ -241,7 +253,9 @@ impl Backend for Memory {
     async fn delete_bucket(&self, name: &str) -> Result<Removed, BackendError> {
         let mut state = self.state.lock().unwrap();
         let Some(id) = state.buckets.get(name).map(|bucket| bucket.id) else { return Ok(Removed::NoSuchBucket) };
-        if state.objects.keys().any(|(bucket, _)| *bucket == id) || state.uploads.keys().any(|(bucket, ..)| *bucket == id) {
+        if state.objects.keys().any(|(bucket, _)| *bucket == id)
+            || state.uploads.keys().any(|(bucket, ..)| *bucket == id)
+        {
             return Ok(Removed::NotEmpty);
         }
         state.buckets.remove(name);
@@ -259,7 +273,8 @@ impl Backend for Memory {
 
     async fn command_for(&self, bucket: BucketId, _: &str, command: Command) -> Result<Reply, BackendError> {
         let reply = self.state.lock().unwrap().apply(bucket, command);
-        let lose = self.lose_answers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
+        let lose =
+            self.lose_answers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
         if lose {
             return Err(BackendError::OutcomeUnknown("lost on purpose".to_owned()));
         }
@@ -289,7 +304,9 @@ impl Backend for Memory {
             }
             let folded = match delimiter {
                 "" => None,
-                delimiter => key[prefix.len()..].find(delimiter).map(|at| key[..prefix.len() + at + delimiter.len()].to_owned()),
+                delimiter => {
+                    key[prefix.len()..].find(delimiter).map(|at| key[..prefix.len() + at + delimiter.len()].to_owned())
+                }
             };
             let item = match folded {
                 Some(folded) => ListItem::Prefix(folded),

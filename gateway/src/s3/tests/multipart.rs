@@ -8,7 +8,9 @@ fn data(len: usize, seed: usize) -> Vec<u8> {
 }
 
 async fn create(scene: &Scene, headers: &[(&str, &str)]) -> String {
-    let ask = headers.iter().fold(Ask::new("POST", "/bucket/k").query("uploads", ""), |ask, (name, value)| ask.header(name, value));
+    let ask = headers
+        .iter()
+        .fold(Ask::new("POST", "/bucket/k").query("uploads", ""), |ask, (name, value)| ask.header(name, value));
     scene.ask(ask).await.ok().one("UploadId")
 }
 
@@ -17,8 +19,13 @@ fn part(id: &str, number: usize) -> Ask {
 }
 
 fn complete(id: &str, parts: &[(usize, &str, &str)]) -> Ask {
-    let parts: String = parts.iter().map(|(n, etag, more)| format!("<Part><PartNumber>{n}</PartNumber><ETag>{etag}</ETag>{more}</Part>")).collect();
-    Ask::new("POST", "/bucket/k").query("uploadId", id).body(format!("<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>"))
+    let parts: String = parts
+        .iter()
+        .map(|(n, etag, more)| format!("<Part><PartNumber>{n}</PartNumber><ETag>{etag}</ETag>{more}</Part>"))
+        .collect();
+    Ask::new("POST", "/bucket/k")
+        .query("uploadId", id)
+        .body(format!("<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>"))
 }
 
 fn etag_of(parts: &[&[u8]]) -> String {
@@ -39,8 +46,12 @@ async fn parts_in_any_order_and_with_gaps_become_the_object() {
     scene.ask(part(&id, 17).body("never named")).await.ok();
 
     let listed = scene.ask(Ask::new("GET", "/bucket/k").query("uploadId", &id).query("max-parts", "2")).await.ok();
-    assert_eq!((listed.all("PartNumber"), listed.one("IsTruncated"), listed.one("NextPartNumberMarker")), (vec!["1".into(), "2".into()], "true".into(), "2".into()));
-    let rest = scene.ask(Ask::new("GET", "/bucket/k").query("uploadId", &id).query("part-number-marker", "2")).await.ok();
+    assert_eq!(
+        (listed.all("PartNumber"), listed.one("IsTruncated"), listed.one("NextPartNumberMarker")),
+        (vec!["1".into(), "2".into()], "true".into(), "2".into())
+    );
+    let rest =
+        scene.ask(Ask::new("GET", "/bucket/k").query("uploadId", &id).query("part-number-marker", "2")).await.ok();
     assert_eq!(rest.all("PartNumber"), ["17", "9000"]);
 
     let (e1, e2, e3) = (md5_hex(&one), format!("\"{}\"", md5_hex(&two)), format!("&quot;{}&quot;", md5_hex(&three)));
@@ -55,13 +66,27 @@ async fn parts_in_any_order_and_with_gaps_become_the_object() {
     let whole = [one.as_slice(), &two, &three].concat();
     let got = scene.ask(Ask::new("GET", "/bucket/k").header("x-amz-checksum-mode", "ENABLED")).await.ok();
     assert!(got.body == whole);
-    assert_eq!((got.header("etag"), got.header("x-amz-meta-m").as_deref(), got.header("content-type").as_deref()), (Some(format!("\"{etag}\"")), Some("v"), Some("a/b")));
-    assert_eq!(got.header("x-amz-checksum-crc64nvme"), Some(sum(ChecksumAlgorithm::Crc64Nvme, &whole)), "combined from the parts");
+    assert_eq!(
+        (got.header("etag"), got.header("x-amz-meta-m").as_deref(), got.header("content-type").as_deref()),
+        (Some(format!("\"{etag}\"")), Some("v"), Some("a/b"))
+    );
+    assert_eq!(
+        got.header("x-amz-checksum-crc64nvme"),
+        Some(sum(ChecksumAlgorithm::Crc64Nvme, &whole)),
+        "combined from the parts"
+    );
     let second = scene.ask(Ask::new("GET", "/bucket/k").query("partNumber", "2")).await;
     assert_eq!((second.status, second.header("x-amz-mp-parts-count").as_deref()), (206, Some("3")));
     assert!(second.body == two);
     scene.ask(Ask::new("GET", "/bucket/k").query("partNumber", "4")).await.expect(416, "InvalidPartNumber");
-    let attributes = scene.ask(Ask::new("GET", "/bucket/k").query("attributes", "").header("x-amz-object-attributes", "ETag,ObjectSize,ObjectParts")).await.ok();
+    let attributes = scene
+        .ask(
+            Ask::new("GET", "/bucket/k")
+                .query("attributes", "")
+                .header("x-amz-object-attributes", "ETag,ObjectSize,ObjectParts"),
+        )
+        .await
+        .ok();
     assert_eq!((attributes.one("ETag"), attributes.one("ObjectSize")), (etag, whole.len().to_string()));
 
     // A copy of it has a plain MD5 again.
@@ -90,27 +115,47 @@ async fn checksums_of_both_kinds_are_made_and_compared() {
         // A part without a sum gets one all the same; one with another algorithm is refused.
         let got = scene.ask(part(&id, 2).body(two.clone())).await.ok();
         assert_eq!(got.header(&header), Some(s2.clone()));
-        let other = if algorithm == ChecksumAlgorithm::Sha1 { ("x-amz-checksum-crc32", sum(ChecksumAlgorithm::Crc32, &two)) } else { ("x-amz-checksum-sha1", sum(ChecksumAlgorithm::Sha1, &two)) };
+        let other = if algorithm == ChecksumAlgorithm::Sha1 {
+            ("x-amz-checksum-crc32", sum(ChecksumAlgorithm::Crc32, &two))
+        } else {
+            ("x-amz-checksum-sha1", sum(ChecksumAlgorithm::Sha1, &two))
+        };
         scene.ask(part(&id, 2).header(other.0, &other.1).body(two.clone())).await.expect(400, "InvalidRequest");
 
         let expected = if kind == "FULL_OBJECT" {
             sum(algorithm, &whole)
         } else {
-            let raw: Vec<u8> = [&one, &two].iter().flat_map(|part| crate::digest::digest(part, &[algorithm]).sum(algorithm).unwrap().to_vec()).collect();
+            let raw: Vec<u8> = [&one, &two]
+                .iter()
+                .flat_map(|part| crate::digest::digest(part, &[algorithm]).sum(algorithm).unwrap().to_vec())
+                .collect();
             format!("{}-2", sum(algorithm, &raw))
         };
         let (e1, e2) = (md5_hex(&one), md5_hex(&two));
-        let (good, bad) = (format!("<Checksum{name}>{s1}</Checksum{name}>"), format!("<Checksum{name}>{s2}</Checksum{name}>"));
+        let (good, bad) =
+            (format!("<Checksum{name}>{s1}</Checksum{name}>"), format!("<Checksum{name}>{s2}</Checksum{name}>"));
         scene.ask(complete(&id, &[(1, &e1, &bad), (2, &e2, "")])).await.expect(400, "InvalidPart");
-        scene.ask(complete(&id, &[(1, &e1, ""), (2, &e2, "")]).header(&header, &sum(algorithm, b"other"))).await.expect(400, "BadDigest");
-        scene.ask(complete(&id, &[(1, &e1, ""), (2, &e2, "")]).header("x-amz-mp-object-size", "5")).await.expect(400, "InvalidRequest");
+        scene
+            .ask(complete(&id, &[(1, &e1, ""), (2, &e2, "")]).header(&header, &sum(algorithm, b"other")))
+            .await
+            .expect(400, "BadDigest");
+        scene
+            .ask(complete(&id, &[(1, &e1, ""), (2, &e2, "")]).header("x-amz-mp-object-size", "5"))
+            .await
+            .expect(400, "InvalidRequest");
         let done = scene.ask(complete(&id, &[(1, &e1, &good), (2, &e2, "")]).header(&header, &expected)).await.ok();
-        assert_eq!((done.one(&format!("Checksum{name}")), done.one("ChecksumType")), (expected.clone(), kind.to_owned()));
+        assert_eq!(
+            (done.one(&format!("Checksum{name}")), done.one("ChecksumType")),
+            (expected.clone(), kind.to_owned())
+        );
         let head = scene.ask(Ask::new("HEAD", "/bucket/k").header("x-amz-checksum-mode", "ENABLED")).await.ok();
         assert_eq!((head.header(&header), head.header("x-amz-checksum-type").as_deref()), (Some(expected), Some(kind)));
     }
     for (name, kind) in [("SHA256", "FULL_OBJECT"), ("CRC64NVME", "COMPOSITE"), ("CRC32", "NONSENSE")] {
-        let ask = Ask::new("POST", "/bucket/k").query("uploads", "").header("x-amz-checksum-algorithm", name).header("x-amz-checksum-type", kind);
+        let ask = Ask::new("POST", "/bucket/k")
+            .query("uploads", "")
+            .header("x-amz-checksum-algorithm", name)
+            .header("x-amz-checksum-type", kind);
         scene.ask(ask).await.expect(400, "InvalidRequest");
     }
 }
@@ -130,7 +175,8 @@ async fn wrong_completions_are_refused_and_leave_the_upload() {
     scene.ask(complete(&id, &[(1, &small, ""), (2, &other, "")])).await.expect(400, "EntityTooSmall");
     scene.ask(complete(&id, &[(10_001, &small, "")])).await.expect(400, "InvalidArgument");
     for number in ["0", "10001", "-1", "99999999999999999999", "one", ""] {
-        let got = scene.ask(Ask::new("PUT", "/bucket/k").query("partNumber", number).query("uploadId", &id).body("x")).await;
+        let got =
+            scene.ask(Ask::new("PUT", "/bucket/k").query("partNumber", number).query("uploadId", &id).body("x")).await;
         assert_eq!(got.status, 400, "part number {number:?}: {}", got.text());
     }
     for bad in ["nonsense", "00000000000000000000000000000000", "../../etc/passwd"] {
@@ -157,7 +203,9 @@ async fn parts_are_copied_by_range() {
     scene.put("source", &source).await;
     let id = create(&scene, &[("x-amz-checksum-algorithm", "CRC32C")]).await;
     let copy = |number: usize, range: &str| {
-        scene.ask(part(&id, number).header("x-amz-copy-source", "/bucket/source").header("x-amz-copy-source-range", range))
+        scene.ask(
+            part(&id, number).header("x-amz-copy-source", "/bucket/source").header("x-amz-copy-source-range", range),
+        )
     };
     let clean = |got: Got| got.ok().one("ETag").replace("&quot;", "");
     let e1 = clean(copy(1, &format!("bytes=0-{}", 5 * MIB - 1)).await);
@@ -173,9 +221,13 @@ async fn ten_thousand_parts_complete() {
     let scene = Scene::new().await;
     let id = create(&scene, &[]).await;
     // Too small to be completed, but all are found: the answer is about the sizes.
-    let sent = futures::future::join_all((1..=10_000usize).step_by(1000).map(|n| scene.ask(part(&id, n).body(format!("{n}"))))).await;
+    let sent = futures::future::join_all(
+        (1..=10_000usize).step_by(1000).map(|n| scene.ask(part(&id, n).body(format!("{n}")))),
+    )
+    .await;
     assert!(sent.iter().all(|got| got.status == 200));
-    let etags: Vec<(usize, String)> = (1..=10_000).step_by(1000).map(|n| (n, md5_hex(format!("{n}").as_bytes()))).collect();
+    let etags: Vec<(usize, String)> =
+        (1..=10_000).step_by(1000).map(|n| (n, md5_hex(format!("{n}").as_bytes()))).collect();
     let named: Vec<(usize, &str, &str)> = etags.iter().map(|(n, etag)| (*n, etag.as_str(), "")).collect();
     scene.ask(complete(&id, &named)).await.expect(400, "EntityTooSmall");
     let too_many: Vec<(usize, &str, &str)> = (1..=10_001).map(|n| (n, "00", "")).collect();
@@ -189,14 +241,18 @@ async fn uploads_are_listed_by_key_and_id() {
         scene.ask(Ask::new("POST", &format!("/bucket/{key}")).query("uploads", "")).await.ok();
     }
     let list = |pairs: Vec<(&str, String)>| {
-        let ask = pairs.iter().fold(Ask::new("GET", "/bucket").query("uploads", ""), |ask, (name, value)| ask.query(name, value));
+        let ask = pairs
+            .iter()
+            .fold(Ask::new("GET", "/bucket").query("uploads", ""), |ask, (name, value)| ask.query(name, value));
         scene.ask(ask)
     };
     let all = list(vec![]).await.ok();
     assert_eq!(all.all("Key"), ["a/1", "a/2", "a/2", "b", "c"]);
     let (mut seen, mut ids, mut marker) = (Vec::new(), Vec::new(), (String::new(), String::new()));
     loop {
-        let got = list(vec![("max-uploads", "1".into()), ("key-marker", marker.0), ("upload-id-marker", marker.1)]).await.ok();
+        let got = list(vec![("max-uploads", "1".into()), ("key-marker", marker.0), ("upload-id-marker", marker.1)])
+            .await
+            .ok();
         seen.extend(got.all("Key"));
         ids.extend(got.all("UploadId"));
         if got.one("IsTruncated") == "false" {

@@ -7,8 +7,34 @@ async fn every_legal_key_comes_back_as_it_went() {
     let scene = Scene::new().await;
     let long = "k".repeat(1024);
     let keys = [
-        "a", "/", "//", "/a", "a//b", "a/", "..", "../../etc/passwd", "./a", "a/./b", "a b", " ", "a+b", "a%2Fb", "a%b", "%", "ä/é/ключ/日本",
-        "e\u{301}", "\u{e9}", "\u{202e}rtl", "\\", "tab\tline\nend", "\u{1}\u{7f}", "\u{fffe}", "a?b#c&d=e", "<x>\"'&amp;", "~-._*!()';:@,=$", long.as_str(),
+        "a",
+        "/",
+        "//",
+        "/a",
+        "a//b",
+        "a/",
+        "..",
+        "../../etc/passwd",
+        "./a",
+        "a/./b",
+        "a b",
+        " ",
+        "a+b",
+        "a%2Fb",
+        "a%b",
+        "%",
+        "ä/é/ключ/日本",
+        "e\u{301}",
+        "\u{e9}",
+        "\u{202e}rtl",
+        "\\",
+        "tab\tline\nend",
+        "\u{1}\u{7f}",
+        "\u{fffe}",
+        "a?b#c&d=e",
+        "<x>\"'&amp;",
+        "~-._*!()';:@,=$",
+        long.as_str(),
     ];
     for key in keys {
         scene.put(key, key.as_bytes()).await;
@@ -53,8 +79,13 @@ async fn ranges_agree_with_the_bytes() {
     scene.put("k", &body).await;
     let range = |text: &str| scene.ask(Ask::new("GET", "/bucket/k").header("range", text));
     for (text, from, to) in [
-        ("bytes=0-0", 0, 1), ("bytes=10-19", 10, 20), ("bytes=99999-", 99_999, 100_000), ("bytes=-1", 99_999, 100_000),
-        ("bytes=-200000", 0, 100_000), ("bytes=50000-9223372036854775807", 50_000, 100_000), ("bytes=65535-65536", 65_535, 65_537),
+        ("bytes=0-0", 0, 1),
+        ("bytes=10-19", 10, 20),
+        ("bytes=99999-", 99_999, 100_000),
+        ("bytes=-1", 99_999, 100_000),
+        ("bytes=-200000", 0, 100_000),
+        ("bytes=50000-9223372036854775807", 50_000, 100_000),
+        ("bytes=65535-65536", 65_535, 65_537),
     ] {
         let got = range(text).await;
         assert_eq!(got.status, 206, "{text}");
@@ -74,10 +105,19 @@ async fn ranges_agree_with_the_bytes() {
     let head = scene.ask(Ask::new("HEAD", "/bucket/k").header("range", "bytes=0-9")).await;
     assert_eq!((head.status, head.header("content-length").as_deref()), (206, Some("10")));
     // A resumed download never mixes two objects.
-    scene.ask(Ask::new("GET", "/bucket/k").header("range", "bytes=5-").header("if-match", "\"00\"")).await.expect(412, "PreconditionFailed");
+    scene
+        .ask(Ask::new("GET", "/bucket/k").header("range", "bytes=5-").header("if-match", "\"00\""))
+        .await
+        .expect(412, "PreconditionFailed");
     let other = scene.ask(Ask::new("GET", "/bucket/k").header("range", "bytes=5-").header("if-range", "\"00\"")).await;
     assert_eq!((other.status, other.body.len()), (200, 100_000));
-    let same = scene.ask(Ask::new("GET", "/bucket/k").header("range", "bytes=5-").header("if-range", &format!("\"{}\"", md5_hex(&body)))).await;
+    let same = scene
+        .ask(
+            Ask::new("GET", "/bucket/k")
+                .header("range", "bytes=5-")
+                .header("if-range", &format!("\"{}\"", md5_hex(&body))),
+        )
+        .await;
     assert_eq!((same.status, same.body.len()), (206, 99_995));
 }
 
@@ -109,11 +149,15 @@ async fn conditions_of_reads_and_writes_hold() {
     assert_eq!(scene.get("k").await.body, b"two");
     scene.ask(Ask::new("PUT", "/bucket/new").header("if-match", &etag).body("x")).await.expect(404, "NoSuchKey");
     scene.ask(Ask::new("PUT", "/bucket/new").header("if-none-match", "*").body("x")).await.ok();
-    scene.ask(Ask::new("DELETE", "/bucket/new").header("if-match", "\"other\"")).await.expect(412, "PreconditionFailed");
+    scene
+        .ask(Ask::new("DELETE", "/bucket/new").header("if-match", "\"other\""))
+        .await
+        .expect(412, "PreconditionFailed");
     scene.ask(Ask::new("DELETE", "/bucket/new").header("if-match", "*")).await.ok();
 
     // One winner of many.
-    let race = (0..20).map(|n| scene.ask(Ask::new("PUT", "/bucket/race").header("if-none-match", "*").body(format!("{n}"))));
+    let race =
+        (0..20).map(|n| scene.ask(Ask::new("PUT", "/bucket/race").header("if-none-match", "*").body(format!("{n}"))));
     let won: Vec<Got> = futures::future::join_all(race).await.into_iter().filter(|got| got.status == 200).collect();
     assert_eq!(won.len(), 1);
 }
@@ -153,9 +197,13 @@ async fn headers_and_metadata_come_back() {
     }
     let tags = scene.ask(Ask::new("GET", "/bucket/k").query("tagging", "")).await.ok();
     assert_eq!((tags.all("Key"), tags.all("Value")), (vec!["a".into(), "b".into()], vec!["1".into(), "c d".into()]));
-    let other = Ask::new("GET", "/bucket/k").query("response-content-type", "a/b").query("response-cache-control", "max-age=1");
+    let other =
+        Ask::new("GET", "/bucket/k").query("response-content-type", "a/b").query("response-cache-control", "max-age=1");
     let other = scene.raw(&other.presigned(&scene.host(), 60, &[]), false).await.ok();
-    assert_eq!((other.header("content-type").as_deref(), other.header("cache-control").as_deref()), (Some("a/b"), Some("max-age=1")));
+    assert_eq!(
+        (other.header("content-type").as_deref(), other.header("cache-control").as_deref()),
+        (Some("a/b"), Some("max-age=1"))
+    );
 
     let refuse = |name: &str, value: &str| scene.ask(Ask::new("PUT", "/bucket/no").header(name, value).body("x"));
     refuse("x-amz-storage-class", "GLACIER").await.expect(400, "InvalidStorageClass");
@@ -173,21 +221,35 @@ async fn headers_and_metadata_come_back() {
 async fn copies_copy_and_refuse_what_would_change_nothing() {
     let scene = Scene::new().await;
     let body = vec![7u8; 150_000];
-    scene.ask(Ask::new("PUT", "/bucket/a ä").header("x-amz-meta-m", "1").header("content-type", "t/t").body(body.clone())).await.ok();
+    scene
+        .ask(
+            Ask::new("PUT", "/bucket/a ä").header("x-amz-meta-m", "1").header("content-type", "t/t").body(body.clone()),
+        )
+        .await
+        .ok();
     let source = encode("/bucket/a ä", true);
     let copy = |to: &str| Ask::new("PUT", to).header("x-amz-copy-source", &source);
     let got = scene.ask(copy("/bucket/b")).await.ok();
     assert_eq!(got.one("ETag").replace("&quot;", "\""), format!("\"{}\"", md5_hex(&body)));
     let copied = scene.get("b").await.ok();
     assert!(copied.body == body);
-    assert_eq!((copied.header("x-amz-meta-m").as_deref(), copied.header("content-type").as_deref()), (Some("1"), Some("t/t")));
+    assert_eq!(
+        (copied.header("x-amz-meta-m").as_deref(), copied.header("content-type").as_deref()),
+        (Some("1"), Some("t/t"))
+    );
     scene.ask(copy("/bucket/a ä")).await.expect(400, "InvalidRequest");
     scene.ask(copy("/bucket/a ä").header("x-amz-metadata-directive", "REPLACE").header("x-amz-meta-m", "2")).await.ok();
     let replaced = scene.get("a ä").await.ok();
     assert!(replaced.body == body);
-    assert_eq!((replaced.header("x-amz-meta-m").as_deref(), replaced.header("content-type").as_deref()), (Some("2"), Some("binary/octet-stream")));
+    assert_eq!(
+        (replaced.header("x-amz-meta-m").as_deref(), replaced.header("content-type").as_deref()),
+        (Some("2"), Some("binary/octet-stream"))
+    );
     scene.ask(copy("/bucket/c").header("x-amz-copy-source-if-match", "\"no\"")).await.expect(412, "PreconditionFailed");
-    scene.ask(copy("/bucket/c").header("x-amz-copy-source-if-none-match", &md5_hex(&body))).await.expect(412, "PreconditionFailed");
+    scene
+        .ask(copy("/bucket/c").header("x-amz-copy-source-if-none-match", &md5_hex(&body)))
+        .await
+        .expect(412, "PreconditionFailed");
     scene.ask(copy("/bucket/b").header("if-none-match", "*")).await.expect(412, "PreconditionFailed");
     scene.ask(copy("/bucket/c").header("x-amz-checksum-algorithm", "SHA256")).await.ok();
     let head = scene.ask(Ask::new("HEAD", "/bucket/c").header("x-amz-checksum-mode", "ENABLED")).await.ok();
@@ -211,7 +273,10 @@ async fn a_batch_deletes_with_any_sum_or_none() {
     for sums in [
         vec![],
         vec![("content-md5", md5(&body))],
-        vec![("x-amz-checksum-crc32", sum(ChecksumAlgorithm::Crc32, &body)), ("x-amz-sdk-checksum-algorithm", "CRC32".to_owned())],
+        vec![
+            ("x-amz-checksum-crc32", sum(ChecksumAlgorithm::Crc32, &body)),
+            ("x-amz-sdk-checksum-algorithm", "CRC32".to_owned()),
+        ],
         vec![("content-md5", md5(&body)), ("x-amz-checksum-sha256", sum(ChecksumAlgorithm::Sha256, &body))],
     ] {
         scene.put("a", b"x").await;
@@ -222,7 +287,10 @@ async fn a_batch_deletes_with_any_sum_or_none() {
     }
     scene.put("a", b"x").await;
     scene.ask(ask(&body).header("content-md5", &md5("other"))).await.expect(400, "BadDigest");
-    scene.ask(ask(&body).header("x-amz-checksum-crc32", &sum(ChecksumAlgorithm::Crc32, "other"))).await.expect(400, "BadDigest");
+    scene
+        .ask(ask(&body).header("x-amz-checksum-crc32", &sum(ChecksumAlgorithm::Crc32, "other")))
+        .await
+        .expect(400, "BadDigest");
     scene.ask(ask(&body).header("content-md5", "short")).await.expect(400, "InvalidDigest");
     let (mut wire, _) = ask(&body).signed(&scene.host());
     *wire.last_mut().unwrap() = b' ';
@@ -239,7 +307,10 @@ async fn a_batch_deletes_with_any_sum_or_none() {
     scene.ask(ask(&delete_body(&many[..1000], true))).await.ok();
     scene.ask(ask(&delete_body(&many, true))).await.expect(400, "MalformedXML");
     scene.ask(ask("<Delete>")).await.expect(400, "MalformedXML");
-    scene.ask(ask("<!DOCTYPE x [<!ENTITY e \"a\">]><Delete><Object><Key>&e;</Key></Object></Delete>")).await.expect(400, "MalformedXML");
+    scene
+        .ask(ask("<!DOCTYPE x [<!ENTITY e \"a\">]><Delete><Object><Key>&e;</Key></Object></Delete>"))
+        .await
+        .expect(400, "MalformedXML");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -250,7 +321,10 @@ async fn a_lost_answer_never_deletes_what_may_be_committed() {
     let fates = &scene.memory.fates;
     assert_eq!((fates.unknown.load(Ordering::SeqCst), fates.deleted.load(Ordering::SeqCst)), (1, 0));
     assert_eq!(scene.get("k").await.ok().body, b"x");
-    scene.ask(Ask::new("PUT", "/bucket/k").header("if-none-match", "*").body("y")).await.expect(412, "PreconditionFailed");
+    scene
+        .ask(Ask::new("PUT", "/bucket/k").header("if-none-match", "*").body("y"))
+        .await
+        .expect(412, "PreconditionFailed");
     assert_eq!(fates.deleted.load(Ordering::SeqCst), 1, "what was surely refused goes");
 }
 
@@ -281,11 +355,25 @@ async fn buckets_and_probes_answer_as_clients_expect() {
     let acl = scene.ask(Ask::new("GET", "/bucket").query("acl", "")).await.ok();
     assert_eq!(acl.one("Permission"), "FULL_CONTROL");
     scene.ask(Ask::new("PUT", "/bucket").query("acl", "").header("x-amz-acl", "private")).await.ok();
-    scene.ask(Ask::new("PUT", "/bucket").query("acl", "").header("x-amz-acl", "public-read")).await.expect(400, "AccessControlListNotSupported");
-    scene.ask(Ask::new("PUT", "/bucket").query("versioning", "").body("<VersioningConfiguration><Status>Enabled</Status></VersioningConfiguration>")).await.expect(501, "NotImplemented");
+    scene
+        .ask(Ask::new("PUT", "/bucket").query("acl", "").header("x-amz-acl", "public-read"))
+        .await
+        .expect(400, "AccessControlListNotSupported");
+    scene
+        .ask(
+            Ask::new("PUT", "/bucket")
+                .query("versioning", "")
+                .body("<VersioningConfiguration><Status>Enabled</Status></VersioningConfiguration>"),
+        )
+        .await
+        .expect(501, "NotImplemented");
     scene.ask(Ask::new("PUT", "/another")).await.ok();
     assert_eq!(scene.ask(Ask::new("GET", "/")).await.ok().all("Name"), ["another", "bucket"]);
-    let constraint = |region: &str| format!("<CreateBucketConfiguration><LocationConstraint>{region}</LocationConstraint></CreateBucketConfiguration>");
+    let constraint = |region: &str| {
+        format!(
+            "<CreateBucketConfiguration><LocationConstraint>{region}</LocationConstraint></CreateBucketConfiguration>"
+        )
+    };
     scene.ask(Ask::new("PUT", "/third").body(constraint("mars-1"))).await.expect(400, "InvalidLocationConstraint");
     scene.ask(Ask::new("PUT", "/third").body(constraint(super::client::REGION))).await.ok();
     scene.put("k", b"x").await;

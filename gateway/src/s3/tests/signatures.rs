@@ -31,10 +31,12 @@ async fn every_payload_mode_stores_the_same_bytes() {
         check("signed chunks");
         let crc = sum(ChecksumAlgorithm::Crc32c, &body);
         let trailer = ("x-amz-checksum-crc32c", crc.as_str());
-        let got = scene.raw(&Ask::new("PUT", "/bucket/k").chunked(&host, &body, 1 << 20, Some(trailer)), false).await.ok();
+        let got =
+            scene.raw(&Ask::new("PUT", "/bucket/k").chunked(&host, &body, 1 << 20, Some(trailer)), false).await.ok();
         check("signed chunks and trailer");
         assert_eq!(got.header("x-amz-checksum-crc32c"), Some(crc.clone()));
-        let got = scene.raw(&Ask::new("PUT", "/bucket/k").unsigned_trailer(&host, &body, trailer, true), false).await.ok();
+        let got =
+            scene.raw(&Ask::new("PUT", "/bucket/k").unsigned_trailer(&host, &body, trailer, true), false).await.ok();
         check("unsigned frames and trailer");
         assert_eq!(got.header("x-amz-checksum-crc32c"), Some(crc));
     }
@@ -50,7 +52,8 @@ async fn bad_signatures_are_refused_and_store_nothing() {
     scene.ask(Ask { access: "AKIANOBODY".to_owned(), ..put() }).await.expect(403, "InvalidAccessKeyId");
     scene.ask(Ask { time: now() - 16 * 60, ..put() }).await.expect(403, "RequestTimeTooSkewed");
     scene.ask(Ask { time: now() + 16 * 60, ..put() }).await.expect(403, "RequestTimeTooSkewed");
-    let wrong_region = scene.ask(Ask { region: "mars-1".to_owned(), ..put() }).await.expect(400, "AuthorizationHeaderMalformed");
+    let wrong_region =
+        scene.ask(Ask { region: "mars-1".to_owned(), ..put() }).await.expect(400, "AuthorizationHeaderMalformed");
     assert_eq!(wrong_region.one("Region"), super::client::REGION);
     scene.ask(Ask { skip_signing: vec!["host"], ..put() }).await.expect(403, "AccessDenied");
     scene.ask(Ask { skip_signing: vec!["x-amz-meta-a"], ..put() }).await.expect(403, "AccessDenied");
@@ -70,20 +73,34 @@ async fn bad_signatures_are_refused_and_store_nothing() {
     let anonymous = format!("PUT /bucket/k HTTP/1.1\r\nhost: {host}\r\ncontent-length: 1\r\n\r\nx");
     scene.raw(anonymous.as_bytes(), false).await.expect(403, "AccessDenied");
     let line = text.lines().find(|line| line.starts_with("authorization")).unwrap();
-    scene.raw(text.replacen(line, &format!("{line}\r\n{line}"), 1).as_bytes(), false).await.expect(400, "InvalidArgument");
+    scene
+        .raw(text.replacen(line, &format!("{line}\r\n{line}"), 1).as_bytes(), false)
+        .await
+        .expect(400, "InvalidArgument");
     scene.raw(&put().query("X-Amz-Signature", "00").signed(&host).0, false).await.expect(400, "InvalidArgument");
-    let v2 = format!("PUT /bucket/k HTTP/1.1\r\nhost: {host}\r\nauthorization: AWS {}:c2ln\r\ncontent-length: 1\r\n\r\nx", super::client::ACCESS);
+    let v2 = format!(
+        "PUT /bucket/k HTTP/1.1\r\nhost: {host}\r\nauthorization: AWS {}:c2ln\r\ncontent-length: 1\r\n\r\nx",
+        super::client::ACCESS
+    );
     assert_eq!(scene.raw(v2.as_bytes(), false).await.status, 403);
 
     // Presigned: expired, unsigned additions, changed.
     let presigned = |ask: Ask, expires, extra: &[(&str, &str)]| ask.presigned(&host, expires, extra);
     scene.raw(&presigned(Ask { time: now() - 100, ..put() }, 50, &[]), false).await.expect(403, "AccessDenied");
     assert_eq!(scene.raw(&presigned(put(), 604_801, &[]), false).await.status, 400);
-    for extra in [("x-amz-copy-source", "/bucket/other"), ("x-amz-acl", "private"), ("x-amz-meta-x", "y"), ("x-amz-storage-class", "wide")] {
+    for extra in [
+        ("x-amz-copy-source", "/bucket/other"),
+        ("x-amz-acl", "private"),
+        ("x-amz-meta-x", "y"),
+        ("x-amz-storage-class", "wide"),
+    ] {
         scene.raw(&presigned(put(), 60, &[extra]), false).await.expect(403, "AccessDenied");
     }
     let text = String::from_utf8(presigned(put(), 60, &[])).unwrap();
-    scene.raw(text.replacen("X-Amz-Expires=60", "X-Amz-Expires=6000", 1).as_bytes(), false).await.expect(403, "SignatureDoesNotMatch");
+    scene
+        .raw(text.replacen("X-Amz-Expires=60", "X-Amz-Expires=6000", 1).as_bytes(), false)
+        .await
+        .expect(403, "SignatureDoesNotMatch");
     assert_eq!(scene.memory.objects(), 0);
 }
 
@@ -139,7 +156,8 @@ async fn broken_frames_and_trailers_store_nothing() {
         scene.ask(lying).await.expect(400, "IncompleteBody");
     }
     // No length at all.
-    let mut no_length = ask().payload("UNSIGNED-PAYLOAD").header("transfer-encoding", "chunked").body(&b"1\r\nx\r\n0\r\n\r\n"[..]);
+    let mut no_length =
+        ask().payload("UNSIGNED-PAYLOAD").header("transfer-encoding", "chunked").body(&b"1\r\nx\r\n0\r\n\r\n"[..]);
     no_length.send_length = false;
     scene.ask(no_length).await.expect(411, "MissingContentLength");
     assert_eq!(scene.memory.objects(), 0);
@@ -161,14 +179,19 @@ async fn sums_are_verified_kept_and_given_back() {
             let good = sum(algorithm, &body);
             let put = |value: &str| Ask::new("PUT", "/bucket/k").body(body.clone()).header(&header, value);
             let got = scene.ask(put(&good)).await.ok();
-            assert_eq!((got.header(&header), got.header("x-amz-checksum-type").as_deref()), (Some(good.clone()), Some("FULL_OBJECT")));
+            assert_eq!(
+                (got.header(&header), got.header("x-amz-checksum-type").as_deref()),
+                (Some(good.clone()), Some("FULL_OBJECT"))
+            );
             scene.ask(put(&sum(algorithm, b"other"))).await.expect(400, "BadDigest");
             scene.ask(put("AAAA")).await.expect(400, "InvalidRequest");
             for method in ["GET", "HEAD"] {
-                let asked = scene.ask(Ask::new(method, "/bucket/k").header("x-amz-checksum-mode", "ENABLED")).await.ok();
+                let asked =
+                    scene.ask(Ask::new(method, "/bucket/k").header("x-amz-checksum-mode", "ENABLED")).await.ok();
                 assert_eq!(asked.header(&header), Some(good.clone()), "{method}");
                 assert_eq!(scene.ask(Ask::new(method, "/bucket/k")).await.ok().header(&header), None);
-                let ranged = Ask::new(method, "/bucket/k").header("x-amz-checksum-mode", "ENABLED").header("range", "bytes=0-3");
+                let ranged =
+                    Ask::new(method, "/bucket/k").header("x-amz-checksum-mode", "ENABLED").header("range", "bytes=0-3");
                 assert_eq!(scene.ask(ranged).await.ok().header(&header), None, "no whole-object sum on a 206");
             }
         }
@@ -179,7 +202,9 @@ async fn sums_are_verified_kept_and_given_back() {
     scene.ask(put().header("content-md5", &b64(&hex::decode(md5_hex(b"hello")).unwrap()))).await.ok();
     scene.ask(put().header("x-amz-checksum-sha512", "AA==")).await.expect(400, "InvalidRequest");
     scene.ask(put().header("x-amz-sdk-checksum-algorithm", "CRC32")).await.expect(400, "InvalidRequest");
-    let both = put().header(CRC32, &sum(ChecksumAlgorithm::Crc32, b"hello")).header("x-amz-checksum-sha1", &sum(ChecksumAlgorithm::Sha1, b"hello"));
+    let both = put()
+        .header(CRC32, &sum(ChecksumAlgorithm::Crc32, b"hello"))
+        .header("x-amz-checksum-sha1", &sum(ChecksumAlgorithm::Sha1, b"hello"));
     scene.ask(both).await.expect(400, "InvalidRequest");
 }
 
@@ -190,7 +215,10 @@ async fn the_location_may_be_asked_for_under_the_first_region_and_nothing_else()
     let got = scene.ask(first(Ask::new("GET", "/bucket").query("location", ""))).await.ok();
     assert!(got.text().contains(super::client::REGION), "{}", got.text());
     scene.ask(first(Ask::new("GET", "/bucket"))).await.expect(400, "AuthorizationHeaderMalformed");
-    scene.ask(first(Ask::new("GET", "/bucket/key").query("location", ""))).await.expect(400, "AuthorizationHeaderMalformed");
+    scene
+        .ask(first(Ask::new("GET", "/bucket/key").query("location", "")))
+        .await
+        .expect(400, "AuthorizationHeaderMalformed");
     let wrong = Ask { secret: "wrong".to_owned(), ..first(Ask::new("GET", "/bucket").query("location", "")) };
     scene.ask(wrong).await.expect(403, "SignatureDoesNotMatch");
 }
