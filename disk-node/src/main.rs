@@ -118,7 +118,10 @@ fn main() -> ExitCode {
 }
 
 fn run_serve(args: Serve) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let filter = EnvFilter::try_from_env("GRANARY_LOG").unwrap_or_else(|_| EnvFilter::new("info,openraft=warn"));
+    let filter = match std::env::var("GRANARY_LOG") {
+        Ok(text) => EnvFilter::try_new(&text).map_err(|error| format!("GRANARY_LOG `{text}` is no filter: {error}"))?,
+        Err(_) => EnvFilter::new("info,openraft=warn"),
+    };
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match args.log_format {
         LogFormat::Text => log.with_ansi(false).init(),

@@ -2,7 +2,7 @@
 
 use crate::label::{replace_file, Label};
 use granary_placement::id::Epoch;
-use granary_placement::map::{ClusterMap, MapError};
+use granary_placement::map::{ClusterMap, DiskState, MapError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -125,6 +125,12 @@ impl Maps {
         let written = written.unwrap_or_else(|error| Err(io::Error::other(error)));
         written.map_err(|source| MapRefused::File { path: self.path.clone(), source })?;
         tracing::info!(epoch = map.epoch.0, disks = map.disks.len(), "took a newer cluster map");
+        if map.disk(self.label.disk).is_some_and(|disk| disk.state == DiskState::Out) {
+            tracing::warn!(
+                disk = self.label.disk.0,
+                "this disk was taken out of the cluster: nothing will ask for it again"
+            );
+        }
         self.newest.send_replace(Some(map));
         Ok(true)
     }

@@ -28,6 +28,8 @@ use crate::shards::Shards;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use granary_placement::id::{DiskId, DiskUuid};
+use granary_placement::map::ClusterMap;
+use granary_wire::control::{ControlRequest, ControlResponse};
 use http::{header, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
@@ -44,6 +46,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 const MAX_CONNECTIONS: usize = 64;
+/// How long a new disk's node may take to tell which disk it serves.
+const NEW_DISK: Duration = Duration::from_secs(5);
 const MAX_BODY_BYTES: usize = 64 * 1024;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -143,7 +147,8 @@ async fn answer(context: &AdminContext, request: Request<Incoming>) -> Answer {
     let path = request.uri().path().to_owned();
     let parts: Vec<&str> = path.split('/').skip(1).collect();
     if parts.first() == Some(&"v1") && !authorised(context, &request) {
-        let mut refusal = failure(StatusCode::UNAUTHORIZED, "the admin token is needed: Authorization: Bearer TOKEN");
+        let mut refusal =
+            failure(StatusCode::UNAUTHORIZED, "the admin token is missing or wrong (Authorization: Bearer TOKEN)");
         refusal.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
         return refusal;
     }
@@ -230,7 +235,12 @@ async fn disk_verb(context: &AdminContext, disk: DiskId, verb: &str, request: Re
             let Ok(Ok(body)) = tokio::time::timeout(BODY_TIMEOUT, body).await else {
                 return failure(StatusCode::BAD_REQUEST, "the body did not come whole, or is too long");
             };
-            match serde_json::from_slice(&body.to_bytes()) {
+            let body = body.to_bytes();
+            if body.is_empty() {
+                let why = "name the new disk by the UUID on its label (--uuid): this gateway runs no disk nodes itself";
+                return failure(StatusCode::BAD_REQUEST, why);
+            }
+            match serde_json::from_slice(&body) {
                 Ok(replacement) => replace(context, disk, replacement).await,
                 Err(error) => {
                     let form = r#"the body must be {"uuid": "...", "address": "host:port"}"#;
@@ -252,14 +262,48 @@ async fn replace(context: &AdminContext, old: DiskId, new: Replacement) -> Resul
     for _ in 0..5 {
         context.shards.refresh_map().await.map_err(|error| error.to_string())?;
         let map = context.shards.current_map().ok_or("no cluster map yet")?;
-        let (next, _) = granary_placement::place::replace_disk(&map, old, new.uuid, new.address.clone())
+        let (next, id) = granary_placement::place::replace_disk(&map, old, new.uuid, new.address.clone())
             .map_err(|error| error.to_string())?;
+        check_new(context, &map, (old, id), &new).await?;
         match context.shards.set_map(next).await.map_err(|error| error.to_string())? {
             MapSet::Done => return Ok(()),
             MapSet::Conflict { .. } => {}
         }
     }
     Err("the cluster map changes all the time; try again".to_owned())
+}
+
+/// Is the new disk's node there, with the number that the map will give it? Asked before the map changes: afterwards the old disk is
+/// gone for good, and a wrong label would leave its place empty.
+async fn check_new(
+    context: &AdminContext,
+    map: &ClusterMap,
+    (old, id): (DiskId, DiskId),
+    new: &Replacement,
+) -> Result<(), String> {
+    let client = match (&new.address, context.disks.client(old)) {
+        (Some(address), _) => context.disks.client_at(address),
+        (None, Some(client)) => client,
+        (None, None) => return Err(format!("the address of disk {old} is not known; name the new disk's")),
+    };
+    let format = format!("granary-disk-node format --dir DIR --cluster {} --disk {id}", map.cluster_id);
+    match client.control(ControlRequest::Status, NEW_DISK).await {
+        Ok(ControlResponse::Status(status)) if status.uuid == new.uuid && status.disk == Some(id) => Ok(()),
+        Ok(ControlResponse::Status(status)) => {
+            let number = status.disk.map_or_else(|| "without a number".to_owned(), |disk| disk.to_string());
+            Err(format!(
+                "the node at {} serves disk {number} ({}), but the new one must be disk {id} ({}): `{format}`",
+                client.address(),
+                status.uuid,
+                new.uuid
+            ))
+        }
+        Ok(other) => Err(format!("the node at {} does not tell which disk it serves: {other:?}", client.address())),
+        Err(error) => Err(format!(
+            "the new disk's node does not answer at {}: {error}; `{format}`, then start it there",
+            client.address()
+        )),
+    }
 }
 
 fn json<T: serde::Serialize>(status: StatusCode, value: &T) -> Answer {

@@ -153,6 +153,11 @@ impl Disks {
         self.inner.entry(disk).map(|entry| entry.client.clone())
     }
 
+    /// A client of a disk node that the map does not have yet, to see which disk it serves before the map names it.
+    pub fn client_at(&self, address: &str) -> NodeClient {
+        NodeClient::new(address.to_owned(), self.inner.credentials.clone(), self.inner.settings.limits.clone())
+    }
+
     /// Whether a disk answers. A disk the map does not have is Down.
     pub fn health(&self, disk: DiskId) -> DiskHealth {
         self.inner.entry(disk).map_or(DiskHealth::Down, |entry| entry.state().health())

@@ -261,6 +261,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Settings
     let failed = |error| SettingsError::file(path, error);
     let directory =
         path.parent().ok_or_else(|| SettingsError::invalid(path.display().to_string(), "has no directory"))?;
+    // The parent of a bare file name is the empty path, which cannot be opened.
+    let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let temporary = directory.join(name);
@@ -322,6 +324,15 @@ mod tests {
             .unwrap();
         let error = RootCredentials::read_file(&path).unwrap_err().to_string();
         assert!(error.contains("root-credentials") && !error.contains("super-secret"), "{error}");
+    }
+
+    #[test]
+    fn a_bare_file_name_is_written_into_the_working_directory() {
+        let name = format!("granary-bare-name-{}", std::process::id());
+        write_atomic(Path::new(&name), b"here", 0o600).unwrap();
+        let read = std::fs::read(&name);
+        std::fs::remove_file(&name).unwrap();
+        assert_eq!(read.unwrap(), b"here");
     }
 
     #[test]

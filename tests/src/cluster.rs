@@ -72,7 +72,7 @@ pub fn scratch(name: &str) -> tempfile::TempDir {
 }
 
 /// Free ports. They may be taken by others before they are used; the caller then sees a clear error of `granary dev`.
-fn free_ports<const N: usize>() -> [u16; N] {
+pub fn free_ports<const N: usize>() -> [u16; N] {
     let listeners: Vec<TcpListener> = (0..N).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
     let mut ports = [0; N];
     for (port, listener) in ports.iter_mut().zip(&listeners) {

@@ -64,7 +64,12 @@ pub fn verdict(snapshot: &Snapshot, facts: &Facts) -> Verdict {
         .iter()
         .filter(|disk| disk.health != "up")
         .take(16)
-        .map(|disk| format!("disk {} is {}", disk.disk, disk.health))
+        .map(|disk| match &disk.last_error {
+            Some(error) => {
+                format!("disk {} is {}: {}", disk.disk, disk.health, error.chars().take(200).collect::<String>())
+            }
+            None => format!("disk {} is {}", disk.disk, disk.health),
+        })
         .collect();
     if snapshot.repair_queue.count > 0 {
         let more = if snapshot.repair_queue.more { " or more" } else { "" };

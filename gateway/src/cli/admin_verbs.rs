@@ -74,6 +74,12 @@ pub async fn status(target: &Target, json: bool) -> Result<ExitCode, Box<dyn Err
     let text = |name: &str| status.get(name).map(plain).unwrap_or_default();
     println!("cluster {}  epoch {}  scheme {}", text("cluster_id"), text("epoch"), text("default_scheme"));
     print_disks(&status);
+    for disk in rows(&status, "disks") {
+        let text = |name: &str| disk.get(name).map(plain).unwrap_or_default();
+        if text("health") != "up" {
+            println!("disk {} is {}: {}", text("disk"), text("health"), text("last_error"));
+        }
+    }
     let shards = rows(&status, "shards");
     let led = shards.iter().filter(|shard| shard.get("leader").is_some_and(|leader| !leader.is_null())).count();
     println!("shards with a leader: {led} of {}", shards.len());
@@ -159,10 +165,28 @@ pub async fn disk_replace(
     yes: bool,
 ) -> Result<ExitCode, Box<dyn Error>> {
     if !yes {
+        let map = target.ask(Method::GET, "/v1/map", Vec::new(), QUICK).await?;
+        let Some(disk) = map.get("disks").and_then(|disks| disks.get(id.to_string())) else {
+            return Err(SettingsError::invalid("ID", format!("there is no disk {id} in the cluster map")).into());
+        };
         println!(
             "Disk {id} would leave the cluster for good, and a new disk would take its place. What it holds is rebuilt from the\n\
-             other disks; until that is done the cluster stands one more failure less. Repeat with --yes to do it."
+             other disks; until that is done the cluster stands one more failure less."
         );
+        if target.dir.is_some() {
+            println!("Repeat with --yes to do it.");
+        } else {
+            let text = |value: Option<&Value>| value.map(plain).unwrap_or_default();
+            let address = address.unwrap_or_else(|| text(disk.get("address")));
+            println!(
+                "First, where the new disk is:\n  \
+                 granary-disk-node format --dir DIR --cluster {} --disk {}\n  \
+                 granary-disk-node serve --dir DIR --listen {address} --secret-file FILE\n\
+                 Then repeat this command with --uuid and the UUID that `format` printed, and --yes.",
+                text(map.get("cluster_id")),
+                text(map.get("next_disk_id")),
+            );
+        }
         return Ok(ExitCode::FAILURE);
     }
     let body = uuid.map(|uuid| serde_json::json!({ "uuid": uuid, "address": address }).to_string().into_bytes());

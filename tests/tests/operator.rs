@@ -1,0 +1,293 @@
+//! A cluster run by hand, without `granary dev`: disks formatted and started one by one, formed by `granary init`, served by two
+//! gateways. Every step of docs/operations.md in short form, and what an operator is told when a step goes wrong.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use bytes::Bytes;
+use granary_bench::s3::Client;
+use granary_tests::cluster::{bin, free_ports, http, scratch, signal};
+use granary_tests::seed::Random;
+use rustix::process::Signal;
+use serde_json::{json, Value};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+const CLUSTER: &str = "0123456789abcdef0123456789abcdef";
+const KEY: &str = "AKIAOPERATOR";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A process of the cluster; killed if the test ends early.
+struct Process(Child);
+
+impl Process {
+    fn start(mut command: Command, log: &Path) -> Process {
+        let log = std::fs::File::options().create(true).append(true).open(log).unwrap();
+        Process(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap())
+    }
+
+    fn pid(&self) -> i32 {
+        i32::try_from(self.0.id()).unwrap()
+    }
+
+    /// SIGTERM; gives the exit code.
+    fn stop(mut self) -> Option<i32> {
+        signal(self.pid(), Signal::TERM);
+        self.0.wait().unwrap().code()
+    }
+
+    fn kill(mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What a command that ends by itself said.
+#[derive(Debug)]
+struct Said {
+    code: Option<i32>,
+    text: String,
+}
+
+impl Said {
+    fn well(self) -> String {
+        assert_eq!(self.code, Some(0), "{}", self.text);
+        self.text
+    }
+
+    /// It failed, and its words name all of this.
+    fn failed(self, words: &[&str]) {
+        assert_ne!(self.code, Some(0), "{}", self.text);
+        for word in words {
+            assert!(self.text.contains(word), "`{word}` is not in: {}", self.text);
+        }
+    }
+}
+
+struct Operator {
+    folder: tempfile::TempDir,
+    secret_key: String,
+}
+
+impl Operator {
+    fn new() -> Operator {
+        let operator = Operator { folder: scratch("operator"), secret_key: hex::encode(random::<20>()) };
+        operator.private("cluster-secret", &hex::encode(random::<32>()));
+        operator.private("wrong-secret", &hex::encode(random::<32>()));
+        operator.private("admin-token", &hex::encode(random::<32>()));
+        operator.private("wrong-token", &hex::encode(random::<32>()));
+        operator
+            .private("root-credentials", &json!({"access_key": KEY, "secret_key": operator.secret_key}).to_string());
+        operator
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn private(&self, name: &str, text: &str) {
+        let mut file = std::fs::File::options().write(true).create_new(true).mode(0o600).open(self.path(name)).unwrap();
+        std::io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+    }
+
+    /// Options name files as an operator in that folder does: by bare names.
+    fn command(&self, program: &str, args: &[&str]) -> Command {
+        let mut command = Command::new(bin(program));
+        command.args(args).current_dir(self.folder.path()).env_remove("GRANARY_LOG");
+        command
+    }
+
+    fn run(&self, program: &str, args: &[&str]) -> Said {
+        let output = self.command(program, args).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        Said { code: output.status.code(), text: String::from_utf8(text).unwrap() }
+    }
+
+    /// Formats a disk; gives its UUID.
+    fn format(&self, dir: &str, number: u32) -> String {
+        let args = ["format", "--dir", dir, "--cluster", CLUSTER, "--disk", &number.to_string()];
+        let said = self.run("granary-disk-node", &args).well();
+        said.split(['(', ')']).nth(1).unwrap().to_owned()
+    }
+
+    /// Starts a disk node; gives its address.
+    fn serve(&self, dir: &str, address: &str) -> (Process, String) {
+        let args = [
+            "serve",
+            "--dir",
+            dir,
+            "--listen",
+            address,
+            "--secret-file",
+            "cluster-secret",
+            "--segment-bytes",
+            "16777216",
+        ];
+        let process = Process::start(self.command("granary-disk-node", &args), &self.path(&format!("{dir}.log")));
+        let file = self.path(dir).join("address");
+        let address = eventually("the disk node tells its address", || std::fs::read_to_string(&file).ok());
+        (process, address.trim().to_owned())
+    }
+
+    fn gateway(&self, s3: &str, admin: &str) -> Process {
+        let args = [
+            "gateway",
+            "--map",
+            "map.json",
+            "--secret-file",
+            "cluster-secret",
+            "--s3",
+            s3,
+            "--admin",
+            admin,
+            "--root-credentials",
+            "root-credentials",
+            "--admin-token-file",
+            "admin-token",
+        ];
+        let process = Process::start(self.command("granary", &args), &self.path("gateway.log"));
+        eventually("the gateway is ready", || {
+            matches!(http(admin, "GET", "/readyz", None, PATIENCE), Ok((200, _))).then_some(())
+        });
+        process
+    }
+
+    fn init(&self, config: &Value, secret: &str) -> Said {
+        std::fs::write(self.path("cluster-config.json"), config.to_string()).unwrap();
+        self.run(
+            "granary",
+            &["init", "--config", "cluster-config.json", "--secret-file", secret, "--map-out", "map.json"],
+        )
+    }
+
+    fn client(&self, s3: &str) -> Client {
+        Client::new(s3, KEY, &self.secret_key, PATIENCE)
+    }
+}
+
+fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).unwrap();
+    bytes
+}
+
+fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(started.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_cluster_run_by_hand_is_formed_served_by_two_gateways_repaired_and_stopped() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let mut random = Random::of_this_run("operator");
+    let operator = Operator::new();
+
+    // Disks, each formatted and started by itself.
+    let mut nodes = Vec::new();
+    let mut disks = Vec::new();
+    for number in 1..=6 {
+        let dir = format!("disk-{number}");
+        let uuid = operator.format(&dir, number);
+        let (node, address) = operator.serve(&dir, "127.0.0.1:0");
+        nodes.push(node);
+        disks.push(json!({"uuid": uuid, "address": address, "zone": "a", "rack": "1", "server": "s1", "weight": 1000, "metadata": true}));
+    }
+    let said = operator.run("granary-disk-node", &["serve", "--dir", ".", "--secret-file", "cluster-secret"]);
+    said.failed(&["refusing to use somebody else's folder"]);
+    let other = "ffffffffffffffffffffffffffffffff";
+    let args = ["serve", "--dir", "disk-1", "--cluster", other, "--secret-file", "cluster-secret"];
+    operator.run("granary-disk-node", &args).failed(&["belongs to cluster", CLUSTER, other]);
+
+    // Forming: mistakes are told at once and change nothing; the right configuration then works.
+    let config = json!({"cluster_id": CLUSTER, "scheme": "4+2", "failure_domain": "disk", "shards": 4, "disks": disks});
+    let begun = Instant::now();
+    operator.init(&config, "wrong-secret").failed(&["does not have the same cluster secret"]);
+    let mut mistaken = config.clone();
+    mistaken["disks"][2]["uuid"] = json!(other);
+    operator.init(&mistaken, "cluster-secret").failed(&["disk 3", other, "nothing was changed"]);
+    assert!(begun.elapsed() < Duration::from_secs(20), "mistakes took {:?} to be told", begun.elapsed());
+    operator.init(&config, "cluster-secret").well();
+    operator.init(&config, "cluster-secret").well();
+    let mut wider = config.clone();
+    wider["shards"] = json!(5);
+    operator.init(&wider, "cluster-secret").failed(&["another map"]);
+    operator.init(&config, "cluster-secret").well();
+
+    // Two gateways: what one wrote, the other reads and lists.
+    let ports: [u16; 4] = free_ports();
+    let [s3_a, admin_a, s3_b, admin_b] = ports.map(|port| format!("127.0.0.1:{port}"));
+    let gateway_a = operator.gateway(&s3_a, &admin_a);
+    let gateway_b = operator.gateway(&s3_b, &admin_b);
+    let (a, b) = (operator.client(&s3_a), operator.client(&s3_b));
+    let bodies: Vec<Bytes> =
+        [100, 50_000, 3_000_000, 9_000_001].into_iter().map(|len| random.bytes(len).into()).collect();
+    runtime.block_on(async {
+        assert_eq!(a.make_bucket("hand").await.unwrap().status, 200);
+        for (number, body) in bodies.iter().enumerate() {
+            assert_eq!(a.put("hand", &format!("o{number}"), body.clone()).await.unwrap().status, 200);
+        }
+    });
+    let all_there = |client: &Client| {
+        runtime.block_on(async {
+            assert_eq!(client.list("hand", "").await.unwrap(), ["o0", "o1", "o2", "o3"]);
+            for (number, body) in bodies.iter().enumerate() {
+                let answer = client.get("hand", &format!("o{number}")).await.unwrap();
+                assert!(answer.status == 200 && answer.body == *body, "o{number}: {}", answer.status);
+            }
+        });
+    };
+    all_there(&b);
+    let ask = |args: &[&str]| {
+        operator.run("granary", &[args, &["--admin", &admin_b, "--token-file", "admin-token"]].concat())
+    };
+    ask(&["census"]).well();
+    operator.run("granary", &["status", "--admin", &admin_b, "--token-file", "wrong-token"]).failed(&["401", "wrong"]);
+
+    // A disk dies and is wiped.
+    nodes.remove(2).kill();
+    std::fs::remove_dir_all(operator.path("disk-3")).unwrap();
+    all_there(&a);
+    ask(&["disk", "replace", "3"]).failed(&["--disk 7", CLUSTER, "--uuid"]);
+    ask(&["disk", "replace", "3", "--yes"]).failed(&["--uuid"]);
+    ask(&["disk", "replace", "3", "--yes", "--uuid", other]).failed(&["does not answer", "--disk 7"]);
+    let uuid = operator.format("disk-again", 3);
+    let (wrong, address) = operator.serve("disk-again", "127.0.0.1:0");
+    ask(&["disk", "replace", "3", "--yes", "--uuid", &uuid, "--address", &address])
+        .failed(&["disk 3", "must be disk 7"]);
+    assert_eq!(wrong.stop(), Some(0));
+    let uuid = operator.format("disk-7", 7);
+    let (node, address) = operator.serve("disk-7", "127.0.0.1:0");
+    nodes.push(node);
+    ask(&["disk", "replace", "3", "--yes", "--uuid", &uuid, "--address", &address]).well();
+    let census = eventually("full redundancy", || Some(ask(&["census"])).filter(|said| said.code == Some(0)));
+    assert!(census.text.contains("0  missing"), "{}", census.text);
+    assert!(ask(&["status"]).well().contains(&address));
+
+    // A gateway that starts again with the map of the first day finds the cluster of today.
+    assert_eq!(gateway_a.stop(), Some(0));
+    let gateway_a = operator.gateway(&s3_a, &admin_a);
+    all_there(&a);
+
+    // Everything ends in order, and every disk is sound.
+    for process in [gateway_a, gateway_b].into_iter().chain(nodes) {
+        assert_eq!(process.stop(), Some(0));
+    }
+    for number in [1, 2, 4, 5, 6, 7] {
+        let said =
+            operator.run("granary-disk-node", &["inspect", "--dir", &format!("disk-{number}"), "--verify"]).well();
+        assert!(said.contains("no damage found; every block was read"), "{said}");
+    }
+}
