@@ -77,6 +77,16 @@ pub struct DiskView {
     pub last_error: Option<String>,
 }
 
+/// A disk with less room than this may refuse the chunks of a whole extent, in bytes.
+pub const FULL_BELOW_BYTES: u64 = 64 * 1024 * 1024;
+
+impl DiskView {
+    /// It answers, and has hardly any room for chunks.
+    pub fn is_full(&self) -> bool {
+        self.health == DiskHealth::Up && self.status.as_ref().is_some_and(|status| status.free_bytes < FULL_BELOW_BYTES)
+    }
+}
+
 /// Counters of this module; they only grow.
 #[derive(Debug, Default)]
 pub struct DiskCounters {

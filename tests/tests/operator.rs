@@ -119,6 +119,10 @@ impl Operator {
 
     /// Starts a disk node; gives its address.
     fn serve(&self, dir: &str, address: &str) -> (Process, String) {
+        self.serve_with(dir, address, &[])
+    }
+
+    fn serve_with(&self, dir: &str, address: &str, extra: &[&str]) -> (Process, String) {
         let args = [
             "serve",
             "--dir",
@@ -130,6 +134,7 @@ impl Operator {
             "--segment-bytes",
             "16777216",
         ];
+        let args = [&args, extra].concat();
         let process = Process::start(self.command("granary-disk-node", &args), &self.path(&format!("{dir}.log")));
         let file = self.path(dir).join("address");
         let address = eventually("the disk node tells its address", || std::fs::read_to_string(&file).ok());
@@ -280,6 +285,25 @@ fn a_cluster_run_by_hand_is_formed_served_by_two_gateways_repaired_and_stopped()
     assert_eq!(gateway_a.stop(), Some(0));
     let gateway_a = operator.gateway(&s3_a, &admin_a);
     all_there(&a);
+
+    // Disks without room: a clear error that no client retries for hours, and a warning; reading and deleting go on.
+    for node in nodes {
+        assert_eq!(node.stop(), Some(0));
+    }
+    let dirs = ["disk-1", "disk-2", "disk-4", "disk-5", "disk-6", "disk-7"];
+    let addresses: Vec<&str> = disks.iter().map(|disk| disk["address"].as_str().unwrap()).collect();
+    let addresses = [addresses[0], addresses[1], addresses[3], addresses[4], addresses[5], &address];
+    let full = ["--reserve-bytes", "1000000000000000"];
+    let nodes: Vec<Process> =
+        dirs.iter().zip(addresses).map(|(dir, address)| operator.serve_with(dir, address, &full).0).collect();
+    eventually("all disks are up, and full", || {
+        let (status, said) = http(&admin_a, "GET", "/readyz", None, PATIENCE).unwrap();
+        (status == 200 && said.matches("is full").count() == 6).then_some(())
+    });
+    let refused = runtime.block_on(a.put("hand", "more", bodies[2].clone())).unwrap();
+    assert_eq!((refused.status.as_u16(), refused.code()), (507, "InsufficientStorage"), "{}", refused.text());
+    all_there(&a);
+    assert_eq!(runtime.block_on(a.delete("hand", "o3")).unwrap().status, 204);
 
     // Everything ends in order, and every disk is sound.
     for process in [gateway_a, gateway_b].into_iter().chain(nodes) {

@@ -1,6 +1,8 @@
 //! Should this gateway get traffic? Decided from values; the reasons are for people.
 
-use super::status::{leaderless, Snapshot};
+use super::page::bytes;
+use super::status::{leaderless, DiskRow, Snapshot};
+use crate::disks::FULL_BELOW_BYTES;
 use crate::shards::now_ms;
 use serde::Serialize;
 use std::time::Duration;
@@ -71,6 +73,14 @@ pub fn verdict(snapshot: &Snapshot, facts: &Facts) -> Verdict {
             None => format!("disk {} is {}", disk.disk, disk.health),
         })
         .collect();
+    let full = |disk: &&DiskRow| disk.health == "up" && disk.free_bytes.is_some_and(|free| free < FULL_BELOW_BYTES);
+    for disk in snapshot.disks.iter().filter(full).take(16) {
+        warnings.push(format!(
+            "disk {} is full: {} free for chunks",
+            disk.disk,
+            bytes(disk.free_bytes.unwrap_or_default())
+        ));
+    }
     if snapshot.repair_queue.count > 0 {
         let more = if snapshot.repair_queue.more { " or more" } else { "" };
         warnings.push(format!("{}{more} chunks wait for repair", snapshot.repair_queue.count));

@@ -4,6 +4,7 @@ use super::backend::{
     Backend, BackendError, BrokenBody, Created, ListingPage, ReadError, Removed, StageError, StageSpec, StagedPayload, UploadsAfter,
     UploadsPage,
 };
+use crate::disks::DiskHealth;
 use crate::object::{self, BodyError, ObjectStore, Staged};
 use crate::shards::{ShardError, Shards};
 use async_trait::async_trait;
@@ -24,6 +25,14 @@ impl Live {
     /// Joins the two halves.
     pub fn new(shards: Shards, objects: ObjectStore) -> Live {
         Live { shards, objects }
+    }
+
+    /// Disks answer, but fewer than two have room: trying again does not help, space does.
+    fn is_full(&self) -> bool {
+        let view = self.objects.disks().view();
+        let up = view.iter().filter(|disk| disk.health == DiskHealth::Up).count();
+        let full = view.iter().filter(|disk| disk.is_full()).count();
+        full > 0 && up - full < 2
     }
 }
 
@@ -141,6 +150,7 @@ impl Backend for Live {
         match staged {
             Ok(staged) => Ok(Box::new(staged)),
             Err(object::StageError::Body(_) | object::StageError::TooShort { .. } | object::StageError::TooLong { .. }) => Err(StageError::Body),
+            Err(error @ object::StageError::Unavailable(_)) if self.is_full() => Err(StageError::Full(error.to_string())),
             Err(error @ object::StageError::Unavailable(_)) => Err(StageError::Unavailable(error.to_string())),
             Err(error) => Err(StageError::Internal(error.to_string())),
         }
