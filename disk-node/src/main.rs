@@ -5,6 +5,7 @@ use granary_disk_node::inspect::inspect;
 use granary_disk_node::label;
 use granary_disk_node::serve::{serve, ServeOptions};
 use granary_placement::id::{ClusterId, DiskId, DiskUuid};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tokio_util::sync::CancellationToken;
@@ -125,7 +126,7 @@ fn run_serve(args: Serve) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match args.log_format {
         LogFormat::Text => log.with_ansi(false).init(),
-        LogFormat::Json => log.json().init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
     }
     // A broken invariant ends the process: other threads must not go on answering from a state nobody understands.
     let report = std::panic::take_hook();
@@ -165,10 +166,11 @@ fn run_format(args: Format) -> Result<ExitCode, Box<dyn std::error::Error>> {
 
 fn run_inspect(args: &Inspect) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let report = inspect(&args.dir, args.chunks, args.verify)?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", report.text());
+    let text = if args.json { format!("{}\n", serde_json::to_string_pretty(&report)?) } else { report.text() };
+    // Whoever reads may have seen enough (`| head`); the exit code still says what was found.
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(error.into()),
+        _ => {}
     }
     Ok(if report.damaged { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
