@@ -279,7 +279,7 @@ fn a_cluster_run_by_hand_is_formed_served_by_two_gateways_repaired_and_stopped()
     ask(&["disk", "replace", "3", "--yes", "--uuid", &uuid, "--address", &address]).well();
     let census = eventually("full redundancy", || Some(ask(&["census"])).filter(|said| said.code == Some(0)));
     assert!(census.text.contains("0  missing"), "{}", census.text);
-    assert!(ask(&["status"]).well().contains(&address));
+    eventually("status names the new disk", || ask(&["status"]).well().contains(&address).then_some(()));
 
     // A gateway that starts again with the map of the first day finds the cluster of today.
     assert_eq!(gateway_a.stop(), Some(0));
