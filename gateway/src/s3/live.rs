@@ -1,8 +1,8 @@
 //! The backend that is the cluster: metadata shards and the object store.
 
 use super::backend::{
-    Backend, BackendError, BrokenBody, Created, ListingPage, ReadError, Removed, StageError, StageSpec, StagedPayload, UploadsAfter,
-    UploadsPage,
+    Backend, BackendError, BrokenBody, Created, ListingPage, ReadError, Removed, StageError, StageSpec, StagedPayload,
+    UploadsAfter, UploadsPage,
 };
 use crate::disks::DiskHealth;
 use crate::object::{self, BodyError, ObjectStore, Staged};
@@ -140,7 +140,8 @@ impl Backend for Live {
         spec: StageSpec<'_>,
         body: BoxStream<'_, Result<Bytes, BrokenBody>>,
     ) -> Result<Box<dyn StagedPayload>, StageError> {
-        let owner = self.shards.shard_of(spec.bucket, spec.key).map_err(|error| StageError::Unavailable(error.to_string()))?;
+        let owner =
+            self.shards.shard_of(spec.bucket, spec.key).map_err(|error| StageError::Unavailable(error.to_string()))?;
         let body = body.map(|item| item.map_err(|broken| Box::new(broken) as BodyError));
         let staged = if spec.inline {
             self.objects.stage(spec.scheme, owner, spec.len_bytes, body).await
@@ -149,8 +150,12 @@ impl Backend for Live {
         };
         match staged {
             Ok(staged) => Ok(Box::new(staged)),
-            Err(object::StageError::Body(_) | object::StageError::TooShort { .. } | object::StageError::TooLong { .. }) => Err(StageError::Body),
-            Err(error @ object::StageError::Unavailable(_)) if self.is_full() => Err(StageError::Full(error.to_string())),
+            Err(
+                object::StageError::Body(_) | object::StageError::TooShort { .. } | object::StageError::TooLong { .. },
+            ) => Err(StageError::Body),
+            Err(error @ object::StageError::Unavailable(_)) if self.is_full() => {
+                Err(StageError::Full(error.to_string()))
+            }
             Err(error @ object::StageError::Unavailable(_)) => Err(StageError::Unavailable(error.to_string())),
             Err(error) => Err(StageError::Internal(error.to_string())),
         }
@@ -161,7 +166,9 @@ impl Backend for Live {
         reader
             .map(|item| {
                 item.map_err(|error| match error {
-                    object::ReadError::Lost { .. } | object::ReadError::Unreachable { .. } => ReadError::Unavailable(error.to_string()),
+                    object::ReadError::Lost { .. } | object::ReadError::Unreachable { .. } => {
+                        ReadError::Unavailable(error.to_string())
+                    }
                     error => ReadError::Internal(error.to_string()),
                 })
             })
