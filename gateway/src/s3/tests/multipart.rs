@@ -217,7 +217,7 @@ async fn parts_are_copied_by_range() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_parts_complete() {
+async fn part_numbers_up_to_ten_thousand_complete_and_no_further() {
     let scene = Scene::new().await;
     let id = create(&scene, &[]).await;
     // Too small to be completed, but all are found: the answer is about the sizes.
