@@ -1,16 +1,16 @@
 //! A count of chunks made by reading their bytes, never by trusting a job's word.
 //!
-//! Every shard lists its extents, and every chunk of them is read and checked by the disk node that holds it. Memory: a page of
-//! extents, whatever the size of the cluster.
+//! Every shard lists its extents, and every chunk of them is read and checked by the disk node that holds it. What it finds missing or
+//! corrupt it queues for repair. Memory: a page of extents, whatever the size of the cluster.
 
 use super::{unexpected, MetaClient, MetaClientError};
 use crate::disks::DiskHealth;
 use crate::object::{chunk_id, disk_of, ObjectStore};
 use futures::stream::{self, StreamExt};
-use granary_placement::id::{DiskId, ExtentId, PlacementGroupId};
+use granary_placement::id::{DiskId, ExtentId, PlacementGroupId, ShardId};
 use granary_wire::chunk::{ChunkHealth, ChunkId};
 use granary_wire::control::{ControlRequest, ControlResponse};
-use granary_wire::meta::{Answer, Query};
+use granary_wire::meta::{Answer, ChunkRef, Command, Query};
 use granary_wire::record::ExtentRecord;
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap};
@@ -24,6 +24,8 @@ const BYTES_PER_REQUEST: u64 = 256 * 1024 * 1024;
 const CHUNKS_PER_REQUEST: usize = 256;
 /// Disks verifying at once.
 const DISKS_AT_ONCE: usize = 32;
+/// Damaged chunks told to a shard in one command, at most.
+const REPORTS_PER_COMMAND: usize = 500;
 /// Lost extents named in the report.
 const NAMED: usize = 100;
 
@@ -44,6 +46,8 @@ pub struct Census {
     pub corrupt: u64,
     /// Chunks on disks that did not answer.
     pub unreachable: u64,
+    /// Missing and corrupt chunks that the census put on the repair queue.
+    pub queued_for_repair: u64,
     /// Extents with fewer than K good chunks.
     pub extents_lost: u64,
     /// Of these, such that chunks on disks that did not answer may bring them back.
@@ -116,6 +120,7 @@ pub async fn census(
             after = extents.last().map(|record| (record.extent.group, record.extent.extent));
             let health = verify(store, &extents, verify_deadline).await;
             extents.iter().for_each(|record| count(&mut census, record, &health));
+            census.queued_for_repair += queue_damage(meta, shard, &extents, &health).await;
             progress(&CensusProgress { shards_done, shards: shards.len(), extents: census.extents, good: census.good });
             if !more || after.is_none() {
                 break;
@@ -123,6 +128,32 @@ pub async fn census(
         }
     }
     Ok(census)
+}
+
+/// Puts what is missing or corrupt on the shard's repair queue: nobody may ever read it, so nobody else may find it. Gives how many.
+/// Failing to does not fail the census, whose first duty is the count.
+async fn queue_damage(
+    meta: &dyn MetaClient,
+    shard: ShardId,
+    extents: &[ExtentRecord],
+    health: &HashMap<ChunkId, ChunkHealth>,
+) -> u64 {
+    let mut damaged = Vec::new();
+    for ExtentRecord { extent, .. } in extents {
+        for index in 0..extent.k.saturating_add(extent.m) {
+            if matches!(health.get(&chunk_id(extent, index)), Some(ChunkHealth::Missing | ChunkHealth::Corrupt)) {
+                damaged.push(ChunkRef { group: extent.group, extent: extent.extent, index });
+            }
+        }
+    }
+    let mut queued = 0;
+    for chunks in damaged.chunks(REPORTS_PER_COMMAND) {
+        match meta.command(shard, Command::ReportMissing { chunks: chunks.to_vec() }).await {
+            Ok(_) => queued += chunks.len() as u64,
+            Err(error) => tracing::warn!(%shard, %error, "damage found by a census could not be queued for repair"),
+        }
+    }
+    queued
 }
 
 /// Adds one extent.

@@ -277,6 +277,7 @@ async fn a_census_counts_what_is_there() {
     spoil(&extents[2], &[0, 1], &[2]);
     let census = healer.census(|_| {}).await.unwrap();
     assert_eq!((census.missing, census.corrupt, census.unreachable), (4, 2, 0));
+    assert_eq!(census.queued_for_repair, 6, "what a census finds damaged is queued for repair");
     assert_eq!(census.good, expected - 6);
     assert_eq!((census.extents_lost, census.extents_lost_unless_disks_return), (1, 0));
     let whole = extents.len() as u64 - 3;
