@@ -120,10 +120,9 @@ impl Node {
                 let (chunks, more) = self.store.list(after, limit).await.map_err(control_error)?;
                 ControlResponse::Chunks { chunks, more }
             }
-            ControlRequest::Meta { shard, request } => {
-                ControlResponse::Meta(self.roles.command(shard, *request).await?)
+            ControlRequest::Shard { shard, request } => {
+                ControlResponse::Shard(self.roles.serve_shard(shard, &request).await?)
             }
-            ControlRequest::Query { shard, query } => ControlResponse::Query(self.roles.query(shard, *query).await?),
             ControlRequest::Raft { shard, from, message } => {
                 ControlResponse::Raft(self.roles.raft(shard, from, message).await?)
             }

@@ -1,4 +1,4 @@
-//! The metadata role: shard replicas on this disk. The only file that knows the metadata crate.
+//! The metadata role: shard replicas on this disk. The only file that knows granary-replica.
 //!
 //! A disk without the role has no `DIR/meta` and opens nothing. The host is opened at start when the folder is there, and otherwise when the
 //! map gives this disk the role, or when the first peer speaks to a replica here before any map is known.
@@ -8,11 +8,10 @@ use crate::peers::Peers;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
-pub use granary_meta::MetaError; // for the errors of `serve`
-use granary_meta::{HostConfig, MetaHost, PeerTransport, Timing, TransportError};
 use granary_placement::id::{DiskId, ShardId};
-use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
-use granary_wire::meta::{Answer, MetaRequest, Query, Reply, ShardStatus};
+pub use granary_replica::MetaError; // for the errors of `serve`
+use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportError};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
 use granary_wire::LinkError;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -163,20 +162,12 @@ impl Roles {
         self.open().await.map_err(|error| ControlError::Disk(error.to_string()))
     }
 
-    /// See [`MetaHost::command`].
+    /// See [`MetaHost::serve`].
     ///
     /// # Errors
     /// As there.
-    pub async fn command(&self, shard: ShardId, request: MetaRequest) -> Result<Reply, ControlError> {
-        self.host(shard)?.command(shard, request).await
-    }
-
-    /// See [`MetaHost::query`].
-    ///
-    /// # Errors
-    /// As there.
-    pub async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, ControlError> {
-        self.host(shard)?.query(shard, query).await
+    pub async fn serve_shard(&self, shard: ShardId, request: &[u8]) -> Result<Bytes, ControlError> {
+        self.host(shard)?.serve(shard, request).await
     }
 
     /// See [`MetaHost::raft`].

@@ -4,7 +4,7 @@
 //! [`combine_crc`] for a checksum of the whole object, [`composite`] for a checksum of the parts' checksums.
 
 use crc_fast::CrcAlgorithm;
-use granary_wire::record::ChecksumAlgorithm;
+use granary_meta::record::ChecksumAlgorithm;
 use md5_simd::Md5;
 use sha2::Digest as _;
 

@@ -62,12 +62,13 @@ fn naming(folder: &str, library: &str) -> BTreeSet<String> {
 
 #[test]
 fn the_layer_table_holds() {
-    let table: [(&str, &[&str]); 5] = [
+    let table: [(&str, &[&str]); 6] = [
         ("placement/Cargo.toml", &[]),
         ("disk-node/wire/Cargo.toml", &["granary-placement"]),
-        ("gateway/meta/Cargo.toml", &["granary-placement", "granary-wire"]),
-        ("disk-node/Cargo.toml", &["granary-placement", "granary-wire", "granary-meta"]),
-        ("gateway/Cargo.toml", &["granary-placement", "granary-wire"]),
+        ("gateway/meta/Cargo.toml", &["granary-placement"]),
+        ("gateway/replica/Cargo.toml", &["granary-placement", "granary-wire", "granary-meta"]),
+        ("disk-node/Cargo.toml", &["granary-placement", "granary-wire", "granary-replica"]),
+        ("gateway/Cargo.toml", &["granary-placement", "granary-wire", "granary-meta"]),
     ];
     for (manifest, allowed) in table {
         let ours: BTreeSet<String> =
@@ -78,18 +79,24 @@ fn the_layer_table_holds() {
 }
 
 #[test]
-fn placement_does_no_io_and_knows_no_clock() {
-    let foreign = dependencies("placement/Cargo.toml");
-    let allowed: BTreeSet<String> = ["reed-solomon-novelpoly", "serde", "thiserror"].map(str::to_owned).into();
-    assert!(foreign.is_subset(&allowed), "placement depends on {foreign:?}");
-    for library in ["std::fs", "std::net", "std::time::Instant", "std::time::SystemTime", "std::thread", "tokio"] {
-        assert_eq!(naming("placement/src", library), BTreeSet::new(), "{library} in placement");
+fn the_pure_crates_do_no_io_and_know_no_clock() {
+    let pure: [(&str, &[&str]); 2] = [
+        ("placement", &["reed-solomon-novelpoly", "serde", "thiserror"]),
+        ("gateway/meta", &["granary-placement", "bytes", "crc32fast", "postcard", "serde", "thiserror"]),
+    ];
+    for (folder, allowed) in pure {
+        let foreign = dependencies(&format!("{folder}/Cargo.toml"));
+        let allowed: BTreeSet<String> = allowed.iter().map(|name| (*name).to_owned()).collect();
+        assert!(foreign.is_subset(&allowed), "{folder} depends on {foreign:?}");
+        for library in ["std::fs", "std::net", "std::time::Instant", "std::time::SystemTime", "std::thread", "tokio"] {
+            assert_eq!(naming(&format!("{folder}/src"), library), BTreeSet::new(), "{library} in {folder}");
+        }
     }
 }
 
 #[test]
-fn the_disk_node_knows_the_metadata_crate_in_one_file() {
-    let files = naming("disk-node/src", "granary_meta");
+fn the_disk_node_knows_the_replica_crate_in_one_file() {
+    let files = naming("disk-node/src", "granary_replica");
     assert_eq!(files, ["disk-node/src/roles.rs".to_owned()].into());
 }
 
@@ -102,13 +109,16 @@ fn each_foreign_library_has_one_door() {
         naming("disk-node/src", "rocksdb")
     );
     assert_eq!(
-        naming("gateway/meta/src", "rocksdb").len(),
+        naming("gateway/replica/src", "rocksdb").len(),
         1,
-        "RocksDB in the metadata crate: {:?}",
-        naming("gateway/meta/src", "rocksdb")
+        "RocksDB in the replica crate: {:?}",
+        naming("gateway/replica/src", "rocksdb")
     );
-    for file in naming("gateway/meta/src", "openraft") {
-        assert!(file == "gateway/meta/src/log.rs" || file.starts_with("gateway/meta/src/raft/"), "openraft in {file}");
+    for file in naming("gateway/replica/src", "openraft") {
+        assert!(
+            file == "gateway/replica/src/log.rs" || file.starts_with("gateway/replica/src/raft/"),
+            "openraft in {file}"
+        );
     }
     for file in naming("gateway/src", "s3s") {
         assert!(file.starts_with("gateway/src/s3/"), "s3s in {file}");
@@ -116,6 +126,7 @@ fn each_foreign_library_has_one_door() {
     for (folder, library) in [
         ("gateway/src", "rocksdb"),
         ("gateway/src", "openraft"),
+        ("gateway/src", "granary_replica"),
         ("disk-node/src", "openraft"),
         ("disk-node/src", "s3s"),
         ("disk-node/wire/src", "openraft"),
@@ -165,6 +176,7 @@ fn no_source_file_is_longer_than_one_sitting() {
         "disk-node/wire/src",
         "disk-node/src",
         "gateway/meta/src",
+        "gateway/replica/src",
         "gateway/src",
         "bench/src",
         "tests/src",

@@ -1,7 +1,6 @@
 //! Everything said over the one multiplexed control connection of a peer: chunk housekeeping, metadata, Raft, status.
 
 use crate::chunk::{ChunkHealth, ChunkId, ChunkInfo};
-use crate::meta::{Answer, MetaRequest, Query, Reply, ShardStatus};
 use bytes::Bytes;
 use granary_placement::id::{DiskId, DiskUuid, Epoch, ShardId};
 use granary_placement::map::ClusterMap;
@@ -25,21 +24,14 @@ pub enum ControlRequest {
         /// At most this many, 1 to 1,000.
         limit: u32,
     },
-    /// A command for a shard whose leader is here. Answers Meta.
-    Meta {
+    /// A request to a shard whose leader is here. Answers Shard.
+    Shard {
         /// The shard.
         shard: ShardId,
-        /// The command.
-        request: Box<MetaRequest>,
+        /// A `ShardRequest` of granary-meta, unread here.
+        request: Bytes,
     },
-    /// A query for a shard whose leader is here. Answers Query.
-    Query {
-        /// The shard.
-        shard: ShardId,
-        /// The query.
-        query: Box<Query>,
-    },
-    /// A Raft message between replicas; the body is the metadata crate's own. Answers Raft.
+    /// A Raft message between replicas; the body is granary-replica's own. Answers Raft.
     Raft {
         /// The shard.
         shard: ShardId,
@@ -83,10 +75,8 @@ pub enum ControlResponse {
         /// There is more.
         more: bool,
     },
-    /// The command was applied; this is its reply.
-    Meta(Reply),
-    /// What the query found.
-    Query(Answer),
+    /// A `ShardResponse` of granary-meta, unread here.
+    Shard(Bytes),
     /// The Raft answer.
     Raft(Bytes),
     /// The map, if there is one.
@@ -141,4 +131,23 @@ pub struct NodeStatus {
     pub chunks: u64,
     /// Payload of them, in bytes.
     pub chunk_bytes: u64,
+}
+
+/// How a shard's replica on one disk stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardStatus {
+    /// Which shard.
+    pub shard: ShardId,
+    /// `leader`, `follower`, `candidate`, `learner` or `stopped`.
+    pub state: String,
+    /// Current term.
+    pub term: u64,
+    /// Who leads, as far as this replica knows.
+    pub leader: Option<DiskId>,
+    /// Last log index on this disk.
+    pub last_log_index: u64,
+    /// Last applied index.
+    pub applied_index: u64,
+    /// Voters by the membership in force.
+    pub voters: Vec<DiskId>,
 }

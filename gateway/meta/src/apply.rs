@@ -6,10 +6,10 @@
 use crate::codec::{decode, encode, Counters, Fence, KeptReply};
 use crate::keys::{kind, Keys};
 use crate::kv::{Kv, Overlay, StateError};
+use crate::record::{BucketId, Usage};
 use crate::{buckets, objects, queues, uploads};
+use crate::{Command, MetaRequest, Reply};
 use granary_placement::id::ShardId;
-use granary_wire::meta::{Command, MetaRequest, Reply};
-use granary_wire::record::{BucketId, Usage};
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 

@@ -4,14 +4,14 @@ use crate::apply::Tx;
 use crate::codec::Fence;
 use crate::keys::kind;
 use crate::kv::{Kv, StateError};
+use crate::record::{AccountId, BucketId, BucketRecord};
+use crate::Reply;
 use granary_placement::map::ClusterMap;
-use granary_wire::meta::Reply;
-use granary_wire::record::{AccountId, BucketId, BucketRecord};
 
 /// Longest bucket name, in bytes; S3's limit.
 const MAX_BUCKET_NAME_BYTES: usize = 63;
 
-/// See [`granary_wire::meta::Command::FenceBucket`]. The fence of a bucket that is removed stays for ever: ids are never used again.
+/// See [`crate::Command::FenceBucket`]. The fence of a bucket that is removed stays for ever: ids are never used again.
 pub fn fence<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, bucket: BucketId, attempt: u64) -> Result<Reply, StateError> {
     let key = tx.keys.fence(bucket);
     match tx.load::<Fence>(&key)? {
@@ -35,7 +35,7 @@ fn is_empty<K: Kv + ?Sized>(tx: &Tx<'_, '_, K>, bucket: BucketId) -> Result<bool
     Ok(true)
 }
 
-/// See [`granary_wire::meta::Command::UnfenceBucket`]. The attempt stays on record.
+/// See [`crate::Command::UnfenceBucket`]. The attempt stays on record.
 pub fn unfence<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, bucket: BucketId, attempt: u64) -> Result<Reply, StateError> {
     let key = tx.keys.fence(bucket);
     if let Some(there) = tx.load::<Fence>(&key)?.filter(|there| there.attempt > attempt) {
@@ -45,7 +45,7 @@ pub fn unfence<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, bucket: BucketId, attempt
     Ok(Reply::Done)
 }
 
-/// See [`granary_wire::meta::Command::CreateBucket`].
+/// See [`crate::Command::CreateBucket`].
 pub fn create<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, name: &str, owner: AccountId) -> Result<Reply, StateError> {
     if name.is_empty() || name.len() > MAX_BUCKET_NAME_BYTES || name.as_bytes().contains(&0) {
         return Ok(Reply::Refused("not a bucket name".to_owned()));
@@ -69,7 +69,7 @@ pub fn create<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, name: &str, owner: Account
     Ok(Reply::Bucket(bucket))
 }
 
-/// See [`granary_wire::meta::Command::BeginDeleteBucket`].
+/// See [`crate::Command::BeginDeleteBucket`].
 pub fn begin_delete<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, name: &str, id: BucketId) -> Result<Reply, StateError> {
     let key = tx.keys.bucket(name);
     match tx.load::<BucketRecord>(&key)? {
@@ -82,7 +82,7 @@ pub fn begin_delete<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, name: &str, id: Buck
     }
 }
 
-/// See [`granary_wire::meta::Command::EndDeleteBucket`]. The attempt is what makes a removal safe: as long as no later one was handed
+/// See [`crate::Command::EndDeleteBucket`]. The attempt is what makes a removal safe: as long as no later one was handed
 /// out here, nobody took a fence of this one down.
 pub fn end_delete<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
@@ -108,7 +108,7 @@ pub fn end_delete<K: Kv + ?Sized>(
     }
 }
 
-/// See [`granary_wire::meta::Command::SetMap`].
+/// See [`crate::Command::SetMap`].
 pub fn set_map<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, map: &ClusterMap) -> Result<Reply, StateError> {
     let key = tx.keys.single(kind::MAP);
     if let Some(there) = tx.load::<ClusterMap>(&key)? {

@@ -1,8 +1,8 @@
 //! Values of the state database: a version byte, then postcard (docs/formats/metadata.md).
 
 use crate::kv::StateError;
-use granary_wire::meta::{ObjectSummary, Reply};
-use granary_wire::record::{AccountId, Checksum, ObjectMeta, VersionSeq};
+use crate::record::{AccountId, Checksum, ObjectMeta, VersionSeq};
+use crate::{ObjectSummary, Reply};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 

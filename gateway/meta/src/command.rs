@@ -1,107 +1,270 @@
-//! What a command must look like before the state is asked at all. Pure: the same answer on every replica, for ever.
+//! Commands that change a metadata shard, and their replies.
 //!
-//! A rule here is part of the replicated history: changing one makes replicas of two builds disagree. A new rule needs a new command.
+//! A shard is a deterministic state machine: time, ids and randomness arrive inside the command. A command that was applied under
+//! a request id is not applied again: its first reply is given back.
 
-use granary_placement::id::ExtentId;
-use granary_wire::meta::ChunkRef;
-use granary_wire::record::{ExtentRef, ObjectData};
-use std::collections::BTreeSet;
+use crate::record::{AccountId, BucketId, BucketRecord, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq};
+use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
+use granary_placement::map::ClusterMap;
+use serde::{Deserialize, Serialize};
 
-/// Longest key, in bytes; S3's limit.
-pub const MAX_KEY_BYTES: usize = 1024;
-/// Longest payload in a record, in bytes. The gateway's own limit is lower.
-pub const MAX_INLINE_BYTES: usize = 256 * 1024;
-/// Most parts of an upload.
-pub const MAX_PART_NUMBER: u16 = 10_000;
-
-/// A key that can be stored: not empty, not too long, without NUL (which separates the parts of database keys).
-///
-/// # Errors
-/// What is wrong with it.
-pub fn check_key(key: &str) -> Result<(), String> {
-    if key.is_empty() || key.len() > MAX_KEY_BYTES {
-        return Err(format!("key of {} bytes", key.len()));
-    }
-    if key.as_bytes().contains(&0) {
-        return Err("key with a NUL byte".to_owned());
-    }
-    Ok(())
+/// A command and what makes it safe to send twice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MetaRequest {
+    /// Random, made once per client operation and kept over its retries.
+    pub request_id: [u8; 16],
+    /// The gateway's clock, Unix milliseconds.
+    pub now_ms: u64,
+    /// What to do.
+    pub command: Command,
 }
 
-fn check_extent(extent: &ExtentRef) -> Result<(), String> {
-    let width = usize::from(extent.k) + usize::from(extent.m);
-    let id = extent.extent;
-    if extent.k == 0 || extent.m == 0 {
-        return Err(format!("extent {id}: {}+{} survives nothing", extent.k, extent.m));
-    }
-    if extent.slots.len() != width {
-        return Err(format!("extent {id}: {} slots for {width} chunks", extent.slots.len()));
-    }
-    if extent.slots.iter().collect::<BTreeSet<_>>().len() != width {
-        return Err(format!("extent {id}: two chunks in one slot"));
-    }
-    if extent.len_bytes == 0 || extent.unit_bytes == 0 {
-        return Err(format!("extent {id}: empty"));
-    }
-    Ok(())
+/// If-Match and If-None-Match of a write.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Conditions {
+    /// The current object must have this ETag (without quotes), or just exist when `*`. A missing one is `NoSuchKey`.
+    pub if_match: Option<String>,
+    /// No current object may exist. (`If-None-Match: *`; other values are refused by the gateway.)
+    pub if_none_match_any: bool,
 }
 
-/// A payload that agrees with its size and its checksum, whose every extent has at least K+1 chunks: data that was acknowledged
-/// must survive one more failure.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn check_data(data: &ObjectData, size_bytes: u64, missing: &[ChunkRef]) -> Result<(), String> {
-    let mut ids: BTreeSet<ExtentId> = BTreeSet::new();
-    match data {
-        ObjectData::Inline { bytes, crc32 } => {
-            if bytes.len() as u64 != size_bytes || bytes.len() > MAX_INLINE_BYTES {
-                return Err(format!("{} inline bytes for a size of {size_bytes}", bytes.len()));
-            }
-            if crc32fast::hash(bytes) != *crc32 {
-                return Err("inline bytes do not agree with their checksum".to_owned());
-            }
-        }
-        ObjectData::Extents(extents) => {
-            let mut sum = 0u64;
-            for extent in extents {
-                check_extent(extent)?;
-                if !ids.insert(extent.extent) {
-                    return Err(format!("extent {} named twice", extent.extent));
-                }
-                sum = sum.saturating_add(extent.len_bytes);
-            }
-            if sum != size_bytes {
-                return Err(format!("extents of {sum} bytes for a size of {size_bytes}"));
-            }
-        }
-    }
-    check_missing(data.extents(), missing)
+/// The bucket's versioning at the time of a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VersionMode {
+    /// The write replaces the null version.
+    Off,
+    /// The write adds a version.
+    On,
 }
 
-fn check_missing(extents: &[ExtentRef], missing: &[ChunkRef]) -> Result<(), String> {
-    let distinct: BTreeSet<ChunkRef> = missing.iter().copied().collect();
-    let mut named = 0;
-    for extent in extents {
-        let of_extent = distinct.iter().filter(|chunk| chunk.extent == extent.extent && chunk.group == extent.group);
-        let mut lost = 0usize;
-        for chunk in of_extent {
-            if usize::from(chunk.index) >= extent.slots.len() {
-                return Err(format!("extent {} has no chunk {}", extent.extent, chunk.index));
-            }
-            lost += 1;
-        }
-        if lost >= usize::from(extent.m) {
-            return Err(format!(
-                "extent {}: {lost} of {} chunks missing leaves no spare",
-                extent.extent,
-                extent.slots.len()
-            ));
-        }
-        named += lost;
-    }
-    if named != distinct.len() {
-        return Err("a missing chunk of another extent".to_owned());
-    }
-    Ok(())
+/// One chunk of an extent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ChunkRef {
+    /// The extent's group.
+    pub group: PlacementGroupId,
+    /// The extent.
+    pub extent: ExtentId,
+    /// The chunk's index.
+    pub index: u8,
+}
+
+/// Which version a request names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VersionPick {
+    /// The newest.
+    Current,
+    /// The version `null`.
+    Null,
+    /// That one.
+    Seq(VersionSeq),
+}
+
+/// A change of a shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// Stores an object. Replies [`Reply::Put`].
+    PutObject {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The record; its version is set when applied.
+        record: ObjectRecord,
+        /// Chunks that did not reach their disk: enter the repair queue in the same commit.
+        missing: Vec<ChunkRef>,
+        /// Conditions, decided when applied.
+        conditions: Conditions,
+        /// Versioning.
+        mode: VersionMode,
+    },
+    /// Deletes an object, a version, or adds a delete marker. Replies [`Reply::Deleted`], also when nothing was there.
+    DeleteObject {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// Which version.
+        version: VersionPick,
+        /// Conditions (If-Match only).
+        conditions: Conditions,
+        /// Versioning.
+        mode: VersionMode,
+    },
+    /// Begins a multipart upload. Replies [`Reply::Done`].
+    CreateUpload {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// Its id.
+        upload: UploadId,
+        /// What it will become.
+        record: UploadRecord,
+    },
+    /// Stores a part; the last one of a number wins. Replies [`Reply::Done`] or NoSuchUpload.
+    PutPart {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The upload.
+        upload: UploadId,
+        /// The part.
+        part: PartRecord,
+        /// Chunks that did not reach their disk.
+        missing: Vec<ChunkRef>,
+    },
+    /// Turns parts into an object. The gateway has read the parts and made the record, without data; the shard takes the data of the
+    /// parts named, if they are still the ones the gateway saw (same number and ETag), frees the parts not named, and answers as PutObject does.
+    /// Repeated after success with the same parts, it gives the same answer again.
+    CompleteUpload {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The upload.
+        upload: UploadId,
+        /// (number, ETag) in ascending order.
+        parts: Vec<(u16, String)>,
+        /// The record; `data` is ignored.
+        record: ObjectRecord,
+        /// Conditions, decided when applied.
+        conditions: Conditions,
+        /// Versioning.
+        mode: VersionMode,
+    },
+    /// Gives a multipart upload up. Replies [`Reply::Done`] or NoSuchUpload.
+    AbortUpload {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The upload.
+        upload: UploadId,
+    },
+    /// Stops all writes to a bucket in this shard, if it is empty here; a fence of an earlier attempt becomes this attempt's.
+    /// Replies [`Reply::Fenced`], or StaleAttempt when the shard saw a later attempt, or the end of this one.
+    FenceBucket {
+        /// Bucket.
+        bucket: BucketId,
+        /// The attempt that BeginDeleteBucket gave.
+        attempt: u64,
+    },
+    /// Takes a fence of this attempt or an earlier one back: the bucket was not empty somewhere else. Fences of these attempts are
+    /// refused from then on. Replies [`Reply::Done`], or StaleAttempt when the shard saw a later attempt.
+    UnfenceBucket {
+        /// Bucket.
+        bucket: BucketId,
+        /// The attempt that BeginDeleteBucket gave.
+        attempt: u64,
+    },
+    /// Queues chunks for repair that a reader found missing or corrupt. Those of extents the shard does not own any more are
+    /// ignored; so is an index the extent does not have. Replies [`Reply::Done`].
+    ReportMissing {
+        /// The chunks.
+        chunks: Vec<ChunkRef>,
+    },
+    /// Takes chunks off the repair queue: they were rebuilt and verified. Replies [`Reply::Done`].
+    RepairDone {
+        /// The chunks.
+        chunks: Vec<ChunkRef>,
+    },
+    /// Takes extents off the garbage queue: all their chunks are deleted. Replies [`Reply::Done`].
+    GarbageDone {
+        /// (time queued, extent) as listed.
+        extents: Vec<(u64, ExtentId)>,
+    },
+    /// Root shard: makes a bucket. Replies [`Reply::Bucket`], or BucketExists with the one that is there.
+    CreateBucket {
+        /// Name.
+        name: String,
+        /// Owner.
+        owner: AccountId,
+    },
+    /// Root shard: marks a bucket as being deleted, and hands out the next attempt (`delete_attempt` of the reply). A deletion that
+    /// is under way is taken over: it can neither remove the bucket nor take the mark back any more. Replies [`Reply::Bucket`] or
+    /// NoSuchBucket.
+    BeginDeleteBucket {
+        /// Name.
+        name: String,
+        /// The bucket the caller means.
+        bucket: BucketId,
+    },
+    /// Root shard: removes a bucket that is marked, and fenced everywhere by this attempt, or takes the mark back. Replies
+    /// [`Reply::Done`], NoSuchBucket, or StaleAttempt when another attempt was handed out since.
+    EndDeleteBucket {
+        /// Name.
+        name: String,
+        /// The bucket the caller means.
+        bucket: BucketId,
+        /// The attempt that BeginDeleteBucket gave.
+        attempt: u64,
+        /// True: remove it. False: it was not empty, take the mark back.
+        remove: bool,
+    },
+    /// Root shard: installs a map whose epoch is one above the present one (any epoch when there is none). Replies
+    /// [`Reply::Done`] or EpochConflict.
+    SetMap {
+        /// The map, valid.
+        map: Box<ClusterMap>,
+    },
+    /// Does nothing; measures a round through the log.
+    Noop,
+}
+
+/// What a command came to. Refusals are replies, not errors: they are part of the replicated history.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// Stored.
+    Put {
+        /// Version given.
+        version: VersionSeq,
+        /// ETag stored.
+        etag: String,
+    },
+    /// Deleted, or nothing was there.
+    Deleted {
+        /// A version or object was removed, or a marker added.
+        existed: bool,
+        /// The delete marker's version, when one was added.
+        marker: Option<VersionSeq>,
+    },
+    /// The bucket as it is now.
+    Bucket(BucketRecord),
+    /// FenceBucket: is the bucket empty in this shard (no versions, no uploads)? When false the fence was not set.
+    Fenced {
+        /// Nothing there.
+        empty: bool,
+    },
+    /// A bucket of that name exists.
+    BucketExists(BucketRecord),
+    /// No such bucket.
+    NoSuchBucket,
+    /// The bucket is fenced: it is being or was deleted. Look its name up again.
+    BucketFenced,
+    /// No such object (If-Match on nothing).
+    NoSuchKey,
+    /// A condition is false.
+    PreconditionFailed,
+    /// No such upload.
+    NoSuchUpload,
+    /// A part named at Complete is not there or has another ETag.
+    InvalidPart {
+        /// Its number.
+        number: u16,
+    },
+    /// Another map was installed first.
+    EpochConflict {
+        /// The epoch in force.
+        current: Epoch,
+    },
+    /// The command does not belong to this shard, or is malformed.
+    Refused(String),
+    /// The attempt to delete a bucket is over: a later one has begun, or this one was ended. Nothing was done.
+    StaleAttempt {
+        /// The highest attempt known here.
+        current: u64,
+    },
 }

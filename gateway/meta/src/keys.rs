@@ -5,9 +5,9 @@
 //! ```
 //! Object keys contain no NUL byte, so `key | 0x00 | suffix` keeps the byte order of whole keys, and everything of one key is one range.
 
+use crate::record::{BucketId, UploadId, VersionSeq};
+use crate::ChunkRef;
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
-use granary_wire::meta::ChunkRef;
-use granary_wire::record::{BucketId, UploadId, VersionSeq};
 
 /// Kinds of entries. The byte stands behind the shard in every key; never reuse one.
 pub mod kind {

@@ -6,8 +6,8 @@
 use crate::codec::ObjectHead;
 use crate::keys::{after_prefix, kind, Keys};
 use crate::kv::{Kv, StateError};
-use granary_wire::meta::{Answer, ListFrom, ListItem};
-use granary_wire::record::BucketId;
+use crate::record::BucketId;
+use crate::{Answer, ListFrom, ListItem};
 
 /// What to list.
 pub struct Listing<'a> {

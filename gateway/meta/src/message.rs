@@ -1,16 +1,15 @@
-//! What replicas say to each other and keep in their logs, in our own types: neither bytes on the wire nor bytes on disk depend on the
-//! Raft library. docs/formats/metadata.md draws both.
+//! The bytes of requests and answers of a shard: what a gateway sends to the disk that leads it, and what its log keeps. The wire carries
+//! them unread. docs/formats/metadata.md draws both.
 
+use crate::command::{MetaRequest, Reply};
+use crate::query::{Answer, Query};
 use bytes::Bytes;
-use granary_wire::meta::MetaRequest;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// Version of messages between replicas. Version 1: the first.
-pub const MESSAGE_VERSION: u8 = 1;
-/// Version of log entries. Version 1: the first.
-pub const ENTRY_VERSION: u8 = 1;
-/// Version of batches of requests inside an entry. Version 1: the first.
+/// Version of requests to a shard and their answers. Version 1: the first.
+pub const SHARD_VERSION: u8 = 1;
+/// Version of batches of requests inside a log entry. Version 1: the first.
 pub const BATCH_VERSION: u8 = 1;
 
 /// Bytes that are not what they should be.
@@ -23,165 +22,75 @@ pub struct BadBytes {
     pub why: String,
 }
 
-/// A leader's or candidate's claim.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WireVote {
-    /// Term.
-    pub term: u64,
-    /// Whose.
-    pub node: u64,
-    /// Granted by a majority: that node is leader.
-    pub committed: bool,
-}
-
-/// A place in the log and the leadership it was written under.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WireLogId {
-    /// Term of the leader.
-    pub term: u64,
-    /// The leader.
-    pub node: u64,
-    /// Index.
-    pub index: u64,
-}
-
-/// Members of a shard: one set of voters, or two while it changes.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct WireMembership {
-    /// Sets of voters.
-    pub configs: Vec<Vec<u64>>,
-    /// Voters and learners.
-    pub nodes: Vec<u64>,
-}
-
-/// What an entry does.
+/// What is asked of a shard's leader.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum WirePayload {
-    /// Nothing; a new leader begins with one.
-    Blank,
-    /// Requests, as [`encode_batch`] wrote them.
-    Batch(Bytes),
-    /// A change of members.
-    Membership(WireMembership),
+pub enum ShardRequest {
+    /// A change. Answers [`ShardResponse::Reply`].
+    Command(MetaRequest),
+    /// A linearizable read. Answers [`ShardResponse::Answer`].
+    Query(Query),
 }
 
-/// A log entry.
+/// What a shard's leader answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WireEntry {
-    /// Its place.
-    pub id: WireLogId,
-    /// What it does.
-    pub payload: WirePayload,
+pub enum ShardResponse {
+    /// The command was applied; this is its reply.
+    Reply(Reply),
+    /// What the query found.
+    Answer(Answer),
 }
 
-/// How far a shard's state was applied.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct AppliedState {
-    /// Last entry applied.
-    pub last: Option<WireLogId>,
-    /// Entry of the membership in force.
-    pub membership_at: Option<WireLogId>,
-    /// The membership in force.
-    pub membership: WireMembership,
+impl ShardRequest {
+    /// The request's bytes: version, postcard.
+    ///
+    /// # Errors
+    /// [`BadBytes`] when it cannot be encoded, which no request of ours does.
+    pub fn encode(&self) -> Result<Bytes, BadBytes> {
+        encode_versioned("shard request", SHARD_VERSION, self)
+    }
+
+    /// The request in those bytes, all of them.
+    ///
+    /// # Errors
+    /// [`BadBytes`].
+    pub fn decode(bytes: &[u8]) -> Result<ShardRequest, BadBytes> {
+        decode_versioned("shard request", SHARD_VERSION, bytes)
+    }
 }
 
-/// A message to a replica.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum PeerRequest {
-    /// AppendEntries.
-    Append {
-        /// The leader.
-        vote: WireVote,
-        /// Entry before the first.
-        previous: Option<WireLogId>,
-        /// Entries, bounded in number and bytes by the sender.
-        entries: Vec<WireEntry>,
-        /// What the leader has committed.
-        committed: Option<WireLogId>,
-    },
-    /// RequestVote, or its rehearsal.
-    Vote {
-        /// The candidate.
-        vote: WireVote,
-        /// Its last entry.
-        last: Option<WireLogId>,
-        /// It was asked to by the leader.
-        transfer: bool,
-        /// Only ask: no term changes.
-        rehearsal: bool,
-    },
-    /// The leader hands over.
-    Transfer {
-        /// The leader.
-        vote: WireVote,
-        /// To whom.
-        to: u64,
-        /// Its last entry.
-        last: Option<WireLogId>,
-    },
-    /// A piece of a snapshot file, in order.
-    SnapshotPiece {
-        /// The leader.
-        vote: WireVote,
-        /// Which transfer.
-        transfer: u64,
-        /// Where the piece begins.
-        offset: u64,
-        /// At most [`crate::snapshot::PIECE_BYTES`].
-        data: Bytes,
-        /// The file ends here: install it.
-        last: bool,
-    },
-    /// Who are the members, as you know them?
-    Members,
+impl ShardResponse {
+    /// The answer's bytes: version, postcard.
+    ///
+    /// # Errors
+    /// [`BadBytes`] when it cannot be encoded, which no answer of ours does.
+    pub fn encode(&self) -> Result<Bytes, BadBytes> {
+        encode_versioned("shard answer", SHARD_VERSION, self)
+    }
+
+    /// The answer in those bytes, all of them.
+    ///
+    /// # Errors
+    /// [`BadBytes`].
+    pub fn decode(bytes: &[u8]) -> Result<ShardResponse, BadBytes> {
+        decode_versioned("shard answer", SHARD_VERSION, bytes)
+    }
 }
 
-/// The answer of a replica.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum PeerResponse {
-    /// All entries are on disk.
-    Appended,
-    /// Entries up to this one are.
-    AppendedTo(Option<WireLogId>),
-    /// The entry before the first is not there.
-    Conflict,
-    /// There is a later leader or candidate.
-    HigherVote(WireVote),
-    /// Answer to Vote.
-    Voted {
-        /// The vote it holds now.
-        vote: WireVote,
-        /// Granted?
-        granted: bool,
-        /// Its last entry.
-        last: Option<WireLogId>,
-    },
-    /// Done.
-    Done,
-    /// Answer to the last piece: installed, or refused by a later vote.
-    Installed(WireVote),
-    /// Members as this replica knows them, and whether it leads.
-    Members {
-        /// It is the leader and a majority confirmed it just now.
-        leads: bool,
-        /// The members.
-        membership: WireMembership,
-    },
-    /// It could not be done.
-    Failed(String),
-}
-
-/// A message's bytes: version, postcard.
+/// A version byte and the postcard of a value.
 ///
 /// # Errors
-/// [`BadBytes`] when it cannot be encoded, which no message of ours does.
-pub fn encode_message<T: Serialize>(message: &T) -> Result<Bytes, BadBytes> {
-    postcard::to_extend(message, vec![MESSAGE_VERSION])
+/// [`BadBytes`] when it cannot be encoded.
+pub fn encode_versioned<T: Serialize>(what: &'static str, version: u8, value: &T) -> Result<Bytes, BadBytes> {
+    postcard::to_extend(value, vec![version])
         .map(Bytes::from)
-        .map_err(|error| BadBytes { what: "message", why: error.to_string() })
+        .map_err(|error| BadBytes { what, why: error.to_string() })
 }
 
-fn decode_versioned<T: DeserializeOwned>(what: &'static str, version: u8, bytes: &[u8]) -> Result<T, BadBytes> {
+/// The value behind a version byte, which must be `version`, and nothing behind it.
+///
+/// # Errors
+/// [`BadBytes`].
+pub fn decode_versioned<T: DeserializeOwned>(what: &'static str, version: u8, bytes: &[u8]) -> Result<T, BadBytes> {
     let bad = |why: String| BadBytes { what, why };
     match bytes.split_first() {
         Some((found, body)) if *found == version => match postcard::take_from_bytes(body) {
@@ -194,15 +103,7 @@ fn decode_versioned<T: DeserializeOwned>(what: &'static str, version: u8, bytes:
     }
 }
 
-/// The message in those bytes.
-///
-/// # Errors
-/// [`BadBytes`].
-pub fn decode_message<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, BadBytes> {
-    decode_versioned("message", MESSAGE_VERSION, bytes)
-}
-
-/// One request's bytes, as they stand in a batch.
+/// One command's bytes, as they stand in a batch.
 ///
 /// # Errors
 /// [`BadBytes`] when it cannot be encoded.
@@ -231,44 +132,4 @@ pub fn encode_batch<'a>(requests: impl ExactSizeIterator<Item = &'a [u8]>) -> By
 /// [`BadBytes`].
 pub fn decode_batch(bytes: &[u8]) -> Result<Vec<MetaRequest>, BadBytes> {
     decode_versioned("batch", BATCH_VERSION, bytes)
-}
-
-/// A log entry as it lies on disk: CRC-32 (4, BE) over group (2, BE), index (8, BE) and the rest; version; postcard. The seed makes an
-/// entry that lies in the wrong place fail as a flipped bit does.
-///
-/// # Errors
-/// [`BadBytes`] when it cannot be encoded.
-pub fn encode_entry(group: u16, entry: &WireEntry) -> Result<Vec<u8>, BadBytes> {
-    let mut bytes = postcard::to_extend(entry, vec![0, 0, 0, 0, ENTRY_VERSION])
-        .map_err(|error| BadBytes { what: "log entry", why: error.to_string() })?;
-    let crc = entry_crc(group, entry.id.index, bytes.get(4..).unwrap_or_default());
-    for (place, byte) in bytes.iter_mut().zip(crc.to_be_bytes()) {
-        *place = byte;
-    }
-    Ok(bytes)
-}
-
-fn entry_crc(group: u16, index: u64, rest: &[u8]) -> u32 {
-    let mut crc = crc32fast::Hasher::new();
-    crc.update(&group.to_be_bytes());
-    crc.update(&index.to_be_bytes());
-    crc.update(rest);
-    crc.finalize()
-}
-
-/// The entry at `index` of `group` in those bytes.
-///
-/// # Errors
-/// [`BadBytes`]: flipped, cut, misplaced, or of another version.
-pub fn decode_entry(group: u16, index: u64, bytes: &[u8]) -> Result<WireEntry, BadBytes> {
-    let bad = |why: &str| BadBytes { what: "log entry", why: format!("group {group} index {index}: {why}") };
-    let (crc, rest) = bytes.split_first_chunk::<4>().ok_or_else(|| bad("cut short"))?;
-    if u32::from_be_bytes(*crc) != entry_crc(group, index, rest) {
-        return Err(bad("checksum mismatch"));
-    }
-    let entry: WireEntry = decode_versioned("log entry", ENTRY_VERSION, rest)?;
-    if entry.id.index != index {
-        return Err(bad("names another index"));
-    }
-    Ok(entry)
 }

@@ -9,12 +9,12 @@
 //!   the bucket has nothing in 'V', and writes need not look there.
 
 use crate::apply::Tx;
+use crate::check::{check_data, check_key};
 use crate::codec::{decode, ObjectHead};
-use crate::command::{check_data, check_key};
 use crate::kv::{Kv, StateError};
 use crate::queues;
-use granary_wire::meta::{ChunkRef, Conditions, Reply, VersionMode, VersionPick};
-use granary_wire::record::{AccountId, BucketId, ObjectData, ObjectMeta, ObjectRecord, Usage, VersionSeq};
+use crate::record::{AccountId, BucketId, ObjectData, ObjectMeta, ObjectRecord, Usage, VersionSeq};
+use crate::{ChunkRef, Conditions, Reply, VersionMode, VersionPick};
 
 /// How many versions one step of a scan takes.
 const SCAN_STEP: usize = 128;
@@ -41,7 +41,7 @@ pub fn current<K: Kv + ?Sized>(
     tx.load(&tx.keys.object(bucket, key))
 }
 
-/// See [`granary_wire::meta::Command::PutObject`].
+/// See [`crate::Command::PutObject`].
 pub fn put<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     bucket: BucketId,
@@ -178,7 +178,7 @@ fn newest_version<K: Kv + ?Sized>(
     }
 }
 
-/// See [`granary_wire::meta::Command::DeleteObject`].
+/// See [`crate::Command::DeleteObject`].
 pub fn delete<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     bucket: BucketId,

@@ -1,284 +1,251 @@
-//! Reads of a shard. Pure: a view of the state and a query in, an answer out. Work is bounded by the query's limit.
+//! Queries that read a metadata shard, and their answers. A query is answered from a state that holds every command acknowledged before it.
 
-use crate::codec::{decode, CompletedUpload, Fence};
-use crate::keys::{kind, split_garbage_key, split_missing_key, split_upload_key, KeyRange, Keys};
-use crate::kv::{Kv, StateError};
-use crate::list;
-use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
-use granary_placement::map::ClusterMap;
-use granary_wire::meta::{Answer, ChunkRef, Query, VersionPick};
-use granary_wire::record::{
-    BucketId, BucketRecord, ExtentRecord, ExtentRef, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord,
-    Usage,
+use crate::command::{ChunkRef, VersionPick};
+use crate::record::{
+    AccountId, BucketId, BucketRecord, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, ObjectRecord,
+    PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
 };
-use serde::de::DeserializeOwned;
+use granary_placement::id::{ExtentId, PlacementGroupId};
+use granary_placement::map::ClusterMap;
+use serde::{Deserialize, Serialize};
 
-/// Most items of a page of keys or uploads.
-const MAX_KEYS: u32 = 1_001;
-/// Most items of other pages.
-const MAX_ITEMS: u32 = 1_000;
-/// Most parts of a page.
-const MAX_PARTS: u32 = 10_000;
-
-fn load<T: DeserializeOwned, K: Kv + ?Sized>(kv: &K, key: &[u8]) -> Result<Option<T>, StateError> {
-    kv.get(key)?.map(|bytes| decode(&bytes)).transpose()
+/// Where a listing goes on from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ListFrom {
+    /// The first key of the prefix.
+    Start,
+    /// After this key (or, with a delimiter, after this common prefix and everything under it).
+    After(String),
 }
 
-/// Gives entries of a range to `take` until it has `limit` of them; true when there is one more. `take` answers whether it took it.
-fn page<K: Kv + ?Sized>(
-    kv: &K,
-    range: &KeyRange,
-    limit: usize,
-    mut take: impl FnMut(&[u8], &[u8]) -> Result<bool, StateError>,
-) -> Result<bool, StateError> {
-    let mut cursor = kv.cursor(&range.to);
-    cursor.seek(&range.from)?;
-    let mut taken = 0;
-    while let Some((key, value)) = cursor.entry() {
-        if taken == limit {
-            return Ok(true);
+/// A read of a shard; linearizable.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Query {
+    /// One object record. Answers Object, NoSuchKey or BucketFenced.
+    GetObject {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// Which version.
+        version: VersionPick,
+    },
+    /// Current objects in byte order of their keys. Answers Listing or BucketFenced.
+    ListObjects {
+        /// Bucket.
+        bucket: BucketId,
+        /// Only keys with this prefix; may be empty.
+        prefix: String,
+        /// Keys that contain it after the prefix are folded into a common prefix; may be empty.
+        delimiter: String,
+        /// Where to go on.
+        from: ListFrom,
+        /// At most this many items, 1 to 1,001.
+        limit: u32,
+    },
+    /// Uploads in byte order of key, then upload id. Answers Uploads or BucketFenced.
+    ListUploads {
+        /// Bucket.
+        bucket: BucketId,
+        /// Only keys with this prefix.
+        prefix: String,
+        /// After this key and upload; None for the first. An upload id of None: after all uploads of the key.
+        after: Option<(String, Option<UploadId>)>,
+        /// At most this many, 1 to 1,001.
+        limit: u32,
+    },
+    /// An upload and its parts in order. Answers Parts or NoSuchUpload. A completed upload answers NoSuchUpload.
+    ListParts {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The upload.
+        upload: UploadId,
+        /// After this number.
+        after: u16,
+        /// At most this many, 1 to 10,000.
+        limit: u32,
+    },
+    /// Was this upload completed, and how? Answers Completed or NoSuchUpload. For a repeated Complete.
+    CompletedUpload {
+        /// Bucket.
+        bucket: BucketId,
+        /// Key.
+        key: String,
+        /// The upload.
+        upload: UploadId,
+    },
+    /// Extents of one group, in order of their ids. Answers Extents. For repair and census.
+    ExtentsOfGroup {
+        /// Which group; None for all groups in order.
+        group: Option<PlacementGroupId>,
+        /// After this one.
+        after: Option<(PlacementGroupId, ExtentId)>,
+        /// At most this many, 1 to 1,000.
+        limit: u32,
+    },
+    /// Which of these extents does the shard own? Answers Alive, in the same order. What garbage collection asks.
+    ExtentsAlive {
+        /// At most 1,000.
+        extents: Vec<(PlacementGroupId, ExtentId)>,
+    },
+    /// The repair queue, in order. Answers Missing.
+    ListMissing {
+        /// After this chunk.
+        after: Option<ChunkRef>,
+        /// At most this many, 1 to 1,000.
+        limit: u32,
+    },
+    /// The garbage queue, oldest first. Answers Garbage.
+    ListGarbage {
+        /// Only what was queued at or before this time, Unix milliseconds.
+        until_ms: u64,
+        /// At most this many, 1 to 1,000.
+        limit: u32,
+    },
+    /// Usage of a bucket in this shard. Answers Usage.
+    BucketUsage {
+        /// Bucket.
+        bucket: BucketId,
+    },
+    /// Root shard: a bucket by name. Answers Bucket or NoSuchBucket.
+    GetBucket {
+        /// Name.
+        name: String,
+    },
+    /// Root shard: buckets in order of name. Answers Buckets.
+    ListBuckets {
+        /// After this name; empty for the first.
+        after: String,
+        /// At most this many, 1 to 1,000.
+        limit: u32,
+    },
+    /// Root shard: the cluster map. Answers Map or NoMap.
+    GetMap,
+}
+
+/// One item of a listing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ListItem {
+    /// An object.
+    Object(ObjectSummary),
+    /// Keys folded by the delimiter, with the delimiter at its end.
+    Prefix(String),
+}
+
+impl ListItem {
+    /// What it sorts by.
+    pub fn sort_key(&self) -> &str {
+        match self {
+            ListItem::Object(object) => &object.key,
+            ListItem::Prefix(prefix) => prefix,
         }
-        if take(key, value)? {
-            taken += 1;
-        }
-        cursor.next()?;
-    }
-    Ok(false)
-}
-
-fn just_after(mut key: Vec<u8>) -> Vec<u8> {
-    key.push(0);
-    key
-}
-
-/// Answers a query from one consistent view of the shard.
-///
-/// # Errors
-/// [`StateError`] when the state cannot be read.
-pub fn query<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<Answer, StateError> {
-    let keys = Keys::new(shard);
-    let wants_root = matches!(query, Query::GetBucket { .. } | Query::ListBuckets { .. } | Query::GetMap);
-    if wants_root != (shard == ShardId::ROOT) {
-        return Ok(Answer::Refused(format!("not a query of shard {shard}")));
-    }
-    match query {
-        Query::GetObject { bucket, key, version } => get_object(kv, &keys, *bucket, key, *version),
-        Query::ListObjects { bucket, prefix, delimiter, from, limit } => {
-            if is_fenced(kv, &keys, *bucket)? {
-                return Ok(Answer::BucketFenced);
-            }
-            let limit = (*limit).clamp(1, MAX_KEYS) as usize;
-            list::list_objects(kv, &keys, *bucket, &list::Listing { prefix, delimiter, from, limit })
-        }
-        Query::ListUploads { bucket, prefix, after, limit } => {
-            list_uploads(kv, &keys, *bucket, prefix, after.as_ref(), *limit)
-        }
-        Query::ListParts { bucket, key, upload, after, limit } => {
-            list_parts(kv, &keys, *bucket, key, *upload, *after, *limit)
-        }
-        Query::CompletedUpload { bucket, key, upload } => {
-            Ok(match load::<CompletedUpload, K>(kv, &keys.completed(*bucket, key, *upload))? {
-                Some(done) => Answer::Completed { version: done.version, etag: done.etag, parts: done.parts },
-                None => Answer::NoSuchUpload,
-            })
-        }
-        Query::ExtentsOfGroup { group, after, limit } => extents(kv, &keys, *group, *after, *limit),
-        Query::ExtentsAlive { extents } => {
-            if extents.len() > MAX_ITEMS as usize {
-                return Ok(Answer::Refused("too many extents".to_owned()));
-            }
-            let mut alive = Vec::with_capacity(extents.len());
-            for (group, extent) in extents {
-                alive.push(kv.get(&keys.extent(*group, *extent))?.is_some());
-            }
-            Ok(Answer::Alive(alive))
-        }
-        Query::ListMissing { after, limit } => list_missing(kv, &keys, *after, *limit),
-        Query::ListGarbage { until_ms, limit } => list_garbage(kv, &keys, *until_ms, *limit),
-        Query::BucketUsage { bucket } => {
-            Ok(Answer::Usage(load::<Usage, K>(kv, &keys.usage(*bucket))?.unwrap_or_default()))
-        }
-        Query::GetBucket { name } => Ok(match load::<BucketRecord, K>(kv, &keys.bucket(name))? {
-            Some(bucket) => Answer::Bucket(bucket),
-            None => Answer::NoSuchBucket,
-        }),
-        Query::ListBuckets { after, limit } => list_buckets(kv, &keys, after, *limit),
-        Query::GetMap => Ok(match load::<ClusterMap, K>(kv, &keys.single(kind::MAP))? {
-            Some(map) => Answer::Map(Box::new(map)),
-            None => Answer::NoMap,
-        }),
     }
 }
 
-fn is_fenced<K: Kv + ?Sized>(kv: &K, keys: &Keys, bucket: BucketId) -> Result<bool, StateError> {
-    let fence = load::<Fence, K>(kv, &keys.fence(bucket))?;
-    Ok(fence.is_some_and(|fence| fence.up))
+/// What a listing says of an object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectSummary {
+    /// Key.
+    pub key: String,
+    /// Payload, in bytes.
+    pub size_bytes: u64,
+    /// Without quotes.
+    pub etag: String,
+    /// Unix milliseconds.
+    pub modified_ms: u64,
+    /// Empty means STANDARD.
+    pub storage_class: String,
+    /// Owner.
+    pub owner: AccountId,
+    /// Algorithm and kind of its checksum.
+    pub checksum: Option<(ChecksumAlgorithm, ChecksumKind)>,
 }
 
-fn get_object<K: Kv + ?Sized>(
-    kv: &K,
-    keys: &Keys,
-    bucket: BucketId,
-    key: &str,
-    version: VersionPick,
-) -> Result<Answer, StateError> {
-    if is_fenced(kv, keys, bucket)? {
-        return Ok(Answer::BucketFenced);
-    }
-    let found = |record: Option<ObjectRecord>| match record {
-        Some(record) => Answer::Object(Box::new(record)),
-        None => Answer::NoSuchKey,
-    };
-    let current: Option<ObjectRecord> = load(kv, &keys.object(bucket, key))?;
-    let wanted = |record: &ObjectRecord| match version {
-        VersionPick::Current => true,
-        VersionPick::Null => record.null_version,
-        VersionPick::Seq(seq) => record.version == seq,
-    };
-    if current.as_ref().is_some_and(wanted) {
-        return Ok(found(current));
-    }
-    if let VersionPick::Seq(seq) = version {
-        return load(kv, &keys.version(bucket, key, seq)).map(found);
-    }
-    // Without a current object the newest version is a delete marker, if there is any; the null version may be anywhere.
-    let range = keys.versions_of(bucket, key);
-    let mut cursor = kv.cursor(&range.to);
-    cursor.seek(&range.from)?;
-    while let Some((_, value)) = cursor.entry() {
-        let record: ObjectRecord = decode(value)?;
-        if wanted(&record) {
-            return Ok(found(Some(record)));
-        }
-        cursor.next()?;
-    }
-    Ok(Answer::NoSuchKey)
-}
-
-fn list_uploads<K: Kv + ?Sized>(
-    kv: &K,
-    keys: &Keys,
-    bucket: BucketId,
-    prefix: &str,
-    after: Option<&(String, Option<UploadId>)>,
-    limit: u32,
-) -> Result<Answer, StateError> {
-    if is_fenced(kv, keys, bucket)? {
-        return Ok(Answer::BucketFenced);
-    }
-    let mut range = keys.bucket_range(kind::UPLOAD, bucket, prefix);
-    if let Some((key, upload)) = after {
-        let from = just_after(match upload {
-            Some(upload) => keys.upload(bucket, key, *upload),
-            None => keys.upload(bucket, key, UploadId([u8::MAX; 16])),
-        });
-        range.from = range.from.max(from);
-    }
-    let mut uploads = Vec::new();
-    let more = page(kv, &range, limit.clamp(1, MAX_KEYS) as usize, |key, value| {
-        let (key, id) = split_upload_key(key).ok_or_else(|| StateError::Value("key of an upload".to_owned()))?;
-        uploads.push((key.to_owned(), id, decode::<UploadRecord>(value)?));
-        Ok(true)
-    })?;
-    Ok(Answer::Uploads { uploads, more })
-}
-
-fn list_parts<K: Kv + ?Sized>(
-    kv: &K,
-    keys: &Keys,
-    bucket: BucketId,
-    key: &str,
-    id: UploadId,
-    after: u16,
-    limit: u32,
-) -> Result<Answer, StateError> {
-    let Some(upload) = load::<UploadRecord, K>(kv, &keys.upload(bucket, key, id))? else {
-        return Ok(Answer::NoSuchUpload);
-    };
-    let range = KeyRange { from: just_after(keys.part(id, after)), to: keys.parts_of(id).to };
-    let mut parts = Vec::new();
-    let more = page(kv, &range, limit.clamp(1, MAX_PARTS) as usize, |_, value| {
-        let part: PartRecord = decode(value)?;
-        parts.push(PartRecord { data: ObjectData::Extents(Vec::new()), ..part });
-        Ok(true)
-    })?;
-    Ok(Answer::Parts { upload, parts, more })
-}
-
-fn extents<K: Kv + ?Sized>(
-    kv: &K,
-    keys: &Keys,
-    group: Option<PlacementGroupId>,
-    after: Option<(PlacementGroupId, ExtentId)>,
-    limit: u32,
-) -> Result<Answer, StateError> {
-    let mut range = match group {
-        Some(group) => keys.extents_of(group),
-        None => keys.kind_range(kind::EXTENT),
-    };
-    if let Some((group, extent)) = after {
-        range.from = range.from.max(just_after(keys.extent(group, extent)));
-    }
-    let mut extents = Vec::new();
-    let more = page(kv, &range, limit.clamp(1, MAX_ITEMS) as usize, |_, value| {
-        extents.push(decode::<ExtentRecord>(value)?);
-        Ok(true)
-    })?;
-    Ok(Answer::Extents { extents, more })
-}
-
-fn list_missing<K: Kv + ?Sized>(
-    kv: &K,
-    keys: &Keys,
-    after: Option<ChunkRef>,
-    limit: u32,
-) -> Result<Answer, StateError> {
-    let mut range = keys.kind_range(kind::MISSING);
-    if let Some(chunk) = after {
-        range.from = just_after(keys.missing(chunk));
-    }
-    let mut chunks = Vec::new();
-    let more = page(kv, &range, limit.clamp(1, MAX_ITEMS) as usize, |key, value| {
-        let chunk = split_missing_key(key).ok_or_else(|| StateError::Value("key of a missing chunk".to_owned()))?;
-        let extent = load::<ExtentRecord, K>(kv, &keys.extent(chunk.group, chunk.extent))?;
-        let extent = extent.ok_or_else(|| StateError::Value("missing chunk of no extent".to_owned()))?;
-        chunks.push((chunk, decode::<u64>(value)?, extent));
-        Ok(true)
-    })?;
-    Ok(Answer::Missing { chunks, more })
-}
-
-fn list_garbage<K: Kv + ?Sized>(kv: &K, keys: &Keys, until_ms: u64, limit: u32) -> Result<Answer, StateError> {
-    let mut range = keys.garbage_range();
-    if let Some(past) = until_ms.checked_add(1) {
-        range.to = keys.garbage(past, ExtentId([0; 16]));
-    }
-    let mut extents = Vec::new();
-    let more = page(kv, &range, limit.clamp(1, MAX_ITEMS) as usize, |key, value| {
-        let queued_ms = split_garbage_key(key).ok_or_else(|| StateError::Value("key of garbage".to_owned()))?;
-        extents.push((queued_ms, decode::<ExtentRef>(value)?));
-        Ok(true)
-    })?;
-    Ok(Answer::Garbage { extents, more })
-}
-
-fn list_buckets<K: Kv + ?Sized>(kv: &K, keys: &Keys, after: &str, limit: u32) -> Result<Answer, StateError> {
-    let mut range = keys.kind_range(kind::BUCKET);
-    if !after.is_empty() {
-        range.from = just_after(keys.bucket(after));
-    }
-    let limit = limit.clamp(1, MAX_ITEMS) as usize;
-    let mut buckets = Vec::new();
-    // One more than asked for, because a bucket being deleted behind the last one must not count as more.
-    page(kv, &range, limit + 1, |_, value| {
-        let bucket: BucketRecord = decode(value)?;
-        let listed = !bucket.deleting;
-        if listed {
-            buckets.push(bucket);
-        }
-        Ok(listed)
-    })?;
-    let more = buckets.len() > limit;
-    buckets.truncate(limit);
-    Ok(Answer::Buckets { buckets, more })
+/// What a query found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// The record.
+    Object(Box<ObjectRecord>),
+    /// Nothing there.
+    NoSuchKey,
+    /// See [`Reply::BucketFenced`](crate::command::Reply::BucketFenced).
+    BucketFenced,
+    /// No such upload.
+    NoSuchUpload,
+    /// No such bucket.
+    NoSuchBucket,
+    /// A page of a listing.
+    Listing {
+        /// In byte order of their sort keys.
+        items: Vec<ListItem>,
+        /// There is more after the last item.
+        more: bool,
+    },
+    /// A page of uploads.
+    Uploads {
+        /// Key, id, record; in order.
+        uploads: Vec<(String, UploadId, UploadRecord)>,
+        /// There is more.
+        more: bool,
+    },
+    /// An upload and a page of its parts.
+    Parts {
+        /// The upload.
+        upload: UploadRecord,
+        /// In order. Their data is left out (empty Extents): a part may have many extents.
+        parts: Vec<PartRecord>,
+        /// There is more.
+        more: bool,
+    },
+    /// A completed upload: the reply it got.
+    Completed {
+        /// Version given.
+        version: VersionSeq,
+        /// ETag stored.
+        etag: String,
+        /// The parts it was completed with.
+        parts: Vec<(u16, String)>,
+    },
+    /// A page of extents.
+    Extents {
+        /// In order of (group, extent).
+        extents: Vec<ExtentRecord>,
+        /// There is more.
+        more: bool,
+    },
+    /// In the order asked.
+    Alive(Vec<bool>),
+    /// A page of the repair queue: chunk, when it was queued (Unix ms), the extent.
+    Missing {
+        /// In order.
+        chunks: Vec<(ChunkRef, u64, ExtentRecord)>,
+        /// There is more.
+        more: bool,
+    },
+    /// A page of the garbage queue.
+    Garbage {
+        /// (time queued, the extent).
+        extents: Vec<(u64, ExtentRef)>,
+        /// There is more.
+        more: bool,
+    },
+    /// Usage.
+    Usage(Usage),
+    /// A bucket.
+    Bucket(BucketRecord),
+    /// A page of buckets.
+    Buckets {
+        /// In order of name; those being deleted are left out.
+        buckets: Vec<BucketRecord>,
+        /// There is more.
+        more: bool,
+    },
+    /// The map.
+    Map(Box<ClusterMap>),
+    /// No map was installed yet.
+    NoMap,
+    /// The query does not belong to this shard, or is malformed.
+    Refused(String),
 }

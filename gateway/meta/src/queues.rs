@@ -6,9 +6,9 @@
 
 use crate::apply::Tx;
 use crate::kv::{Kv, StateError};
+use crate::record::{BucketId, ExtentRecord, ExtentRef};
+use crate::{ChunkRef, Reply};
 use granary_placement::id::ExtentId;
-use granary_wire::meta::{ChunkRef, Reply};
-use granary_wire::record::{BucketId, ExtentRecord, ExtentRef};
 
 /// Why these extents cannot be committed; None when they can.
 pub fn not_new<K: Kv + ?Sized>(tx: &Tx<'_, '_, K>, extents: &[ExtentRef]) -> Result<Option<String>, StateError> {
@@ -55,7 +55,7 @@ pub fn free_extents<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, extents: &[ExtentRef
     Ok(())
 }
 
-/// See [`granary_wire::meta::Command::ReportMissing`]. A chunk that is queued keeps its time.
+/// See [`crate::Command::ReportMissing`]. A chunk that is queued keeps its time.
 pub fn report_missing<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, chunks: &[ChunkRef]) -> Result<Reply, StateError> {
     for chunk in chunks {
         let Some(owned) = tx.load::<ExtentRecord>(&tx.keys.extent(chunk.group, chunk.extent))? else { continue };
@@ -67,7 +67,7 @@ pub fn report_missing<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, chunks: &[ChunkRef
     Ok(Reply::Done)
 }
 
-/// See [`granary_wire::meta::Command::RepairDone`].
+/// See [`crate::Command::RepairDone`].
 pub fn repair_done<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, chunks: &[ChunkRef]) -> Result<Reply, StateError> {
     for chunk in chunks {
         let key = tx.keys.missing(*chunk);
@@ -78,7 +78,7 @@ pub fn repair_done<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, chunks: &[ChunkRef]) 
     Ok(Reply::Done)
 }
 
-/// See [`granary_wire::meta::Command::GarbageDone`].
+/// See [`crate::Command::GarbageDone`].
 pub fn garbage_done<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, extents: &[(u64, ExtentId)]) -> Result<Reply, StateError> {
     for (queued_ms, extent) in extents {
         let key = tx.keys.garbage(*queued_ms, *extent);

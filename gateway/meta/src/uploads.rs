@@ -4,13 +4,13 @@
 //! disk. A completed upload is kept in 'D' for a while, so that a repeated CompleteUpload is answered as the first one was.
 
 use crate::apply::Tx;
+use crate::check::{check_data, check_key, MAX_PART_NUMBER};
 use crate::codec::{decode, CompletedUpload};
-use crate::command::{check_data, check_key, MAX_PART_NUMBER};
 use crate::kv::{Kv, StateError};
 use crate::objects::{current, refused_by, store_newest};
 use crate::queues;
-use granary_wire::meta::{ChunkRef, Conditions, Reply, VersionMode};
-use granary_wire::record::{BucketId, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord};
+use crate::record::{BucketId, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord};
+use crate::{ChunkRef, Conditions, Reply, VersionMode};
 
 /// How long a completed upload is kept by the time of later commands, in milliseconds. Part of the replicated history.
 pub const COMPLETED_KEEP_MS: u64 = 24 * 3600 * 1000;
@@ -22,7 +22,7 @@ const TRIM_STEP: u64 = 4;
 /// Parts are few enough to be read in one scan.
 const MAX_PARTS: usize = MAX_PART_NUMBER as usize;
 
-/// See [`granary_wire::meta::Command::CreateUpload`].
+/// See [`crate::Command::CreateUpload`].
 pub fn create<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     bucket: BucketId,
@@ -48,7 +48,7 @@ pub fn create<K: Kv + ?Sized>(
     Ok(Reply::Done)
 }
 
-/// See [`granary_wire::meta::Command::PutPart`].
+/// See [`crate::Command::PutPart`].
 pub fn put_part<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     bucket: BucketId,
@@ -114,7 +114,7 @@ fn join_parts(parts: Vec<PartRecord>) -> Result<ObjectData, String> {
     Ok(ObjectData::Extents(extents))
 }
 
-/// See [`granary_wire::meta::Command::CompleteUpload`].
+/// See [`crate::Command::CompleteUpload`].
 pub fn complete<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     bucket: BucketId,
@@ -216,7 +216,7 @@ fn keep_completed<K: Kv + ?Sized>(
     tx.store_counters(&counters)
 }
 
-/// See [`granary_wire::meta::Command::AbortUpload`].
+/// See [`crate::Command::AbortUpload`].
 pub fn abort<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     bucket: BucketId,

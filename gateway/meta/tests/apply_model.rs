@@ -4,16 +4,16 @@
 mod common;
 
 use common::{extent, inline, record, request, seed, Random};
+use granary_meta::answer::answer;
 use granary_meta::apply::apply;
 use granary_meta::kv::{MemoryKv, Overlay};
-use granary_meta::query::query;
-use granary_placement::id::{ExtentId, ShardId};
-use granary_wire::meta::{
-    Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, Query, Reply, VersionMode, VersionPick,
-};
-use granary_wire::record::{
+use granary_meta::record::{
     BucketId, ExtentRef, ObjectData, ObjectMeta, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
 };
+use granary_meta::{
+    Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, Query, Reply, VersionMode, VersionPick,
+};
+use granary_placement::id::{ExtentId, ShardId};
 use std::collections::{BTreeMap, BTreeSet};
 
 const SHARD: ShardId = ShardId(3);
@@ -400,7 +400,7 @@ impl Run {
                     initiated_ms: self.now,
                     meta: ObjectMeta::default(),
                     checksum: None,
-                    owner: granary_wire::record::AccountId::ROOT,
+                    owner: granary_meta::record::AccountId::ROOT,
                 },
             },
             9..=12 => {
@@ -516,7 +516,7 @@ impl Run {
     }
 
     fn ask(&self, what: Query) -> Answer {
-        query(SHARD, &self.kv, &what).unwrap()
+        answer(SHARD, &self.kv, &what).unwrap()
     }
 
     fn compare(&mut self) {
@@ -792,13 +792,13 @@ fn malformed_commands_are_refused_and_change_nothing() {
         put("a", extents(vec![whole.clone()]), 10, vec![chunk(0), chunk(1)]),
         put("a", extents(vec![whole.clone()]), 10, vec![chunk(9)]),
         put("a", inline(b"x"), 1, vec![chunk(0)]),
-        Command::CreateBucket { name: "b".to_owned(), owner: granary_wire::record::AccountId::ROOT },
+        Command::CreateBucket { name: "b".to_owned(), owner: granary_meta::record::AccountId::ROOT },
     ];
     for command in bad {
         let mut kv = MemoryKv::default();
         let sent = request(&mut random, 1, command);
         assert!(matches!(apply_one(&mut kv, &sent), Reply::Refused(_)), "{sent:?}");
-        let usage = query(SHARD, &kv, &Query::BucketUsage { bucket: BucketId(1) }).unwrap();
+        let usage = answer(SHARD, &kv, &Query::BucketUsage { bucket: BucketId(1) }).unwrap();
         assert_eq!(usage, Answer::Usage(Usage::default()));
     }
     let mut kv = MemoryKv::default();
@@ -821,7 +821,7 @@ fn listing_keeps_byte_order_across_delimiters() {
         from: ListFrom::Start,
         limit: 10,
     };
-    let Answer::Listing { items, more: false } = query(SHARD, &kv, &asked).unwrap() else { panic!() };
+    let Answer::Listing { items, more: false } = answer(SHARD, &kv, &asked).unwrap() else { panic!() };
     let keys: Vec<&str> = items.iter().map(ListItem::sort_key).collect();
     assert_eq!(keys, ["skel", "skel.other/", "skel/", "skel0"]);
 }

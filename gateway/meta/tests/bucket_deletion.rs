@@ -4,12 +4,12 @@
 mod common;
 
 use common::{put, request, seed, Random};
+use granary_meta::answer::answer;
 use granary_meta::apply::apply;
 use granary_meta::kv::{MemoryKv, Overlay};
-use granary_meta::query::query;
+use granary_meta::record::{AccountId, BucketId, BucketRecord, Usage};
+use granary_meta::{Answer, Command, Conditions, Query, Reply, VersionMode, VersionPick};
 use granary_placement::id::ShardId;
-use granary_wire::meta::{Answer, Command, Conditions, Query, Reply, VersionMode, VersionPick};
-use granary_wire::record::{AccountId, BucketId, BucketRecord, Usage};
 
 const BUCKET: BucketId = BucketId(1);
 const OBJECT_SHARDS: u16 = 3;
@@ -45,7 +45,7 @@ impl Shards {
     }
 
     fn bucket(&self) -> Option<BucketRecord> {
-        match query(ShardId::ROOT, &self.kv, &Query::GetBucket { name: "b".to_owned() }).unwrap() {
+        match answer(ShardId::ROOT, &self.kv, &Query::GetBucket { name: "b".to_owned() }).unwrap() {
             Answer::Bucket(bucket) => Some(bucket),
             Answer::NoSuchBucket => None,
             other => panic!("{other:?}"),
@@ -53,7 +53,7 @@ impl Shards {
     }
 
     fn usage(&self, shard: u16) -> Usage {
-        match query(ShardId(shard), &self.kv, &Query::BucketUsage { bucket: BUCKET }).unwrap() {
+        match answer(ShardId(shard), &self.kv, &Query::BucketUsage { bucket: BUCKET }).unwrap() {
             Answer::Usage(usage) => usage,
             other => panic!("{other:?}"),
         }

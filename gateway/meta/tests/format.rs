@@ -3,18 +3,14 @@
 
 mod common;
 
-use common::{inline, record, Random};
+use common::{inline, record};
 use granary_meta::apply::apply;
 use granary_meta::codec::{encode, ObjectHead};
 use granary_meta::kv::{MemoryKv, Overlay};
-use granary_meta::message::{
-    decode_batch, decode_entry, encode_batch, encode_entry, encode_message, encode_request, PeerRequest, WireEntry,
-    WireLogId, WirePayload, WireVote,
-};
+use granary_meta::record::{BucketId, ExtentRef, ObjectData};
+use granary_meta::{ChunkRef, Command, Conditions, MetaRequest, VersionMode};
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
 use granary_placement::scheme::CodecId;
-use granary_wire::meta::{ChunkRef, Command, Conditions, MetaRequest, VersionMode};
-use granary_wire::record::{BucketId, ExtentRef, ObjectData};
 
 fn extent(id: u8) -> ExtentRef {
     ExtentRef {
@@ -71,24 +67,6 @@ fn state_entries_lie_as_they_did_in_version_1() {
     assert_golden("state-v1.txt", &dump(&kv));
 }
 
-#[test]
-fn log_entries_and_messages_lie_as_they_did_in_version_1() {
-    let requests: Vec<Vec<u8>> = fixed_requests().iter().map(|request| encode_request(request).unwrap()).collect();
-    let batch = encode_batch(requests.iter().map(Vec::as_slice));
-    assert_eq!(decode_batch(&batch).unwrap(), fixed_requests());
-    let entry = WireEntry { id: WireLogId { term: 2, node: 4, index: 300 }, payload: WirePayload::Batch(batch) };
-    let bytes = encode_entry(3, &entry).unwrap();
-    assert_eq!(decode_entry(3, 300, &bytes).unwrap(), entry);
-    let vote = PeerRequest::Vote {
-        vote: WireVote { term: 9, node: 2, committed: false },
-        last: Some(WireLogId { term: 8, node: 1, index: 77 }),
-        transfer: false,
-        rehearsal: true,
-    };
-    let lines = format!("{}\n{}\n", hex::encode(bytes), hex::encode(encode_message(&vote).unwrap()));
-    assert_golden("log-v1.txt", &lines);
-}
-
 /// The fixture is written when GRANARY_WRITE_GOLDEN is set: for a new version's file, never for an old one's.
 fn assert_golden(name: &str, found: &str) {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
@@ -108,25 +86,4 @@ fn object_head_is_a_prefix_of_object_record() {
     let head = ObjectHead::decode(&encode(&whole).unwrap()).unwrap();
     let read = (head.etag, head.size_bytes, head.part_sizes, head.meta, head.owner);
     assert_eq!(read, (whole.etag, whole.size_bytes, whole.part_sizes, whole.meta, whole.owner));
-}
-
-#[test]
-fn damaged_log_entries_are_seen() {
-    let entry = WireEntry { id: WireLogId { term: 2, node: 4, index: 300 }, payload: WirePayload::Blank };
-    let bytes = encode_entry(3, &entry).unwrap();
-    assert!(decode_entry(4, 300, &bytes).is_err() && decode_entry(3, 301, &bytes).is_err());
-    for at in 0..bytes.len() {
-        for bit in 0..8 {
-            let mut bad = bytes.clone();
-            bad[at] ^= 1 << bit;
-            assert!(decode_entry(3, 300, &bad).is_err(), "bit {bit} of byte {at}");
-        }
-        assert!(decode_entry(3, 300, &bytes[..at]).is_err());
-    }
-    let mut random = Random(1);
-    for _ in 0..10_000 {
-        let junk: Vec<u8> = (0..random.below(40)).map(|_| random.next() as u8).collect();
-        let _ = granary_meta::message::decode_message::<PeerRequest>(&junk);
-        let _ = decode_batch(&junk);
-    }
 }

@@ -6,12 +6,12 @@
 use super::{unexpected, Inner, MetaClientError};
 use crate::object::{add, chunk_id, disk_of, now_ms};
 use futures::stream::{self, StreamExt};
+use granary_meta::record::ExtentRef;
+use granary_meta::{Answer, Command, Query};
 use granary_placement::id::{DiskId, ExtentId, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_wire::chunk::ChunkId;
 use granary_wire::control::{ControlRequest, ControlResponse};
-use granary_wire::meta::{Answer, Command, Query};
-use granary_wire::record::ExtentRef;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
 

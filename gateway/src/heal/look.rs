@@ -8,11 +8,11 @@ use super::{lock, unexpected, Inner, MetaClientError};
 use crate::disks::DiskHealth;
 use crate::object::reports::Report;
 use crate::object::{add, chunk_id};
+use granary_meta::{Answer, ChunkRef, Command, Query};
 use granary_placement::id::{DiskId, ExtentId, PlacementGroupId, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_wire::chunk::ChunkId;
 use granary_wire::control::{ControlRequest, ControlResponse};
-use granary_wire::meta::{Answer, ChunkRef, Command, Query};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 

@@ -26,8 +26,8 @@ pub use census::{Census, CensusProgress};
 
 use crate::object::{ObjectCounters, ObjectStore};
 use crate::shards::Shards;
+use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::{DiskId, ExtentId, ShardId};
-use granary_wire::meta::{Answer, Command, Query, Reply};
 use look::Walked;
 use pace::Pace;
 use plan::Backoff;
@@ -161,7 +161,7 @@ struct Inner {
     backoff: Mutex<Backoff>,
     walked: Mutex<HashMap<DiskId, Walked>>,
     /// Where the next look at a repair queue that is longer than one pass goes on.
-    cursors: Mutex<HashMap<ShardId, granary_wire::meta::ChunkRef>>,
+    cursors: Mutex<HashMap<ShardId, granary_meta::ChunkRef>>,
     status: Mutex<HealStatus>,
 }
 

@@ -3,9 +3,9 @@
 //! Extents that can bear the fewest further failures come first, then those that wait longest. A look over a long queue keeps only
 //! the most urgent ones, so its memory does not grow with the queue.
 
+use granary_meta::record::{ExtentRecord, ExtentRef};
+use granary_meta::ChunkRef;
 use granary_placement::id::{ExtentId, ShardId};
-use granary_wire::meta::ChunkRef;
-use granary_wire::record::{ExtentRecord, ExtentRef};
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
@@ -170,9 +170,9 @@ impl Backoff {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
+    use granary_meta::record::BucketId;
     use granary_placement::id::PlacementGroupId;
     use granary_placement::scheme::CodecId;
-    use granary_wire::record::BucketId;
 
     fn record(number: u8) -> ExtentRecord {
         let extent = ExtentRef {

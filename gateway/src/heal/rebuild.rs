@@ -7,14 +7,14 @@ use crate::object::fetch::{block_len, fetch, Avoid, Blocks, Wanted};
 use crate::object::{add, chunk_id, disk_of, now_ms, ReadError};
 use bytes::Bytes;
 use futures::stream::{self, StreamExt};
+use granary_meta::record::ExtentRef;
+use granary_meta::{Answer, ChunkRef, Command, Query};
 use granary_placement::codec::{ChunkSet, Codec};
 use granary_placement::id::DiskId;
 use granary_wire::chunk::{block_count, ChunkHealth, ChunkId, ChunkSpec, BLOCK_BYTES};
 use granary_wire::client::{ChunkWriter, NodeClient};
 use granary_wire::control::{ControlRequest, ControlResponse};
 use granary_wire::error::{ChunkError, LinkError};
-use granary_wire::meta::{Answer, ChunkRef, Command, Query};
-use granary_wire::record::ExtentRef;
 use std::time::{Duration, Instant};
 
 /// Entries of a repair queue per request.

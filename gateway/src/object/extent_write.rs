@@ -12,13 +12,13 @@ use super::{chunk_id, now_ms, ObjectStore};
 use crate::disks::DiskHealth;
 use bytes::{Bytes, BytesMut};
 use futures::stream::{FuturesUnordered, Stream, StreamExt};
+use granary_meta::record::ExtentRef;
+use granary_meta::ChunkRef;
 use granary_placement::codec::Codec;
 use granary_placement::extent::Stripe;
 use granary_placement::id::{DiskId, ExtentId, ShardId};
 use granary_wire::chunk::{ChunkSpec, FIRST_GENERATION};
 use granary_wire::error::{ChunkError, LinkError};
-use granary_wire::meta::ChunkRef;
-use granary_wire::record::ExtentRef;
 use tokio_util::task::TaskTracker;
 
 /// Payload bytes coded in one go; a longer stripe lets other tasks run in between.

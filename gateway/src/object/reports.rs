@@ -1,7 +1,7 @@
 //! Chunks that readers found missing or corrupt, on their way to the repair queues of their shards.
 
+use granary_meta::ChunkRef;
 use granary_placement::id::ShardId;
-use granary_wire::meta::ChunkRef;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -7,11 +7,11 @@
 use super::counters::{add, ObjectCounters};
 use crate::disks::{DiskHealth, Disks};
 use futures::stream::{self, StreamExt};
+use granary_meta::record::ObjectData;
+use granary_meta::ChunkRef;
 use granary_placement::id::DiskId;
 use granary_wire::chunk::ChunkId;
 use granary_wire::control::{ControlRequest, ControlResponse};
-use granary_wire::meta::ChunkRef;
-use granary_wire::record::ObjectData;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;

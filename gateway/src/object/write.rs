@@ -8,10 +8,10 @@ use super::{random, BodyError, ObjectStore};
 use crate::disks::DiskHealth;
 use bytes::{Bytes, BytesMut};
 use futures::stream::{Stream, StreamExt};
+use granary_meta::record::ObjectData;
 use granary_placement::codec::CodecError;
 use granary_placement::extent::MAX_EXTENT_BYTES;
 use granary_placement::id::{DiskId, ExtentId, ShardId};
-use granary_wire::record::ObjectData;
 use std::collections::{HashSet, VecDeque};
 use std::pin::Pin;
 

@@ -3,7 +3,7 @@
 use super::error;
 use super::request::RequestInfo;
 use async_trait::async_trait;
-use granary_wire::record::AccountId;
+use granary_meta::record::AccountId;
 use http::{HeaderMap, Uri};
 use s3s::access::{S3Access, S3AccessContext};
 use s3s::auth::{S3Auth, SecretKey};

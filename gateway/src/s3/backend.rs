@@ -5,8 +5,8 @@
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use granary_wire::meta::{Answer, ChunkRef, Command, ListFrom, ListItem, Query, Reply};
-use granary_wire::record::{AccountId, BucketId, BucketRecord, ObjectData, UploadId, UploadRecord};
+use granary_meta::record::{AccountId, BucketId, BucketRecord, ObjectData, UploadId, UploadRecord};
+use granary_meta::{Answer, ChunkRef, Command, ListFrom, ListItem, Query, Reply};
 use std::ops::Range;
 
 pub use crate::shards::buckets::{Created, Removed};

@@ -7,11 +7,11 @@ use super::{error, meta, put};
 use crate::digest;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use base64::Engine;
-use granary_wire::meta::{Answer, Command, Query, Reply, VersionMode};
-use granary_wire::record::{
+use granary_meta::record::{
     BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectData, ObjectRecord, PartRecord, UploadId,
     UploadRecord, VersionSeq,
 };
+use granary_meta::{Answer, Command, Query, Reply, VersionMode};
 use s3s::dto::{CompleteMultipartUploadInput, CompleteMultipartUploadOutput, CompletedPart, ETag};
 use s3s::{s3_error, S3Error, S3Request, S3Response, S3Result};
 use std::sync::Arc;

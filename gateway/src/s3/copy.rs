@@ -8,7 +8,7 @@ use super::put::{self, DEFAULT_ALGORITHM, MAX_PUT_BYTES};
 use super::sums::{self, put_sum};
 use super::{error, meta};
 use crate::digest::Digests;
-use granary_wire::record::{BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectRecord, VersionSeq};
+use granary_meta::record::{BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectRecord, VersionSeq};
 use s3s::dto::{CopyObjectInput, CopyObjectOutput, CopyObjectResult, CopySource, ETag};
 use s3s::{s3_error, S3Request, S3Response, S3Result};
 use std::ops::Range;

@@ -3,8 +3,8 @@
 use super::context::S3Context;
 use super::{error, get, meta, put};
 use futures::StreamExt;
-use granary_wire::meta::{Command, Conditions, Reply, VersionMode, VersionPick};
-use granary_wire::record::BucketRecord;
+use granary_meta::record::BucketRecord;
+use granary_meta::{Command, Conditions, Reply, VersionMode, VersionPick};
 use s3s::dto::{
     DeleteObjectInput, DeleteObjectOutput, DeleteObjectsInput, DeleteObjectsOutput, DeletedObject, ObjectIdentifier,
 };

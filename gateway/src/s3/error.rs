@@ -1,7 +1,7 @@
 //! The one edge where anything becomes an S3 error code.
 
 use super::backend::{BackendError, ReadError, StageError};
-use granary_wire::meta::{Answer, Reply};
+use granary_meta::{Answer, Reply};
 use http::StatusCode;
 use s3s::{s3_error, S3Error, S3ErrorCode};
 

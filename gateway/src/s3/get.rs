@@ -7,8 +7,8 @@ use super::meta;
 use super::sums::{self, put_sum};
 use futures::stream::BoxStream;
 use futures::StreamExt;
-use granary_wire::meta::{Answer, Query, VersionPick};
-use granary_wire::record::{BucketRecord, ChecksumKind, ObjectRecord};
+use granary_meta::record::{BucketRecord, ChecksumKind, ObjectRecord};
+use granary_meta::{Answer, Query, VersionPick};
 use http::{header, HeaderMap, HeaderValue, StatusCode};
 use s3s::dto::{
     self, ETag, ETagCondition, GetObjectAttributesInput, GetObjectAttributesOutput, GetObjectInput, GetObjectOutput,
@@ -344,7 +344,7 @@ fn attribute_parts(
             ..Default::default()
         };
         if let (Some(checksum), Some(value)) = (with_sums, record.part_checksums.get(index)) {
-            let whole = granary_wire::record::Checksum {
+            let whole = granary_meta::record::Checksum {
                 algorithm: checksum.algorithm,
                 kind: ChecksumKind::FullObject,
                 value: value.clone(),

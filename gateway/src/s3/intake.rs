@@ -14,7 +14,7 @@ use crate::digest::{Digester, Digests};
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
-use granary_wire::record::ChecksumAlgorithm;
+use granary_meta::record::ChecksumAlgorithm;
 use http::StatusCode;
 use s3s::dto::StreamingBlob;
 use s3s::stream::aws_chunked_stream::AwsChunkedStreamError;

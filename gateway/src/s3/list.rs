@@ -7,7 +7,7 @@ use super::sums;
 use super::{error, meta};
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use base64::Engine;
-use granary_wire::meta::{ListFrom, ListItem, ObjectSummary};
+use granary_meta::{ListFrom, ListItem, ObjectSummary};
 use s3s::dto::{
     CommonPrefix, ETag, EncodingType, ListObjectsInput, ListObjectsOutput, ListObjectsV2Input, ListObjectsV2Output,
     Object, Owner,

@@ -11,8 +11,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::StreamExt;
-use granary_wire::meta::{Answer, ChunkRef, Command, ListFrom, Query, Reply};
-use granary_wire::record::{AccountId, BucketId, BucketRecord, ObjectData};
+use granary_meta::record::{AccountId, BucketId, BucketRecord, ObjectData};
+use granary_meta::{Answer, ChunkRef, Command, ListFrom, Query, Reply};
 use std::ops::Range;
 
 /// The cluster, as the S3 verbs see it.

@@ -3,8 +3,8 @@
 //! Values are taken from the raw headers: s3s would decode and re-encode user metadata, and they must come back byte for byte.
 
 use super::error;
-use granary_wire::meta::Conditions;
-use granary_wire::record::ObjectMeta;
+use granary_meta::record::ObjectMeta;
+use granary_meta::Conditions;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use s3s::dto::{ETagCondition, Timestamp};
 use s3s::{s3_error, S3Result};

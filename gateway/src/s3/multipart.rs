@@ -11,10 +11,10 @@ use super::put::{self, DEFAULT_ALGORITHM, MAX_PUT_BYTES};
 use super::sums::{self, put_sum, Promised};
 use super::{error, meta};
 use crate::digest::Digests;
-use granary_wire::meta::{Answer, Command, Query, Reply};
-use granary_wire::record::{
+use granary_meta::record::{
     BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, PartRecord, UploadId, UploadRecord,
 };
+use granary_meta::{Answer, Command, Query, Reply};
 use s3s::dto::{
     self, AbortMultipartUploadInput, AbortMultipartUploadOutput, CommonPrefix, CopyPartResult,
     CreateMultipartUploadInput, CreateMultipartUploadOutput, ETag, EncodingType, Initiator, ListMultipartUploadsInput,

@@ -5,10 +5,10 @@ use super::context::S3Context;
 use super::intake::{Intake, Source};
 use super::sums::{self, put_sum, Promised};
 use super::{error, meta};
-use granary_wire::meta::{Command, Conditions, Reply, VersionMode};
-use granary_wire::record::{
+use granary_meta::record::{
     BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectData, ObjectRecord, VersionSeq,
 };
+use granary_meta::{Command, Conditions, Reply, VersionMode};
 use s3s::dto::{ETag, PutObjectInput, PutObjectOutput};
 use s3s::{s3_error, S3Request, S3Response, S3Result};
 use std::sync::Arc;

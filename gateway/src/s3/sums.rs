@@ -4,7 +4,7 @@ use super::error;
 use crate::digest::{self, Digester, Digests, MD5_BYTES};
 use base64::engine::general_purpose::STANDARD as BASE64;
 use base64::Engine;
-use granary_wire::record::{Checksum, ChecksumAlgorithm, ChecksumKind};
+use granary_meta::record::{Checksum, ChecksumAlgorithm, ChecksumKind};
 use http::HeaderMap;
 use s3s::{s3_error, S3Error, S3Result, TrailingHeaders};
 
@@ -83,11 +83,11 @@ macro_rules! put_sum {
     ($out:expr, $algorithm:expr, $text:expr) => {{
         let text = Some($text);
         match $algorithm {
-            granary_wire::record::ChecksumAlgorithm::Crc32 => $out.checksum_crc32 = text,
-            granary_wire::record::ChecksumAlgorithm::Crc32c => $out.checksum_crc32c = text,
-            granary_wire::record::ChecksumAlgorithm::Crc64Nvme => $out.checksum_crc64nvme = text,
-            granary_wire::record::ChecksumAlgorithm::Sha1 => $out.checksum_sha1 = text,
-            granary_wire::record::ChecksumAlgorithm::Sha256 => $out.checksum_sha256 = text,
+            granary_meta::record::ChecksumAlgorithm::Crc32 => $out.checksum_crc32 = text,
+            granary_meta::record::ChecksumAlgorithm::Crc32c => $out.checksum_crc32c = text,
+            granary_meta::record::ChecksumAlgorithm::Crc64Nvme => $out.checksum_crc64nvme = text,
+            granary_meta::record::ChecksumAlgorithm::Sha1 => $out.checksum_sha1 = text,
+            granary_meta::record::ChecksumAlgorithm::Sha256 => $out.checksum_sha256 = text,
         }
     }};
 }
@@ -97,11 +97,11 @@ pub(super) use put_sum;
 macro_rules! get_sum {
     ($input:expr, $algorithm:expr) => {
         match $algorithm {
-            granary_wire::record::ChecksumAlgorithm::Crc32 => $input.checksum_crc32.as_deref(),
-            granary_wire::record::ChecksumAlgorithm::Crc32c => $input.checksum_crc32c.as_deref(),
-            granary_wire::record::ChecksumAlgorithm::Crc64Nvme => $input.checksum_crc64nvme.as_deref(),
-            granary_wire::record::ChecksumAlgorithm::Sha1 => $input.checksum_sha1.as_deref(),
-            granary_wire::record::ChecksumAlgorithm::Sha256 => $input.checksum_sha256.as_deref(),
+            granary_meta::record::ChecksumAlgorithm::Crc32 => $input.checksum_crc32.as_deref(),
+            granary_meta::record::ChecksumAlgorithm::Crc32c => $input.checksum_crc32c.as_deref(),
+            granary_meta::record::ChecksumAlgorithm::Crc64Nvme => $input.checksum_crc64nvme.as_deref(),
+            granary_meta::record::ChecksumAlgorithm::Sha1 => $input.checksum_sha1.as_deref(),
+            granary_meta::record::ChecksumAlgorithm::Sha256 => $input.checksum_sha256.as_deref(),
         }
     };
 }

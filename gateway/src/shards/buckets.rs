@@ -13,9 +13,9 @@
 
 use super::{ShardError, Shards};
 use futures::stream::{FuturesUnordered, StreamExt};
+use granary_meta::record::{AccountId, BucketId, BucketRecord, Usage};
+use granary_meta::{Answer, Command, ListFrom, Query, Reply};
 use granary_placement::id::ShardId;
-use granary_wire::meta::{Answer, Command, ListFrom, Query, Reply};
-use granary_wire::record::{AccountId, BucketId, BucketRecord, Usage};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;

@@ -4,13 +4,15 @@
 
 use super::peers::{PeerError, Peers};
 use futures::future::BoxFuture;
+use granary_meta::record::{AccountId, BucketId, BucketRecord};
+use granary_meta::{
+    Answer, Command, ListFrom, ListItem, MetaRequest, ObjectSummary, Query, Reply, ShardRequest, ShardResponse,
+};
 use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, Location, Roles};
 use granary_placement::place::{new_map, NewCluster, NewDisk};
 use granary_placement::scheme::{FailureDomain, Scheme};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
-use granary_wire::meta::{Answer, Command, ListFrom, ListItem, ObjectSummary, Query, Reply};
-use granary_wire::record::{AccountId, BucketId, BucketRecord};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -102,33 +104,20 @@ impl FakeCluster {
                 state.epochs.insert(disk, map.epoch);
                 Ok(ControlResponse::Done)
             }
-            ControlRequest::Meta { shard, request } => {
+            ControlRequest::Shard { shard, request } => {
                 let fault = state.enter(disk, shard)?;
                 if let Some(answer) = fault.as_ref().and_then(Fault::answer).or_else(|| state.not_leading(disk, shard))
                 {
                     return Ok(answer);
                 }
-                let reply = match state.replies.get(&request.request_id) {
-                    Some(reply) => reply.clone(),
-                    None => {
-                        state.applied.push((shard, request.command.clone()));
-                        let reply = state.apply(shard, request.command);
-                        state.replies.insert(request.request_id, reply.clone());
-                        reply
-                    }
+                let response = match ShardRequest::decode(&request).expect("a shard request") {
+                    ShardRequest::Query(query) => ShardResponse::Answer(state.find(shard, query)),
+                    ShardRequest::Command(request) => ShardResponse::Reply(state.command(shard, request)),
                 };
                 if fault == Some(Fault::LoseAnswer) {
                     return Err(PeerError::Lost("answer lost".into()));
                 }
-                Ok(ControlResponse::Meta(reply))
-            }
-            ControlRequest::Query { shard, query } => {
-                let fault = state.enter(disk, shard)?;
-                if let Some(answer) = fault.as_ref().and_then(Fault::answer).or_else(|| state.not_leading(disk, shard))
-                {
-                    return Ok(answer);
-                }
-                Ok(ControlResponse::Query(state.find(shard, *query)))
+                Ok(ControlResponse::Shard(response.encode().expect("an encodable answer")))
             }
             other => panic!("the fake does not know {other:?}"),
         }
@@ -145,6 +134,16 @@ impl Fault {
 }
 
 impl State {
+    fn command(&mut self, shard: ShardId, request: MetaRequest) -> Reply {
+        if let Some(reply) = self.replies.get(&request.request_id) {
+            return reply.clone();
+        }
+        self.applied.push((shard, request.command.clone()));
+        let reply = self.apply(shard, request.command);
+        self.replies.insert(request.request_id, reply.clone());
+        reply
+    }
+
     fn enter(&mut self, disk: DiskId, shard: ShardId) -> Result<Option<Fault>, PeerError> {
         self.asked.push((disk, shard));
         match self.faults.pop_front() {

@@ -6,9 +6,9 @@
 use super::buckets::odd_answer;
 use super::{ShardError, Shards};
 use futures::future::try_join_all;
+use granary_meta::record::{BucketId, PartRecord, UploadId, UploadRecord};
+use granary_meta::{Answer, ListFrom, ListItem, Query};
 use granary_placement::id::ShardId;
-use granary_wire::meta::{Answer, ListFrom, ListItem, Query};
-use granary_wire::record::{BucketId, PartRecord, UploadId, UploadRecord};
 use std::collections::VecDeque;
 use std::future::Future;
 

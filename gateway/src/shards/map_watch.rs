@@ -5,10 +5,10 @@
 
 use super::{jitter, ShardError, Shards};
 use futures::stream::{self, StreamExt};
+use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::{DiskId, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_wire::control::{ControlRequest, ControlResponse};
-use granary_wire::meta::{Answer, Command, Query, Reply};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;

@@ -21,11 +21,11 @@ pub mod peers;
 pub(crate) mod fake;
 
 use crate::metrics::Metrics;
+use granary_meta::record::BucketId;
+use granary_meta::{Answer, BadBytes, Command, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
-use granary_wire::meta::{Answer, Command, MetaRequest, Query, Reply};
-use granary_wire::record::BucketId;
 use peers::{PeerError, Peers};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -210,12 +210,11 @@ impl Shards {
         request_id: [u8; 16],
         command: Command,
     ) -> Result<Reply, ShardError> {
-        let request =
-            ControlRequest::Meta { shard, request: Box::new(MetaRequest { request_id, now_ms: now_ms(), command }) };
-        match self.timed("command", shard, request).await? {
-            ControlResponse::Meta(Reply::Refused(why)) => Err(ShardError::Refused { shard, why }),
-            ControlResponse::Meta(reply) => Ok(reply),
-            other => Err(ShardError::Refused { shard, why: unexpected(&other) }),
+        let request = ShardRequest::Command(MetaRequest { request_id, now_ms: now_ms(), command });
+        match self.timed("command", shard, &request).await? {
+            ShardResponse::Reply(Reply::Refused(why)) => Err(ShardError::Refused { shard, why }),
+            ShardResponse::Reply(reply) => Ok(reply),
+            ShardResponse::Answer(_) => Err(ShardError::Refused { shard, why: "an answer to a command".to_owned() }),
         }
     }
 
@@ -224,10 +223,10 @@ impl Shards {
     /// # Errors
     /// As [`Shards::command`]; nothing is ever applied.
     pub async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, ShardError> {
-        match self.timed("query", shard, ControlRequest::Query { shard, query: Box::new(query) }).await? {
-            ControlResponse::Query(Answer::Refused(why)) => Err(ShardError::Refused { shard, why }),
-            ControlResponse::Query(answer) => Ok(answer),
-            other => Err(ShardError::Refused { shard, why: unexpected(&other) }),
+        match self.timed("query", shard, &ShardRequest::Query(query)).await? {
+            ShardResponse::Answer(Answer::Refused(why)) => Err(ShardError::Refused { shard, why }),
+            ShardResponse::Answer(answer) => Ok(answer),
+            ShardResponse::Reply(_) => Err(ShardError::Refused { shard, why: "a reply to a query".to_owned() }),
         }
     }
 
@@ -259,9 +258,17 @@ impl Shards {
         }
     }
 
-    async fn timed(&self, kind: &str, shard: ShardId, request: ControlRequest) -> Result<ControlResponse, ShardError> {
+    async fn timed(&self, kind: &str, shard: ShardId, request: &ShardRequest) -> Result<ShardResponse, ShardError> {
         let begun = Instant::now();
-        let result = self.ask(shard, request).await;
+        let refused = |error: BadBytes| ShardError::Refused { shard, why: error.to_string() };
+        let result = match request.encode() {
+            Ok(request) => self.ask(shard, ControlRequest::Shard { shard, request }).await,
+            Err(error) => Err(refused(error)),
+        };
+        let result = result.and_then(|response| match response {
+            ControlResponse::Shard(bytes) => ShardResponse::decode(&bytes).map_err(refused),
+            other => Err(ShardError::Refused { shard, why: unexpected(&other) }),
+        });
         let name = match &result {
             Ok(_) => "ok",
             Err(error) if error.outcome_unknown() => "unavailable",

@@ -2,9 +2,9 @@
 
 use async_trait::async_trait;
 use granary_gateway::heal::{MetaClient, MetaClientError};
+use granary_meta::record::{BucketId, ExtentRecord, ExtentRef, ObjectData};
+use granary_meta::{Answer, ChunkRef, Command, Query, Reply};
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
-use granary_wire::meta::{Answer, ChunkRef, Command, Query, Reply};
-use granary_wire::record::{BucketId, ExtentRecord, ExtentRef, ObjectData};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Mutex;

@@ -2,7 +2,7 @@ use crate::cluster::{losses, payload, random_range, seed, Cluster, OWNER, UNIT};
 use crate::node::Damage;
 use futures::StreamExt;
 use granary_gateway::object::{chunk_id, ObjectSettings, ReadError};
-use granary_wire::record::ObjectData;
+use granary_meta::record::ObjectData;
 use std::sync::atomic::Ordering;
 
 const LEN: u64 = 3 * 4 * UNIT + 100_003;

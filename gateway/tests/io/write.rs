@@ -2,7 +2,7 @@ use crate::cluster::{body, losses, payload, seed, Cluster, OWNER, UNIT};
 use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use granary_gateway::object::{BodyError, ObjectSettings, StageError};
-use granary_wire::record::ObjectData;
+use granary_meta::record::ObjectData;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 

@@ -1,13 +1,11 @@
 //! Helpers of the tests: random numbers from a printed seed, commands, and a cluster of hosts in one process.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-pub mod cluster;
-
 use bytes::Bytes;
+use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData, ObjectMeta, ObjectRecord, VersionSeq};
+use granary_meta::{Command, Conditions, MetaRequest, VersionMode};
 use granary_placement::id::{ExtentId, PlacementGroupId};
 use granary_placement::scheme::CodecId;
-use granary_wire::meta::{Command, Conditions, MetaRequest, VersionMode};
-use granary_wire::record::{AccountId, BucketId, ExtentRef, ObjectData, ObjectMeta, ObjectRecord, VersionSeq};
 
 /// splitmix64.
 pub struct Random(pub u64);

@@ -4,9 +4,9 @@ use super::{block_len, Wanted};
 use crate::object::counters::{add, ObjectCounters};
 use crate::object::read::ReadError;
 use bytes::{Bytes, BytesMut};
+use granary_meta::record::ExtentRef;
 use granary_placement::codec::{ChunkSet, Codec};
 use granary_wire::chunk::block_count;
-use granary_wire::record::ExtentRef;
 use std::ops::Range;
 
 /// Columns decoded before other tasks may run: less than a megabyte even at K = 32.

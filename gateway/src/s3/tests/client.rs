@@ -4,7 +4,7 @@ use crate::s3::tests::memory::Memory;
 use crate::s3::{serve, S3Context, S3Settings};
 use base64::engine::general_purpose::STANDARD as BASE64;
 use base64::Engine;
-use granary_wire::record::ChecksumAlgorithm;
+use granary_meta::record::ChecksumAlgorithm;
 use sha2::{Digest, Sha256};
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -8,10 +8,10 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures::stream::BoxStream;
 use futures::StreamExt;
-use granary_wire::meta::{Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, ObjectSummary, Query, Reply};
-use granary_wire::record::{
+use granary_meta::record::{
     AccountId, BucketId, BucketRecord, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq,
 };
+use granary_meta::{Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, ObjectSummary, Query, Reply};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

@@ -1,5 +1,5 @@
 use super::client::{b64, md5_hex, sum, Ask, Got, Scene};
-use granary_wire::record::ChecksumAlgorithm;
+use granary_meta::record::ChecksumAlgorithm;
 
 const MIB: usize = 1024 * 1024;
 

@@ -1,5 +1,5 @@
 use super::client::{b64, encode, md5_hex, Ask, Got, Scene};
-use granary_wire::record::ChecksumAlgorithm;
+use granary_meta::record::ChecksumAlgorithm;
 use std::sync::atomic::Ordering;
 
 #[tokio::test(flavor = "multi_thread")]

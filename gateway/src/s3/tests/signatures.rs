@@ -1,5 +1,5 @@
 use super::client::{b64, md5_hex, now, sum, Ask, Scene, SECRET};
-use granary_wire::record::ChecksumAlgorithm;
+use granary_meta::record::ChecksumAlgorithm;
 use std::sync::atomic::Ordering;
 
 const CRC32: &str = "x-amz-checksum-crc32";

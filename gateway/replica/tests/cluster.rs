@@ -5,10 +5,10 @@ mod common;
 
 use common::cluster::{disk, map, noop, Cluster};
 use common::{put, request, Random};
+use granary_meta::record::{AccountId, BucketId};
+use granary_meta::{Answer, Command, Query, Reply, VersionPick};
 use granary_placement::id::{DiskId, ShardId};
 use granary_wire::control::ControlError;
-use granary_wire::meta::{Answer, Command, Query, Reply, VersionPick};
-use granary_wire::record::{AccountId, BucketId};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

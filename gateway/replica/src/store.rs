@@ -9,8 +9,8 @@
 //! flush has made durable ([`StateDb::make_durable`]). Any write error ends the process: see [`crate::fatal::Fatal`].
 
 use crate::fatal::Fatal;
-use crate::keys::Keys;
-use crate::kv::{Cursor, Kv, StateError, Writes};
+use granary_meta::keys::Keys;
+use granary_meta::kv::{Cursor, Kv, StateError, Writes};
 use granary_placement::id::ShardId;
 use rocksdb::{
     BlockBasedOptions, Cache, DBCompressionType, DBRawIterator, DBRecoveryMode, Options, ReadOptions, Snapshot,

@@ -9,13 +9,13 @@ pub mod network;
 
 use crate::log::ShardLog;
 use crate::message::{
-    decode_batch, AppliedState, BadBytes, PeerRequest, PeerResponse, WireEntry, WireLogId, WireMembership, WirePayload,
-    WireVote,
+    AppliedState, PeerRequest, PeerResponse, WireEntry, WireLogId, WireMembership, WirePayload, WireVote,
 };
 use bytes::Bytes;
+use granary_meta::message::decode_batch;
+use granary_meta::{BadBytes, MetaRequest, Reply};
 use granary_placement::id::{DiskId, ShardId};
-use granary_wire::control::ControlError;
-use granary_wire::meta::{MetaRequest, Reply, ShardStatus};
+use granary_wire::control::{ControlError, ShardStatus};
 use machine::{Machine, SnapshotSource};
 use network::{PeerLinks, Peers};
 use openraft::async_runtime::watch::WatchReceiver;
@@ -33,7 +33,7 @@ use std::time::Duration;
 pub struct Batch {
     /// The requests, in order.
     pub requests: Arc<Vec<MetaRequest>>,
-    /// See [`crate::message::encode_batch`].
+    /// See [`granary_meta::message::encode_batch`].
     pub encoded: Bytes,
 }
 

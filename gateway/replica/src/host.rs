@@ -8,23 +8,24 @@
 //! A replica that the map does not name any more is stopped once the shard's leader, asked by it, says that it is no member. Its data
 //! stays; should the map name this disk again, it begins from there.
 
+use crate::batching::{LaneCounters, Lanes};
 use crate::fatal::{Fatal, OnFatal};
-use crate::keys::after_prefix;
-use crate::kv::StateError;
-use crate::lanes::{LaneCounters, Lanes};
 use crate::log::ShardLog;
 use crate::message::{decode_message, encode_message, PeerRequest, PeerResponse};
 use crate::raft::machine::{blocking, ApplyCounters, Machine, MapSender};
 use crate::raft::network::{PeerTransport, Peers};
 use crate::raft::{Replica, Timing};
+use crate::snapshot;
 use crate::store::{LogDb, LogWrite, StateDb};
 use crate::writer::LogWriter;
-use crate::{query, snapshot};
 use bytes::Bytes;
+use granary_meta::answer::answer;
+use granary_meta::keys::after_prefix;
+use granary_meta::kv::StateError;
+use granary_meta::{Answer, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
-use granary_wire::control::ControlError;
-use granary_wire::meta::{Answer, MetaRequest, Query, Reply, ShardStatus};
+use granary_wire::control::{ControlError, ShardStatus};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -142,6 +143,10 @@ pub struct MetaHost {
     inner: Arc<Inner>,
 }
 
+fn bad_request(error: granary_meta::BadBytes) -> ControlError {
+    ControlError::BadRequest(error.to_string())
+}
+
 fn replica_key(shard: ShardId) -> Vec<u8> {
     [REPLICA_PREFIX, &shard.0.to_be_bytes()].concat()
 }
@@ -150,12 +155,12 @@ fn replica_key(shard: ShardId) -> Vec<u8> {
 fn check_identity(log: &LogDb, disk: DiskId) -> Result<(), MetaError> {
     match log.get(IDENTITY_KEY)? {
         Some(bytes) => {
-            let found = DiskId(crate::codec::decode(&bytes)?);
+            let found = DiskId(granary_meta::codec::decode(&bytes)?);
             if found != disk {
                 return Err(MetaError::OtherDisk { found, expected: disk });
             }
         }
-        None => log.write_synced(&[LogWrite::Put(IDENTITY_KEY.to_vec(), crate::codec::encode(&disk.0)?)])?,
+        None => log.write_synced(&[LogWrite::Put(IDENTITY_KEY.to_vec(), granary_meta::codec::encode(&disk.0)?)])?,
     }
     Ok(())
 }
@@ -272,7 +277,7 @@ impl MetaHost {
         }
         let writer = lock(&inner.writer).clone().ok_or_else(|| ControlError::Unavailable("stopping".to_owned()))?;
         writer
-            .write(vec![LogWrite::Put(replica_key(shard), vec![crate::codec::VALUE_VERSION])])
+            .write(vec![LogWrite::Put(replica_key(shard), vec![granary_meta::codec::VALUE_VERSION])])
             .await
             .map_err(ControlError::Disk)?;
         let (log, state, dir) = (inner.log.clone(), inner.state.clone(), inner.peers.snapshot_dir.clone());
@@ -317,6 +322,18 @@ impl MetaHost {
         lanes.replica.initialize(&members).await
     }
 
+    /// Does what the bytes of a [`ShardRequest`] ask, and gives the bytes of the [`ShardResponse`].
+    ///
+    /// # Errors
+    /// As [`MetaHost::command`] and [`MetaHost::query`]; BadRequest for bytes that are no request.
+    pub async fn serve(&self, shard: ShardId, request: &[u8]) -> Result<Bytes, ControlError> {
+        let response = match ShardRequest::decode(request).map_err(bad_request)? {
+            ShardRequest::Command(request) => ShardResponse::Reply(self.command(shard, request).await?),
+            ShardRequest::Query(query) => ShardResponse::Answer(self.query(shard, query).await?),
+        };
+        response.encode().map_err(bad_request)
+    }
+
     /// Applies a command: returns when a majority has it on disk and it was applied here.
     ///
     /// # Errors
@@ -337,8 +354,8 @@ impl MetaHost {
             Query::GetObject { .. }
             | Query::GetBucket { .. }
             | Query::BucketUsage { .. }
-            | Query::CompletedUpload { .. } => query::query(shard, &state.view(), &query),
-            _ => blocking(|| query::query(shard, &state.view(), &query)),
+            | Query::CompletedUpload { .. } => answer(shard, &state.view(), &query),
+            _ => blocking(|| answer(shard, &state.view(), &query)),
         };
         answer.map_err(|error| ControlError::Disk(error.to_string()))
     }
@@ -363,8 +380,7 @@ impl MetaHost {
     /// # Errors
     /// NoSuchShard; BadRequest for bytes that are no message; Disk.
     pub async fn raft(&self, shard: ShardId, from: DiskId, message: Bytes) -> Result<Bytes, ControlError> {
-        let request: PeerRequest =
-            decode_message(&message).map_err(|error| ControlError::BadRequest(error.to_string()))?;
+        let request: PeerRequest = decode_message(&message).map_err(bad_request)?;
         let lanes = match self.lanes(shard) {
             Err(ControlError::NoSuchShard(_)) if request != PeerRequest::Members && shard.0 != u16::MAX => {
                 if self.newest_map().is_some_and(|map| !self.named_by(&map, shard)) {
@@ -375,7 +391,7 @@ impl MetaHost {
             known => known?,
         };
         let response: PeerResponse = lanes.replica.handle(from, request).await;
-        encode_message(&response).map_err(|error| ControlError::BadRequest(error.to_string()))
+        encode_message(&response).map_err(bad_request)
     }
 
     /// How the replicas here stand.

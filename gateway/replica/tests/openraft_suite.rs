@@ -1,13 +1,13 @@
 //! openraft's own conformance suite over our log and state machine.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-use granary_meta::fatal::Fatal;
-use granary_meta::log::ShardLog;
-use granary_meta::raft::machine::Machine;
-use granary_meta::raft::TypeConfig;
-use granary_meta::store::{LogDb, StateDb};
-use granary_meta::writer::LogWriter;
 use granary_placement::id::ShardId;
+use granary_replica::fatal::Fatal;
+use granary_replica::log::ShardLog;
+use granary_replica::raft::machine::Machine;
+use granary_replica::raft::TypeConfig;
+use granary_replica::store::{LogDb, StateDb};
+use granary_replica::writer::LogWriter;
 use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::StorageError;
 use std::sync::Arc;

@@ -105,11 +105,11 @@ impl ShardLog {
         let group = shard.0;
         let mut tail = Tail::default();
         if let Some(bytes) = db.get(&single_key(group, VOTE)).map_err(failed)? {
-            let vote: WireVote = crate::codec::decode(&bytes).map_err(failed)?;
+            let vote: WireVote = granary_meta::codec::decode(&bytes).map_err(failed)?;
             tail.vote = Some(vote_from_wire(vote));
         }
         if let Some(bytes) = db.get(&single_key(group, PURGED)).map_err(failed)? {
-            let purged: WireLogId = crate::codec::decode(&bytes).map_err(failed)?;
+            let purged: WireLogId = granary_meta::codec::decode(&bytes).map_err(failed)?;
             tail.purged = Some(log_id_from_wire(purged));
         }
         tail.first = tail.purged.as_ref().map_or(0, |purged| purged.index + 1);
@@ -117,7 +117,7 @@ impl ShardLog {
         let mut last = None;
         db.scan(&entry_key(group, 0), &after_entries(group), |key, value| {
             let index = key.last_chunk::<8>().map(|index| u64::from_be_bytes(*index)).unwrap_or(u64::MAX);
-            let bad = |why: String| crate::kv::StateError::Value(why);
+            let bad = |why: String| granary_meta::kv::StateError::Value(why);
             if expected != index {
                 return Err(bad(format!("log of shard {shard}: entry {index} where {expected} should be")));
             }
@@ -161,7 +161,7 @@ impl ShardLog {
         self.db
             .scan(&entry_key(group, start), &entry_key(group, end), |key, value| {
                 let index = key.last_chunk::<8>().map(|index| u64::from_be_bytes(*index)).unwrap_or(u64::MAX);
-                let bad = |why: String| crate::kv::StateError::Value(why);
+                let bad = |why: String| granary_meta::kv::StateError::Value(why);
                 if index != start + found.len() as u64 {
                     return Err(bad(format!("log of shard {}: a hole before entry {index}", self.shard)));
                 }
@@ -256,7 +256,7 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
-        let value = crate::codec::encode(&vote_to_wire(vote)).map_err(failed)?;
+        let value = granary_meta::codec::encode(&vote_to_wire(vote)).map_err(failed)?;
         self.write(vec![LogWrite::Put(single_key(self.shard.0, VOTE), value)]).await?;
         lock(&self.tail).vote = Some(*vote);
         Ok(())
@@ -329,7 +329,7 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
             .await
             .map_err(failed)?
             .map_err(failed)?;
-        let value = crate::codec::encode(&log_id_to_wire(&log_id)).map_err(failed)?;
+        let value = granary_meta::codec::encode(&log_id_to_wire(&log_id)).map_err(failed)?;
         {
             let mut tail = lock(&self.tail);
             let kept = tail.cache.split_off(&(log_id.index + 1));

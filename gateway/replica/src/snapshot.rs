@@ -7,10 +7,10 @@
 //! ```
 //! Both ends hold one block in memory. The file is installed in an order that a crash cannot turn into half a shard: see [`install`].
 
-use crate::keys::{kind, Keys};
-use crate::kv::{Kv, StateError, Writes};
 use crate::message::AppliedState;
 use crate::store::StateDb;
+use granary_meta::keys::{kind, Keys};
+use granary_meta::kv::{Kv, StateError, Writes};
 use granary_placement::id::ShardId;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -68,7 +68,7 @@ fn encoding(error: postcard::Error) -> SnapshotError {
 /// [`StateError`].
 pub fn applied_state<K: Kv + ?Sized>(kv: &K, shard: ShardId) -> Result<AppliedState, StateError> {
     match kv.get(&Keys::new(shard).single(kind::APPLIED))? {
-        Some(bytes) => crate::codec::decode(&bytes),
+        Some(bytes) => granary_meta::codec::decode(&bytes),
         None => Ok(AppliedState::default()),
     }
 }

@@ -3,11 +3,11 @@
 use super::{put, Random};
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use granary_meta::{HostConfig, MetaHost, PeerTransport, Timing, TransportError};
+use granary_meta::{Answer, Command, MetaRequest, Query, Reply};
 use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, Disk, DiskState, Location, Roles, ShardReplicas};
+use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportError};
 use granary_wire::control::ControlError;
-use granary_wire::meta::{Answer, Command, MetaRequest, Query, Reply};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -194,7 +194,7 @@ impl Cluster {
         }
     }
 
-    pub fn statuses(&self) -> Vec<(DiskId, Vec<granary_wire::meta::ShardStatus>)> {
+    pub fn statuses(&self) -> Vec<(DiskId, Vec<granary_wire::control::ShardStatus>)> {
         self.running().into_iter().map(|(id, host)| (id, host.status())).collect()
     }
 

@@ -1,13 +1,13 @@
 //! A shard's state machine: applies committed entries in batches, each with how far it applied, and gives and takes snapshots.
 
 use super::{log_id_to_wire, membership_to_wire, Batch, Entry, LogId, Members, Replies, TypeConfig};
-use crate::apply::apply;
-use crate::keys::{kind, Keys};
-use crate::kv::{Kv, Overlay, StateError};
 use crate::message::AppliedState;
 use crate::snapshot;
 use crate::store::StateDb;
 use futures::{Stream, StreamExt};
+use granary_meta::apply::apply;
+use granary_meta::keys::{kind, Keys};
+use granary_meta::kv::{Kv, Overlay, StateError};
 use granary_placement::id::ShardId;
 use granary_placement::map::ClusterMap;
 use openraft::storage::{EntryResponder, RaftStateMachine};
@@ -106,7 +106,7 @@ impl Machine {
         match self
             .state
             .get(&key)
-            .and_then(|bytes| bytes.map(|bytes| crate::codec::decode::<ClusterMap>(&bytes)).transpose())
+            .and_then(|bytes| bytes.map(|bytes| granary_meta::codec::decode::<ClusterMap>(&bytes)).transpose())
         {
             Ok(Some(map)) => {
                 sender.send_if_modified(|known| {
@@ -145,7 +145,7 @@ impl Machine {
             replies.push(Replies(of_entry));
         }
         let keys = Keys::new(self.shard);
-        overlay.put(keys.single(kind::APPLIED), crate::codec::encode(&applied)?);
+        overlay.put(keys.single(kind::APPLIED), granary_meta::codec::encode(&applied)?);
         let new_map = overlay.writes().contains_key(&keys.single(kind::MAP));
         self.state.write(self.shard, overlay.into_writes(), applied.last.map(|last| last.index))?;
         self.counters.entries.fetch_add(entries.len() as u64, Ordering::Relaxed);

@@ -5,10 +5,10 @@
 //! - Reads: a barrier under way may have begun before a later read arrived, so that one waits for the next; one barrier then serves all
 //!   that wait.
 
-use crate::message::{encode_batch, encode_request};
 use crate::raft::{Batch, Replica};
+use granary_meta::message::{encode_batch, encode_request};
+use granary_meta::{MetaRequest, Reply};
 use granary_wire::control::ControlError;
-use granary_wire::meta::{MetaRequest, Reply};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot, Semaphore};

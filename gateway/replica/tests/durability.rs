@@ -6,15 +6,15 @@ mod common;
 use common::cluster::{copy_dir, Cluster};
 use common::{put, request, Random};
 use granary_meta::apply::apply;
-use granary_meta::fatal::Fatal;
 use granary_meta::kv::{Kv, Overlay};
-use granary_meta::message::{decode_message, encode_message, PeerRequest, PeerResponse, WireVote};
-use granary_meta::snapshot;
-use granary_meta::store::{LogDb, LogWrite, StateDb};
+use granary_meta::record::BucketId;
+use granary_meta::{Answer, Query, VersionPick};
 use granary_placement::id::{DiskId, ShardId};
+use granary_replica::fatal::Fatal;
+use granary_replica::message::{decode_message, encode_message, PeerRequest, PeerResponse, WireVote};
+use granary_replica::snapshot;
+use granary_replica::store::{LogDb, LogWrite, StateDb};
 use granary_wire::control::ControlError;
-use granary_wire::meta::{Answer, Query, VersionPick};
-use granary_wire::record::BucketId;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -224,8 +224,8 @@ fn filled(dir: &Path, objects: u64) -> StateDb {
         let mut overlay = Overlay::new(&state);
         let sent = request(&mut random, 1, put(1, &format!("key-{i}"), &[1; 700]));
         apply(SHARD, &mut overlay, &sent).unwrap();
-        let applied = granary_meta::message::AppliedState {
-            last: Some(granary_meta::message::WireLogId { term: 1, node: 1, index: i }),
+        let applied = granary_replica::message::AppliedState {
+            last: Some(granary_replica::message::WireLogId { term: 1, node: 1, index: i }),
             ..Default::default()
         };
         let key = granary_meta::keys::Keys::new(SHARD).single(granary_meta::keys::kind::APPLIED);

@@ -1,0 +1,318 @@
+//! The bytes of messages and records are a format: other nodes and old disks hold them. A value of every variant, encoded, must
+//! be what it was. A line that changes means that a variant or field moved, which needs a new version (docs/formats/wire.md); new
+//! variants go to the end of their enum and of the fixture.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use bytes::Bytes;
+use granary_meta::record::{
+    AccountId, BucketId, BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, ObjectData,
+    ObjectMeta, ObjectRecord, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
+};
+use granary_meta::{
+    Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, ObjectSummary, Query, Reply, ShardRequest,
+    ShardResponse, VersionMode, VersionPick,
+};
+use granary_placement::id::{ClusterId, DiskId, Epoch, ExtentId, PlacementGroupId};
+use granary_placement::map::{ClusterMap, ShardReplicas};
+use granary_placement::scheme::CodecId;
+use serde::de::DeserializeOwned;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::fmt::Write as _;
+use std::path::Path;
+
+/// Written anew when GRANARY_WRITE_GOLDEN is set: for a new version, never for an old one.
+const FIXTURE_PATH: &str = "tests/golden/values-v1.txt";
+
+/// Every value's line; checks on the way that it comes back.
+struct Lines(String);
+
+impl Lines {
+    fn add<T: Serialize + DeserializeOwned + PartialEq + Debug>(&mut self, name: &str, values: Vec<T>) {
+        for (number, value) in values.into_iter().enumerate() {
+            let bytes = postcard::to_stdvec(&value).unwrap();
+            assert_eq!(postcard::from_bytes::<T>(&bytes).unwrap(), value);
+            writeln!(self.0, "{name} {number} {}", hex::encode(bytes)).unwrap();
+        }
+    }
+}
+
+const GROUP: PlacementGroupId = PlacementGroupId(300);
+const EXTENT: ExtentId = ExtentId([0xe1; 16]);
+const BUCKET: BucketId = BucketId(5);
+const UPLOAD: UploadId = UploadId([0xb1; 16]);
+
+fn key() -> String {
+    "k/1".to_owned()
+}
+
+fn etag() -> String {
+    "e7".to_owned()
+}
+
+fn chunk_ref() -> ChunkRef {
+    ChunkRef { group: GROUP, extent: EXTENT, index: 5 }
+}
+
+fn extent() -> ExtentRef {
+    ExtentRef {
+        extent: EXTENT,
+        group: GROUP,
+        codec: CodecId::Np16,
+        k: 4,
+        m: 2,
+        unit_bytes: 262_144,
+        len_bytes: 1_000_000,
+        generation: 1,
+        slots: vec![0, 1, 2, 3, 4, 5],
+    }
+}
+
+fn extent_record() -> ExtentRecord {
+    ExtentRecord { extent: extent(), bucket: BUCKET, key: key() }
+}
+
+fn meta() -> ObjectMeta {
+    ObjectMeta {
+        headers: vec![("content-type".into(), "text/plain".into())],
+        user: vec![("a".into(), "b".into())],
+        storage_class: "STANDARD".into(),
+        tags: vec![("t".into(), "u".into())],
+    }
+}
+
+fn checksum(algorithm: ChecksumAlgorithm, kind: ChecksumKind) -> Checksum {
+    Checksum { algorithm, kind, value: vec![1, 2, 3, 4] }
+}
+
+fn object(data: ObjectData) -> ObjectRecord {
+    ObjectRecord {
+        version: VersionSeq(9),
+        null_version: true,
+        delete_marker: false,
+        modified_ms: 1_700_000_000_001,
+        size_bytes: 1_000_000,
+        etag: etag(),
+        part_sizes: vec![600_000, 400_000],
+        checksum: Some(checksum(ChecksumAlgorithm::Crc64Nvme, ChecksumKind::FullObject)),
+        part_checksums: vec![vec![1], vec![2]],
+        meta: meta(),
+        owner: AccountId::ROOT,
+        data,
+    }
+}
+
+fn inline() -> ObjectRecord {
+    object(ObjectData::Inline { bytes: Bytes::from_static(b"hello"), crc32: 0xdead_beef })
+}
+
+fn upload() -> UploadRecord {
+    UploadRecord {
+        initiated_ms: 17,
+        meta: meta(),
+        checksum: Some((ChecksumAlgorithm::Sha256, ChecksumKind::Composite)),
+        owner: AccountId::ROOT,
+    }
+}
+
+fn part() -> PartRecord {
+    PartRecord {
+        number: 7,
+        size_bytes: 5,
+        etag: etag(),
+        modified_ms: 18,
+        checksum: None,
+        data: ObjectData::Extents(vec![extent()]),
+    }
+}
+
+fn bucket() -> BucketRecord {
+    BucketRecord {
+        id: BUCKET,
+        name: "photos".into(),
+        created_ms: 16,
+        owner: AccountId::ROOT,
+        deleting: true,
+        delete_attempt: 300,
+    }
+}
+
+fn map() -> ClusterMap {
+    ClusterMap {
+        cluster_id: ClusterId([0xc1; 16]),
+        epoch: Epoch(12),
+        next_disk_id: 7,
+        disks: BTreeMap::new(),
+        schemes: BTreeMap::new(),
+        default_scheme: "4+2".into(),
+        groups: BTreeMap::new(),
+        shards: vec![ShardReplicas { members: vec![DiskId(1), DiskId(2)] }],
+    }
+}
+
+fn conditions() -> Conditions {
+    Conditions { if_match: Some("*".into()), if_none_match_any: true }
+}
+
+fn commands() -> Vec<Command> {
+    vec![
+        Command::PutObject {
+            bucket: BUCKET,
+            key: key(),
+            record: inline(),
+            missing: vec![chunk_ref()],
+            conditions: conditions(),
+            mode: VersionMode::On,
+        },
+        Command::DeleteObject {
+            bucket: BUCKET,
+            key: key(),
+            version: VersionPick::Seq(VersionSeq(9)),
+            conditions: conditions(),
+            mode: VersionMode::Off,
+        },
+        Command::CreateUpload { bucket: BUCKET, key: key(), upload: UPLOAD, record: upload() },
+        Command::PutPart { bucket: BUCKET, key: key(), upload: UPLOAD, part: part(), missing: vec![chunk_ref()] },
+        Command::CompleteUpload {
+            bucket: BUCKET,
+            key: key(),
+            upload: UPLOAD,
+            parts: vec![(7, etag())],
+            record: object(ObjectData::Extents(vec![])),
+            conditions: conditions(),
+            mode: VersionMode::On,
+        },
+        Command::AbortUpload { bucket: BUCKET, key: key(), upload: UPLOAD },
+        Command::FenceBucket { bucket: BUCKET, attempt: 300 },
+        Command::UnfenceBucket { bucket: BUCKET, attempt: 300 },
+        Command::ReportMissing { chunks: vec![chunk_ref()] },
+        Command::RepairDone { chunks: vec![chunk_ref()] },
+        Command::GarbageDone { extents: vec![(17, EXTENT)] },
+        Command::CreateBucket { name: "photos".into(), owner: AccountId::ROOT },
+        Command::BeginDeleteBucket { name: "photos".into(), bucket: BUCKET },
+        Command::EndDeleteBucket { name: "photos".into(), bucket: BUCKET, attempt: 300, remove: true },
+        Command::SetMap { map: Box::new(map()) },
+        Command::Noop,
+    ]
+}
+
+fn queries() -> Vec<Query> {
+    vec![
+        Query::GetObject { bucket: BUCKET, key: key(), version: VersionPick::Current },
+        Query::ListObjects {
+            bucket: BUCKET,
+            prefix: "k".into(),
+            delimiter: "/".into(),
+            from: ListFrom::After(key()),
+            limit: 1001,
+        },
+        Query::ListUploads { bucket: BUCKET, prefix: "k".into(), after: Some((key(), Some(UPLOAD))), limit: 1001 },
+        Query::ListParts { bucket: BUCKET, key: key(), upload: UPLOAD, after: 7, limit: 1000 },
+        Query::CompletedUpload { bucket: BUCKET, key: key(), upload: UPLOAD },
+        Query::ExtentsOfGroup { group: Some(GROUP), after: Some((GROUP, EXTENT)), limit: 1000 },
+        Query::ExtentsAlive { extents: vec![(GROUP, EXTENT)] },
+        Query::ListMissing { after: Some(chunk_ref()), limit: 1000 },
+        Query::ListGarbage { until_ms: 17, limit: 1000 },
+        Query::BucketUsage { bucket: BUCKET },
+        Query::GetBucket { name: "photos".into() },
+        Query::ListBuckets { after: "photos".into(), limit: 1000 },
+        Query::GetMap,
+    ]
+}
+
+fn replies() -> Vec<Reply> {
+    vec![
+        Reply::Done,
+        Reply::Put { version: VersionSeq(9), etag: etag() },
+        Reply::Deleted { existed: true, marker: Some(VersionSeq(10)) },
+        Reply::Bucket(bucket()),
+        Reply::Fenced { empty: true },
+        Reply::BucketExists(bucket()),
+        Reply::NoSuchBucket,
+        Reply::BucketFenced,
+        Reply::NoSuchKey,
+        Reply::PreconditionFailed,
+        Reply::NoSuchUpload,
+        Reply::InvalidPart { number: 7 },
+        Reply::EpochConflict { current: Epoch(12) },
+        Reply::Refused("no".into()),
+        Reply::StaleAttempt { current: 300 },
+    ]
+}
+
+fn answers() -> Vec<Answer> {
+    let summary = ObjectSummary {
+        key: key(),
+        size_bytes: 5,
+        etag: etag(),
+        modified_ms: 18,
+        storage_class: String::new(),
+        owner: AccountId::ROOT,
+        checksum: Some((ChecksumAlgorithm::Crc32, ChecksumKind::FullObject)),
+    };
+    vec![
+        Answer::Object(Box::new(object(ObjectData::Extents(vec![extent()])))),
+        Answer::NoSuchKey,
+        Answer::BucketFenced,
+        Answer::NoSuchUpload,
+        Answer::NoSuchBucket,
+        Answer::Listing { items: vec![ListItem::Object(summary), ListItem::Prefix("k/".into())], more: true },
+        Answer::Uploads { uploads: vec![(key(), UPLOAD, upload())], more: false },
+        Answer::Parts { upload: upload(), parts: vec![part()], more: true },
+        Answer::Completed { version: VersionSeq(9), etag: etag(), parts: vec![(7, etag())] },
+        Answer::Extents { extents: vec![extent_record()], more: true },
+        Answer::Alive(vec![true, false]),
+        Answer::Missing { chunks: vec![(chunk_ref(), 17, extent_record())], more: false },
+        Answer::Garbage { extents: vec![(17, extent())], more: true },
+        Answer::Usage(Usage { objects: 1, versions: 2, bytes: 3, uploads: 4, upload_bytes: 5 }),
+        Answer::Bucket(bucket()),
+        Answer::Buckets { buckets: vec![bucket()], more: false },
+        Answer::Map(Box::new(map())),
+        Answer::NoMap,
+        Answer::Refused("no".into()),
+    ]
+}
+
+fn shard_requests() -> Vec<ShardRequest> {
+    let command = MetaRequest { request_id: [0xa1; 16], now_ms: 19, command: Command::Noop };
+    vec![ShardRequest::Command(command), ShardRequest::Query(Query::GetMap)]
+}
+
+#[test]
+fn messages_and_records_are_the_golden_bytes() {
+    let mut lines = Lines(String::new());
+    lines.add("shard-request", shard_requests());
+    lines.add("shard-response", vec![ShardResponse::Reply(Reply::Done), ShardResponse::Answer(Answer::NoMap)]);
+    lines.add("command", commands());
+    lines.add("query", queries());
+    lines.add("reply", replies());
+    lines.add("answer", answers());
+    lines.add("object", vec![inline(), object(ObjectData::Extents(vec![extent()]))]);
+    lines.add("version-pick", vec![VersionPick::Current, VersionPick::Null, VersionPick::Seq(VersionSeq(9))]);
+    lines.add("version-mode", vec![VersionMode::Off, VersionMode::On]);
+    lines.add("list-from", vec![ListFrom::Start, ListFrom::After(key())]);
+    let algorithms = [
+        ChecksumAlgorithm::Crc32,
+        ChecksumAlgorithm::Crc32c,
+        ChecksumAlgorithm::Crc64Nvme,
+        ChecksumAlgorithm::Sha1,
+        ChecksumAlgorithm::Sha256,
+    ];
+    lines.add("checksum", algorithms.map(|algorithm| checksum(algorithm, ChecksumKind::Composite)).to_vec());
+    lines.add("checksum-kind", vec![ChecksumKind::FullObject, ChecksumKind::Composite]);
+
+    if std::env::var_os("GRANARY_WRITE_GOLDEN").is_some() {
+        std::fs::write(Path::new(env!("CARGO_MANIFEST_DIR")).join(FIXTURE_PATH), &lines.0).unwrap();
+    }
+    let fixture = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(FIXTURE_PATH)).unwrap();
+    for (expected, found) in fixture.lines().zip(lines.0.lines()) {
+        assert_eq!(expected, found, "a message does not have the bytes it had");
+    }
+    assert_eq!(
+        fixture.lines().count(),
+        lines.0.lines().count(),
+        "messages without golden bytes, or the other way round:\n{}",
+        lines.0
+    );
+}
