@@ -174,7 +174,7 @@ async fn a_bad_entry_in_the_log_stops_the_replica_and_is_not_cut_away() {
     }
 }
 
-async fn ask(host: &granary_meta::MetaHost, from: u32, request: &PeerRequest) -> PeerResponse {
+async fn ask(host: &granary_replica::MetaHost, from: u32, request: &PeerRequest) -> PeerResponse {
     let message = encode_message(request).unwrap();
     decode_message(&host.raft(SHARD, DiskId(from), message).await.unwrap()).unwrap()
 }
@@ -211,10 +211,10 @@ async fn a_directory_of_another_disk_is_refused() {
     cluster.start(1).await;
     cluster.stop_all().await;
     std::fs::rename(cluster.path(1), cluster.path(2)).unwrap();
-    let config = granary_meta::HostConfig { dir: cluster.path(2), disk: DiskId(2), timing: cluster.timing.clone() };
+    let config = granary_replica::HostConfig { dir: cluster.path(2), disk: DiskId(2), timing: cluster.timing.clone() };
     let wire = Arc::new(common::cluster::Wire { me: DiskId(2), network: cluster.network.clone() });
-    let opened = granary_meta::MetaHost::open(config, wire, cluster.map.subscribe(), Arc::new(|_| {})).await;
-    assert!(matches!(opened, Err(granary_meta::MetaError::OtherDisk { found: DiskId(1), expected: DiskId(2) })));
+    let opened = granary_replica::MetaHost::open(config, wire, cluster.map.subscribe(), Arc::new(|_| {})).await;
+    assert!(matches!(opened, Err(granary_replica::MetaError::OtherDisk { found: DiskId(1), expected: DiskId(2) })));
 }
 
 fn filled(dir: &Path, objects: u64) -> StateDb {
