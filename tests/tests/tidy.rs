@@ -1,8 +1,9 @@
 //! The house rules that a compiler does not hold: the layer table, one door per foreign library, the top level.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
@@ -133,6 +134,46 @@ fn each_foreign_library_has_one_door() {
     ] {
         assert_eq!(naming(folder, library), BTreeSet::new(), "{library} in {folder}");
     }
+}
+
+/// What Cargo would compile: for each unit of a crate that is not ours, the sets of features it is compiled with.
+fn foreign_units(plans: &[&[&str]]) -> BTreeMap<String, BTreeSet<String>> {
+    let mut units: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let target = tempfile::tempdir().unwrap();
+    for plan in plans {
+        let done = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+            .args(*plan)
+            .args(["--release", "--locked", "--offline", "--ignore-rust-version", "--workspace"])
+            .args(["-Z", "unstable-options", "--unit-graph"])
+            .current_dir(root())
+            // Only prints the plan; stable Cargo shows it when told to behave as its own bootstrap does.
+            .env("RUSTC_BOOTSTRAP", "1")
+            .env("CARGO_TARGET_DIR", target.path())
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{plan:?}: {}", String::from_utf8_lossy(&done.stderr));
+        let graph: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+        for unit in graph["units"].as_array().unwrap() {
+            let package = unit["pkg_id"].as_str().unwrap();
+            let kind = unit["target"]["kind"].to_string();
+            // A build script takes the features of the crate it belongs to, which may be two sets: one for macros, one for the program.
+            if package.starts_with("registry+") && !kind.contains("custom-build") {
+                let (_, package) = package.rsplit_once('#').unwrap();
+                // What macros and build scripts depend on has its own optimisation level, and so is compiled for them alone.
+                let name = format!("{package} {kind} {} at level {}", unit["mode"], unit["profile"]["opt_level"]);
+                units.entry(name).or_default().insert(unit["features"].to_string());
+            }
+        }
+    }
+    units
+}
+
+#[test]
+fn make_run_and_make_test_compile_each_foreign_crate_once() {
+    let units = foreign_units(&[&["build", "--bins"], &["test", "--no-run"]]);
+    assert!(units.keys().any(|name| name.starts_with("rocksdb@")), "{:?}", units.keys());
+    let twice: Vec<_> = units.iter().filter(|(_, features)| features.len() > 1).collect();
+    assert!(twice.is_empty(), "compiled more than once, with these features: {twice:#?}");
 }
 
 #[test]
