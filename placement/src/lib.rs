@@ -4,12 +4,14 @@
 //! 1. [`id`]: a type for every id, so that a disk is never mistaken for a server;
 //! 2. [`scheme`] and [`map`]: redundancy schemes and the cluster map, versioned by epoch, with validation;
 //! 3. [`place`] and [`moves`]: lay placement groups out over failure domains, and what changes between two maps;
-//! 4. [`extent`]: the geometry of one extent: stripes, units, chunks;
-//! 5. [`codec`]: np16, the erasure code.
+//! 4. [`lease`]: the mark of background work;
+//! 5. [`extent`]: the geometry of one extent: stripes, units, chunks;
+//! 6. [`codec`]: np16, the erasure code.
 
 pub mod codec;
 pub mod extent;
 pub mod id;
+pub mod lease;
 pub mod map;
 pub mod moves;
 pub mod place;

@@ -5,8 +5,8 @@ use crate::keys::{kind, split_garbage_key, split_missing_key, split_upload_key, 
 use crate::kv::{Kv, StateError};
 use crate::list;
 use crate::record::{
-    BucketId, BucketRecord, ExtentRecord, ExtentRef, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord,
-    Usage,
+    BucketId, BucketRecord, ExtentRecord, ExtentRef, LeaseRecord, ObjectData, ObjectRecord, PartRecord, SettingsRecord,
+    UploadId, UploadRecord, Usage,
 };
 use crate::{Answer, ChunkRef, Query, VersionPick};
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
@@ -51,14 +51,34 @@ fn just_after(mut key: Vec<u8>) -> Vec<u8> {
     key
 }
 
+/// Does the query belong to the root shard?
+fn wants_root(query: &Query) -> bool {
+    match query {
+        Query::GetBucket { .. }
+        | Query::ListBuckets { .. }
+        | Query::GetMap
+        | Query::ListLeases
+        | Query::GetSettings { .. } => true,
+        Query::GetObject { .. }
+        | Query::ListObjects { .. }
+        | Query::ListUploads { .. }
+        | Query::ListParts { .. }
+        | Query::CompletedUpload { .. }
+        | Query::ExtentsOfGroup { .. }
+        | Query::ExtentsAlive { .. }
+        | Query::ListMissing { .. }
+        | Query::ListGarbage { .. }
+        | Query::BucketUsage { .. } => false,
+    }
+}
+
 /// Answers a query from one consistent view of the shard.
 ///
 /// # Errors
 /// [`StateError`] when the state cannot be read.
 pub fn answer<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<Answer, StateError> {
     let keys = Keys::new(shard);
-    let wants_root = matches!(query, Query::GetBucket { .. } | Query::ListBuckets { .. } | Query::GetMap);
-    if wants_root != (shard == ShardId::ROOT) {
+    if wants_root(query) != (shard == ShardId::ROOT) {
         return Ok(Answer::Refused(format!("not a query of shard {shard}")));
     }
     match query {
@@ -107,6 +127,22 @@ pub fn answer<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<A
             Some(map) => Answer::Map(Box::new(map)),
             None => Answer::NoMap,
         }),
+        Query::ListLeases => {
+            let mut leases = Vec::new();
+            // All of them: `leases` bounds how many there can be.
+            page(kv, &keys.kind_range(kind::LEASE), usize::MAX, |_, value| {
+                leases.push(decode::<LeaseRecord>(value)?);
+                Ok(true)
+            })?;
+            Ok(Answer::Leases(leases))
+        }
+        Query::GetSettings { newer_than } => {
+            let settings: SettingsRecord = load(kv, &keys.single(kind::SETTINGS))?.unwrap_or_default();
+            if settings.epoch <= *newer_than {
+                return Ok(Answer::SettingsUnchanged);
+            }
+            Ok(Answer::Settings { epoch: settings.epoch, values: settings.values })
+        }
     }
 }
 

@@ -1,13 +1,13 @@
 //! Applies commands: deterministic, no clock, no randomness, no unordered iteration. Same state and command, same batch and reply.
 //!
 //! `apply` is the door: it deduplicates by request id and hands the command to [`objects`](crate::objects), [`uploads`](crate::uploads),
-//! [`queues`](crate::queues) or [`buckets`](crate::buckets). A refusal writes nothing but its own kept reply.
+//! [`queues`](crate::queues), [`buckets`](crate::buckets), [`leases`](crate::leases) or [`settings`](crate::settings). A refusal writes nothing but its own kept reply.
 
 use crate::codec::{decode, encode, Counters, Fence, KeptReply};
 use crate::keys::{kind, Keys};
 use crate::kv::{Kv, Overlay, StateError};
 use crate::record::{BucketId, Usage};
-use crate::{buckets, objects, queues, uploads};
+use crate::{buckets, leases, objects, queues, settings, uploads};
 use crate::{Command, MetaRequest, Reply};
 use granary_placement::id::ShardId;
 use serde::de::DeserializeOwned;
@@ -125,7 +125,11 @@ fn wants_root(command: &Command) -> Option<bool> {
         Command::CreateBucket { .. }
         | Command::BeginDeleteBucket { .. }
         | Command::EndDeleteBucket { .. }
-        | Command::SetMap { .. } => Some(true),
+        | Command::SetMap { .. }
+        | Command::TakeLease { .. }
+        | Command::RenewLease { .. }
+        | Command::ReleaseLease { .. }
+        | Command::SetSetting { .. } => Some(true),
         Command::Noop => None,
         Command::PutObject { .. }
         | Command::DeleteObject { .. }
@@ -173,5 +177,11 @@ fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Co
         }
         Command::SetMap { map } => buckets::set_map(tx, map),
         Command::Noop => Ok(Reply::Done),
+        Command::TakeLease { task, holder, address, seen_epoch, seen_renewals } => {
+            leases::take(tx, task, *holder, address, (*seen_epoch, *seen_renewals))
+        }
+        Command::RenewLease { task, holder, epoch, progress } => leases::renew(tx, task, *holder, *epoch, progress),
+        Command::ReleaseLease { task, holder, epoch } => leases::release(tx, task, *holder, *epoch),
+        Command::SetSetting { name, value } => settings::set(tx, name, value.as_deref()),
     }
 }

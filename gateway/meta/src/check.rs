@@ -5,6 +5,7 @@
 use crate::record::{ExtentRef, ObjectData};
 use crate::ChunkRef;
 use granary_placement::id::ExtentId;
+use granary_placement::lease::LeaseStamp;
 use std::collections::BTreeSet;
 
 /// Longest key, in bytes; S3's limit.
@@ -26,6 +27,38 @@ pub fn check_key(key: &str) -> Result<(), String> {
         return Err("key with a NUL byte".to_owned());
     }
     Ok(())
+}
+
+/// Longest value of a cluster setting, in bytes.
+pub const MAX_SETTING_VALUE_BYTES: usize = 256;
+/// Longest name of a cluster setting, in bytes.
+pub const MAX_SETTING_NAME_BYTES: usize = 64;
+
+/// The form of a cluster setting. Whether there is such a setting is for the sender to check: see [`crate::Command::SetSetting`].
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_setting(name: &str, value: Option<&str>) -> Result<(), String> {
+    let fits = |byte: &u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'.');
+    if name.is_empty() || name.len() > MAX_SETTING_NAME_BYTES || !name.as_bytes().iter().all(fits) {
+        return Err("not the name of a setting".to_owned());
+    }
+    match value {
+        Some(value) if value.len() > MAX_SETTING_VALUE_BYTES => Err(format!("a setting of {} bytes", value.len())),
+        _ => Ok(()),
+    }
+}
+
+/// The name of a background task.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_task(task: &str) -> Result<(), String> {
+    if LeaseStamp::is_task(task) {
+        Ok(())
+    } else {
+        Err("not the name of a task".to_owned())
+    }
 }
 
 fn check_extent(extent: &ExtentRef) -> Result<(), String> {

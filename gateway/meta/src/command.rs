@@ -1,10 +1,11 @@
-//! Commands that change a metadata shard, and their replies.
+//! Commands that change a metadata shard.
 //!
 //! A shard is a deterministic state machine: time, ids and randomness arrive inside the command. A command that was applied under
 //! a request id is not applied again: its first reply is given back.
 
-use crate::record::{AccountId, BucketId, BucketRecord, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq};
-use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
+use crate::record::{AccountId, BucketId, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq};
+use bytes::Bytes;
+use granary_placement::id::{ExtentId, PlacementGroupId};
 use granary_placement::map::ClusterMap;
 use serde::{Deserialize, Serialize};
 
@@ -62,7 +63,7 @@ pub enum VersionPick {
 /// A change of a shard.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
-    /// Stores an object. Replies [`Reply::Put`].
+    /// Stores an object. Replies [`crate::Reply::Put`].
     PutObject {
         /// Bucket.
         bucket: BucketId,
@@ -77,7 +78,7 @@ pub enum Command {
         /// Versioning.
         mode: VersionMode,
     },
-    /// Deletes an object, a version, or adds a delete marker. Replies [`Reply::Deleted`], also when nothing was there.
+    /// Deletes an object, a version, or adds a delete marker. Replies [`crate::Reply::Deleted`], also when nothing was there.
     DeleteObject {
         /// Bucket.
         bucket: BucketId,
@@ -90,7 +91,7 @@ pub enum Command {
         /// Versioning.
         mode: VersionMode,
     },
-    /// Begins a multipart upload. Replies [`Reply::Done`].
+    /// Begins a multipart upload. Replies [`crate::Reply::Done`].
     CreateUpload {
         /// Bucket.
         bucket: BucketId,
@@ -101,7 +102,7 @@ pub enum Command {
         /// What it will become.
         record: UploadRecord,
     },
-    /// Stores a part; the last one of a number wins. Replies [`Reply::Done`] or NoSuchUpload.
+    /// Stores a part; the last one of a number wins. Replies [`crate::Reply::Done`] or NoSuchUpload.
     PutPart {
         /// Bucket.
         bucket: BucketId,
@@ -133,7 +134,7 @@ pub enum Command {
         /// Versioning.
         mode: VersionMode,
     },
-    /// Gives a multipart upload up. Replies [`Reply::Done`] or NoSuchUpload.
+    /// Gives a multipart upload up. Replies [`crate::Reply::Done`] or NoSuchUpload.
     AbortUpload {
         /// Bucket.
         bucket: BucketId,
@@ -143,7 +144,7 @@ pub enum Command {
         upload: UploadId,
     },
     /// Stops all writes to a bucket in this shard, if it is empty here; a fence of an earlier attempt becomes this attempt's.
-    /// Replies [`Reply::Fenced`], or StaleAttempt when the shard saw a later attempt, or the end of this one.
+    /// Replies [`crate::Reply::Fenced`], or StaleAttempt when the shard saw a later attempt, or the end of this one.
     FenceBucket {
         /// Bucket.
         bucket: BucketId,
@@ -151,7 +152,7 @@ pub enum Command {
         attempt: u64,
     },
     /// Takes a fence of this attempt or an earlier one back: the bucket was not empty somewhere else. Fences of these attempts are
-    /// refused from then on. Replies [`Reply::Done`], or StaleAttempt when the shard saw a later attempt.
+    /// refused from then on. Replies [`crate::Reply::Done`], or StaleAttempt when the shard saw a later attempt.
     UnfenceBucket {
         /// Bucket.
         bucket: BucketId,
@@ -159,22 +160,22 @@ pub enum Command {
         attempt: u64,
     },
     /// Queues chunks for repair that a reader found missing or corrupt. Those of extents the shard does not own any more are
-    /// ignored; so is an index the extent does not have. Replies [`Reply::Done`].
+    /// ignored; so is an index the extent does not have. Replies [`crate::Reply::Done`].
     ReportMissing {
         /// The chunks.
         chunks: Vec<ChunkRef>,
     },
-    /// Takes chunks off the repair queue: they were rebuilt and verified. Replies [`Reply::Done`].
+    /// Takes chunks off the repair queue: they were rebuilt and verified. Replies [`crate::Reply::Done`].
     RepairDone {
         /// The chunks.
         chunks: Vec<ChunkRef>,
     },
-    /// Takes extents off the garbage queue: all their chunks are deleted. Replies [`Reply::Done`].
+    /// Takes extents off the garbage queue: all their chunks are deleted. Replies [`crate::Reply::Done`].
     GarbageDone {
         /// (time queued, extent) as listed.
         extents: Vec<(u64, ExtentId)>,
     },
-    /// Root shard: makes a bucket. Replies [`Reply::Bucket`], or BucketExists with the one that is there.
+    /// Root shard: makes a bucket. Replies [`crate::Reply::Bucket`], or BucketExists with the one that is there.
     CreateBucket {
         /// Name.
         name: String,
@@ -182,7 +183,7 @@ pub enum Command {
         owner: AccountId,
     },
     /// Root shard: marks a bucket as being deleted, and hands out the next attempt (`delete_attempt` of the reply). A deletion that
-    /// is under way is taken over: it can neither remove the bucket nor take the mark back any more. Replies [`Reply::Bucket`] or
+    /// is under way is taken over: it can neither remove the bucket nor take the mark back any more. Replies [`crate::Reply::Bucket`] or
     /// NoSuchBucket.
     BeginDeleteBucket {
         /// Name.
@@ -191,7 +192,7 @@ pub enum Command {
         bucket: BucketId,
     },
     /// Root shard: removes a bucket that is marked, and fenced everywhere by this attempt, or takes the mark back. Replies
-    /// [`Reply::Done`], NoSuchBucket, or StaleAttempt when another attempt was handed out since.
+    /// [`crate::Reply::Done`], NoSuchBucket, or StaleAttempt when another attempt was handed out since.
     EndDeleteBucket {
         /// Name.
         name: String,
@@ -203,68 +204,60 @@ pub enum Command {
         remove: bool,
     },
     /// Root shard: installs a map whose epoch is one above the present one (any epoch when there is none). Replies
-    /// [`Reply::Done`] or EpochConflict.
+    /// [`crate::Reply::Done`] or EpochConflict.
     SetMap {
         /// The map, valid.
         map: Box<ClusterMap>,
     },
     /// Does nothing; measures a round through the log.
     Noop,
-}
-
-/// What a command came to. Refusals are replies, not errors: they are part of the replicated history.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Reply {
-    /// Done.
-    Done,
-    /// Stored.
-    Put {
-        /// Version given.
-        version: VersionSeq,
-        /// ETag stored.
-        etag: String,
+    /// Root shard: takes a task's lease, by compare-and-set: there is none yet and (0, 0) was seen, or the one there still has the epoch
+    /// and renewals that were seen. Its epoch rises by one and its renewals begin at 0. Replies [`crate::Reply::Lease`], LeaseHeld with the one
+    /// that is there, or NoSuchLease when one was seen and there is none.
+    ///
+    /// No clock is asked: a candidate watches (epoch, renewals) by its own monotonic clock, and comes when they stood still for the time
+    /// that holders promise to renew in. A holder that renews in between makes the compare fail.
+    TakeLease {
+        /// Name of the task, 1 to 64 bytes.
+        task: String,
+        /// Who takes it: random, made once per process.
+        holder: [u8; 16],
+        /// Where the holder can be reached, for status pages; at most 256 bytes.
+        address: String,
+        /// The epoch seen; 0 when there was no lease.
+        seen_epoch: u64,
+        /// The renewals seen.
+        seen_renewals: u64,
     },
-    /// Deleted, or nothing was there.
-    Deleted {
-        /// A version or object was removed, or a marker added.
-        existed: bool,
-        /// The delete marker's version, when one was added.
-        marker: Option<VersionSeq>,
+    /// Root shard: says that the holder is alive. Replies [`crate::Reply::Lease`] with one renewal more, LeaseHeld when the lease is another's
+    /// or was released, or NoSuchLease.
+    RenewLease {
+        /// Name of the task.
+        task: String,
+        /// The holder.
+        holder: [u8; 16],
+        /// The epoch it took.
+        epoch: u64,
+        /// What status pages show, made by the holder (JSON); at most 4 KiB.
+        progress: Bytes,
     },
-    /// The bucket as it is now.
-    Bucket(BucketRecord),
-    /// FenceBucket: is the bucket empty in this shard (no versions, no uploads)? When false the fence was not set.
-    Fenced {
-        /// Nothing there.
-        empty: bool,
+    /// Root shard: gives a lease back; its epoch stays. Replies [`crate::Reply::Lease`] without a holder, LeaseHeld or NoSuchLease.
+    ReleaseLease {
+        /// Name of the task.
+        task: String,
+        /// The holder.
+        holder: [u8; 16],
+        /// The epoch it took.
+        epoch: u64,
     },
-    /// A bucket of that name exists.
-    BucketExists(BucketRecord),
-    /// No such bucket.
-    NoSuchBucket,
-    /// The bucket is fenced: it is being or was deleted. Look its name up again.
-    BucketFenced,
-    /// No such object (If-Match on nothing).
-    NoSuchKey,
-    /// A condition is false.
-    PreconditionFailed,
-    /// No such upload.
-    NoSuchUpload,
-    /// A part named at Complete is not there or has another ETag.
-    InvalidPart {
-        /// Its number.
-        number: u16,
-    },
-    /// Another map was installed first.
-    EpochConflict {
-        /// The epoch in force.
-        current: Epoch,
-    },
-    /// The command does not belong to this shard, or is malformed.
-    Refused(String),
-    /// The attempt to delete a bucket is over: a later one has begun, or this one was ended. Nothing was done.
-    StaleAttempt {
-        /// The highest attempt known here.
-        current: u64,
+    /// Root shard: sets a cluster setting. Replies [`crate::Reply::Settings`].
+    ///
+    /// Only the form of name and value is checked here. The table of settings differs between builds, and what `apply` does must not:
+    /// the sender checks against the table, and who reads a setting that it does not know leaves it alone.
+    SetSetting {
+        /// Name, 1 to 64 of `a-z 0-9 _ .`.
+        name: String,
+        /// Value, at most 256 bytes; None: back to the default.
+        value: Option<String>,
     },
 }

@@ -41,8 +41,12 @@ pub mod kind {
     pub const BUCKET_COUNTER: u8 = b'I';
     /// Root shard: the cluster map.
     pub const MAP: u8 = b'C';
-    /// Root shard: leases (reserved).
+    /// Root shard: leases by task.
     pub const LEASE: u8 = b'T';
+    /// The highest lease epoch seen of each task.
+    pub const LEASE_SEEN: u8 = b'K';
+    /// Root shard: the cluster settings.
+    pub const SETTINGS: u8 = b'Y';
     /// Root shard: accounts and keys (reserved).
     pub const ACCOUNT: u8 = b'A';
     /// The shard's counters.
@@ -221,7 +225,17 @@ impl Keys {
         self.key(kind::BUCKET, &[name.as_bytes()])
     }
 
-    /// A key of a kind that has one entry only: counters, applied, map, bucket counter.
+    /// The lease of a task.
+    pub fn lease(&self, task: &str) -> Vec<u8> {
+        self.key(kind::LEASE, &[task.as_bytes()])
+    }
+
+    /// The highest lease epoch seen of a task.
+    pub fn lease_seen(&self, task: &str) -> Vec<u8> {
+        self.key(kind::LEASE_SEEN, &[task.as_bytes()])
+    }
+
+    /// A key of a kind that has one entry only: counters, applied, map, bucket counter, settings.
     pub fn single(&self, kind: u8) -> Vec<u8> {
         self.key(kind, &[])
     }

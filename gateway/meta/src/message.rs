@@ -1,8 +1,9 @@
 //! The bytes of requests and answers of a shard: what a gateway sends to the disk that leads it, and what its log keeps. The wire carries
 //! them unread. docs/formats/metadata.md draws both.
 
-use crate::command::{MetaRequest, Reply};
+use crate::command::MetaRequest;
 use crate::query::{Answer, Query};
+use crate::reply::Reply;
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

@@ -2,12 +2,13 @@
 
 use crate::command::{ChunkRef, VersionPick};
 use crate::record::{
-    AccountId, BucketId, BucketRecord, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, ObjectRecord,
-    PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
+    AccountId, BucketId, BucketRecord, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, LeaseRecord,
+    ObjectRecord, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
 };
 use granary_placement::id::{ExtentId, PlacementGroupId};
 use granary_placement::map::ClusterMap;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Where a listing goes on from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,6 +124,13 @@ pub enum Query {
     },
     /// Root shard: the cluster map. Answers Map or NoMap.
     GetMap,
+    /// Root shard: the leases of all tasks, in order of their names. Answers Leases.
+    ListLeases,
+    /// Root shard: the cluster settings, when they are newer than what the asker has. Answers Settings or SettingsUnchanged.
+    GetSettings {
+        /// The epoch known to the asker; 0: none.
+        newer_than: u64,
+    },
 }
 
 /// One item of a listing.
@@ -170,7 +178,7 @@ pub enum Answer {
     Object(Box<ObjectRecord>),
     /// Nothing there.
     NoSuchKey,
-    /// See [`Reply::BucketFenced`](crate::command::Reply::BucketFenced).
+    /// See [`Reply::BucketFenced`](crate::Reply::BucketFenced).
     BucketFenced,
     /// No such upload.
     NoSuchUpload,
@@ -248,4 +256,15 @@ pub enum Answer {
     NoMap,
     /// The query does not belong to this shard, or is malformed.
     Refused(String),
+    /// The leases, held and released ones, in order of their tasks.
+    Leases(Vec<LeaseRecord>),
+    /// The settings have the epoch that the asker named, or a lower one.
+    SettingsUnchanged,
+    /// The settings that are not at their defaults.
+    Settings {
+        /// Their epoch.
+        epoch: u64,
+        /// Values by name.
+        values: BTreeMap<String, String>,
+    },
 }

@@ -5,6 +5,7 @@ use granary_placement::extent::ExtentLayout;
 use granary_placement::id::{ExtentId, PlacementGroupId};
 use granary_placement::scheme::CodecId;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// A bucket's number, unique for ever: a bucket made again under an old name is another bucket.
@@ -243,4 +244,34 @@ pub struct Usage {
     pub uploads: u64,
     /// Payload of their parts, in bytes.
     pub upload_bytes: u64,
+}
+
+/// The lease of a background task: who does it now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseRecord {
+    /// Name of the task.
+    pub task: String,
+    /// Rises by one each time it is taken; never falls.
+    pub epoch: u64,
+    /// How often the holder renewed it; 0 when it was just taken.
+    pub renewals: u64,
+    /// Who holds it; None after a release.
+    pub holder: Option<[u8; 16]>,
+    /// Where the holder can be reached; empty after a release.
+    pub address: String,
+    /// When it was taken, Unix milliseconds by the holder's clock. For status pages; nothing is decided by it.
+    pub taken_ms: u64,
+    /// When it was last taken, renewed or released, likewise.
+    pub renewed_ms: u64,
+    /// What the holder said at its last renewal.
+    pub progress: Bytes,
+}
+
+/// The cluster settings that are not at their defaults.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SettingsRecord {
+    /// Rises by one with each change; 0: nothing was ever set.
+    pub epoch: u64,
+    /// Values by name.
+    pub values: BTreeMap<String, String>,
 }

@@ -3,17 +3,20 @@
 //! variants go to the end of their enum and of the fixture.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod common;
+
 use bytes::Bytes;
+use common::map;
 use granary_meta::record::{
-    AccountId, BucketId, BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, ObjectData,
-    ObjectMeta, ObjectRecord, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
+    AccountId, BucketId, BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, LeaseRecord,
+    ObjectData, ObjectMeta, ObjectRecord, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
 };
 use granary_meta::{
     Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, ObjectSummary, Query, Reply, ShardRequest,
     ShardResponse, VersionMode, VersionPick,
 };
-use granary_placement::id::{ClusterId, DiskId, Epoch, ExtentId, PlacementGroupId};
-use granary_placement::map::{ClusterMap, ShardReplicas};
+use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
+use granary_placement::lease::LeaseStamp;
 use granary_placement::scheme::CodecId;
 use serde::de::DeserializeOwned;
 use serde::Serialize;
@@ -41,6 +44,7 @@ impl Lines {
 const GROUP: PlacementGroupId = PlacementGroupId(300);
 const EXTENT: ExtentId = ExtentId([0xe1; 16]);
 const BUCKET: BucketId = BucketId(5);
+const HOLDER: [u8; 16] = [0xd1; 16];
 const UPLOAD: UploadId = UploadId([0xb1; 16]);
 
 fn key() -> String {
@@ -138,16 +142,20 @@ fn bucket() -> BucketRecord {
     }
 }
 
-fn map() -> ClusterMap {
-    ClusterMap {
-        cluster_id: ClusterId([0xc1; 16]),
-        epoch: Epoch(12),
-        next_disk_id: 7,
-        disks: BTreeMap::new(),
-        schemes: BTreeMap::new(),
-        default_scheme: "4+2".into(),
-        groups: BTreeMap::new(),
-        shards: vec![ShardReplicas { members: vec![DiskId(1), DiskId(2)] }],
+fn task() -> String {
+    "heal".to_owned()
+}
+
+fn lease(holder: Option<[u8; 16]>) -> LeaseRecord {
+    LeaseRecord {
+        task: task(),
+        epoch: 300,
+        renewals: 7,
+        holder,
+        address: "gateway:9000".into(),
+        taken_ms: 20,
+        renewed_ms: 21,
+        progress: Bytes::from_static(b"{}"),
     }
 }
 
@@ -194,6 +202,16 @@ fn commands() -> Vec<Command> {
         Command::EndDeleteBucket { name: "photos".into(), bucket: BUCKET, attempt: 300, remove: true },
         Command::SetMap { map: Box::new(map()) },
         Command::Noop,
+        Command::TakeLease {
+            task: task(),
+            holder: HOLDER,
+            address: "gateway:9000".into(),
+            seen_epoch: 300,
+            seen_renewals: 7,
+        },
+        Command::RenewLease { task: task(), holder: HOLDER, epoch: 300, progress: Bytes::from_static(b"{}") },
+        Command::ReleaseLease { task: task(), holder: HOLDER, epoch: 300 },
+        Command::SetSetting { name: "heal.out_after".into(), value: Some("15s".into()) },
     ]
 }
 
@@ -218,6 +236,8 @@ fn queries() -> Vec<Query> {
         Query::GetBucket { name: "photos".into() },
         Query::ListBuckets { after: "photos".into(), limit: 1000 },
         Query::GetMap,
+        Query::ListLeases,
+        Query::GetSettings { newer_than: 300 },
     ]
 }
 
@@ -238,6 +258,11 @@ fn replies() -> Vec<Reply> {
         Reply::EpochConflict { current: Epoch(12) },
         Reply::Refused("no".into()),
         Reply::StaleAttempt { current: 300 },
+        Reply::Lease(lease(Some(HOLDER))),
+        Reply::LeaseHeld(lease(None)),
+        Reply::NoSuchLease,
+        Reply::StaleLease { current: 300 },
+        Reply::Settings { epoch: 300 },
     ]
 }
 
@@ -271,6 +296,9 @@ fn answers() -> Vec<Answer> {
         Answer::Map(Box::new(map())),
         Answer::NoMap,
         Answer::Refused("no".into()),
+        Answer::Leases(vec![lease(Some(HOLDER))]),
+        Answer::SettingsUnchanged,
+        Answer::Settings { epoch: 300, values: BTreeMap::from([("heal.out_after".into(), "15s".into())]) },
     ]
 }
 
@@ -291,6 +319,7 @@ fn messages_and_records_are_the_golden_bytes() {
     lines.add("object", vec![inline(), object(ObjectData::Extents(vec![extent()]))]);
     lines.add("version-pick", vec![VersionPick::Current, VersionPick::Null, VersionPick::Seq(VersionSeq(9))]);
     lines.add("version-mode", vec![VersionMode::Off, VersionMode::On]);
+    lines.add("lease-stamp", vec![LeaseStamp { task: task(), epoch: 300 }]);
     lines.add("list-from", vec![ListFrom::Start, ListFrom::After(key())]);
     let algorithms = [
         ChecksumAlgorithm::Crc32,

@@ -1,11 +1,13 @@
-//! Helpers of the tests: random numbers from a printed seed, commands, and a cluster of hosts in one process.
+//! Helpers of the tests: random numbers from a printed seed, commands, a map.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use bytes::Bytes;
 use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData, ObjectMeta, ObjectRecord, VersionSeq};
 use granary_meta::{Command, Conditions, MetaRequest, VersionMode};
-use granary_placement::id::{ExtentId, PlacementGroupId};
+use granary_placement::id::{ClusterId, DiskId, Epoch, ExtentId, PlacementGroupId};
+use granary_placement::map::{ClusterMap, ShardReplicas};
 use granary_placement::scheme::CodecId;
+use std::collections::BTreeMap;
 
 /// splitmix64.
 pub struct Random(pub u64);
@@ -93,5 +95,19 @@ pub fn put(bucket: u64, key: &str, body: &[u8]) -> Command {
         missing: Vec::new(),
         conditions: Conditions::default(),
         mode: VersionMode::Off,
+    }
+}
+
+/// A map of the root shard and two object shards, with little else in it.
+pub fn map() -> ClusterMap {
+    ClusterMap {
+        cluster_id: ClusterId([0xc1; 16]),
+        epoch: Epoch(12),
+        next_disk_id: 7,
+        disks: BTreeMap::new(),
+        schemes: BTreeMap::new(),
+        default_scheme: "4+2".into(),
+        groups: BTreeMap::new(),
+        shards: vec![ShardReplicas { members: vec![DiskId(1), DiskId(2)] }; 3],
     }
 }

@@ -1,0 +1,102 @@
+//! Leases of background tasks in the root shard.
+//!
+//! A lease is an epoch and a number of renewals. Nothing here knows a clock: whoever wants a lease watches both numbers, and takes it by
+//! naming the numbers it saw stand still. So a taking and a renewal at the same moment cannot both succeed, and the loser is told.
+//! Leases are never removed: an epoch that was handed out is never handed out again.
+
+use crate::apply::Tx;
+use crate::check::check_task;
+use crate::keys::kind;
+use crate::kv::{Kv, StateError};
+use crate::record::LeaseRecord;
+use crate::Reply;
+use bytes::Bytes;
+
+/// Most tasks with a lease. Part of the replicated history.
+pub const MAX_LEASES: usize = 1_024;
+/// Longest progress, in bytes. Part of the replicated history.
+pub const MAX_PROGRESS_BYTES: usize = 4 * 1024;
+/// Longest address of a holder, in bytes. Part of the replicated history.
+pub const MAX_ADDRESS_BYTES: usize = 256;
+
+/// See [`crate::Command::TakeLease`].
+pub fn take<K: Kv + ?Sized>(
+    tx: &mut Tx<'_, '_, K>,
+    task: &str,
+    holder: [u8; 16],
+    address: &str,
+    seen: (u64, u64),
+) -> Result<Reply, StateError> {
+    if let Err(why) = check_task(task) {
+        return Ok(Reply::Refused(why));
+    }
+    if address.len() > MAX_ADDRESS_BYTES {
+        return Ok(Reply::Refused(format!("an address of {} bytes", address.len())));
+    }
+    let key = tx.keys.lease(task);
+    match tx.load::<LeaseRecord>(&key)? {
+        Some(there) if (there.epoch, there.renewals) != seen => return Ok(Reply::LeaseHeld(there)),
+        Some(_) => {}
+        None if seen != (0, 0) => return Ok(Reply::NoSuchLease),
+        None => {
+            let all = tx.keys.kind_range(kind::LEASE);
+            if tx.batch.scan(&all.from, &all.to, MAX_LEASES)?.len() == MAX_LEASES {
+                return Ok(Reply::Refused(format!("there are {MAX_LEASES} leases")));
+            }
+        }
+    }
+    let taken = LeaseRecord {
+        task: task.to_owned(),
+        epoch: seen.0 + 1,
+        renewals: 0,
+        holder: Some(holder),
+        address: address.to_owned(),
+        taken_ms: tx.now_ms,
+        renewed_ms: tx.now_ms,
+        progress: Bytes::new(),
+    };
+    tx.store(key, &taken)?;
+    Ok(Reply::Lease(taken))
+}
+
+/// See [`crate::Command::RenewLease`].
+pub fn renew<K: Kv + ?Sized>(
+    tx: &mut Tx<'_, '_, K>,
+    task: &str,
+    holder: [u8; 16],
+    epoch: u64,
+    progress: &Bytes,
+) -> Result<Reply, StateError> {
+    if progress.len() > MAX_PROGRESS_BYTES {
+        return Ok(Reply::Refused(format!("a progress of {} bytes", progress.len())));
+    }
+    let key = tx.keys.lease(task);
+    let Some(there) = tx.load::<LeaseRecord>(&key)? else { return Ok(Reply::NoSuchLease) };
+    if there.epoch != epoch || there.holder != Some(holder) {
+        return Ok(Reply::LeaseHeld(there));
+    }
+    let renewals = there.renewals + 1;
+    let renewed = LeaseRecord { renewals, renewed_ms: tx.now_ms, progress: progress.clone(), ..there };
+    tx.store(key, &renewed)?;
+    Ok(Reply::Lease(renewed))
+}
+
+/// See [`crate::Command::ReleaseLease`]. A release that comes twice is answered twice.
+pub fn release<K: Kv + ?Sized>(
+    tx: &mut Tx<'_, '_, K>,
+    task: &str,
+    holder: [u8; 16],
+    epoch: u64,
+) -> Result<Reply, StateError> {
+    let key = tx.keys.lease(task);
+    let Some(there) = tx.load::<LeaseRecord>(&key)? else { return Ok(Reply::NoSuchLease) };
+    if there.epoch != epoch || there.holder.is_some_and(|now| now != holder) {
+        return Ok(Reply::LeaseHeld(there));
+    }
+    if there.holder.is_none() {
+        return Ok(Reply::Lease(there));
+    }
+    let released = LeaseRecord { holder: None, address: String::new(), renewed_ms: tx.now_ms, ..there };
+    tx.store(key, &released)?;
+    Ok(Reply::Lease(released))
+}

@@ -1,0 +1,78 @@
+//! Replies to commands.
+
+use crate::record::{BucketRecord, LeaseRecord, VersionSeq};
+use granary_placement::id::Epoch;
+use serde::{Deserialize, Serialize};
+
+/// What a command came to. Refusals are replies, not errors: they are part of the replicated history.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// Stored.
+    Put {
+        /// Version given.
+        version: VersionSeq,
+        /// ETag stored.
+        etag: String,
+    },
+    /// Deleted, or nothing was there.
+    Deleted {
+        /// A version or object was removed, or a marker added.
+        existed: bool,
+        /// The delete marker's version, when one was added.
+        marker: Option<VersionSeq>,
+    },
+    /// The bucket as it is now.
+    Bucket(BucketRecord),
+    /// FenceBucket: is the bucket empty in this shard (no versions, no uploads)? When false the fence was not set.
+    Fenced {
+        /// Nothing there.
+        empty: bool,
+    },
+    /// A bucket of that name exists.
+    BucketExists(BucketRecord),
+    /// No such bucket.
+    NoSuchBucket,
+    /// The bucket is fenced: it is being or was deleted. Look its name up again.
+    BucketFenced,
+    /// No such object (If-Match on nothing).
+    NoSuchKey,
+    /// A condition is false.
+    PreconditionFailed,
+    /// No such upload.
+    NoSuchUpload,
+    /// A part named at Complete is not there or has another ETag.
+    InvalidPart {
+        /// Its number.
+        number: u16,
+    },
+    /// Another map was installed first.
+    EpochConflict {
+        /// The epoch in force.
+        current: Epoch,
+    },
+    /// The command does not belong to this shard, or is malformed.
+    Refused(String),
+    /// The attempt to delete a bucket is over: a later one has begun, or this one was ended. Nothing was done.
+    StaleAttempt {
+        /// The highest attempt known here.
+        current: u64,
+    },
+    /// The lease as it is now: taken, renewed or released.
+    Lease(LeaseRecord),
+    /// The lease is not the caller's, or is not what the caller saw; this is what it is.
+    LeaseHeld(LeaseRecord),
+    /// There never was a lease of that task.
+    NoSuchLease,
+    /// Background work under a lease that was taken over. Nothing was done.
+    StaleLease {
+        /// The highest epoch of that task known here.
+        current: u64,
+    },
+    /// The cluster settings have this epoch now.
+    Settings {
+        /// One more than before, or the same when the setting had that value.
+        epoch: u64,
+    },
+}
