@@ -6,7 +6,8 @@
 //! 3. [`place`] and [`moves`]: lay placement groups out over failure domains, and what changes between two maps;
 //! 4. [`lease`]: the mark of background work;
 //! 5. [`extent`]: the geometry of one extent: stripes, units, chunks;
-//! 6. [`codec`]: np16, the erasure code.
+//! 6. [`codec`]: np16, the erasure code;
+//! 7. [`settings`]: the table of all settings.
 
 pub mod codec;
 pub mod extent;
@@ -16,3 +17,4 @@ pub mod map;
 pub mod moves;
 pub mod place;
 pub mod scheme;
+pub mod settings;
