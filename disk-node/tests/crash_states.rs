@@ -15,7 +15,7 @@ use granary_disk_node::store::index_memory::MemoryEngine;
 use granary_disk_node::store::recover::recover;
 use granary_disk_node::store::shared::Shared;
 use granary_disk_node::store::{StoreError, StoreSettings};
-use granary_placement::id::{DiskUuid, ExtentId, PlacementGroupId, ShardId};
+use granary_placement::id::{DiskUuid, ExtentId, HashSlot, PlacementGroupId};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{block_count, block_crc, ChunkHealth, ChunkId, ChunkSpec, BLOCK_BYTES};
 use sim::{Fault, SimDevice};
@@ -46,7 +46,7 @@ fn chunk(number: u8) -> ChunkId {
 }
 
 fn spec(len_bytes: u64) -> ChunkSpec {
-    let owner = ShardId(3);
+    let owner = HashSlot(3);
     ChunkSpec {
         codec: CodecId::Np16,
         k: 4,

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use bytes::Bytes;
-use granary_placement::id::{ClusterId, ExtentId, PlacementGroupId, ShardId};
+use granary_placement::id::{ClusterId, ExtentId, HashSlot, PlacementGroupId};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkSpec};
 use granary_wire::control::{ControlRequest, ControlResponse};
@@ -130,7 +130,7 @@ fn chunk(number: u8) -> ChunkId {
 }
 
 fn spec(len_bytes: u64) -> ChunkSpec {
-    let owner = ShardId(3);
+    let owner = HashSlot(3);
     ChunkSpec {
         codec: CodecId::Np16,
         k: 4,

@@ -5,7 +5,7 @@
 use granary_disk_node::store::format::{
     record_bytes, FormatError, RecordHeader, Seal, SegmentHeader, SegmentUuid, PAGE_BYTES,
 };
-use granary_placement::id::{DiskUuid, ExtentId, PlacementGroupId, ShardId};
+use granary_placement::id::{DiskUuid, ExtentId, HashSlot, PlacementGroupId};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use proptest::prelude::{any, prop_assert, prop_assert_eq, proptest};
@@ -32,7 +32,7 @@ fn record() -> RecordHeader {
         unit_bytes: 131_072,
         extent_len_bytes: 280_000,
         len_bytes: 70_016,
-        owner: ShardId(0x0709),
+        owner: HashSlot(0x0709),
         created_ms: 0x0001_9000_0000_0000,
     };
     RecordHeader {

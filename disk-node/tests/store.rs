@@ -10,7 +10,7 @@ use granary_disk_node::store::handle::Store;
 use granary_disk_node::store::index_rocksdb::RocksEngine;
 use granary_disk_node::store::recover::Recovered;
 use granary_disk_node::store::{OpenError, StoreError, StoreSettings};
-use granary_placement::id::{DiskUuid, ExtentId, PlacementGroupId, ShardId};
+use granary_placement::id::{DiskUuid, ExtentId, HashSlot, PlacementGroupId};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{block_crc, ChunkHealth, ChunkId, ChunkSpec, BLOCK_BYTES};
 use std::path::{Path, PathBuf};
@@ -53,7 +53,7 @@ fn chunk(number: u32) -> ChunkId {
 }
 
 fn spec(len_bytes: u64) -> ChunkSpec {
-    let owner = ShardId(3);
+    let owner = HashSlot(3);
     ChunkSpec {
         codec: CodecId::Np16,
         k: 4,

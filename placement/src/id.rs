@@ -126,6 +126,36 @@ number_id!(
     ShardId, u16, "shard id"
 );
 
+number_id!(
+    /// One of the [`HASH_SLOTS`] parts of the key space, 0 to 4,095. Which shard owns it stands in the cluster map; the hash slot of a
+    /// key never changes, so it can be written down with data for good.
+    HashSlot, u16, "hash slot"
+);
+
+/// How many hash slots there are, in every cluster. Part of the format of the map, of chunk headers and of chunk requests.
+pub const HASH_SLOTS: u16 = 4096;
+
+impl HashSlot {
+    /// The hash slot with that number; None from [`HASH_SLOTS`] on.
+    pub fn new(number: u16) -> Option<HashSlot> {
+        (number < HASH_SLOTS).then_some(HashSlot(number))
+    }
+
+    /// The hash slot of (bucket, key): FNV-1a 64 over the bucket number (big-endian) and the key's bytes, finished, and folded over
+    /// the slots by a multiply-shift.
+    pub fn of(bucket: u64, key: &str) -> HashSlot {
+        let mut hash = 0xcbf2_9ce4_8422_2325u64;
+        for byte in bucket.to_be_bytes().iter().chain(key.as_bytes()) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+        // FNV's high bits mix poorly on short keys; one finalising round spreads them before the multiply-shift.
+        hash ^= hash >> 32;
+        hash = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        hash ^= hash >> 29;
+        HashSlot(((u128::from(hash) * u128::from(HASH_SLOTS)) >> 64) as u16)
+    }
+}
+
 impl ShardId {
     /// The shard that owns the cluster map, buckets, accounts, keys and leases.
     pub const ROOT: ShardId = ShardId(0);

@@ -10,9 +10,9 @@ pub struct Move {
     pub group: PlacementGroupId,
     /// Index into its slots.
     pub slot: usize,
-    /// The disk of the slot in the old map.
+    /// The current disk of the slot in the old map.
     pub from: DiskId,
-    /// The disk of the slot in the new map.
+    /// The current disk of the slot in the new map.
     pub to: DiskId,
 }
 
@@ -27,13 +27,14 @@ pub struct ReplicaMove {
     pub to: Option<DiskId>,
 }
 
-/// Slots whose disk differs, in order of group and slot. Groups that only one of the maps has are no moves: a new group
+/// Slots whose current disk differs, in order of group and slot. Groups that only one of the maps has are no moves: a new group
 /// is empty, and groups are never removed.
 pub fn moves(old: &ClusterMap, new: &ClusterMap) -> Vec<Move> {
     let mut moves = Vec::new();
     for (&group, before) in &old.groups {
         let Some(after) = new.group(group) else { continue };
-        for (slot, (&from, &to)) in before.slots.iter().zip(&after.slots).enumerate() {
+        for (slot, (before, after)) in before.slots.iter().zip(&after.slots).enumerate() {
+            let (from, to) = (before.current, after.current);
             if from != to {
                 moves.push(Move { group, slot, from, to });
             }

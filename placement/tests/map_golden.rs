@@ -3,8 +3,8 @@
 
 mod place_support;
 
-use granary_placement::id::DiskId;
-use granary_placement::map::{ClusterMap, DiskState};
+use granary_placement::id::{DiskId, HashSlot, HASH_SLOTS};
+use granary_placement::map::{deal_hash_slots, ClusterMap, DiskState};
 use granary_placement::place::replace_disk;
 use granary_placement::scheme::FailureDomain;
 use place_support::{order, scheme, uniform, uuid};
@@ -28,7 +28,12 @@ fn placement_still_makes_the_golden_map() {
     (new.replicas, new.object_shards) = (Some(3), 2);
     let map = granary_placement::place::new_map(new).unwrap();
     let (map, _) = replace_disk(&map, DiskId(2), uuid(9), None).unwrap();
-    assert_eq!(serde_json::to_string_pretty(&map).unwrap().trim(), GOLDEN.trim());
+    let text = serde_json::to_string_pretty(&map).unwrap();
+    if std::env::var_os("GRANARY_WRITE_GOLDEN").is_some() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/cluster-map.json");
+        std::fs::write(path, format!("{text}\n")).unwrap();
+    }
+    assert_eq!(text.trim(), GOLDEN.trim());
 }
 
 #[test]
@@ -46,16 +51,35 @@ fn keys_keep_their_shard() {
     // The table in docs/formats/cluster-map.md, computed by an independent script. A change would lose every object.
     let mut map: ClusterMap = serde_json::from_str(GOLDEN).unwrap();
     let keys = ["", "a", "b", "backup/2026-01-01.vbk", "\u{e9}"];
+    assert_eq!(keys.map(|key| HashSlot::of(7, key).0), [2089, 2046, 3123, 3196, 1783]);
     let owners = |map: &ClusterMap| keys.map(|key| map.shard_of(7, key).unwrap().0);
     assert_eq!(owners(&map), [2, 1, 2, 2, 1]);
     map.shards.resize(17, map.shards[0].clone());
+    map.slot_shards = deal_hash_slots(16);
     assert_eq!(owners(&map), [9, 8, 13, 13, 7]);
+}
+
+#[test]
+fn hash_slots_are_dealt_evenly_and_in_order_and_every_slot_has_its_shard() {
+    let mut map: ClusterMap = serde_json::from_str(GOLDEN).unwrap();
+    for shards in [1, 2, 3, 7, 16, 100, 4095, HASH_SLOTS] {
+        map.shards.resize(usize::from(shards) + 1, map.shards[0].clone());
+        map.slot_shards = deal_hash_slots(shards);
+        assert_eq!(map.validate(), Ok(()), "{shards} shards");
+        let mut slots = vec![0u16; usize::from(shards) + 1];
+        let owners: Vec<u16> = (0..HASH_SLOTS).map(|slot| map.shard_of_slot(HashSlot(slot)).unwrap().0).collect();
+        owners.iter().for_each(|shard| slots[usize::from(*shard)] += 1);
+        assert!(owners.is_sorted() && slots[0] == 0, "{shards} shards");
+        let (least, most) = (slots[1..].iter().min().unwrap(), slots[1..].iter().max().unwrap());
+        assert!(*least > 0 && most - least <= 1, "{shards} shards: {least} to {most} slots");
+    }
 }
 
 #[test]
 fn keys_spread_evenly_over_shards() {
     let mut map: ClusterMap = serde_json::from_str(GOLDEN).unwrap();
     map.shards.resize(17, map.shards[0].clone());
+    map.slot_shards = deal_hash_slots(16);
     let mut count = [0u32; 17];
     for number in 0..160_000 {
         count[usize::from(map.shard_of(7, &format!("vm-{}/disk-{number:08}.blk", number % 40)).unwrap().0)] += 1;

@@ -3,8 +3,8 @@
 
 mod place_support;
 
-use granary_placement::id::{DiskId, Epoch, PlacementGroupId, ShardId};
-use granary_placement::map::{ClusterMap, DiskState, MapError};
+use granary_placement::id::{DiskId, Epoch, HashSlot, PlacementGroupId, ShardId};
+use granary_placement::map::{ClusterMap, DiskState, GroupSlot, MapError, SlotRange};
 use granary_placement::scheme::FailureDomain;
 use place_support::{cluster, place, scheme, uniform};
 
@@ -16,7 +16,7 @@ fn disk(map: &mut ClusterMap, id: u32) -> &mut granary_placement::map::Disk {
     map.disks.get_mut(&DiskId(id)).unwrap()
 }
 
-fn slots(map: &mut ClusterMap) -> &mut Vec<DiskId> {
+fn slots(map: &mut ClusterMap) -> &mut Vec<GroupSlot> {
     &mut map.groups.get_mut(&PlacementGroupId(0)).unwrap().slots
 }
 
@@ -65,13 +65,13 @@ fn every_broken_rule_is_named() {
         (|map| map.groups.clear(), |e| matches!(e, MapError::NoGroups(_)), "lay it out"),
         (|map| slots(map).truncate(5), |e| matches!(e, MapError::Width { slots: 5, width: 6, .. }), "has 5 slots"),
         (
-            |map| slots(map)[2] = DiskId(99),
+            |map| slots(map)[2].current = DiskId(99),
             |e| matches!(e, MapError::SlotWithoutDisk { slot: 2, .. }),
             "not in the map",
         ),
         (
             |map| {
-                let id = slots(map)[2].0;
+                let id = slots(map)[2].current.0;
                 disk(map, id).state = DiskState::Out;
             },
             |e| matches!(e, MapError::SlotOnOutDisk { slot: 2, .. }),
@@ -79,7 +79,7 @@ fn every_broken_rule_is_named() {
         ),
         (
             |map| {
-                let id = slots(map)[2].0;
+                let id = slots(map)[2].current.0;
                 disk(map, id).roles.storage = false;
             },
             |e| matches!(e, MapError::SlotWithoutRole { slot: 2, .. }),
@@ -89,7 +89,7 @@ fn every_broken_rule_is_named() {
         (
             |map| {
                 for slot in 0..3 {
-                    let id = slots(map)[slot].0;
+                    let id = slots(map)[slot].current.0;
                     disk(map, id).location = place(0, 0, 9);
                 }
             },
@@ -124,6 +124,53 @@ fn every_broken_rule_is_named() {
             },
             |e| matches!(e, MapError::ReplicaWithoutRole { .. }),
             "metadata role",
+        ),
+        (
+            |map| slots(map)[2].previous = Some(DiskId(99)),
+            |e| matches!(e, MapError::SlotWithoutDisk { slot: 2, disk: DiskId(99), .. }),
+            "not in the map",
+        ),
+        (
+            |map| slots(map)[2].previous = Some(slots(map)[0].current),
+            |e| matches!(e, MapError::PreviousInUse { slot: 2, .. }),
+            "finish that move first",
+        ),
+        (
+            |map| slots(map)[2].previous = Some(slots(map)[2].current),
+            |e| matches!(e, MapError::PreviousInUse { slot: 2, .. }),
+            "another slot",
+        ),
+        (|map| map.slot_shards.clear(), |e| matches!(e, MapError::HashSlotZero), "must begin with it"),
+        (|map| map.slot_shards[0].first = HashSlot(1), |e| matches!(e, MapError::HashSlotZero), "hash slot 0"),
+        (
+            |map| map.slot_shards.push(SlotRange { first: HashSlot(4096), shard: ShardId(1) }),
+            |e| matches!(e, MapError::HashSlotOrder(HashSlot(4096))),
+            "below 4096",
+        ),
+        (
+            |map| {
+                let first = map.slot_shards[1].first;
+                map.slot_shards.push(SlotRange { first, shard: ShardId(1) });
+            },
+            |e| matches!(e, MapError::HashSlotOrder(_)),
+            "above the range before",
+        ),
+        (
+            |map| map.slot_shards[0].shard = ShardId::ROOT,
+            |e| matches!(e, MapError::HashSlotShard { shard: ShardId::ROOT, .. }),
+            "no object shard",
+        ),
+        (
+            |map| map.slot_shards[0].shard = ShardId(99),
+            |e| matches!(e, MapError::HashSlotShard { shard: ShardId(99), .. }),
+            "no object shard",
+        ),
+        (
+            |map| {
+                map.slot_shards.push(SlotRange { first: HashSlot(4000), shard: map.slot_shards.last().unwrap().shard })
+            },
+            |e| matches!(e, MapError::HashSlotSplit(HashSlot(4000))),
+            "make them one",
         ),
     ];
     assert_eq!(good().validate(), Ok(()));

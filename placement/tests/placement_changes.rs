@@ -4,14 +4,14 @@
 mod place_support;
 
 use granary_placement::id::DiskId;
-use granary_placement::map::{ClusterMap, DiskState};
+use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
 use granary_placement::moves::{moves, replica_moves, Move};
 use granary_placement::place::{add_scheme, rebalance, replace_disk, spread, PlaceError};
 use granary_placement::scheme::FailureDomain;
 use place_support::flow::fewest_moves;
 use place_support::{
     add_disk, broken_rule, cluster, fair_shares, fair_slots, loads, most_in_one, new_disk, place, random_disks,
-    random_domain, scheme, seeds, set_state, takes_slots, unfair_disk, uniform, uuid, Random,
+    random_domain, scheme, seeds, set_state, settled, takes_slots, unfair_disk, uniform, uuid, Random,
 };
 
 /// Fewest moves that the hard rules and fairness demand: slots on disks that may hold none, or slots that disks beyond
@@ -247,7 +247,7 @@ fn random_clusters_stay_right_through_chains_of_changes() {
                 refused += 1;
                 continue;
             }
-            map = rebalance_well(&map, &changed, &scene).0;
+            map = settled(rebalance_well(&map, &changed, &scene).0);
             changes += 1;
         }
     }
@@ -286,6 +286,66 @@ fn a_replaced_disk_hands_its_slots_and_replicas_to_the_new_one() {
     assert!(replica_moves(&before, &after).iter().all(|one| (one.from, one.to) == (Some(old), Some(new))));
     // Nothing is left for a rebalance to do.
     assert_eq!(moves(&after, &rebalance(&after).unwrap()), []);
+    // Until the new disk has everything, its slots say where their chunks are.
+    for (slot, was) in slots(&after).zip(slots(&before)) {
+        assert_eq!(*slot, if was.current == old { GroupSlot { current: new, previous: Some(old) } } else { *was });
+    }
+    // The new one dies as well: its successor still knows the first.
+    let (again, newest) = replace_disk(&after, new, uuid(778), None).unwrap();
+    assert!(slots(&again).all(|slot| slot.current != newest || slot.previous == Some(old)));
+}
+
+fn slots(map: &ClusterMap) -> impl Iterator<Item = &GroupSlot> {
+    map.groups.values().flat_map(|group| &group.slots)
+}
+
+#[test]
+fn a_moved_slot_remembers_its_first_disk_until_the_move_is_done_however_often_it_moves() {
+    let (mut changes, mut refused) = (0, 0);
+    for seed in seeds(60) {
+        let mut random = Random::new(seed);
+        let scheme = scheme(4, 2, FailureDomain::Server);
+        let mut map = cluster(uniform(1, 2, 4, 3), scheme);
+        for step in 0..8 {
+            let mut changed = map.clone();
+            let what = change_at_random(&mut random, &mut changed, step);
+            let scene = format!("seed {seed} step {step}: {what}");
+            // Refused is: no room at all, or no room while these moves are under way. Nothing has changed then.
+            let after = match rebalance(&changed) {
+                Ok(after) => after,
+                Err(PlaceError::MovesUnderWay { .. }) => {
+                    assert!(rebalance(&settled(changed)).is_ok(), "{scene}");
+                    refused += 1;
+                    continue;
+                }
+                Err(_) => continue,
+            };
+            assert_eq!(after.validate(), Ok(()), "{scene}");
+            assert_eq!(broken_rule(&after), None, "{scene}");
+            for (is, was) in slots(&after).zip(slots(&changed)) {
+                let moved = is.current != was.current;
+                let expected = if moved { was.previous.or(Some(was.current)) } else { was.previous };
+                assert_eq!(is.previous, expected, "{scene}: {was:?} became {is:?}");
+                changes += usize::from(moved);
+            }
+            map = if random.below(4) == 0 { settled(after) } else { after };
+        }
+    }
+    assert!(changes > 1000, "{changes} slots moved, {refused} changes had to wait");
+}
+
+#[test]
+fn a_disk_that_chunks_move_away_from_takes_no_other_slot_of_their_groups() {
+    // Seven disks, groups of six: one disk is free in each group, and while it is what a slot comes from there is no other.
+    let before = cluster(uniform(1, 1, 1, 7), scheme(4, 2, FailureDomain::Disk));
+    let mut changed = before.clone();
+    set_state(&mut changed, DiskId(1), DiskState::Draining);
+    let mut moving = rebalance(&changed).unwrap();
+    assert!(slots(&moving).any(|slot| slot.previous == Some(DiskId(1))));
+    set_state(&mut moving, DiskId(1), DiskState::In);
+    set_state(&mut moving, DiskId(2), DiskState::Draining);
+    assert!(matches!(rebalance(&moving), Err(PlaceError::MovesUnderWay { .. })));
+    assert_eq!(broken_rule(&rebalance(&settled(moving)).unwrap()), None);
 }
 
 #[test]
@@ -304,7 +364,7 @@ fn moves_are_exactly_the_slots_that_differ() {
     let old = cluster(uniform(1, 1, 6, 2), scheme(4, 2, FailureDomain::Server));
     let mut new = old.clone();
     let (group, slots) = new.groups.iter_mut().map(|(id, group)| (*id, &mut group.slots)).nth(3).unwrap();
-    let from = std::mem::replace(&mut slots[2], DiskId(77));
+    let from = std::mem::replace(&mut slots[2].current, DiskId(77));
     assert_eq!(moves(&old, &new), [Move { group, slot: 2, from, to: DiskId(77) }]);
     assert_eq!(moves(&old, &old), []);
 }

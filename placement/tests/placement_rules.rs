@@ -114,8 +114,8 @@ fn every_disk_shares_groups_with_most_others_so_that_all_take_part_in_a_rebuild(
         let map = cluster(disks, scheme(4, 2, FailureDomain::Server));
         let mut peers: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
         for group in map.groups.values() {
-            for disk in &group.slots {
-                peers.entry(*disk).or_default().extend(group.slots.iter().copied());
+            for disk in group.slots.iter().map(|slot| slot.current) {
+                peers.entry(disk).or_default().extend(group.slots.iter().map(|slot| slot.current));
             }
         }
         let loads = loads(&map);
@@ -137,7 +137,7 @@ fn data_chunks_are_not_tied_to_a_zone() {
     let map = cluster(uniform(3, 1, 4, 5), scheme(4, 2, FailureDomain::Server));
     for slot in 0..6 {
         let in_first =
-            map.groups.values().filter(|group| map.disks[&group.slots[slot]].location.zone == "zone-0").count();
+            map.groups.values().filter(|group| map.disks[&group.slots[slot].current].location.zone == "zone-0").count();
         let share = in_first as f64 / map.groups.len() as f64;
         assert!((0.25..0.42).contains(&share), "slot {slot} is in zone 0 in {share} of the groups");
     }

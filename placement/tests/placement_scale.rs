@@ -110,7 +110,7 @@ fn doubling_five_thousand_disks_takes_seconds_and_moves_half() {
     let spread = timed("double 5,000 disks", Duration::from_secs(60), || rebalance(&grown).unwrap());
     let (moved, half) = (moves(&map, &spread).len(), map.groups.len() * 6);
     assert!(moved as f64 <= 1.1 * half as f64, "moved {moved} for {half}");
-    let in_zone = |group: &PlacementGroup| group.slots.iter().filter(|disk| disk.0 <= 5_000).count();
+    let in_zone = |group: &PlacementGroup| group.slots.iter().filter(|slot| slot.current.0 <= 5_000).count();
     let crowded = spread.groups.values().filter(|group| in_zone(group) != 6).count();
     println!(
         "{moved} of {half} moved, {crowded} groups not half and half, at most {}",

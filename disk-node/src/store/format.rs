@@ -32,7 +32,7 @@
 //!  76  4  unit, bytes
 //!  80  8  payload of the extent, bytes
 //!  88  8  payload of the chunk, bytes
-//!  96  2  owner shard
+//!  96  2  hash slot of the owner's key
 //!  98  2  zero
 //! 100  8  created, Unix milliseconds
 //! 108 4n  CRC-32 of each 64 KiB block, seeded with chunk id and block number
@@ -41,7 +41,7 @@
 //!
 //! The header region comes first so that a scan finds it, but it is written last: it holds the checksums of a payload that streams in.
 
-use granary_placement::id::{DiskUuid, ShardId};
+use granary_placement::id::{DiskUuid, HashSlot};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{block_count, ChunkId, ChunkSpec, CHUNK_ID_BYTES, MAX_CHUNK_BYTES};
 use std::fmt;
@@ -339,7 +339,7 @@ impl RecordHeader {
             unit_bytes: fields.u32(UNIT_AT)?,
             extent_len_bytes: fields.u64(EXTENT_LEN_AT)?,
             len_bytes: fields.u64(LEN_AT)?,
-            owner: ShardId(fields.u16(OWNER_AT)?),
+            owner: HashSlot(fields.u16(OWNER_AT)?),
             created_ms: fields.u64(CREATED_AT)?,
         };
         if spec.len_bytes == 0 || spec.len_bytes > MAX_CHUNK_BYTES || block_count(spec.len_bytes) != blocks {

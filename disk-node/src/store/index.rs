@@ -12,7 +12,7 @@
 //! newest ones: whatever survives is the state after some batch.
 
 use super::format::{record_bytes, SegmentUuid};
-use granary_placement::id::{DiskUuid, ShardId};
+use granary_placement::id::{DiskUuid, HashSlot};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{ChunkId, ChunkSpec, CHUNK_ID_BYTES};
 
@@ -246,7 +246,7 @@ fn decode_location(value: &[u8]) -> Option<Location> {
             unit_bytes: take.u32()?,
             extent_len_bytes: take.u64()?,
             len_bytes: take.u64()?,
-            owner: ShardId(take.u16()?),
+            owner: HashSlot(take.u16()?),
             created_ms: take.u64()?,
         },
     })

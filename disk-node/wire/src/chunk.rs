@@ -5,7 +5,7 @@
 //! swapped block fails as a flipped one does. The checksum is made by the gateway, kept by the disk, and checked on both sides of
 //! the wire each time the bytes move.
 
-use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
+use granary_placement::id::{ExtentId, HashSlot, PlacementGroupId};
 use granary_placement::scheme::CodecId;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -96,8 +96,9 @@ pub struct ChunkSpec {
     pub extent_len_bytes: u64,
     /// Payload of this chunk, in bytes: at least 1, at most [`MAX_CHUNK_BYTES`].
     pub len_bytes: u64,
-    /// The metadata shard that owns the extent: who is asked whether the chunk is garbage.
-    pub owner: ShardId,
+    /// The hash slot of the key that the extent belongs to: the shard that owns the slot, by the cluster map, is asked whether the
+    /// chunk is garbage.
+    pub owner: HashSlot,
     /// When the upload that made it began, in Unix milliseconds by the gateway's clock. For ages only, never for order.
     pub created_ms: u64,
 }

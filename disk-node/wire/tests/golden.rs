@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use bytes::Bytes;
-use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ExtentId, PlacementGroupId, ShardId};
-use granary_placement::map::{ClusterMap, ShardReplicas};
+use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ExtentId, HashSlot, PlacementGroupId, ShardId};
+use granary_placement::map::{ClusterMap, GroupSlot, PlacementGroup, ShardReplicas, SlotRange};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkInfo, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus, ShardStatus};
@@ -46,7 +46,7 @@ fn spec() -> ChunkSpec {
         unit_bytes: 262_144,
         extent_len_bytes: 1_000_000,
         len_bytes: 250_000,
-        owner: ShardId(3),
+        owner: HashSlot(3),
         created_ms: 1_700_000_000_000,
     }
 }
@@ -59,8 +59,15 @@ fn map() -> ClusterMap {
         disks: BTreeMap::new(),
         schemes: BTreeMap::new(),
         default_scheme: "4+2".into(),
-        groups: BTreeMap::new(),
+        groups: BTreeMap::from([(
+            GROUP,
+            PlacementGroup {
+                scheme: "4+2".into(),
+                slots: vec![GroupSlot::new(DiskId(1)), GroupSlot { current: DiskId(2), previous: Some(DiskId(3)) }],
+            },
+        )]),
         shards: vec![ShardReplicas { members: vec![DiskId(1), DiskId(2)] }],
+        slot_shards: vec![SlotRange { first: HashSlot(0), shard: ShardId(1) }],
     }
 }
 

@@ -225,7 +225,7 @@ async fn quick(shards: &Shards, disks: &Disks, map: &ClusterMap) -> Snapshot {
     let up = |disk: &DiskId| health_name(disks, *disk) == "up";
     let mut groups_by_disks_up: BTreeMap<usize, usize> = BTreeMap::new();
     for group in map.groups.values().filter(|group| group.scheme == map.default_scheme) {
-        *groups_by_disks_up.entry(group.slots.iter().filter(|disk| up(disk)).count()).or_default() += 1;
+        *groups_by_disks_up.entry(group.slots.iter().filter(|slot| up(&slot.current)).count()).or_default() += 1;
     }
     let metadata: Vec<DiskId> = serving().filter(|disk| disk.roles.metadata).map(|disk| disk.id).collect();
     let replicas: Vec<(DiskId, Vec<ShardStatus>)> = stream::iter(metadata)

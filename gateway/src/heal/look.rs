@@ -118,7 +118,7 @@ impl Inner {
         walked.retain(|disk, _| map.disk(*disk).is_some());
         let mut due = Due::new();
         for (id, group) in &map.groups {
-            for (slot, disk) in group.slots.iter().enumerate() {
+            for (slot, disk) in group.slots.iter().map(|slot| &slot.current).enumerate() {
                 let (Some(times_up), Ok(slot)) = (up.get(disk), u8::try_from(slot)) else { continue };
                 let known = walked
                     .get(disk)
@@ -184,7 +184,7 @@ impl Inner {
                 let extent = &record.extent;
                 let Some(slots) = map.group(extent.group).map(|group| &group.slots) else { continue };
                 for (index, slot) in (0u8..).zip(&extent.slots) {
-                    let Some(disk) = slots.get(usize::from(*slot)) else { continue };
+                    let Some(disk) = slots.get(usize::from(*slot)).map(|slot| &slot.current) else { continue };
                     if due.get(disk).is_some_and(|due| due.contains(&(extent.group, *slot))) {
                         let chunk = ChunkRef { group: extent.group, extent: extent.extent, index };
                         batches.entry(*disk).or_default().push((chunk_id(extent, index), chunk));

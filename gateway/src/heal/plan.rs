@@ -5,7 +5,7 @@
 
 use granary_meta::record::{ExtentRecord, ExtentRef};
 use granary_meta::ChunkRef;
-use granary_placement::id::{ExtentId, ShardId};
+use granary_placement::id::{ExtentId, HashSlot, ShardId};
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,8 @@ const REMEMBERED: usize = 16 * 1024;
 pub struct Task {
     /// The shard that owns it.
     pub shard: ShardId,
+    /// The hash slot of its key, for the headers of its chunks.
+    pub owner: HashSlot,
     /// Where and how it is coded.
     pub extent: ExtentRef,
     /// The key it belongs to, for the log.
@@ -122,7 +124,8 @@ impl<'a> Planner<'a> {
         }
         self.runnable += 1;
         let key = (failures_left, queued_ms, extent.extent);
-        self.best.insert(key, Task { shard, extent, key: record.key, rebuild, failures_left, queued_ms });
+        let owner = HashSlot::of(record.bucket.0, &record.key);
+        self.best.insert(key, Task { shard, owner, extent, key: record.key, rebuild, failures_left, queued_ms });
         if self.best.len() > self.limit {
             self.best.pop_last();
         }

@@ -211,7 +211,7 @@ impl Inner {
             unit_bytes: extent.unit_bytes,
             extent_len_bytes: extent.len_bytes,
             len_bytes: chunk_len,
-            owner: task.shard,
+            owner: task.owner,
             created_ms: now_ms(),
         };
         let mut sinks: Vec<(&Lost, Sink)> = Vec::with_capacity(lost.len());

@@ -5,7 +5,7 @@
 //! so that as many further disks may still fail as the scheme promises (4+2 with two of six disks dead: 2+2 on the four left).
 
 use granary_placement::id::{DiskId, Epoch, PlacementGroupId};
-use granary_placement::map::{ClusterMap, DiskState};
+use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
 use granary_placement::scheme::Scheme;
 use std::collections::HashMap;
 
@@ -115,7 +115,7 @@ pub fn choose(
     for _ in 0..PROBES.min(count * 2) {
         let Some(&id) = groups.get(usize::try_from(draw() % count).unwrap_or(0)) else { continue };
         let slots = slots_of(id);
-        if slots.len() == scheme.width() && slots.iter().all(|disk| state_of(*disk) == Usable::Yes) {
+        if slots.len() == scheme.width() && slots.iter().all(|slot| state_of(slot.current) == Usable::Yes) {
             return shape(scheme, id, slots, |_| true).ok_or_else(|| none(0));
         }
     }
@@ -127,8 +127,8 @@ pub fn choose(
         if slots.len() != scheme.width() {
             continue;
         }
-        let yes = slots.iter().filter(|disk| state_of(**disk) == Usable::Yes).count();
-        let maybe = slots.iter().filter(|disk| state_of(**disk) == Usable::Maybe).count();
+        let yes = slots.iter().filter(|slot| state_of(slot.current) == Usable::Yes).count();
+        let maybe = slots.iter().filter(|slot| state_of(slot.current) == Usable::Maybe).count();
         let (score, tie) = ((yes, maybe), draw());
         if best.is_none_or(|(top, top_tie, _)| (score, tie) > (top, top_tie)) {
             best = Some((score, tie, id));
@@ -147,10 +147,17 @@ pub fn choose(
 }
 
 /// The shape of an extent in a group some of whose disks take chunks. None when fewer than two do.
-fn shape(scheme: Scheme, group: PlacementGroupId, slots: &[DiskId], takes: impl Fn(DiskId) -> bool) -> Option<Choice> {
-    let up = slots.iter().filter(|disk| takes(**disk)).count();
+fn shape(
+    scheme: Scheme,
+    group: PlacementGroupId,
+    slots: &[GroupSlot],
+    takes: impl Fn(DiskId) -> bool,
+) -> Option<Choice> {
+    // Chunks are only ever written to the disk that a slot has now.
+    let disks = slots.iter().map(|slot| slot.current);
+    let up = disks.clone().filter(|disk| takes(*disk)).count();
     let (k, m) = (usize::from(scheme.k), usize::from(scheme.m));
-    let numbered = slots.iter().enumerate().filter_map(|(slot, disk)| Some((u8::try_from(slot).ok()?, *disk)));
+    let numbered = disks.enumerate().filter_map(|(slot, disk)| Some((u8::try_from(slot).ok()?, disk)));
     if up > k {
         let (slots, disks) = numbered.map(|(slot, disk)| (slot, takes(disk).then_some(disk))).unzip();
         return Some(Choice { group, scheme, narrow: false, slots, disks });
@@ -206,11 +213,12 @@ mod tests {
             groups: (0u32..)
                 .zip(groups)
                 .map(|(id, slots)| {
-                    let slots = slots.iter().map(|disk| DiskId(*disk)).collect();
+                    let slots = slots.iter().map(|disk| GroupSlot::new(DiskId(*disk))).collect();
                     (PlacementGroupId(id), PlacementGroup { scheme: "s".to_owned(), slots })
                 })
                 .collect(),
             shards: Vec::new(),
+            slot_shards: Vec::new(),
         }
     }
 

@@ -16,7 +16,7 @@ use granary_meta::record::ExtentRef;
 use granary_meta::ChunkRef;
 use granary_placement::codec::Codec;
 use granary_placement::extent::Stripe;
-use granary_placement::id::{DiskId, ExtentId, ShardId};
+use granary_placement::id::{DiskId, ExtentId, HashSlot};
 use granary_wire::chunk::{ChunkSpec, FIRST_GENERATION};
 use granary_wire::error::{ChunkError, LinkError};
 use tokio_util::task::TaskTracker;
@@ -29,7 +29,7 @@ pub(super) struct Attempt<'a> {
     pub(super) store: &'a ObjectStore,
     pub(super) choice: &'a Choice,
     pub(super) extent: ExtentId,
-    pub(super) owner: ShardId,
+    pub(super) owner: HashSlot,
     pub(super) len_bytes: u64,
     /// The last extent of the object: the body must end with it, before any chunk is finished.
     pub(super) last: bool,

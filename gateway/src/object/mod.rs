@@ -34,7 +34,7 @@ use fetch::Pulse;
 use granary_meta::record::ExtentRef;
 use granary_placement::codec::{Codec, CodecError};
 use granary_placement::id::DiskId;
-use granary_placement::map::ClusterMap;
+use granary_placement::map::{ClusterMap, GroupSlot};
 use granary_wire::chunk::ChunkId;
 use reports::Reports;
 use staged::Cleaner;
@@ -169,8 +169,13 @@ impl ObjectStore {
     }
 }
 
-/// The disk that chunk `index` of an extent lies on by this map; None when the map has no such group or slot.
+/// The disk that chunk `index` of an extent belongs on by this map; None when the map has no such group or slot.
 pub fn disk_of(map: &ClusterMap, extent: &ExtentRef, index: u8) -> Option<DiskId> {
+    slot_of(map, extent, index).map(|slot| slot.current)
+}
+
+/// The slot of chunk `index` of an extent: while the slot moves, the chunk may lie on either of its disks.
+pub fn slot_of(map: &ClusterMap, extent: &ExtentRef, index: u8) -> Option<GroupSlot> {
     let slot = extent.slots.get(usize::from(index))?;
     map.group(extent.group)?.slots.get(usize::from(*slot)).copied()
 }

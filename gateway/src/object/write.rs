@@ -11,7 +11,7 @@ use futures::stream::{Stream, StreamExt};
 use granary_meta::record::ObjectData;
 use granary_placement::codec::CodecError;
 use granary_placement::extent::MAX_EXTENT_BYTES;
-use granary_placement::id::{DiskId, ExtentId, ShardId};
+use granary_placement::id::{DiskId, ExtentId, HashSlot};
 use std::collections::{HashSet, VecDeque};
 use std::pin::Pin;
 
@@ -61,14 +61,14 @@ impl ObjectStore {
     pub async fn stage<S>(
         &self,
         scheme: Option<&str>,
-        owner_shard: ShardId,
+        owner: HashSlot,
         len_bytes: u64,
         body: S,
     ) -> Result<Staged, StageError>
     where
         S: Stream<Item = Result<Bytes, BodyError>> + Send,
     {
-        self.stage_within(self.settings().inline_limit_bytes, scheme, owner_shard, len_bytes, body).await
+        self.stage_within(self.settings().inline_limit_bytes, scheme, owner, len_bytes, body).await
     }
 
     /// As [`ObjectStore::stage`], for a part of a multipart upload: never inline unless empty, because parts become one object by
@@ -79,21 +79,21 @@ impl ObjectStore {
     pub async fn stage_part<S>(
         &self,
         scheme: Option<&str>,
-        owner_shard: ShardId,
+        owner: HashSlot,
         len_bytes: u64,
         body: S,
     ) -> Result<Staged, StageError>
     where
         S: Stream<Item = Result<Bytes, BodyError>> + Send,
     {
-        self.stage_within(0, scheme, owner_shard, len_bytes, body).await
+        self.stage_within(0, scheme, owner, len_bytes, body).await
     }
 
     async fn stage_within<S>(
         &self,
         inline_limit_bytes: u64,
         scheme: Option<&str>,
-        owner_shard: ShardId,
+        owner: HashSlot,
         len_bytes: u64,
         body: S,
     ) -> Result<Staged, StageError>
@@ -126,8 +126,7 @@ impl ObjectStore {
         while left > 0 {
             let len = left.min(longest);
             left -= len;
-            let written =
-                self.write_extent(scheme, owner_shard, len, left == 0, &mut source, &mut failed, &mut draw).await?;
+            let written = self.write_extent(scheme, owner, len, left == 0, &mut source, &mut failed, &mut draw).await?;
             uncommitted.absorb(written.uncommitted);
             extents.push(written.extent);
             missing.extend(written.missing);
@@ -141,7 +140,7 @@ impl ObjectStore {
     async fn write_extent<S>(
         &self,
         scheme: Option<&str>,
-        owner: ShardId,
+        owner: HashSlot,
         len_bytes: u64,
         last: bool,
         source: &mut Source<'_, S>,

@@ -13,6 +13,7 @@ use futures::stream::BoxStream;
 use futures::StreamExt;
 use granary_meta::record::{AccountId, BucketId, BucketRecord, ObjectData};
 use granary_meta::{Answer, ChunkRef, Command, ListFrom, Query, Reply};
+use granary_placement::id::HashSlot;
 use std::ops::Range;
 
 /// The cluster, as the S3 verbs see it.
@@ -140,8 +141,7 @@ impl Backend for Live {
         spec: StageSpec<'_>,
         body: BoxStream<'_, Result<Bytes, BrokenBody>>,
     ) -> Result<Box<dyn StagedPayload>, StageError> {
-        let owner =
-            self.shards.shard_of(spec.bucket, spec.key).map_err(|error| StageError::Unavailable(error.to_string()))?;
+        let owner = HashSlot::of(spec.bucket.0, spec.key);
         let body = body.map(|item| item.map_err(|broken| Box::new(broken) as BodyError));
         let staged = if spec.inline {
             self.objects.stage(spec.scheme, owner, spec.len_bytes, body).await

@@ -7,8 +7,10 @@ use granary_gateway::disks::{DiskHealth, DiskSettings, Disks};
 use granary_gateway::object::choose::Draw;
 use granary_gateway::object::{chunk_id, BodyError, ObjectSettings, ObjectStore, ReadError, StageError, Staged};
 use granary_meta::record::{ExtentRef, ObjectData};
-use granary_placement::id::{ClusterId, DiskId, Epoch, PlacementGroupId, ShardId};
-use granary_placement::map::{ClusterMap, Disk as MapDisk, DiskState, Location, PlacementGroup, Roles, ShardReplicas};
+use granary_placement::id::{ClusterId, DiskId, Epoch, HashSlot, PlacementGroupId};
+use granary_placement::map::{
+    deal_hash_slots, ClusterMap, Disk as MapDisk, DiskState, GroupSlot, Location, PlacementGroup, Roles, ShardReplicas,
+};
 use granary_placement::scheme::{FailureDomain, Scheme};
 use granary_wire::{ClusterSecret, Credentials};
 use std::collections::BTreeMap;
@@ -20,7 +22,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 pub const UNIT: u64 = 65536;
-pub const OWNER: ShardId = ShardId(1);
+pub const OWNER: HashSlot = HashSlot(7);
 
 pub struct Cluster {
     pub disks: Vec<Arc<Disk>>,
@@ -97,7 +99,7 @@ impl Cluster {
             roles: Roles { storage: true, metadata: true },
             state: DiskState::In,
         };
-        let slots = disks.iter().take(scheme.width()).map(|disk| disk.id).collect();
+        let slots = disks.iter().take(scheme.width()).map(|disk| GroupSlot::new(disk.id)).collect();
         let map = ClusterMap {
             cluster_id: credentials.cluster,
             epoch: Epoch(1),
@@ -107,6 +109,7 @@ impl Cluster {
             default_scheme: "s".to_owned(),
             groups: BTreeMap::from([(PlacementGroupId(1), PlacementGroup { scheme: "s".to_owned(), slots })]),
             shards: vec![ShardReplicas { members: vec![DiskId(1)] }; 3],
+            slot_shards: deal_hash_slots(2),
         };
         let (sender, receiver) = watch::channel(Some(Arc::new(map)));
         let watched = Disks::new(receiver, credentials.clone(), None, quick_disks());
@@ -121,7 +124,7 @@ impl Cluster {
     /// The disk that holds chunk `index`.
     pub fn holder(&self, extent: &ExtentRef, index: u8) -> &Arc<Disk> {
         let map = self.map.borrow().clone().unwrap();
-        self.disk(map.groups[&extent.group].slots[extent.slots[usize::from(index)] as usize])
+        self.disk(map.groups[&extent.group].slots[extent.slots[usize::from(index)] as usize].current)
     }
 
     pub fn damage(&self, extent: &ExtentRef, index: u8, block: u32, damage: Damage) {

@@ -7,7 +7,7 @@ use granary_gateway::object::choose::Draw;
 use granary_gateway::object::{chunk_id, ObjectSettings};
 use granary_meta::record::{ExtentRef, ObjectData};
 use granary_meta::ChunkRef;
-use granary_placement::id::{DiskId, Epoch, PlacementGroupId, ShardId};
+use granary_placement::id::{DiskId, Epoch, HashSlot, PlacementGroupId, ShardId};
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -41,12 +41,21 @@ async fn fill(cluster: &Cluster, meta: &Meta, draw: &mut Draw) -> Vec<(ObjectDat
     for len in [8193, UNIT * 4, UNIT * 9 + 5, UNIT * 25 + 1000] {
         let payload = payload(len, draw);
         let shard = ShardId(1 + (len % 2) as u16);
-        let staged = cluster.store.stage(None, shard, len, body(&payload, draw)).await.unwrap();
-        meta.commit(shard, &format!("key-{len}"), &staged.data, &staged.missing);
+        let (key, slot) = key_in(cluster, shard, len);
+        let staged = cluster.store.stage(None, slot, len, body(&payload, draw)).await.unwrap();
+        meta.commit(shard, &key, &staged.data, &staged.missing);
         objects.push((staged.data.clone(), payload));
         staged.committed();
     }
     objects
+}
+
+/// A key of the shard, in the bucket that all objects here are in.
+fn key_in(cluster: &Cluster, shard: ShardId, len: u64) -> (String, HashSlot) {
+    let map = cluster.map.borrow().clone().unwrap();
+    let keys = (0..).map(|number| format!("key-{len}-{number}")).map(|key| (HashSlot::of(1, &key), key));
+    let mut keys = keys.filter(|(slot, _)| map.shard_of_slot(*slot) == Some(shard));
+    keys.next().map(|(slot, key)| (key, slot)).unwrap()
 }
 
 type Contents = BTreeMap<ChunkId, (Bytes, Vec<u32>, ChunkSpec)>;
@@ -125,7 +134,7 @@ async fn a_substitute_disk_is_filled_without_being_told() {
     cluster.map.send_modify(|map| {
         let mut next = (**map.as_ref().unwrap()).clone();
         next.epoch = Epoch(2);
-        next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2] = DiskId(7);
+        next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2].give_to(DiskId(7));
         *map = Some(Arc::new(next));
     });
     cluster.until("the substitute holds all", || cluster.disks[6].count() == before.len() && meta.missing() == 0).await;

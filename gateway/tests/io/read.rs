@@ -1,8 +1,9 @@
-use crate::cluster::{losses, payload, random_range, seed, Cluster, OWNER, UNIT};
+use crate::cluster::{losses, payload, random_range, seed, Cluster, UNIT};
 use crate::node::Damage;
 use futures::StreamExt;
 use granary_gateway::object::{chunk_id, ObjectSettings, ReadError};
 use granary_meta::record::ObjectData;
+use granary_placement::id::ShardId;
 use std::sync::atomic::Ordering;
 
 const LEN: u64 = 3 * 4 * UNIT + 100_003;
@@ -51,7 +52,7 @@ async fn every_loss_of_one_or_two_chunks_reads_the_same_bytes() {
     }
     assert!(cluster.store.counters().blocks_decoded.load(Ordering::Relaxed) > 0);
     let reports = cluster.store.reports().take(1000);
-    assert!(!reports.is_empty() && reports.iter().all(|report| report.owner == Some(OWNER)));
+    assert!(!reports.is_empty() && reports.iter().all(|report| report.owner == Some(ShardId(1))));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,7 +7,7 @@ mod validate;
 
 pub use validate::MapError;
 
-use crate::id::{ClusterId, DiskId, DiskUuid, Epoch, PlacementGroupId, ShardId};
+use crate::id::{ClusterId, DiskId, DiskUuid, Epoch, HashSlot, PlacementGroupId, ShardId, HASH_SLOTS};
 use crate::scheme::Scheme;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -68,8 +68,49 @@ pub struct Disk {
 pub struct PlacementGroup {
     /// Name of the scheme in [`ClusterMap::schemes`].
     pub scheme: String,
-    /// The disk of each slot; as many as the scheme is wide, all different.
-    pub slots: Vec<DiskId>,
+    /// As many as the scheme is wide; no disk stands in two of them.
+    pub slots: Vec<GroupSlot>,
+}
+
+/// One slot of a placement group: the disk that takes its chunks, and while they move the disk that they come from.
+///
+/// Writers write to `current` only; readers and garbage ask both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct GroupSlot {
+    /// The disk of the slot.
+    pub current: DiskId,
+    /// The disk that was `current` before, from the change until all chunks of the slot were found on `current`.
+    pub previous: Option<DiskId>,
+}
+
+impl GroupSlot {
+    /// A slot whose chunks all lie on that disk.
+    pub fn new(current: DiskId) -> GroupSlot {
+        GroupSlot { current, previous: None }
+    }
+
+    /// Gives the slot to another disk. A slot that is on its way already keeps its `previous`: that one holds the chunks from before
+    /// the move, and what only the disk between the two holds is rebuilt.
+    pub fn give_to(&mut self, disk: DiskId) {
+        if disk != self.current {
+            self.previous.get_or_insert(self.current);
+            self.current = disk;
+        }
+    }
+
+    /// `current`, then `previous` if there is one: where a chunk of this slot may lie.
+    pub fn disks(&self) -> impl Iterator<Item = DiskId> {
+        std::iter::once(self.current).chain(self.previous)
+    }
+}
+
+/// Hash slots of one shard: from `first` up to the next range's first, or to the last slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct SlotRange {
+    /// The first of them.
+    pub first: HashSlot,
+    /// The shard that owns them; never the root shard.
+    pub shard: ShardId,
 }
 
 /// The metadata disks that hold one shard. One, three or five, all different.
@@ -96,8 +137,10 @@ pub struct ClusterMap {
     pub default_scheme: String,
     /// All placement groups.
     pub groups: BTreeMap<PlacementGroupId, PlacementGroup>,
-    /// Replicas by shard number; the first is the root shard, objects hash over the rest.
+    /// Replicas by shard number; the first is the root shard, the others hold objects.
     pub shards: Vec<ShardReplicas>,
+    /// Which object shard owns which hash slots: ranges in order, the first from slot 0, neighbours of different shards.
+    pub slot_shards: Vec<SlotRange>,
 }
 
 impl ClusterMap {
@@ -116,22 +159,22 @@ impl ClusterMap {
         u16::try_from(self.shards.len().saturating_sub(1)).unwrap_or(u16::MAX)
     }
 
-    /// The shard that owns (bucket, key): FNV-1a 64 over the bucket number (big-endian) and the key's bytes, folded by a
-    /// multiply-shift, over shards 1 to P. The number of shards is fixed when a cluster is made. None when the map has no object shard.
-    pub fn shard_of(&self, bucket: u64, key: &str) -> Option<ShardId> {
-        let shards = self.object_shards();
-        if shards == 0 {
-            return None;
-        }
-        let mut hash = 0xcbf2_9ce4_8422_2325u64;
-        for byte in bucket.to_be_bytes().iter().chain(key.as_bytes()) {
-            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-        // FNV's high bits mix poorly on short keys; one finalising round spreads them before the multiply-shift.
-        hash ^= hash >> 32;
-        hash = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        hash ^= hash >> 29;
-        let slot = ((u128::from(hash) * u128::from(shards)) >> 64) as u16;
-        Some(ShardId(slot + 1))
+    /// The shard that owns a hash slot. None when the map is not valid.
+    pub fn shard_of_slot(&self, slot: HashSlot) -> Option<ShardId> {
+        let after = self.slot_shards.partition_point(|range| range.first <= slot);
+        self.slot_shards.get(after.checked_sub(1)?).map(|range| range.shard)
     }
+
+    /// The shard that owns (bucket, key): the owner of its [hash slot](HashSlot::of). None when the map is not valid.
+    pub fn shard_of(&self, bucket: u64, key: &str) -> Option<ShardId> {
+        self.shard_of_slot(HashSlot::of(bucket, key))
+    }
+}
+
+/// All hash slots dealt to object shards 1 to `shards` in contiguous ranges that differ by one slot at most.
+pub fn deal_hash_slots(shards: u16) -> Vec<SlotRange> {
+    let first = |shard: u16| u32::from(shard) * u32::from(HASH_SLOTS) / u32::from(shards.max(1));
+    // Never above HASH_SLOTS, so the number fits.
+    let range = |shard: u16| SlotRange { first: HashSlot(first(shard) as u16), shard: ShardId(shard + 1) };
+    (0..shards.min(HASH_SLOTS)).map(range).collect()
 }

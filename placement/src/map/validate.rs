@@ -1,7 +1,7 @@
 //! The rules of a cluster map, each with a sentence for the operator whose map breaks it.
 
-use super::{ClusterMap, Disk, DiskState, Location};
-use crate::id::{DiskId, DiskUuid, PlacementGroupId, ShardId};
+use super::{ClusterMap, Disk, DiskState, GroupSlot, Location};
+use crate::id::{DiskId, DiskUuid, HashSlot, PlacementGroupId, ShardId, HASH_SLOTS};
 use crate::scheme::{FailureDomain, Scheme, SchemeError};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -134,6 +134,19 @@ pub enum MapError {
         /// The disk.
         disk: DiskId,
     },
+    /// A disk that a slot's chunks come from stands in another slot too.
+    #[error(
+        "slot {slot} of placement group {group} moves away from disk {disk}, which stands in another slot of the group: \
+         finish that move first"
+    )]
+    PreviousInUse {
+        /// The group.
+        group: PlacementGroupId,
+        /// Index of the slot that moves.
+        slot: usize,
+        /// The disk it comes from.
+        disk: DiskId,
+    },
     /// Too many chunks that fail as one.
     #[error(
         "placement group {group} has {chunks} chunks in {kind} {name}, but its scheme `{scheme}` survives the loss of {limit}: \
@@ -157,8 +170,29 @@ pub enum MapError {
     #[error("the map has {0} shards; it needs the root shard and at least one shard for objects")]
     NoObjectShard(usize),
     /// More shards than numbers.
-    #[error("the map has {0} shards; at most 65536 can be numbered")]
+    #[error("the map has {0} shards; there can be at most 4096 besides the root shard, one for each hash slot")]
     TooManyShards(usize),
+    /// Hash slots that no range covers.
+    #[error("hash slot 0 belongs to no shard; the first range of slot_shards must begin with it")]
+    HashSlotZero,
+    /// A range out of order.
+    #[error(
+        "a range of slot_shards begins with hash slot {0}; it must be above the range before and below {HASH_SLOTS}"
+    )]
+    HashSlotOrder(HashSlot),
+    /// A range of a shard that holds no objects.
+    #[error(
+        "the range of slot_shards from hash slot {first} names shard {shard}, which is no object shard of this map"
+    )]
+    HashSlotShard {
+        /// Its first slot.
+        first: HashSlot,
+        /// The shard it names.
+        shard: ShardId,
+    },
+    /// Two ranges that are one.
+    #[error("the range of slot_shards from hash slot {0} names the same shard as the one before; make them one")]
+    HashSlotSplit(HashSlot),
     /// A number of replicas other than 1, 3 or 5.
     #[error("shard {shard} has {members} replicas; it must have 1, 3 or 5, so that a majority is clear")]
     Replicas {
@@ -245,13 +279,43 @@ impl ClusterMap {
                 let (slots, width) = (group.slots.len(), scheme.width());
                 return Err(MapError::Width { group: *id, scheme: group.scheme.clone(), slots, width });
             }
-            for (slot, disk) in group.slots.iter().enumerate() {
-                if !self.disks.contains_key(disk) {
-                    return Err(MapError::SlotWithoutDisk { group: *id, slot, disk: *disk });
+            for (slot, entry) in group.slots.iter().enumerate() {
+                if let Some(disk) = entry.disks().find(|disk| !self.disks.contains_key(disk)) {
+                    return Err(MapError::SlotWithoutDisk { group: *id, slot, disk });
+                }
+                let Some(disk) = entry.previous else { continue };
+                let named = group.slots.iter().flat_map(GroupSlot::disks).filter(|named| *named == disk).count();
+                if named > 1 {
+                    return Err(MapError::PreviousInUse { group: *id, slot, disk });
                 }
             }
         }
-        self.validate_shards()
+        self.validate_shards()?;
+        self.validate_hash_slots()
+    }
+
+    fn validate_hash_slots(&self) -> Result<(), MapError> {
+        if self.slot_shards.first().is_none_or(|range| range.first != HashSlot(0)) {
+            return Err(MapError::HashSlotZero);
+        }
+        for range in &self.slot_shards {
+            let (first, shard) = (range.first, range.shard);
+            if shard == ShardId::ROOT || usize::from(shard.0) >= self.shards.len() {
+                return Err(MapError::HashSlotShard { first, shard });
+            }
+            if first.0 >= HASH_SLOTS {
+                return Err(MapError::HashSlotOrder(first));
+            }
+        }
+        for (before, range) in self.slot_shards.iter().zip(self.slot_shards.iter().skip(1)) {
+            if range.first <= before.first {
+                return Err(MapError::HashSlotOrder(range.first));
+            }
+            if range.shard == before.shard {
+                return Err(MapError::HashSlotSplit(range.first));
+            }
+        }
+        Ok(())
     }
 
     fn validate_disks(&self) -> Result<(), MapError> {
@@ -292,7 +356,7 @@ impl ClusterMap {
         if self.shards.len() < 2 {
             return Err(MapError::NoObjectShard(self.shards.len()));
         }
-        if self.shards.len() > usize::from(u16::MAX) + 1 {
+        if self.shards.len() > usize::from(HASH_SLOTS) + 1 {
             return Err(MapError::TooManyShards(self.shards.len()));
         }
         for (shard, replicas) in shard_ids().zip(&self.shards) {
@@ -316,12 +380,12 @@ impl ClusterMap {
     fn validate_slots(
         &self,
         group: PlacementGroupId,
-        slots: &[DiskId],
+        slots: &[GroupSlot],
         name: &str,
         scheme: &Scheme,
     ) -> Result<(), MapError> {
         let mut disks: Vec<&Disk> = Vec::with_capacity(slots.len());
-        for (slot, id) in slots.iter().enumerate() {
+        for (slot, id) in slots.iter().map(|slot| &slot.current).enumerate() {
             let disk = self.disk(*id).ok_or(MapError::SlotWithoutDisk { group, slot, disk: *id })?;
             if disk.state == DiskState::Out {
                 return Err(MapError::SlotOnOutDisk { group, slot, disk: *id });

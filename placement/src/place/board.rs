@@ -46,6 +46,8 @@ pub(super) struct Board<'t> {
     caps: Vec<usize>,
     /// All disks by [`Board::want`], the most overloaded first.
     order: BTreeSet<(i64, u64, usize)>,
+    /// Of groups: disks that may not take a slot, because chunks of the group are still moving away from them.
+    barred: Vec<Vec<usize>>,
     /// Disks in each subtree that are being filled up.
     pub needy: Vec<usize>,
     /// Of disks: loads that settling stops at, on the way up and down.
@@ -98,6 +100,7 @@ impl<'t> Board<'t> {
             spread,
             caps,
             order: BTreeSet::new(),
+            barred: vec![Vec::new(); groups],
             needy: vec![0; count],
         };
         for v in tree.leaves() {
@@ -126,6 +129,11 @@ impl<'t> Board<'t> {
     /// The disk in a slot.
     pub fn disk_at(&self, slot: usize) -> Option<DiskId> {
         self.at(slot).and_then(|leaf| self.tree.nodes[leaf].disk)
+    }
+
+    /// Keeps a disk from taking slots of a group.
+    pub fn bar(&mut self, group: usize, leaf: usize) {
+        self.barred[group].push(leaf);
     }
 
     /// Remembers where every slot is: from here on moves count.
@@ -273,6 +281,9 @@ impl<'t> Board<'t> {
     /// May the group of `slot` have `leaf` in that slot, whatever holds it now?
     pub fn fits(&self, slot: usize, leaf: usize, limits: Limits) -> bool {
         let group = self.group_of(slot);
+        if self.barred[group].contains(&leaf) {
+            return false;
+        }
         let mut v = leaf;
         while v != 0 {
             if self.chunks_under(group, v, Some(slot)) >= self.limit(v, limits) {
@@ -317,7 +328,7 @@ impl<'t> Board<'t> {
         wanted: &dyn Fn(usize) -> bool,
     ) -> Option<usize> {
         if self.tree.is_leaf(v) {
-            return wanted(v).then_some(v);
+            return (wanted(v) && !self.barred[self.group_of(slot)].contains(&v)).then_some(v);
         }
         let group = self.group_of(slot);
         let children: Vec<(i64, u64, usize)> = self.tree.nodes[v]

@@ -43,6 +43,15 @@ pub enum PlaceError {
         /// Chunks of one group that those can hold within the limit.
         room: usize,
     },
+    /// Room enough, but not while chunks are still moving.
+    #[error(
+        "a placement group of scheme `{scheme}` could only use a disk that its chunks are still moving away from: \
+         wait until the moves under way are done, then try again"
+    )]
+    MovesUnderWay {
+        /// Name of the scheme.
+        scheme: String,
+    },
     /// Fewer metadata disks than members of a shard.
     #[error(
         "{members} replicas of a shard need {members} different disks with the metadata role in service, but there are \

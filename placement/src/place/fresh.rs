@@ -2,7 +2,7 @@
 
 use super::{choose_shard_replicas, default_replicas, lay_out, PlaceError};
 use crate::id::{ClusterId, DiskId, DiskUuid, Epoch, PlacementGroupId};
-use crate::map::{ClusterMap, Disk, DiskState, Location, Roles};
+use crate::map::{deal_hash_slots, ClusterMap, Disk, DiskState, Location, Roles};
 use crate::scheme::Scheme;
 use std::collections::BTreeMap;
 
@@ -32,7 +32,7 @@ pub struct NewCluster {
     pub scheme_name: String,
     /// The first scheme.
     pub scheme: Scheme,
-    /// Shards that hold objects; the root shard comes on top. At least 1.
+    /// Shards that hold objects; the root shard comes on top. At least 1, at most 4,096.
     pub object_shards: u16,
     /// Replicas of each shard: 1, 3 or 5. None for [`default_replicas`].
     pub replicas: Option<usize>,
@@ -54,6 +54,7 @@ pub fn new_map(new: NewCluster) -> Result<ClusterMap, PlaceError> {
         default_scheme: new.scheme_name,
         groups: BTreeMap::new(),
         shards: Vec::new(),
+        slot_shards: deal_hash_slots(new.object_shards),
     };
     for disk in new.disks {
         let id = DiskId(map.next_disk_id);

@@ -25,7 +25,7 @@ pub use fresh::{new_map, NewCluster, NewDisk};
 pub use replicas::{choose_shard_replicas, default_replicas};
 
 use crate::id::{DiskId, DiskUuid, Epoch, PlacementGroupId};
-use crate::map::{ClusterMap, Disk, DiskState, MapError, PlacementGroup};
+use crate::map::{ClusterMap, Disk, DiskState, GroupSlot, MapError, PlacementGroup};
 use crate::scheme::{FailureDomain, Scheme};
 use board::{Band, Board};
 use deal::Dealer;
@@ -57,7 +57,8 @@ pub fn lay_out(map: &ClusterMap, scheme_name: &str, groups_per_disk: u32) -> Res
     }
     board.settle(Allowance::All);
     let group = |group| -> Option<PlacementGroup> {
-        let slots = board.slots_of(group).map(|slot| board.disk_at(slot)).collect::<Option<Vec<_>>>()?;
+        let slots =
+            board.slots_of(group).map(|slot| board.disk_at(slot).map(GroupSlot::new)).collect::<Option<Vec<_>>>()?;
         Some(PlacementGroup { scheme: scheme_name.to_owned(), slots })
     };
     // A tree with room for a group fills every slot, so None would be a defect here; refuse rather than commit it.
@@ -72,7 +73,8 @@ pub fn lay_out(map: &ClusterMap, scheme_name: &str, groups_per_disk: u32) -> Res
 ///
 /// # Errors
 /// [`PlaceError::TooFewDisks`] or [`PlaceError::NoRoom`] when the disks left cannot keep a scheme that has groups: the
-/// change is refused as a whole. [`PlaceError::Map`] when the map breaks a rule that moving slots does not repair.
+/// change is refused as a whole. [`PlaceError::MovesUnderWay`] when they only cannot because disks that chunks are still moving
+/// away from may not take other slots of the same groups. [`PlaceError::Map`] when the map breaks a rule that moving slots does not repair.
 pub fn rebalance(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
     settle_all(map, Allowance::Few)
 }
@@ -96,7 +98,9 @@ fn settle_all(map: &ClusterMap, allowance: Allowance) -> Result<ClusterMap, Plac
     for (name, ids) in by_scheme {
         let scheme = scheme_of(map, name)?;
         let tree = storage_tree(map, name, scheme)?;
-        settle_groups(&mut next, &ids, &tree, scheme.width(), allowance);
+        if !settle_groups(&mut next, &ids, &tree, scheme.width(), allowance) {
+            return Err(PlaceError::MovesUnderWay { scheme: name.to_owned() });
+        }
     }
     replicas::settle(&mut next);
     next.epoch = next_epoch(map)?;
@@ -105,7 +109,8 @@ fn settle_all(map: &ClusterMap, allowance: Allowance) -> Result<ClusterMap, Plac
 }
 
 /// The map at the next epoch with a new disk in the place of `old`: same location, weight, roles and slots under a new
-/// id, and the same address unless another is given. `old` is out of service.
+/// id, and the same address unless another is given. `old` is out of service; its slots name it as `previous` until the new
+/// disk has everything.
 ///
 /// # Errors
 /// [`PlaceError::NoSuchDisk`], [`PlaceError::AlreadyOut`]; [`PlaceError::Map`] when the new UUID or address is taken.
@@ -133,10 +138,11 @@ pub fn replace_disk(
         disk.state = DiskState::Out;
     }
     next.disks.insert(id, new);
-    let slots = next.groups.values_mut().flat_map(|group| &mut group.slots);
-    let members = next.shards.iter_mut().flat_map(|shard| &mut shard.members);
-    for holder in slots.chain(members).filter(|holder| **holder == old) {
-        *holder = id;
+    for slot in next.groups.values_mut().flat_map(|group| &mut group.slots).filter(|slot| slot.current == old) {
+        slot.give_to(id);
+    }
+    for member in next.shards.iter_mut().flat_map(|shard| &mut shard.members).filter(|member| **member == old) {
+        *member = id;
     }
     next.epoch = next_epoch(map)?;
     next.validate()?;
@@ -169,12 +175,24 @@ pub fn add_scheme(
     Ok(next)
 }
 
-fn settle_groups(map: &mut ClusterMap, ids: &[PlacementGroupId], tree: &Tree, width: usize, allowance: Allowance) {
+/// Returns false when slots stay without a disk.
+fn settle_groups(
+    map: &mut ClusterMap,
+    ids: &[PlacementGroupId],
+    tree: &Tree,
+    width: usize,
+    allowance: Allowance,
+) -> bool {
     let shares = tree.shares(width, ids.len());
     let mut board = Board::new(tree, &shares, tree.caps.clone(), ids.len(), width, Band::FivePercent);
     for (group, id) in ids.iter().enumerate() {
         let Some(existing) = map.groups.get(id) else { continue };
-        for (slot, disk) in board.slots_of(group).zip(&existing.slots) {
+        for disk in existing.slots.iter().filter_map(|slot| slot.previous) {
+            if let Some(leaf) = tree.leaf(disk) {
+                board.bar(group, leaf);
+            }
+        }
+        for (slot, disk) in board.slots_of(group).zip(existing.slots.iter().map(|slot| &slot.current)) {
             // A disk that is not in the tree can hold no slot, and a disk named twice keeps the first.
             let leaf =
                 tree.leaf(*disk).filter(|leaf| !board.slots_of(group).any(|other| board.at(other) == Some(*leaf)));
@@ -184,14 +202,34 @@ fn settle_groups(map: &mut ClusterMap, ids: &[PlacementGroupId], tree: &Tree, wi
         }
     }
     board.remember_origin();
-    board.settle(allowance);
+    if !board.settle(allowance) {
+        return false;
+    }
     for (group, id) in ids.iter().enumerate() {
         let Some(existing) = map.groups.get_mut(id) else { continue };
-        for (slot, disk) in board.slots_of(group).zip(&mut existing.slots) {
-            if let Some(new) = board.disk_at(slot) {
-                *disk = new;
+        let new: Vec<DiskId> = board.slots_of(group).filter_map(|slot| board.disk_at(slot)).collect();
+        deal_to_slots(&mut existing.slots, &new);
+    }
+    true
+}
+
+/// Gives a group's slots these disks. Which slot gets which does not matter to the rules, so that no disk changes its slot: what
+/// lies on it stays where it is, and no slot's `previous` is another's `current`.
+fn deal_to_slots(slots: &mut [GroupSlot], disks: &[DiskId]) {
+    let mut joining = disks.to_vec();
+    let mut leaving = Vec::new();
+    for slot in slots {
+        match joining.iter().position(|disk| *disk == slot.current) {
+            Some(stays) => {
+                joining.remove(stays);
             }
+            None => leaving.push(slot),
         }
+    }
+    for (slot, disk) in leaving.into_iter().zip(joining) {
+        slot.give_to(disk);
+        // A group that named one disk twice: the other of the two slots keeps it.
+        slot.previous = slot.previous.filter(|previous| !disks.contains(previous));
     }
 }
 

@@ -104,7 +104,7 @@ pub fn fewest_moves(changed: &ClusterMap) -> Option<usize> {
                     home
                 })
             };
-            network.edge(via, *node, 1, i64::from(!group.slots.contains(disk)));
+            network.edge(via, *node, 1, i64::from(group.slots.iter().all(|slot| slot.current != *disk)));
         }
     }
     let (units, cost) = network.send(source, sink);

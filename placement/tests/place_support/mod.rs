@@ -4,7 +4,9 @@
 pub mod flow;
 
 use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, PlacementGroupId};
-use granary_placement::map::{ClusterMap, Disk, DiskState, Location, PlacementGroup, Roles};
+use granary_placement::map::{
+    deal_hash_slots, ClusterMap, Disk, DiskState, GroupSlot, Location, PlacementGroup, Roles,
+};
 use granary_placement::place::{new_map, NewCluster, NewDisk};
 use granary_placement::scheme::{FailureDomain, Scheme};
 use std::collections::BTreeMap;
@@ -104,6 +106,7 @@ pub fn bare(disks: Vec<NewDisk>, scheme: Scheme) -> ClusterMap {
         default_scheme: "standard".to_owned(),
         groups: BTreeMap::new(),
         shards: Vec::new(),
+        slot_shards: deal_hash_slots(1),
     };
     for disk in disks {
         add_disk(&mut map, disk);
@@ -131,10 +134,16 @@ pub fn with_groups(mut map: ClusterMap, groups: Vec<PlacementGroup>) -> ClusterM
 /// Slots of each disk.
 pub fn loads(map: &ClusterMap) -> BTreeMap<DiskId, usize> {
     let mut loads: BTreeMap<DiskId, usize> = map.disks.keys().map(|id| (*id, 0)).collect();
-    for disk in map.groups.values().flat_map(|group| &group.slots) {
-        *loads.get_mut(disk).unwrap() += 1;
+    for slot in map.groups.values().flat_map(|group| &group.slots) {
+        *loads.get_mut(&slot.current).unwrap() += 1;
     }
     loads
+}
+
+/// The map as it is once all moves are done.
+pub fn settled(mut map: ClusterMap) -> ClusterMap {
+    map.groups.values_mut().flat_map(|group| &mut group.slots).for_each(|slot| slot.previous = None);
+    map
 }
 
 pub fn takes_slots(disk: &Disk) -> bool {
@@ -156,8 +165,8 @@ pub fn domain(location: &Location, kind: FailureDomain) -> Option<String> {
 pub fn most_in_one(map: &ClusterMap, kind: FailureDomain) -> usize {
     let most = |group: &PlacementGroup| {
         let mut count: BTreeMap<String, usize> = BTreeMap::new();
-        for disk in &group.slots {
-            *count.entry(domain(&map.disk(*disk).unwrap().location, kind).unwrap()).or_default() += 1;
+        for slot in &group.slots {
+            *count.entry(domain(&map.disk(slot.current).unwrap().location, kind).unwrap()).or_default() += 1;
         }
         count.into_values().max().unwrap()
     };
@@ -174,11 +183,12 @@ pub fn broken_rule(map: &ClusterMap) -> Option<String> {
         if group.slots.len() != usize::from(scheme.k + scheme.m) {
             return Some(format!("group {id} has {} slots", group.slots.len()));
         }
-        for (number, disk) in group.slots.iter().enumerate() {
+        let disks: Vec<DiskId> = group.slots.iter().map(|slot| slot.current).collect();
+        for (number, disk) in disks.iter().enumerate() {
             if !takes_slots(&map.disks[disk]) {
                 return Some(format!("group {id} uses disk {disk}"));
             }
-            if group.slots[..number].contains(disk) {
+            if disks[..number].contains(disk) {
                 return Some(format!("group {id} has disk {disk} twice"));
             }
             for (level, kind) in kinds.iter().enumerate() {
@@ -186,7 +196,7 @@ pub fn broken_rule(map: &ClusterMap) -> Option<String> {
                     continue;
                 }
                 let home = &homes[disk][level];
-                let chunks = group.slots.iter().filter(|other| homes[other][level] == *home).count();
+                let chunks = disks.iter().filter(|other| homes[*other][level] == *home).count();
                 if chunks > usize::from(scheme.m) {
                     return Some(format!("group {id} has {chunks} chunks in {home:?}"));
                 }
@@ -268,8 +278,12 @@ pub fn unfair_disk(map: &ClusterMap) -> Option<String> {
 pub fn naive_group_exists(map: &ClusterMap, scheme: &Scheme) -> bool {
     let disks: Vec<&Disk> = map.disks.values().filter(|disk| takes_slots(disk)).collect();
     (0u32..1 << disks.len()).filter(|set| set.count_ones() as usize == scheme.width()).any(|set| {
-        let chosen: Vec<DiskId> =
-            disks.iter().enumerate().filter(|(bit, _)| set >> bit & 1 == 1).map(|(_, disk)| disk.id).collect();
+        let chosen: Vec<GroupSlot> = disks
+            .iter()
+            .enumerate()
+            .filter(|(bit, _)| set >> bit & 1 == 1)
+            .map(|(_, disk)| GroupSlot::new(disk.id))
+            .collect();
         let group = PlacementGroup { scheme: map.default_scheme.clone(), slots: chosen };
         let mut one = map.clone();
         one.groups = BTreeMap::from([(PlacementGroupId(0), group)]);

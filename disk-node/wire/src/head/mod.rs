@@ -8,7 +8,7 @@
 use crate::auth::{same, MacKey};
 use crate::chunk::{block_count, ChunkId, ChunkSpec, MAX_CHUNK_BYTES};
 use crate::error::ChunkError;
-use granary_placement::id::ShardId;
+use granary_placement::id::HashSlot;
 use granary_placement::scheme::CodecId;
 use http::{HeaderMap, StatusCode};
 
@@ -127,7 +127,7 @@ fn make_spec([codec, k, m, unit, extent_len, len, owner, created]: [u64; 8]) -> 
         unit_bytes: unit.try_into().ok()?,
         extent_len_bytes: extent_len,
         len_bytes: len,
-        owner: ShardId(owner.try_into().ok()?),
+        owner: HashSlot::new(owner.try_into().ok()?)?,
         created_ms: created,
     })
 }

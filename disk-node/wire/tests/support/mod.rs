@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
-use granary_placement::id::{ClusterId, ExtentId, PlacementGroupId, ShardId};
+use granary_placement::id::{ClusterId, ExtentId, HashSlot, PlacementGroupId};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{block_count, block_crc, ChunkId, ChunkSpec, BLOCK_BYTES};
 use granary_wire::control::{ControlRequest, ControlResponse};
@@ -219,7 +219,7 @@ pub fn spec(len_bytes: u64) -> ChunkSpec {
         unit_bytes: 256 * 1024,
         extent_len_bytes: len_bytes * 4,
         len_bytes,
-        owner: ShardId(1),
+        owner: HashSlot(1),
         created_ms: 1_700_000_000_000,
     }
 }

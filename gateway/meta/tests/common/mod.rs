@@ -109,5 +109,6 @@ pub fn map() -> ClusterMap {
         default_scheme: "4+2".into(),
         groups: BTreeMap::new(),
         shards: vec![ShardReplicas { members: vec![DiskId(1), DiskId(2)] }; 3],
+        slot_shards: granary_placement::map::deal_hash_slots(2),
     }
 }

@@ -121,6 +121,7 @@ pub fn map(epoch: u64, shards: Vec<Vec<u32>>) -> ClusterMap {
             .into_iter()
             .map(|members| ShardReplicas { members: members.into_iter().map(DiskId).collect() })
             .collect(),
+        slot_shards: Vec::new(),
     }
 }
 

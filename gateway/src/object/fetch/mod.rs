@@ -113,7 +113,7 @@ struct Fetch<'a> {
     corrupt: Vec<u32>,
     /// Chunks to be reported.
     bad: ChunkSet,
-    /// The shard that owns the extent, as good chunks say.
+    /// The shard that owns the extent, by the hash slot that good chunks name.
     owner: Option<granary_placement::id::ShardId>,
 }
 
@@ -224,7 +224,7 @@ impl Fetch<'_> {
         let error = match result {
             Ok(got) if self.is_as_expected(&got, &blocks) => {
                 self.store.inner.pulse.record(took);
-                self.owner = Some(got.spec.owner);
+                self.owner = self.map.shard_of_slot(got.spec.owner);
                 for (block, bytes) in blocks.zip(got.data) {
                     self.grid.set(chunk, block..block + 1, || Cell::Read(bytes.clone()));
                 }
