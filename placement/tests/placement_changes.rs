@@ -125,7 +125,7 @@ fn spreading_after_growth_reaches_what_a_fresh_layout_would() {
         add_disk(&mut grown, new_disk(900 + number, place(1, number as usize / 12, number as usize % 12 / 4), 1000));
     }
     let (quick, _) = rebalance_well(&before, &grown, "second zone");
-    let thorough = spread(&quick).unwrap();
+    let thorough = settled(spread(&settled(quick)).unwrap());
     let most =
         [FailureDomain::Zone, FailureDomain::Rack, FailureDomain::Server].map(|kind| most_in_one(&thorough, kind));
     assert_eq!(most, [3, 1, 1]);
