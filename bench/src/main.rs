@@ -9,8 +9,6 @@ mod codec;
 mod floor;
 mod load;
 
-use granary_bench::s3;
-
 use std::error::Error;
 use std::process::ExitCode;
 

@@ -1,6 +1,6 @@
 //! A real cluster: `granary dev` as a child process in a folder of its own, removed at the end.
 
-use granary_bench::s3::Client;
+use granary_s3_client::Client;
 use serde_json::Value;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};

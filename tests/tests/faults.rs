@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use bytes::Bytes;
-use granary_bench::s3::Client;
+use granary_s3_client::Client;
 use granary_tests::cluster::{signal, Cluster, Options};
 use granary_tests::seed::Random;
 use http::StatusCode;
@@ -119,10 +119,10 @@ async fn check(client: &Client, model: &Model) -> usize {
     expected.len()
 }
 
-async fn patiently<F, W>(request: F) -> granary_bench::s3::Answer
+async fn patiently<F, W>(request: F) -> granary_s3_client::Answer
 where
     F: Fn() -> W,
-    W: std::future::Future<Output = Result<granary_bench::s3::Answer, granary_bench::s3::NoAnswer>>,
+    W: std::future::Future<Output = Result<granary_s3_client::Answer, granary_s3_client::NoAnswer>>,
 {
     let started = Instant::now();
     loop {

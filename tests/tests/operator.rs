@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use bytes::Bytes;
-use granary_bench::s3::Client;
+use granary_s3_client::Client;
 use granary_tests::cluster::{bin, free_ports, http, scratch, signal};
 use granary_tests::seed::Random;
 use rustix::process::Signal;

@@ -4,7 +4,7 @@
 
 use base64::Engine as _;
 use bytes::Bytes;
-use granary_bench::s3::{uri, Answer, Body, Client, Payload};
+use granary_s3_client::{uri, Answer, Body, Client, Payload};
 use granary_tests::cluster::{memory_bytes, Cluster, Options};
 use granary_tests::seed::Random;
 use http::{Method, StatusCode};

@@ -9,22 +9,34 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
 }
 
-/// Names under `[dependencies]` of a manifest.
-fn dependencies(manifest: &str) -> BTreeSet<String> {
+/// Names under a section of a manifest.
+fn section(manifest: &str, section: &str) -> BTreeSet<String> {
     let text = std::fs::read_to_string(root().join(manifest)).unwrap();
     let mut inside = false;
     let mut names = BTreeSet::new();
     for line in text.lines() {
         if line.starts_with('[') {
-            inside = line.trim() == "[dependencies]";
+            inside = line.trim() == section;
         } else if inside {
             if let Some((name, _)) = line.split_once('=') {
                 names.insert(name.trim().trim_end_matches(".workspace").to_owned());
             }
         }
     }
+    names
+}
+
+fn dependencies(manifest: &str) -> BTreeSet<String> {
+    let names = section(manifest, "[dependencies]");
     assert!(!names.is_empty(), "{manifest} has no [dependencies]");
     names
+}
+
+/// Folders of the workspace's crates.
+fn members() -> Vec<String> {
+    let text = std::fs::read_to_string(root().join("Cargo.toml")).unwrap();
+    let list = text.lines().find_map(|line| line.strip_prefix("members = [")).unwrap();
+    list.trim_end_matches(']').split(", ").map(|member| member.trim_matches('"').to_owned()).collect()
 }
 
 fn rust_files(folder: &str) -> Vec<PathBuf> {
@@ -61,21 +73,39 @@ fn naming(folder: &str, library: &str) -> BTreeSet<String> {
         .collect()
 }
 
+/// Each crate, and which of ours it may depend on, in its code and in its tests.
+const LAYERS: [(&str, &[&str]); 9] = [
+    ("placement", &[]),
+    ("disk-node/wire", &["granary-placement"]),
+    ("gateway/meta", &["granary-placement"]),
+    ("gateway/replica", &["granary-placement", "granary-wire", "granary-meta"]),
+    ("disk-node", &["granary-placement", "granary-wire", "granary-replica"]),
+    ("gateway", &["granary-placement", "granary-wire", "granary-meta"]),
+    ("tests/client", &[]),
+    ("bench", &["granary-placement", "granary-s3-client"]),
+    ("tests", &["granary-s3-client"]),
+];
+
 #[test]
 fn the_layer_table_holds() {
-    let table: [(&str, &[&str]); 6] = [
-        ("placement/Cargo.toml", &[]),
-        ("disk-node/wire/Cargo.toml", &["granary-placement"]),
-        ("gateway/meta/Cargo.toml", &["granary-placement"]),
-        ("gateway/replica/Cargo.toml", &["granary-placement", "granary-wire", "granary-meta"]),
-        ("disk-node/Cargo.toml", &["granary-placement", "granary-wire", "granary-replica"]),
-        ("gateway/Cargo.toml", &["granary-placement", "granary-wire", "granary-meta"]),
-    ];
-    for (manifest, allowed) in table {
-        let ours: BTreeSet<String> =
-            dependencies(manifest).into_iter().filter(|name| name.starts_with("granary-")).collect();
+    for (folder, allowed) in LAYERS {
+        let manifest = format!("{folder}/Cargo.toml");
         let allowed: BTreeSet<String> = allowed.iter().map(|name| (*name).to_owned()).collect();
-        assert!(ours.is_subset(&allowed), "{manifest} depends on {ours:?}, allowed are {allowed:?}");
+        for part in ["[dependencies]", "[dev-dependencies]", "[build-dependencies]"] {
+            let mut ours = section(&manifest, part);
+            ours.retain(|name| name.starts_with("granary-"));
+            assert!(ours.is_subset(&allowed), "{manifest} {part} names {ours:?}, allowed are {allowed:?}");
+        }
+    }
+}
+
+#[test]
+fn the_layer_table_is_whole_and_in_the_architecture_page() {
+    let folders: BTreeSet<String> = LAYERS.iter().map(|(folder, _)| (*folder).to_owned()).collect();
+    assert_eq!(folders, members().into_iter().collect(), "tidy's table and the workspace's members");
+    let page = std::fs::read_to_string(root().join("docs/ARCHITECTURE.md")).unwrap();
+    for folder in folders {
+        assert!(page.contains(&format!("\n| `{folder}` |")), "{folder} has no row in docs/ARCHITECTURE.md");
     }
 }
 
@@ -212,20 +242,23 @@ fn the_top_level_is_what_the_design_names() {
 
 #[test]
 fn no_source_file_is_longer_than_one_sitting() {
-    for folder in [
-        "placement/src",
-        "disk-node/wire/src",
-        "disk-node/src",
-        "gateway/meta/src",
-        "gateway/replica/src",
-        "gateway/src",
-        "bench/src",
-        "tests/src",
-        "tests/tests",
-    ] {
+    // With their folders below: tests, nested crates.
+    for folder in ["placement", "disk-node", "gateway", "bench", "tests"] {
         for file in rust_files(folder) {
             let lines = std::fs::read_to_string(&file).unwrap().lines().count();
             assert!(lines <= 900, "{} has {lines} lines", file.display());
+        }
+    }
+}
+
+#[test]
+fn a_folder_of_modules_has_its_head_inside() {
+    for folder in ["placement", "disk-node", "gateway", "bench", "tests"] {
+        for file in rust_files(folder) {
+            let beside = file.with_extension("");
+            let modules = std::fs::read_dir(&beside).into_iter().flatten().flatten();
+            let modules = modules.filter(|entry| entry.path().extension().is_some_and(|end| end == "rs")).count();
+            assert_eq!(modules, 0, "{}: its head belongs into {}/mod.rs", file.display(), beside.display());
         }
     }
 }

@@ -9,10 +9,10 @@
 mod cpu;
 mod embedded;
 
-use crate::s3::{Body, Client, Payload};
 use bytes::Bytes;
 use clap::{Parser, ValueEnum};
 use futures::StreamExt;
+use granary_s3_client::{Body, Client, Payload};
 use http::{Method, StatusCode};
 use serde::Serialize;
 use std::error::Error;
