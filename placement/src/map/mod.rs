@@ -3,8 +3,10 @@
 //! One value, versioned by epoch, owned by the root shard; everyone else holds a copy and asks for a newer one when a peer
 //! names a higher epoch. A map is checked by [`ClusterMap::validate`] before it is committed and after it is read.
 
+mod diff;
 mod validate;
 
+pub use diff::{apply_diff, diff, Changes, MapDiff, SlotChange};
 pub use validate::MapError;
 
 use crate::id::{ClusterId, DiskId, DiskUuid, Epoch, HashSlot, PlacementGroupId, ShardId, HASH_SLOTS};

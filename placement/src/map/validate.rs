@@ -1,7 +1,7 @@
 //! The rules of a cluster map, each with a sentence for the operator whose map breaks it.
 
 use super::{ClusterMap, Disk, DiskState, GroupSlot, Location};
-use crate::id::{DiskId, DiskUuid, HashSlot, PlacementGroupId, ShardId, HASH_SLOTS};
+use crate::id::{DiskId, DiskUuid, Epoch, HashSlot, PlacementGroupId, ShardId, HASH_SLOTS};
 use crate::scheme::{FailureDomain, Scheme, SchemeError};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -166,6 +166,19 @@ pub enum MapError {
         /// Most allowed: M.
         limit: usize,
     },
+    /// A difference that was made from another map.
+    #[error(
+        "the difference is from the map of epoch {from}, but the map here has epoch {have}: ask for the whole map"
+    )]
+    DiffBase {
+        /// What it was made from.
+        from: Epoch,
+        /// What it was to be applied to.
+        have: Epoch,
+    },
+    /// A difference that does not fit the map.
+    #[error("the difference between two maps {0}: ask for the whole map")]
+    Diff(&'static str),
     /// No shard for objects.
     #[error("the map has {0} shards; it needs the root shard and at least one shard for objects")]
     NoObjectShard(usize),
