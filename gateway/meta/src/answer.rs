@@ -1,12 +1,14 @@
 //! Reads of a shard. Pure: a view of the state and a query in, an answer out. Work is bounded by the query's limit.
 
 use crate::codec::{decode, CompletedUpload, Fence};
-use crate::keys::{kind, split_garbage_key, split_missing_key, split_upload_key, KeyRange, Keys};
+use crate::keys::{
+    kind, split_garbage_key, split_missing_key, split_repair_slot_key, split_upload_key, KeyRange, Keys,
+};
 use crate::kv::{Kv, StateError};
 use crate::list;
 use crate::record::{
-    BucketId, BucketRecord, ExtentRecord, ExtentRef, LeaseRecord, ObjectData, ObjectRecord, PartRecord, SettingsRecord,
-    UploadId, UploadRecord, Usage,
+    BucketId, BucketRecord, ExtentRecord, ExtentRef, LeaseRecord, ObjectData, ObjectRecord, PartRecord,
+    RepairSlotRecord, SettingsRecord, UploadId, UploadRecord, Usage,
 };
 use crate::{Answer, ChunkRef, Query, VersionPick};
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
@@ -68,7 +70,8 @@ fn wants_root(query: &Query) -> bool {
         | Query::ExtentsAlive { .. }
         | Query::ListMissing { .. }
         | Query::ListGarbage { .. }
-        | Query::BucketUsage { .. } => false,
+        | Query::BucketUsage { .. }
+        | Query::ListRepairSlots { .. } => false,
     }
 }
 
@@ -143,6 +146,7 @@ pub fn answer<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<A
             }
             Ok(Answer::Settings { epoch: settings.epoch, values: settings.values })
         }
+        Query::ListRepairSlots { after, limit } => list_repair_slots(kv, &keys, *after, *limit),
     }
 }
 
@@ -282,6 +286,26 @@ fn list_missing<K: Kv + ?Sized>(
         Ok(true)
     })?;
     Ok(Answer::Missing { chunks, more })
+}
+
+fn list_repair_slots<K: Kv + ?Sized>(
+    kv: &K,
+    keys: &Keys,
+    after: Option<(PlacementGroupId, u8)>,
+    limit: u32,
+) -> Result<Answer, StateError> {
+    let mut range = keys.kind_range(kind::REPAIR_SLOT);
+    if let Some((group, slot)) = after {
+        range.from = just_after(keys.repair_slot(group, slot));
+    }
+    let mut slots = Vec::new();
+    let more = page(kv, &range, limit.clamp(1, MAX_ITEMS) as usize, |key, value| {
+        let (group, slot) =
+            split_repair_slot_key(key).ok_or_else(|| StateError::Value("key of a repair slot".to_owned()))?;
+        slots.push((group, slot, decode::<RepairSlotRecord>(value)?));
+        Ok(true)
+    })?;
+    Ok(Answer::RepairSlots { slots, more })
 }
 
 fn list_garbage<K: Kv + ?Sized>(kv: &K, keys: &Keys, until_ms: u64, limit: u32) -> Result<Answer, StateError> {

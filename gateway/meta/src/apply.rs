@@ -1,15 +1,16 @@
 //! Applies commands: deterministic, no clock, no randomness, no unordered iteration. Same state and command, same batch and reply.
 //!
-//! `apply` is the door: it deduplicates by request id and hands the command to [`objects`](crate::objects), [`uploads`](crate::uploads),
-//! [`queues`](crate::queues), [`buckets`](crate::buckets), [`leases`](crate::leases) or [`settings`](crate::settings). A refusal writes nothing but its own kept reply.
+//! `apply` is the door: it deduplicates by request id, turns away background work whose lease was taken over, and hands the command to
+//! the module of its kind. A refusal writes nothing but its own kept reply.
 
 use crate::codec::{decode, encode, Counters, Fence, KeptReply};
 use crate::keys::{kind, Keys};
 use crate::kv::{Kv, Overlay, StateError};
-use crate::record::{BucketId, Usage};
-use crate::{buckets, leases, objects, queues, settings, uploads};
+use crate::record::{AccountId, BucketId, BucketRule, Usage};
+use crate::{buckets, leases, objects, queues, repair_slots, rules, settings, uploads};
 use crate::{Command, MetaRequest, Reply};
 use granary_placement::id::ShardId;
+use granary_placement::lease::LeaseStamp;
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 
@@ -24,6 +25,8 @@ pub struct Tx<'b, 'k, K: Kv + ?Sized> {
     pub keys: Keys,
     /// The command's time, Unix milliseconds.
     pub now_ms: u64,
+    /// Who acts.
+    pub account: AccountId,
 }
 
 impl<K: Kv + ?Sized> Tx<'_, '_, K> {
@@ -84,7 +87,7 @@ pub fn apply<K: Kv + ?Sized>(
     batch: &mut Overlay<'_, K>,
     request: &MetaRequest,
 ) -> Result<Reply, StateError> {
-    let mut tx = Tx { batch, keys: Keys::new(shard), now_ms: request.now_ms };
+    let mut tx = Tx { batch, keys: Keys::new(shard), now_ms: request.now_ms, account: request.account };
     let kept_key = tx.keys.request(&request.request_id);
     if let Some(kept) = tx.load::<KeptReply>(&kept_key)? {
         return Ok(kept.reply);
@@ -129,7 +132,9 @@ fn wants_root(command: &Command) -> Option<bool> {
         | Command::TakeLease { .. }
         | Command::RenewLease { .. }
         | Command::ReleaseLease { .. }
-        | Command::SetSetting { .. } => Some(true),
+        | Command::SetSetting { .. }
+        | Command::BeginBucketRule { .. }
+        | Command::EndBucketRule { .. } => Some(true),
         Command::Noop => None,
         Command::PutObject { .. }
         | Command::DeleteObject { .. }
@@ -141,7 +146,23 @@ fn wants_root(command: &Command) -> Option<bool> {
         | Command::UnfenceBucket { .. }
         | Command::ReportMissing { .. }
         | Command::RepairDone { .. }
-        | Command::GarbageDone { .. } => Some(false),
+        | Command::GarbageDone { .. }
+        | Command::SetBucketRule { .. }
+        | Command::QueueRepair { .. }
+        | Command::AdvanceRepair { .. }
+        | Command::RepairSlotDone { .. } => Some(false),
+    }
+}
+
+/// The stamp of a command of background work.
+fn stamp_of(command: &Command) -> Option<&LeaseStamp> {
+    match command {
+        Command::RepairDone { lease, .. }
+        | Command::GarbageDone { lease, .. }
+        | Command::QueueRepair { lease, .. }
+        | Command::AdvanceRepair { lease, .. }
+        | Command::RepairSlotDone { lease, .. } => Some(lease),
+        _ => None,
     }
 }
 
@@ -149,27 +170,34 @@ fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Co
     if wants_root(command).is_some_and(|root| root != (shard == ShardId::ROOT)) {
         return Ok(Reply::Refused(format!("not a command of shard {shard}")));
     }
+    if let Some(stamp) = stamp_of(command) {
+        if let Some(reply) = leases::turned_away(tx, stamp)? {
+            return Ok(reply);
+        }
+    }
     match command {
-        Command::PutObject { bucket, key, record, missing, conditions, mode } => {
-            objects::put(tx, *bucket, key, record, missing, conditions, *mode)
+        Command::PutObject { bucket, key, record, missing, conditions, rule_epoch } => {
+            objects::put(tx, *bucket, key, record, missing, conditions, *rule_epoch)
         }
-        Command::DeleteObject { bucket, key, version, conditions, mode } => {
-            objects::delete(tx, *bucket, key, *version, conditions, *mode)
+        Command::DeleteObject { bucket, key, version, conditions, rule_epoch } => {
+            objects::delete(tx, *bucket, key, *version, conditions, *rule_epoch)
         }
-        Command::CreateUpload { bucket, key, upload, record } => uploads::create(tx, *bucket, key, *upload, record),
-        Command::PutPart { bucket, key, upload, part, missing } => {
-            uploads::put_part(tx, *bucket, key, *upload, part, missing)
+        Command::CreateUpload { bucket, key, upload, record, rule_epoch } => {
+            uploads::create(tx, *bucket, key, *upload, record, *rule_epoch)
         }
-        Command::CompleteUpload { bucket, key, upload, parts, record, conditions, mode } => {
-            let wanted = uploads::Completion { parts, record, conditions, mode: *mode };
+        Command::PutPart { bucket, key, upload, part, missing, rule_epoch } => {
+            uploads::put_part(tx, *bucket, key, *upload, part, missing, *rule_epoch)
+        }
+        Command::CompleteUpload { bucket, key, upload, parts, record, conditions, rule_epoch } => {
+            let wanted = uploads::Completion { parts, record, conditions, rule_epoch: *rule_epoch };
             uploads::complete(tx, *bucket, key, *upload, &wanted)
         }
         Command::AbortUpload { bucket, key, upload } => uploads::abort(tx, *bucket, key, *upload),
         Command::FenceBucket { bucket, attempt } => buckets::fence(tx, *bucket, *attempt),
         Command::UnfenceBucket { bucket, attempt } => buckets::unfence(tx, *bucket, *attempt),
         Command::ReportMissing { chunks } => queues::report_missing(tx, chunks),
-        Command::RepairDone { chunks } => queues::repair_done(tx, chunks),
-        Command::GarbageDone { extents } => queues::garbage_done(tx, extents),
+        Command::RepairDone { chunks, lease: _ } => queues::repair_done(tx, chunks),
+        Command::GarbageDone { extents, lease: _ } => queues::garbage_done(tx, extents),
         Command::CreateBucket { name, owner } => buckets::create(tx, name, *owner),
         Command::BeginDeleteBucket { name, bucket } => buckets::begin_delete(tx, name, *bucket),
         Command::EndDeleteBucket { name, bucket, attempt, remove } => {
@@ -183,5 +211,18 @@ fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Co
         Command::RenewLease { task, holder, epoch, progress } => leases::renew(tx, task, *holder, *epoch, progress),
         Command::ReleaseLease { task, holder, epoch } => leases::release(tx, task, *holder, *epoch),
         Command::SetSetting { name, value } => settings::set(tx, name, value.as_deref()),
+        Command::BeginBucketRule { name, bucket, versioning, lock, policy_epoch } => {
+            let wanted = BucketRule { epoch: 0, versioning: *versioning, lock: *lock, policy_epoch: *policy_epoch };
+            rules::begin(tx, name, *bucket, wanted)
+        }
+        Command::EndBucketRule { name, bucket, epoch } => rules::end(tx, name, *bucket, *epoch),
+        Command::SetBucketRule { bucket, rule } => rules::set(tx, *bucket, rule),
+        Command::QueueRepair { slots, lease: _ } => repair_slots::queue(tx, slots),
+        Command::AdvanceRepair { group, slot, generation, cursor, lease: _ } => {
+            repair_slots::advance(tx, *group, *slot, *generation, *cursor)
+        }
+        Command::RepairSlotDone { group, slot, generation, lease: _ } => {
+            repair_slots::done(tx, *group, *slot, *generation)
+        }
     }
 }

@@ -4,7 +4,7 @@ use crate::apply::Tx;
 use crate::codec::Fence;
 use crate::keys::kind;
 use crate::kv::{Kv, StateError};
-use crate::record::{AccountId, BucketId, BucketRecord};
+use crate::record::{AccountId, BucketId, BucketRecord, BucketRule};
 use crate::Reply;
 use granary_placement::map::ClusterMap;
 
@@ -64,6 +64,8 @@ pub fn create<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, name: &str, owner: Account
         owner,
         deleting: false,
         delete_attempt: 0,
+        rule: BucketRule::default(),
+        rule_pending: false,
     };
     tx.store(key, &bucket)?;
     Ok(Reply::Bucket(bucket))

@@ -3,9 +3,12 @@
 //! A shard is a deterministic state machine: time, ids and randomness arrive inside the command. A command that was applied under
 //! a request id is not applied again: its first reply is given back.
 
-use crate::record::{AccountId, BucketId, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq};
+use crate::record::{
+    AccountId, BucketId, BucketRule, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq, Versioning,
+};
 use bytes::Bytes;
 use granary_placement::id::{ExtentId, PlacementGroupId};
+use granary_placement::lease::LeaseStamp;
 use granary_placement::map::ClusterMap;
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +19,8 @@ pub struct MetaRequest {
     pub request_id: [u8; 16],
     /// The gateway's clock, Unix milliseconds.
     pub now_ms: u64,
+    /// Who acts. Until there are other accounts it is always the root account.
+    pub account: AccountId,
     /// What to do.
     pub command: Command,
 }
@@ -27,15 +32,6 @@ pub struct Conditions {
     pub if_match: Option<String>,
     /// No current object may exist. (`If-None-Match: *`; other values are refused by the gateway.)
     pub if_none_match_any: bool,
-}
-
-/// The bucket's versioning at the time of a write.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum VersionMode {
-    /// The write replaces the null version.
-    Off,
-    /// The write adds a version.
-    On,
 }
 
 /// One chunk of an extent.
@@ -61,6 +57,12 @@ pub enum VersionPick {
 }
 
 /// A change of a shard.
+///
+/// Writes into a bucket carry the epoch of the bucket's rule that the gateway went by. The shard decides by the rule it holds itself, and
+/// only when the epochs agree: a lower one replies [`crate::Reply::StaleRule`], a higher one [`crate::Reply::RuleBehind`], and nothing is
+/// written.
+///
+/// Background work carries the stamp of its lease; one that was taken over replies [`crate::Reply::StaleLease`], and nothing is done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
     /// Stores an object. Replies [`crate::Reply::Put`].
@@ -75,8 +77,8 @@ pub enum Command {
         missing: Vec<ChunkRef>,
         /// Conditions, decided when applied.
         conditions: Conditions,
-        /// Versioning.
-        mode: VersionMode,
+        /// Epoch of the bucket's rule by which the gateway decided.
+        rule_epoch: u64,
     },
     /// Deletes an object, a version, or adds a delete marker. Replies [`crate::Reply::Deleted`], also when nothing was there.
     DeleteObject {
@@ -88,8 +90,8 @@ pub enum Command {
         version: VersionPick,
         /// Conditions (If-Match only).
         conditions: Conditions,
-        /// Versioning.
-        mode: VersionMode,
+        /// Epoch of the bucket's rule by which the gateway decided.
+        rule_epoch: u64,
     },
     /// Begins a multipart upload. Replies [`crate::Reply::Done`].
     CreateUpload {
@@ -101,6 +103,8 @@ pub enum Command {
         upload: UploadId,
         /// What it will become.
         record: UploadRecord,
+        /// Epoch of the bucket's rule by which the gateway decided.
+        rule_epoch: u64,
     },
     /// Stores a part; the last one of a number wins. Replies [`crate::Reply::Done`] or NoSuchUpload.
     PutPart {
@@ -114,6 +118,8 @@ pub enum Command {
         part: PartRecord,
         /// Chunks that did not reach their disk.
         missing: Vec<ChunkRef>,
+        /// Epoch of the bucket's rule by which the gateway decided.
+        rule_epoch: u64,
     },
     /// Turns parts into an object. The gateway has read the parts and made the record, without data; the shard takes the data of the
     /// parts named, if they are still the ones the gateway saw (same number and ETag), frees the parts not named, and answers as PutObject does.
@@ -131,8 +137,8 @@ pub enum Command {
         record: ObjectRecord,
         /// Conditions, decided when applied.
         conditions: Conditions,
-        /// Versioning.
-        mode: VersionMode,
+        /// Epoch of the bucket's rule by which the gateway decided.
+        rule_epoch: u64,
     },
     /// Gives a multipart upload up. Replies [`crate::Reply::Done`] or NoSuchUpload.
     AbortUpload {
@@ -169,11 +175,15 @@ pub enum Command {
     RepairDone {
         /// The chunks.
         chunks: Vec<ChunkRef>,
+        /// The sender's lease.
+        lease: LeaseStamp,
     },
     /// Takes extents off the garbage queue: all their chunks are deleted. Replies [`crate::Reply::Done`].
     GarbageDone {
         /// (time queued, extent) as listed.
         extents: Vec<(u64, ExtentId)>,
+        /// The sender's lease.
+        lease: LeaseStamp,
     },
     /// Root shard: makes a bucket. Replies [`crate::Reply::Bucket`], or BucketExists with the one that is there.
     CreateBucket {
@@ -259,5 +269,71 @@ pub enum Command {
         name: String,
         /// Value, at most 256 bytes; None: back to the default.
         value: Option<String>,
+    },
+    /// Root shard: gives a bucket another rule, under the next epoch. Every shard must then hear of it (SetBucketRule) before
+    /// EndBucketRule. Replies [`crate::Reply::Bucket`] with the new rule pending, or NoSuchBucket; Refused what S3 forbids: versioning
+    /// that was on cannot be off again, and a lock stays, and wants versioning.
+    BeginBucketRule {
+        /// Name.
+        name: String,
+        /// The bucket the caller means.
+        bucket: BucketId,
+        /// Versioning from then on.
+        versioning: Versioning,
+        /// Are versions locked from then on?
+        lock: bool,
+        /// Epoch of the bucket's policy.
+        policy_epoch: u64,
+    },
+    /// Root shard: every shard has the rule of that epoch. Replies [`crate::Reply::Done`], NoSuchBucket, or StaleRule when a later
+    /// rule was begun.
+    EndBucketRule {
+        /// Name.
+        name: String,
+        /// The bucket the caller means.
+        bucket: BucketId,
+        /// Epoch of the rule.
+        epoch: u64,
+    },
+    /// Gives a shard a bucket's rule. Replies [`crate::Reply::Done`], also when it has it, or StaleRule when it has a later one.
+    SetBucketRule {
+        /// Bucket.
+        bucket: BucketId,
+        /// The rule, as the root shard made it.
+        rule: BucketRule,
+    },
+    /// Queues slots of placement groups for repair: everything this shard owns in the slot is to be looked for on the slot's disk and
+    /// rebuilt where it is not. One that is queued begins anew, under another generation. Replies [`crate::Reply::Done`].
+    QueueRepair {
+        /// The slots; at most 4,096.
+        slots: Vec<(PlacementGroupId, u8)>,
+        /// The sender's lease.
+        lease: LeaseStamp,
+    },
+    /// Notes how far the repair of a slot came. Nothing happens when the slot is queued under another generation, or not at all, or
+    /// when it came further. Replies [`crate::Reply::Done`].
+    AdvanceRepair {
+        /// The group.
+        group: PlacementGroupId,
+        /// The slot.
+        slot: u8,
+        /// The generation that is being repaired.
+        generation: u64,
+        /// The last extent that is done; extents are taken in order of their ids.
+        cursor: ExtentId,
+        /// The sender's lease.
+        lease: LeaseStamp,
+    },
+    /// Takes a slot off the queue: everything in it was found or rebuilt. Nothing happens when it is queued under another generation.
+    /// Replies [`crate::Reply::Done`].
+    RepairSlotDone {
+        /// The group.
+        group: PlacementGroupId,
+        /// The slot.
+        slot: u8,
+        /// The generation that was repaired.
+        generation: u64,
+        /// The sender's lease.
+        lease: LeaseStamp,
     },
 }

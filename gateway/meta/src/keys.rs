@@ -45,6 +45,10 @@ pub mod kind {
     pub const LEASE: u8 = b'T';
     /// The highest lease epoch seen of each task.
     pub const LEASE_SEEN: u8 = b'K';
+    /// Rules of buckets, in every object shard.
+    pub const RULE: u8 = b'Q';
+    /// The repair queue of slots.
+    pub const REPAIR_SLOT: u8 = b'J';
     /// Root shard: the cluster settings.
     pub const SETTINGS: u8 = b'Y';
     /// Root shard: accounts and keys (reserved).
@@ -225,6 +229,16 @@ impl Keys {
         self.key(kind::BUCKET, &[name.as_bytes()])
     }
 
+    /// The rule of a bucket.
+    pub fn rule(&self, bucket: BucketId) -> Vec<u8> {
+        self.key(kind::RULE, &[&bucket.0.to_be_bytes()])
+    }
+
+    /// A slot in the repair queue.
+    pub fn repair_slot(&self, group: PlacementGroupId, slot: u8) -> Vec<u8> {
+        self.key(kind::REPAIR_SLOT, &[&group.0.to_be_bytes(), &[slot]])
+    }
+
     /// The lease of a task.
     pub fn lease(&self, task: &str) -> Vec<u8> {
         self.key(kind::LEASE, &[task.as_bytes()])
@@ -256,6 +270,13 @@ pub fn split_missing_key(key: &[u8]) -> Option<ChunkRef> {
     let group = u32::from_be_bytes(rest.get(0..4)?.try_into().ok()?);
     let extent: [u8; 16] = rest.get(4..20)?.try_into().ok()?;
     Some(ChunkRef { group: PlacementGroupId(group), extent: ExtentId(extent), index: *rest.get(20)? })
+}
+
+/// Takes the slot out of a key of the repair queue of slots.
+pub fn split_repair_slot_key(key: &[u8]) -> Option<(PlacementGroupId, u8)> {
+    let rest = key.get(3..)?;
+    let group = u32::from_be_bytes(rest.get(0..4)?.try_into().ok()?);
+    Some((PlacementGroupId(group), *rest.get(4)?))
 }
 
 /// Takes the time out of a garbage-queue key.

@@ -1,8 +1,11 @@
-//! Leases of background tasks in the root shard.
+//! Leases of background tasks in the root shard, and the stamps of their holders in every shard.
 //!
 //! A lease is an epoch and a number of renewals. Nothing here knows a clock: whoever wants a lease watches both numbers, and takes it by
 //! naming the numbers it saw stand still. So a taking and a renewal at the same moment cannot both succeed, and the loser is told.
 //! Leases are never removed: an epoch that was handed out is never handed out again.
+//!
+//! A holder that was paused does not know that its lease was taken over. What it then sends carries the old epoch, and every shard that
+//! heard of the new holder refuses it.
 
 use crate::apply::Tx;
 use crate::check::check_task;
@@ -11,6 +14,7 @@ use crate::kv::{Kv, StateError};
 use crate::record::LeaseRecord;
 use crate::Reply;
 use bytes::Bytes;
+use granary_placement::lease::LeaseStamp;
 
 /// Most tasks with a lease. Part of the replicated history.
 pub const MAX_LEASES: usize = 1_024;
@@ -18,6 +22,31 @@ pub const MAX_LEASES: usize = 1_024;
 pub const MAX_PROGRESS_BYTES: usize = 4 * 1024;
 /// Longest address of a holder, in bytes. Part of the replicated history.
 pub const MAX_ADDRESS_BYTES: usize = 256;
+
+/// Most tasks whose stamps a shard knows. Part of the replicated history.
+pub const MAX_STAMPED_TASKS: usize = 1_024;
+
+/// Notes the stamp of a command of background work. Some: the command is turned away with that reply.
+pub fn turned_away<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, stamp: &LeaseStamp) -> Result<Option<Reply>, StateError> {
+    if let Err(why) = check_task(&stamp.task) {
+        return Ok(Some(Reply::Refused(why)));
+    }
+    let key = tx.keys.lease_seen(&stamp.task);
+    let seen: Option<u64> = tx.load(&key)?;
+    match seen {
+        Some(current) if current > stamp.epoch => return Ok(Some(Reply::StaleLease { current })),
+        Some(current) if current == stamp.epoch => return Ok(None),
+        Some(_) => {}
+        None => {
+            let all = tx.keys.kind_range(kind::LEASE_SEEN);
+            if tx.batch.scan(&all.from, &all.to, MAX_STAMPED_TASKS)?.len() == MAX_STAMPED_TASKS {
+                return Ok(Some(Reply::Refused(format!("stamps of {MAX_STAMPED_TASKS} tasks"))));
+            }
+        }
+    }
+    tx.store(key, &stamp.epoch)?;
+    Ok(None)
+}
 
 /// See [`crate::Command::TakeLease`].
 pub fn take<K: Kv + ?Sized>(

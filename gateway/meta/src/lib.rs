@@ -3,8 +3,8 @@
 //! In reading order:
 //!
 //! 1. [`record`], [`keys`], [`codec`], [`kv`]: what the map holds, byte by byte, and the seam to it. `docs/formats/metadata.md`.
-//! 2. [`command`], [`reply`], [`check`], [`apply`] with [`objects`], [`uploads`], [`queues`], [`buckets`], [`leases`], [`settings`]: a
-//!    batch and a command in, writes and a reply out.
+//! 2. [`command`], [`reply`], [`check`], [`apply`] with [`objects`], [`uploads`], [`queues`],
+//!    [`repair_slots`], [`buckets`], [`rules`], [`leases`], [`settings`]: a batch and a command in, writes and a reply out.
 //! 3. [`query`], [`answer`], [`list`]: a view and a query in, an answer out.
 //! 4. [`message`]: requests and answers as bytes.
 //! 5. [`memory`]: the shards of a cluster in memory, for tests of whoever talks to them.
@@ -27,11 +27,13 @@ pub mod objects;
 pub mod query;
 pub mod queues;
 pub mod record;
+pub mod repair_slots;
 pub mod reply;
+pub mod rules;
 pub mod settings;
 pub mod uploads;
 
-pub use command::{ChunkRef, Command, Conditions, MetaRequest, VersionMode, VersionPick};
+pub use command::{ChunkRef, Command, Conditions, MetaRequest, VersionPick};
 pub use message::{BadBytes, ShardRequest, ShardResponse};
 pub use query::{Answer, ListFrom, ListItem, ObjectSummary, Query};
 pub use reply::Reply;

@@ -14,6 +14,7 @@
 use crate::answer::answer;
 use crate::apply::apply;
 use crate::kv::{MemoryKv, Overlay, StateError};
+use crate::record::AccountId;
 use crate::{Answer, BadBytes, Command, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
 use bytes::Bytes;
 use granary_placement::id::ShardId;
@@ -139,7 +140,7 @@ impl MemoryShards {
         })
     }
 
-    /// Applies a command of the test itself, under a request id of its own. The observer is not told.
+    /// Applies a command of the test itself, under a request id of its own, in the root account's name. The observer is not told.
     ///
     /// # Errors
     /// [`MemoryError`].
@@ -147,7 +148,7 @@ impl MemoryShards {
         self.own_requests += 1;
         let request_id = ((u128::from(u64::MAX) << 64) | u128::from(self.own_requests)).to_be_bytes();
         let of = self.shards.get_mut(usize::from(shard.0)).ok_or(MemoryError::NoSuchShard(shard))?;
-        Ok(of.apply(&MetaRequest { request_id, now_ms, command })?)
+        Ok(of.apply(&MetaRequest { request_id, now_ms, account: AccountId::ROOT, command })?)
     }
 
     /// Answers a query of the test itself.

@@ -12,9 +12,8 @@ use crate::apply::Tx;
 use crate::check::{check_data, check_key};
 use crate::codec::{decode, ObjectHead};
 use crate::kv::{Kv, StateError};
-use crate::queues;
-use crate::record::{AccountId, BucketId, ObjectData, ObjectMeta, ObjectRecord, Usage, VersionSeq};
-use crate::{ChunkRef, Conditions, Reply, VersionMode, VersionPick};
+use crate::record::{BucketId, ObjectData, ObjectMeta, ObjectRecord, Usage, VersionSeq, Versioning};
+use crate::{queues, rules, ChunkRef, Conditions, Reply, VersionPick};
 
 /// How many versions one step of a scan takes.
 const SCAN_STEP: usize = 128;
@@ -49,7 +48,7 @@ pub fn put<K: Kv + ?Sized>(
     record: &ObjectRecord,
     missing: &[ChunkRef],
     conditions: &Conditions,
-    mode: VersionMode,
+    rule_epoch: u64,
 ) -> Result<Reply, StateError> {
     if let Err(why) = check_key(key).and_then(|()| check_data(&record.data, record.size_bytes, missing)) {
         return Ok(Reply::Refused(why));
@@ -57,6 +56,10 @@ pub fn put<K: Kv + ?Sized>(
     if tx.fenced(bucket)? {
         return Ok(Reply::BucketFenced);
     }
+    let rule = match rules::for_write(tx, bucket, rule_epoch)? {
+        Ok(rule) => rule,
+        Err(reply) => return Ok(reply),
+    };
     let current = current(tx, bucket, key)?;
     if let Some(refusal) = refused_by(conditions, current.as_ref()) {
         return Ok(refusal);
@@ -65,7 +68,7 @@ pub fn put<K: Kv + ?Sized>(
         return Ok(Reply::Refused(why));
     }
     queues::own_extents(tx, bucket, key, record.data.extents(), missing)?;
-    store_newest(tx, bucket, key, current, record.clone(), mode)
+    store_newest(tx, bucket, key, current, record.clone(), rule.versioning)
 }
 
 /// Makes `record` the newest version. Its extents are owned already.
@@ -75,13 +78,13 @@ pub fn store_newest<K: Kv + ?Sized>(
     key: &str,
     current: Option<ObjectRecord>,
     record: ObjectRecord,
-    mode: VersionMode,
+    versioning: Versioning,
 ) -> Result<Reply, StateError> {
     let mut usage = tx.usage(bucket)?;
-    make_room(tx, bucket, key, current, mode, &mut usage)?;
+    make_room(tx, bucket, key, current, versioning, &mut usage)?;
     let record = ObjectRecord {
         version: next_version(tx)?,
-        null_version: mode == VersionMode::Off,
+        null_version: versioning.writes_null(),
         delete_marker: false,
         ..record
     };
@@ -93,26 +96,27 @@ pub fn store_newest<K: Kv + ?Sized>(
     Ok(Reply::Put { version: record.version, etag: record.etag })
 }
 
-/// Takes the current object out of 'O', and with it (mode Off) the null version, wherever it is. True when a null version was removed.
+/// Takes the current object out of 'O', and with it, where writes replace the null version, that one, wherever it is. True when a null
+/// version was removed.
 fn make_room<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     bucket: BucketId,
     key: &str,
     current: Option<ObjectRecord>,
-    mode: VersionMode,
+    versioning: Versioning,
     usage: &mut Usage,
 ) -> Result<bool, StateError> {
     let had_versions = usage.versions > usage.objects;
     if let Some(current) = current {
         tx.batch.delete(tx.keys.object(bucket, key));
         usage.objects -= 1;
-        if mode == VersionMode::Off && current.null_version {
+        if versioning.writes_null() && current.null_version {
             drop_version(tx, &current, usage)?;
             return Ok(true);
         }
         tx.store(tx.keys.version(bucket, key, current.version), &current)?;
     }
-    if mode == VersionMode::Off && had_versions {
+    if versioning.writes_null() && had_versions {
         if let Some(null) = find_null(tx, bucket, key)? {
             tx.batch.delete(tx.keys.version(bucket, key, null.version));
             drop_version(tx, &null, usage)?;
@@ -185,7 +189,7 @@ pub fn delete<K: Kv + ?Sized>(
     key: &str,
     version: VersionPick,
     conditions: &Conditions,
-    mode: VersionMode,
+    rule_epoch: u64,
 ) -> Result<Reply, StateError> {
     if let Err(why) = check_key(key) {
         return Ok(Reply::Refused(why));
@@ -193,33 +197,36 @@ pub fn delete<K: Kv + ?Sized>(
     if tx.fenced(bucket)? {
         return Ok(Reply::BucketFenced);
     }
+    let rule = match rules::for_write(tx, bucket, rule_epoch)? {
+        Ok(rule) => rule,
+        Err(reply) => return Ok(reply),
+    };
     let current = current(tx, bucket, key)?;
     if version == VersionPick::Current {
         if let Some(refusal) = refused_by(conditions, current.as_ref()) {
             return Ok(refusal);
         }
-        return delete_current(tx, bucket, key, current, mode);
+        return delete_current(tx, bucket, key, current, rule.versioning);
     }
     delete_version(tx, bucket, key, version, current, conditions)
 }
 
-/// Off: removes the null version, and hides older versions (from a time when versioning was on) behind a null marker.
-/// On: adds a marker, also where nothing is.
+/// Off: removes the null version, which is the only one. Enabled: adds a marker, also where nothing is. Suspended: replaces the null
+/// version by a marker, likewise.
 fn delete_current<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     bucket: BucketId,
     key: &str,
     current: Option<ObjectRecord>,
-    mode: VersionMode,
+    versioning: Versioning,
 ) -> Result<Reply, StateError> {
     let mut usage = tx.usage(bucket)?;
     let existed = current.is_some();
-    let removed_null = make_room(tx, bucket, key, current, mode, &mut usage)?;
-    let others = usage.versions > usage.objects && newest_version(tx, bucket, key)?.is_some();
-    let marker = if mode == VersionMode::On || others {
+    let removed_null = make_room(tx, bucket, key, current, versioning, &mut usage)?;
+    let marker = if versioning != Versioning::Off {
         let marker = ObjectRecord {
             version: next_version(tx)?,
-            null_version: mode == VersionMode::Off,
+            null_version: versioning.writes_null(),
             delete_marker: true,
             modified_ms: tx.now_ms,
             size_bytes: 0,
@@ -228,7 +235,7 @@ fn delete_current<K: Kv + ?Sized>(
             checksum: None,
             part_checksums: Vec::new(),
             meta: ObjectMeta::default(),
-            owner: AccountId::ROOT,
+            owner: tx.account,
             data: ObjectData::Extents(Vec::new()),
         };
         usage.versions += 1;

@@ -3,7 +3,7 @@
 use crate::command::{ChunkRef, VersionPick};
 use crate::record::{
     AccountId, BucketId, BucketRecord, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, LeaseRecord,
-    ObjectRecord, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
+    ObjectRecord, PartRecord, RepairSlotRecord, UploadId, UploadRecord, Usage, VersionSeq,
 };
 use granary_placement::id::{ExtentId, PlacementGroupId};
 use granary_placement::map::ClusterMap;
@@ -130,6 +130,13 @@ pub enum Query {
     GetSettings {
         /// The epoch known to the asker; 0: none.
         newer_than: u64,
+    },
+    /// The repair queue of slots, in order of group and slot. Answers RepairSlots.
+    ListRepairSlots {
+        /// After this slot.
+        after: Option<(PlacementGroupId, u8)>,
+        /// At most this many, 1 to 1,000.
+        limit: u32,
     },
 }
 
@@ -266,5 +273,12 @@ pub enum Answer {
         epoch: u64,
         /// Values by name.
         values: BTreeMap<String, String>,
+    },
+    /// A page of the repair queue of slots.
+    RepairSlots {
+        /// In order.
+        slots: Vec<(PlacementGroupId, u8, RepairSlotRecord)>,
+        /// There is more.
+        more: bool,
     },
 }

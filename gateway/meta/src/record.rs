@@ -202,6 +202,39 @@ pub struct PartRecord {
     pub data: ObjectData,
 }
 
+/// Versioning of a bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum Versioning {
+    /// Was never on: every write replaces the null version, and a delete removes it.
+    #[default]
+    Off,
+    /// Every write adds a version, and a delete a marker.
+    Enabled,
+    /// Was on: every write replaces the null version, and a delete replaces it by a marker; other versions stay.
+    Suspended,
+}
+
+impl Versioning {
+    /// Do writes replace the null version?
+    pub fn writes_null(self) -> bool {
+        self != Versioning::Enabled
+    }
+}
+
+/// What a shard must know of a bucket's configuration to decide a write. It is made in the root shard, and every shard holds a copy;
+/// epochs tell which is newer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct BucketRule {
+    /// Rises by one with each change; 0: as the bucket was made, which shards need not be told.
+    pub epoch: u64,
+    /// Versioning.
+    pub versioning: Versioning,
+    /// Versions are locked.
+    pub lock: bool,
+    /// Epoch of the bucket's policy.
+    pub policy_epoch: u64,
+}
+
 /// A bucket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BucketRecord {
@@ -218,6 +251,10 @@ pub struct BucketRecord {
     /// The last attempt to delete it; 0 before the first. Only grows: of two deletions at once the later attempt is the one that
     /// counts, in the root shard and in every fence.
     pub delete_attempt: u64,
+    /// Its rule.
+    pub rule: BucketRule,
+    /// The rule was begun and not ended: shards may not have it yet. Whoever meets this sends it to them, and ends it.
+    pub rule_pending: bool,
 }
 
 /// What a shard knows of an extent it owns: enough to find, rebuild and report it without the object record.
@@ -274,4 +311,15 @@ pub struct SettingsRecord {
     pub epoch: u64,
     /// Values by name.
     pub values: BTreeMap<String, String>,
+}
+
+/// A slot of a placement group in the repair queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepairSlotRecord {
+    /// When it was first queued, Unix milliseconds.
+    pub queued_ms: u64,
+    /// Another one each time it is queued; never used twice in a shard, so that word of an older repair is known as such.
+    pub generation: u64,
+    /// The last extent that is done; None at the beginning.
+    pub cursor: Option<ExtentId>,
 }

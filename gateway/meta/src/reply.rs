@@ -75,4 +75,15 @@ pub enum Reply {
         /// One more than before, or the same when the setting had that value.
         epoch: u64,
     },
+    /// The bucket has a later rule. Nothing was written: look the bucket up again and decide by that.
+    StaleRule {
+        /// Epoch of the rule here.
+        current: u64,
+    },
+    /// The shard has not heard of the bucket's rule yet. Nothing was written: send SetBucketRule, then the write again under another
+    /// request id.
+    RuleBehind {
+        /// Epoch of the rule here.
+        known: u64,
+    },
 }

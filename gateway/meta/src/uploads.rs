@@ -8,9 +8,8 @@ use crate::check::{check_data, check_key, MAX_PART_NUMBER};
 use crate::codec::{decode, CompletedUpload};
 use crate::kv::{Kv, StateError};
 use crate::objects::{current, refused_by, store_newest};
-use crate::queues;
 use crate::record::{BucketId, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord};
-use crate::{ChunkRef, Conditions, Reply, VersionMode};
+use crate::{queues, rules, ChunkRef, Conditions, Reply};
 
 /// How long a completed upload is kept by the time of later commands, in milliseconds. Part of the replicated history.
 pub const COMPLETED_KEEP_MS: u64 = 24 * 3600 * 1000;
@@ -29,12 +28,16 @@ pub fn create<K: Kv + ?Sized>(
     key: &str,
     upload: UploadId,
     record: &UploadRecord,
+    rule_epoch: u64,
 ) -> Result<Reply, StateError> {
     if let Err(why) = check_key(key) {
         return Ok(Reply::Refused(why));
     }
     if tx.fenced(bucket)? {
         return Ok(Reply::BucketFenced);
+    }
+    if let Err(reply) = rules::for_write(tx, bucket, rule_epoch)? {
+        return Ok(reply);
     }
     let upload_key = tx.keys.upload(bucket, key, upload);
     let parts = tx.keys.parts_of(upload);
@@ -56,6 +59,7 @@ pub fn put_part<K: Kv + ?Sized>(
     upload: UploadId,
     part: &PartRecord,
     missing: &[ChunkRef],
+    rule_epoch: u64,
 ) -> Result<Reply, StateError> {
     if let Err(why) = check_key(key).and_then(|()| check_data(&part.data, part.size_bytes, missing)) {
         return Ok(Reply::Refused(why));
@@ -65,6 +69,9 @@ pub fn put_part<K: Kv + ?Sized>(
     }
     if tx.batch.get(&tx.keys.upload(bucket, key, upload))?.is_none() {
         return Ok(Reply::NoSuchUpload);
+    }
+    if let Err(reply) = rules::for_write(tx, bucket, rule_epoch)? {
+        return Ok(reply);
     }
     if let Some(why) = queues::not_new(tx, part.data.extents())? {
         return Ok(Reply::Refused(why));
@@ -90,8 +97,8 @@ pub struct Completion<'a> {
     pub record: &'a ObjectRecord,
     /// Conditions.
     pub conditions: &'a Conditions,
-    /// Versioning.
-    pub mode: VersionMode,
+    /// Epoch of the bucket's rule by which the gateway decided.
+    pub rule_epoch: u64,
 }
 
 /// The payload of parts put together. Only a lone part may be inline; of several, an inline one must be empty: a payload is either
@@ -135,6 +142,10 @@ pub fn complete<K: Kv + ?Sized>(
             _ => Reply::NoSuchUpload,
         });
     }
+    let rule = match rules::for_write(tx, bucket, wanted.rule_epoch)? {
+        Ok(rule) => rule,
+        Err(reply) => return Ok(reply),
+    };
     let mut taken = Vec::with_capacity(wanted.parts.len());
     for (number, etag) in wanted.parts {
         match tx.load::<PartRecord>(&tx.keys.part(upload, *number))? {
@@ -156,7 +167,7 @@ pub fn complete<K: Kv + ?Sized>(
     };
     end_upload(tx, bucket, upload_key, upload, Some(wanted.parts))?;
     let record = ObjectRecord { data, ..wanted.record.clone() };
-    let reply = store_newest(tx, bucket, key, current, record, wanted.mode)?;
+    let reply = store_newest(tx, bucket, key, current, record, rule.versioning)?;
     if let Reply::Put { version, etag } = &reply {
         let done =
             CompletedUpload { at_ms: tx.now_ms, version: *version, etag: etag.clone(), parts: wanted.parts.to_vec() };

@@ -8,7 +8,7 @@ use granary_meta::answer::answer;
 use granary_meta::apply::apply;
 use granary_meta::kv::{MemoryKv, Overlay};
 use granary_meta::record::{AccountId, BucketId, BucketRecord, Usage};
-use granary_meta::{Answer, Command, Conditions, Query, Reply, VersionMode, VersionPick};
+use granary_meta::{Answer, Command, Conditions, Query, Reply, VersionPick};
 use granary_placement::id::ShardId;
 
 const BUCKET: BucketId = BucketId(1);
@@ -78,7 +78,7 @@ fn end(attempt: u64, remove: bool) -> Command {
 
 fn delete(key: &str) -> Command {
     let (key, version) = (key.to_owned(), VersionPick::Current);
-    Command::DeleteObject { bucket: BUCKET, key, version, conditions: Conditions::default(), mode: VersionMode::Off }
+    Command::DeleteObject { bucket: BUCKET, key, version, conditions: Conditions::default(), rule_epoch: 0 }
 }
 
 #[test]

@@ -8,12 +8,13 @@ mod common;
 use bytes::Bytes;
 use common::map;
 use granary_meta::record::{
-    AccountId, BucketId, BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, LeaseRecord,
-    ObjectData, ObjectMeta, ObjectRecord, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,
+    AccountId, BucketId, BucketRecord, BucketRule, Checksum, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef,
+    LeaseRecord, ObjectData, ObjectMeta, ObjectRecord, PartRecord, RepairSlotRecord, UploadId, UploadRecord, Usage,
+    VersionSeq, Versioning,
 };
 use granary_meta::{
     Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, ObjectSummary, Query, Reply, ShardRequest,
-    ShardResponse, VersionMode, VersionPick,
+    ShardResponse, VersionPick,
 };
 use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
 use granary_placement::lease::LeaseStamp;
@@ -139,7 +140,17 @@ fn bucket() -> BucketRecord {
         owner: AccountId::ROOT,
         deleting: true,
         delete_attempt: 300,
+        rule: rule(),
+        rule_pending: true,
     }
+}
+
+fn rule() -> BucketRule {
+    BucketRule { epoch: 300, versioning: Versioning::Enabled, lock: true, policy_epoch: 301 }
+}
+
+fn stamp() -> LeaseStamp {
+    LeaseStamp { task: task(), epoch: 300 }
 }
 
 fn task() -> String {
@@ -171,17 +182,24 @@ fn commands() -> Vec<Command> {
             record: inline(),
             missing: vec![chunk_ref()],
             conditions: conditions(),
-            mode: VersionMode::On,
+            rule_epoch: 300,
         },
         Command::DeleteObject {
             bucket: BUCKET,
             key: key(),
             version: VersionPick::Seq(VersionSeq(9)),
             conditions: conditions(),
-            mode: VersionMode::Off,
+            rule_epoch: 300,
         },
-        Command::CreateUpload { bucket: BUCKET, key: key(), upload: UPLOAD, record: upload() },
-        Command::PutPart { bucket: BUCKET, key: key(), upload: UPLOAD, part: part(), missing: vec![chunk_ref()] },
+        Command::CreateUpload { bucket: BUCKET, key: key(), upload: UPLOAD, record: upload(), rule_epoch: 300 },
+        Command::PutPart {
+            bucket: BUCKET,
+            key: key(),
+            upload: UPLOAD,
+            part: part(),
+            missing: vec![chunk_ref()],
+            rule_epoch: 300,
+        },
         Command::CompleteUpload {
             bucket: BUCKET,
             key: key(),
@@ -189,14 +207,14 @@ fn commands() -> Vec<Command> {
             parts: vec![(7, etag())],
             record: object(ObjectData::Extents(vec![])),
             conditions: conditions(),
-            mode: VersionMode::On,
+            rule_epoch: 300,
         },
         Command::AbortUpload { bucket: BUCKET, key: key(), upload: UPLOAD },
         Command::FenceBucket { bucket: BUCKET, attempt: 300 },
         Command::UnfenceBucket { bucket: BUCKET, attempt: 300 },
         Command::ReportMissing { chunks: vec![chunk_ref()] },
-        Command::RepairDone { chunks: vec![chunk_ref()] },
-        Command::GarbageDone { extents: vec![(17, EXTENT)] },
+        Command::RepairDone { chunks: vec![chunk_ref()], lease: stamp() },
+        Command::GarbageDone { extents: vec![(17, EXTENT)], lease: stamp() },
         Command::CreateBucket { name: "photos".into(), owner: AccountId::ROOT },
         Command::BeginDeleteBucket { name: "photos".into(), bucket: BUCKET },
         Command::EndDeleteBucket { name: "photos".into(), bucket: BUCKET, attempt: 300, remove: true },
@@ -212,6 +230,18 @@ fn commands() -> Vec<Command> {
         Command::RenewLease { task: task(), holder: HOLDER, epoch: 300, progress: Bytes::from_static(b"{}") },
         Command::ReleaseLease { task: task(), holder: HOLDER, epoch: 300 },
         Command::SetSetting { name: "heal.out_after".into(), value: Some("15s".into()) },
+        Command::BeginBucketRule {
+            name: "photos".into(),
+            bucket: BUCKET,
+            versioning: Versioning::Enabled,
+            lock: true,
+            policy_epoch: 301,
+        },
+        Command::EndBucketRule { name: "photos".into(), bucket: BUCKET, epoch: 300 },
+        Command::SetBucketRule { bucket: BUCKET, rule: rule() },
+        Command::QueueRepair { slots: vec![(GROUP, 5)], lease: stamp() },
+        Command::AdvanceRepair { group: GROUP, slot: 5, generation: 301, cursor: EXTENT, lease: stamp() },
+        Command::RepairSlotDone { group: GROUP, slot: 5, generation: 301, lease: stamp() },
     ]
 }
 
@@ -238,6 +268,7 @@ fn queries() -> Vec<Query> {
         Query::GetMap,
         Query::ListLeases,
         Query::GetSettings { newer_than: 300 },
+        Query::ListRepairSlots { after: Some((GROUP, 5)), limit: 1000 },
     ]
 }
 
@@ -263,6 +294,8 @@ fn replies() -> Vec<Reply> {
         Reply::NoSuchLease,
         Reply::StaleLease { current: 300 },
         Reply::Settings { epoch: 300 },
+        Reply::StaleRule { current: 300 },
+        Reply::RuleBehind { known: 300 },
     ]
 }
 
@@ -299,11 +332,15 @@ fn answers() -> Vec<Answer> {
         Answer::Leases(vec![lease(Some(HOLDER))]),
         Answer::SettingsUnchanged,
         Answer::Settings { epoch: 300, values: BTreeMap::from([("heal.out_after".into(), "15s".into())]) },
+        Answer::RepairSlots {
+            slots: vec![(GROUP, 5, RepairSlotRecord { queued_ms: 17, generation: 301, cursor: Some(EXTENT) })],
+            more: true,
+        },
     ]
 }
 
 fn shard_requests() -> Vec<ShardRequest> {
-    let command = MetaRequest { request_id: [0xa1; 16], now_ms: 19, command: Command::Noop };
+    let command = MetaRequest { request_id: [0xa1; 16], now_ms: 19, account: AccountId::ROOT, command: Command::Noop };
     vec![ShardRequest::Command(command), ShardRequest::Query(Query::GetMap)]
 }
 
@@ -318,8 +355,8 @@ fn messages_and_records_are_the_golden_bytes() {
     lines.add("answer", answers());
     lines.add("object", vec![inline(), object(ObjectData::Extents(vec![extent()]))]);
     lines.add("version-pick", vec![VersionPick::Current, VersionPick::Null, VersionPick::Seq(VersionSeq(9))]);
-    lines.add("version-mode", vec![VersionMode::Off, VersionMode::On]);
-    lines.add("lease-stamp", vec![LeaseStamp { task: task(), epoch: 300 }]);
+    lines.add("versioning", vec![Versioning::Off, Versioning::Enabled, Versioning::Suspended]);
+    lines.add("lease-stamp", vec![stamp()]);
     lines.add("list-from", vec![ListFrom::Start, ListFrom::After(key())]);
     let algorithms = [
         ChecksumAlgorithm::Crc32,

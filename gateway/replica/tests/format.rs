@@ -5,8 +5,8 @@ mod common;
 
 use common::{inline, record, Random};
 use granary_meta::message::{decode_batch, encode_batch, encode_request};
-use granary_meta::record::{BucketId, ExtentRef, ObjectData};
-use granary_meta::{ChunkRef, Command, Conditions, MetaRequest, VersionMode};
+use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData};
+use granary_meta::{ChunkRef, Command, Conditions, MetaRequest};
 use granary_placement::id::{ExtentId, PlacementGroupId};
 use granary_placement::scheme::CodecId;
 use granary_replica::message::{
@@ -35,7 +35,7 @@ fn put(key: &str, data: ObjectData, size_bytes: u64) -> Command {
         record: record(data, size_bytes, "etag"),
         missing: Vec::new(),
         conditions: Conditions::default(),
-        mode: VersionMode::Off,
+        rule_epoch: 0,
     }
 }
 
@@ -49,7 +49,14 @@ fn fixed_requests() -> Vec<MetaRequest> {
         put("c", inline(b"small"), 5),
     ];
     let numbered = commands.into_iter().zip(1u8..);
-    numbered.map(|(command, n)| MetaRequest { request_id: [n; 16], now_ms: 1_000 + u64::from(n), command }).collect()
+    numbered
+        .map(|(command, n)| MetaRequest {
+            request_id: [n; 16],
+            now_ms: 1_000 + u64::from(n),
+            account: AccountId::ROOT,
+            command,
+        })
+        .collect()
 }
 
 #[test]

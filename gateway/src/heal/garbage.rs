@@ -81,7 +81,7 @@ impl Inner {
                 .collect();
             let (count, stuck) = (done.len(), failed.len());
             if count > 0 {
-                self.meta.command(shard, Command::GarbageDone { extents: done }).await?;
+                self.meta.command(shard, Command::GarbageDone { extents: done, lease: super::stamp() }).await?;
                 add(&self.counters().garbage_extents_deleted, u64::try_from(count).unwrap_or(0));
             }
             if stuck > 0 || count == 0 {

@@ -28,6 +28,7 @@ use crate::object::{ObjectCounters, ObjectStore};
 use crate::shards::Shards;
 use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::{DiskId, ExtentId, ShardId};
+use granary_placement::lease::LeaseStamp;
 use look::Walked;
 use pace::Pace;
 use plan::Backoff;
@@ -264,6 +265,11 @@ impl Inner {
 fn unexpected(shard: ShardId, answer: &impl std::fmt::Debug) -> MetaClientError {
     let text: String = format!("{answer:?}").chars().take(80).collect();
     MetaClientError { shard, detail: format!("unexpected answer: {text}") }
+}
+
+/// The stamp of a healer that holds no lease: shards refuse it once they hear of a holder of the task.
+fn stamp() -> LeaseStamp {
+    LeaseStamp { task: "heal".to_owned(), epoch: 0 }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

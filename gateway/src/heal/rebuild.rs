@@ -147,7 +147,9 @@ impl Inner {
         let chunk = |index: u8| ChunkRef { group: task.extent.group, extent, index };
         if !done.is_empty() {
             let chunks = done.iter().map(|index| chunk(*index)).collect();
-            if let Err(error) = self.meta.command(task.shard, Command::RepairDone { chunks }).await {
+            if let Err(error) =
+                self.meta.command(task.shard, Command::RepairDone { chunks, lease: super::stamp() }).await
+            {
                 // They stay queued, and the next look finds them good.
                 tracing::debug!(%error, "a repair could not be taken off its queue");
                 finished = 0;

@@ -11,7 +11,7 @@ use granary_meta::record::{
     BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectData, ObjectRecord, PartRecord, UploadId,
     UploadRecord, VersionSeq,
 };
-use granary_meta::{Answer, Command, Query, Reply, VersionMode};
+use granary_meta::{Answer, Command, Query, Reply};
 use s3s::dto::{CompleteMultipartUploadInput, CompleteMultipartUploadOutput, CompletedPart, ETag};
 use s3s::{s3_error, S3Error, S3Request, S3Response, S3Result};
 use std::sync::Arc;
@@ -148,7 +148,7 @@ async fn complete(cx: &Arc<S3Context>, input: CompleteMultipartUploadInput) -> S
         parts: parts.clone(),
         record: object,
         conditions,
-        mode: VersionMode::Off,
+        rule_epoch: bucket.rule.epoch,
     };
     let accepted = |reply: &Reply| matches!(reply, Reply::Put { .. } | Reply::NoSuchUpload);
     let etag = match put::settle(cx, bucket, input.key.clone(), command, None, accepted).await? {

@@ -4,7 +4,7 @@ use super::context::S3Context;
 use super::{error, get, meta, put};
 use futures::StreamExt;
 use granary_meta::record::BucketRecord;
-use granary_meta::{Command, Conditions, Reply, VersionMode, VersionPick};
+use granary_meta::{Command, Conditions, Reply, VersionPick};
 use s3s::dto::{
     DeleteObjectInput, DeleteObjectOutput, DeleteObjectsInput, DeleteObjectsOutput, DeletedObject, ObjectIdentifier,
 };
@@ -44,8 +44,13 @@ async fn delete(
         Ok(version) => version,
         Err(_) => return Err(s3_error!(InvalidArgument, "Invalid version id specified")),
     };
-    let command =
-        Command::DeleteObject { bucket: bucket.id, key: key.clone(), version, conditions, mode: VersionMode::Off };
+    let command = Command::DeleteObject {
+        bucket: bucket.id,
+        key: key.clone(),
+        version,
+        conditions,
+        rule_epoch: bucket.rule.epoch,
+    };
     put::settle(cx, bucket, key, command, None, |reply| matches!(reply, Reply::Deleted { .. })).await?;
     Ok(())
 }

@@ -86,6 +86,7 @@ pub(super) fn reply(reply: Reply) -> S3Error {
             s3_error!(InvalidPart, "Part {number} could not be found, or its ETag is another one.")
         }
         Reply::BucketFenced => unavailable("The bucket is being deleted."),
+        Reply::StaleRule { .. } | Reply::RuleBehind { .. } => unavailable("The bucket is being changed."),
         other => internal(format!("unexpected reply {}", name_of(&other))),
     }
 }

@@ -81,7 +81,13 @@ pub(super) async fn create_multipart_upload(
     let upload = UploadId(id);
     let record = UploadRecord { initiated_ms: meta::now_ms(), meta: object_meta, checksum, owner: cx.owner };
     let bucket = cx.bucket(&input.bucket).await?;
-    let command = Command::CreateUpload { bucket: bucket.id, key: input.key.clone(), upload, record };
+    let command = Command::CreateUpload {
+        bucket: bucket.id,
+        key: input.key.clone(),
+        upload,
+        record,
+        rule_epoch: bucket.rule.epoch,
+    };
     put::settle(cx, bucket, input.key.clone(), command, None, |reply| matches!(reply, Reply::Done)).await?;
     let output = CreateMultipartUploadOutput {
         bucket: Some(input.bucket),
@@ -144,6 +150,7 @@ async fn commit_part(
         upload: of.upload,
         part: part.clone(),
         missing: staged.missing(),
+        rule_epoch: of.bucket.rule.epoch,
     };
     put::settle(cx, of.bucket, of.key, command, Some(staged), |reply| matches!(reply, Reply::Done)).await?;
     Ok(part)

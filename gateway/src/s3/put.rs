@@ -8,7 +8,7 @@ use super::{error, meta};
 use granary_meta::record::{
     BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectData, ObjectRecord, VersionSeq,
 };
-use granary_meta::{Command, Conditions, Reply, VersionMode};
+use granary_meta::{Command, Conditions, Reply};
 use s3s::dto::{ETag, PutObjectInput, PutObjectOutput};
 use s3s::{s3_error, S3Request, S3Response, S3Result};
 use std::sync::Arc;
@@ -196,7 +196,7 @@ pub(super) async fn commit(
         record,
         missing: staged.missing(),
         conditions,
-        mode: VersionMode::Off,
+        rule_epoch: bucket.rule.epoch,
     };
     match settle(cx, bucket, key, command, Some(staged), |reply| matches!(reply, Reply::Put { .. })).await? {
         Reply::Put { etag, .. } => Ok(etag),

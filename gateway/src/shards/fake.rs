@@ -4,7 +4,7 @@
 
 use super::peers::{PeerError, Peers};
 use futures::future::BoxFuture;
-use granary_meta::record::{AccountId, BucketId, BucketRecord};
+use granary_meta::record::{AccountId, BucketId, BucketRecord, BucketRule};
 use granary_meta::{
     Answer, Command, ListFrom, ListItem, MetaRequest, ObjectSummary, Query, Reply, ShardRequest, ShardResponse,
 };
@@ -195,8 +195,16 @@ impl State {
                 }
                 let id = BucketId(self.next_bucket);
                 self.next_bucket += 1;
-                let bucket =
-                    BucketRecord { id, name: name.clone(), created_ms: 1, owner, deleting: false, delete_attempt: 0 };
+                let bucket = BucketRecord {
+                    id,
+                    name: name.clone(),
+                    created_ms: 1,
+                    owner,
+                    deleting: false,
+                    delete_attempt: 0,
+                    rule: BucketRule::default(),
+                    rule_pending: false,
+                };
                 self.buckets.insert(name, bucket.clone());
                 Reply::Bucket(bucket)
             }

@@ -21,7 +21,7 @@ pub mod peers;
 pub(crate) mod fake;
 
 use crate::metrics::Metrics;
-use granary_meta::record::BucketId;
+use granary_meta::record::{AccountId, BucketId};
 use granary_meta::{Answer, BadBytes, Command, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
@@ -210,7 +210,8 @@ impl Shards {
         request_id: [u8; 16],
         command: Command,
     ) -> Result<Reply, ShardError> {
-        let request = ShardRequest::Command(MetaRequest { request_id, now_ms: now_ms(), command });
+        let request =
+            ShardRequest::Command(MetaRequest { request_id, now_ms: now_ms(), account: AccountId::ROOT, command });
         match self.timed("command", shard, &request).await? {
             ShardResponse::Reply(Reply::Refused(why)) => Err(ShardError::Refused { shard, why }),
             ShardResponse::Reply(reply) => Ok(reply),

@@ -53,7 +53,7 @@ impl Dice {
 
 fn put_command(bucket: BucketId, key: &str) -> Command {
     let record = UploadRecord { initiated_ms: 1, meta: ObjectMeta::default(), checksum: None, owner: AccountId::ROOT };
-    Command::CreateUpload { bucket, key: key.to_owned(), upload: UploadId([1; 16]), record }
+    Command::CreateUpload { bucket, key: key.to_owned(), upload: UploadId([1; 16]), record, rule_epoch: 0 }
 }
 
 async fn put(shards: &Shards, bucket: BucketId, key: &str) -> Result<Reply, ShardError> {

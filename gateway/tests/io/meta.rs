@@ -81,8 +81,8 @@ impl MetaClient for Meta {
                     }
                 }
             }
-            Command::RepairDone { chunks } => state.missing.retain(|chunk, _| !chunks.contains(chunk)),
-            Command::GarbageDone { extents } => {
+            Command::RepairDone { chunks, .. } => state.missing.retain(|chunk, _| !chunks.contains(chunk)),
+            Command::GarbageDone { extents, .. } => {
                 state.garbage.retain(|(queued_ms, extent)| !extents.contains(&(*queued_ms, extent.extent)));
             }
             other => panic!("the healer sends {other:?}"),

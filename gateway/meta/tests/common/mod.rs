@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData, ObjectMeta, ObjectRecord, VersionSeq};
-use granary_meta::{Command, Conditions, MetaRequest, VersionMode};
+use granary_meta::{Command, Conditions, MetaRequest};
 use granary_placement::id::{ClusterId, DiskId, Epoch, ExtentId, PlacementGroupId};
 use granary_placement::map::{ClusterMap, ShardReplicas};
 use granary_placement::scheme::CodecId;
@@ -83,7 +83,7 @@ pub fn record(data: ObjectData, size_bytes: u64, etag: &str) -> ObjectRecord {
 }
 
 pub fn request(random: &mut Random, now_ms: u64, command: Command) -> MetaRequest {
-    MetaRequest { request_id: random.id(), now_ms, command }
+    MetaRequest { request_id: random.id(), now_ms, account: AccountId::ROOT, command }
 }
 
 /// A plain PUT of a few inline bytes.
@@ -94,7 +94,7 @@ pub fn put(bucket: u64, key: &str, body: &[u8]) -> Command {
         record: record(inline(body), body.len() as u64, &format!("{:08x}", crc32fast::hash(body))),
         missing: Vec::new(),
         conditions: Conditions::default(),
-        mode: VersionMode::Off,
+        rule_epoch: 0,
     }
 }
 

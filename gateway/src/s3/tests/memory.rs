@@ -9,7 +9,8 @@ use bytes::{Bytes, BytesMut};
 use futures::stream::BoxStream;
 use futures::StreamExt;
 use granary_meta::record::{
-    AccountId, BucketId, BucketRecord, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq,
+    AccountId, BucketId, BucketRecord, BucketRule, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord,
+    VersionSeq,
 };
 use granary_meta::{Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, ObjectSummary, Query, Reply};
 use std::collections::{BTreeMap, BTreeSet};
@@ -125,7 +126,7 @@ impl State {
                 }
                 Reply::Deleted { existed: self.objects.remove(&at).is_some(), marker: None }
             }
-            Command::CreateUpload { bucket, key, upload, record } => {
+            Command::CreateUpload { bucket, key, upload, record, .. } => {
                 self.uploads.insert((bucket, key, upload), (record, Parts::new()));
                 Reply::Done
             }
@@ -245,6 +246,8 @@ impl Backend for Memory {
             owner,
             deleting: false,
             delete_attempt: 0,
+            rule: BucketRule::default(),
+            rule_pending: false,
         };
         state.buckets.insert(name.to_owned(), bucket.clone());
         Ok(Created::New(bucket))
