@@ -8,8 +8,9 @@
 //! Stopping: no new S3 requests, those under way get [`DRAIN`]; then background work; then the admin listener, so that a
 //! gateway that drains can still be looked at.
 
-use crate::admin::status::{collect, Snapshot, Sources};
-use crate::admin::{AdminContext, CensusFn, LocalDisks, SamplesFn};
+use crate::admin::api::Status;
+use crate::admin::status::{collect, Sources};
+use crate::admin::{AdminContext, LocalDisks};
 use crate::disks::{DiskSettings, Disks};
 use crate::heal::{HealSettings, Healer};
 use crate::metrics::{MetricError, Metrics};
@@ -22,7 +23,6 @@ use granary_placement::map::ClusterMap;
 use granary_wire::auth::Credentials;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -82,10 +82,9 @@ pub struct Gateway {
     /// The registry.
     pub metrics: Metrics,
     s3: S3Settings,
-    census: CensusFn,
-    samples: Vec<SamplesFn>,
+    healer: Arc<OnceLock<Healer>>,
     admin_token: Secret,
-    snapshot: watch::Receiver<Arc<Snapshot>>,
+    status: watch::Receiver<Arc<Status>>,
     serving: watch::Sender<bool>,
     /// Ends S3, background work and the admin listener, in this order.
     stops: [CancellationToken; 3],
@@ -113,16 +112,17 @@ impl Gateway {
         s3.base_domain = config.domain;
         s3.metrics = Some(metrics.clone());
         let counted = store.clone();
-        let samples: SamplesFn = Arc::new(move || object_samples(&counted));
+        metrics.register_sampled("granary_object_", move || counted.counters().samples())?;
+        let counted = disks.clone();
+        metrics.register_sampled("granary_disk_", move || counted.counters().samples())?;
         let healer: Arc<OnceLock<Healer>> = Arc::default();
-        let snapshot = watch::Sender::new(Arc::new(Snapshot::default()));
+        let status = watch::Sender::new(Arc::new(Status::default()));
         let gateway = Gateway {
             s3,
             store,
-            census: census_of(healer.clone()),
-            samples: vec![samples],
+            healer: healer.clone(),
             admin_token: config.admin_token,
-            snapshot: snapshot.subscribe(),
+            status: status.subscribe(),
             serving: watch::Sender::new(false),
             stops: [(); 3].map(|()| CancellationToken::new()),
             tasks: [(); 3].map(|()| TaskTracker::new()),
@@ -150,7 +150,7 @@ impl Gateway {
             healer: healer.clone(),
             metrics: gateway.metrics.clone(),
         };
-        background(Box::pin(collect(sources, snapshot, stop())));
+        background(Box::pin(collect(sources, status, stop())));
         background(Box::pin(heal(gateway.store.clone(), gateway.shards.clone(), healer.clone(), stop())));
         if let Some(path) = config.keep_map {
             background(Box::pin(keep_map(gateway.shards.map(), path, stop())));
@@ -164,11 +164,10 @@ impl Gateway {
             shards: self.shards.clone(),
             disks: self.disks.clone(),
             metrics: self.metrics.clone(),
-            samples: self.samples.clone(),
             token: self.admin_token.clone(),
-            census: self.census.clone(),
+            healer: self.healer.clone(),
             local,
-            snapshot: self.snapshot.clone(),
+            status: self.status.clone(),
             serving: self.serving.subscribe(),
             s3: s3.to_string(),
         };
@@ -225,44 +224,6 @@ async fn heal(store: ObjectStore, shards: Shards, place: Arc<OnceLock<Healer>>, 
     }
     let healer = place.get_or_init(|| Healer::start(store, Arc::new(shards), HealSettings::default(), stop.clone()));
     healer.stopped().await;
-}
-
-fn census_of(healer: Arc<OnceLock<Healer>>) -> CensusFn {
-    Arc::new(move || {
-        let healer = healer.clone();
-        Box::pin(async move {
-            let healer = healer.get().ok_or("the root shard has not told the cluster map yet")?;
-            let census = healer.census(|_| {}).await.map_err(|error| error.to_string())?;
-            serde_json::to_value(census).map_err(|error| error.to_string())
-        })
-    })
-}
-
-/// The object store counts by itself; this is its part of `/metrics`.
-fn object_samples(store: &ObjectStore) -> String {
-    use std::fmt::Write;
-    let mut text = String::new();
-    for (name, help, value) in store.counters().samples() {
-        // Writing to a String cannot fail.
-        let _ = writeln!(
-            text,
-            "# HELP granary_object_{name}_total {}\n# TYPE granary_object_{name}_total counter",
-            help.trim()
-        );
-        let _ = writeln!(text, "granary_object_{name}_total {value}");
-    }
-    let disks = store.disks().counters();
-    for (name, help, value) in [
-        ("pings_good", "Pings that disk nodes answered", &disks.pings_good),
-        ("pings_failed", "Pings not answered, or answered by the wrong disk", &disks.pings_failed),
-        ("service_errors", "Errors of requests that speak against a disk", &disks.service_errors),
-        ("downs", "Changes of a disk to down", &disks.downs),
-    ] {
-        let value = value.load(Ordering::Relaxed);
-        let _ = writeln!(text, "# HELP granary_disk_{name}_total {help}\n# TYPE granary_disk_{name}_total counter");
-        let _ = writeln!(text, "granary_disk_{name}_total {value}");
-    }
-    text
 }
 
 async fn keep_map(mut map: watch::Receiver<Option<Arc<ClusterMap>>>, path: PathBuf, stop: CancellationToken) {

@@ -4,11 +4,13 @@
 //! them with [`Metrics::counter`] and its neighbours and keeps the handles. Labels are always from a small fixed set (verbs, disks,
 //! shards), never keys or bucket names: the registry must not grow with the data.
 
-use prometheus::core::Collector;
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
 };
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -205,6 +207,27 @@ impl Metrics {
         register(&self.shared.registry, name, GaugeVec::new(Opts::new(name, help), labels))
     }
 
+    /// Registers counters that a part keeps by itself: `samples` gives (name, help, value) of each, always the same names in the same
+    /// order, and is asked at each scrape. Printed as `{prefix}{name}_total`.
+    ///
+    /// # Errors
+    /// As [`Metrics::counter`].
+    pub fn register_sampled(
+        &self,
+        prefix: &str,
+        samples: impl Fn() -> Vec<(&'static str, &'static str, u64)> + Send + Sync + 'static,
+    ) -> Result<(), MetricError> {
+        let mut descs = Vec::new();
+        for (name, help, _) in samples() {
+            let name = sampled_name(prefix, name);
+            let desc = Desc::new(name.clone(), help.trim().to_owned(), Vec::new(), HashMap::new());
+            descs.push(desc.map_err(|source| MetricError { name, source })?);
+        }
+        let sampled = Sampled { prefix: prefix.to_owned(), descs, samples: Box::new(samples) };
+        let registered = self.shared.registry.register(Box::new(sampled));
+        registered.map_err(|source| MetricError { name: sampled_name(prefix, "*"), source })
+    }
+
     /// One S3 request was answered.
     pub fn request_done(&self, verb: &str, status: u16, took: Duration) {
         self.requests.with_label_values(&[verb, &status.to_string()]).inc();
@@ -220,6 +243,36 @@ impl Metrics {
         TextEncoder::new().encode(&self.shared.registry.gather(), &mut text)?;
         Ok(text)
     }
+}
+
+/// (name, help, value).
+type Samples = Box<dyn Fn() -> Vec<(&'static str, &'static str, u64)> + Send + Sync>;
+
+/// Counters of a part that knows nothing of the registry.
+struct Sampled {
+    prefix: String,
+    descs: Vec<Desc>,
+    samples: Samples,
+}
+
+impl Collector for Sampled {
+    fn desc(&self) -> Vec<&Desc> {
+        self.descs.iter().collect()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let family = |(name, help, value): (&str, &str, u64)| {
+            // The description of the same name was made when it was registered, so this cannot fail.
+            let counter = IntCounter::new(sampled_name(&self.prefix, name), help.trim()).ok()?;
+            counter.inc_by(value);
+            Some(counter.collect())
+        };
+        (self.samples)().into_iter().filter_map(family).flatten().collect()
+    }
+}
+
+fn sampled_name(prefix: &str, name: &str) -> String {
+    format!("{prefix}{name}_total")
 }
 
 fn register<C: Collector + Clone + 'static>(
@@ -258,6 +311,7 @@ fn histogram_vec(registry: &Registry, name: &str, help: &str, labels: &[&str]) -
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
     #[test]
     fn what_is_counted_is_printed_and_a_name_is_taken_once() {
@@ -269,5 +323,19 @@ mod tests {
         let text = String::from_utf8(metrics.text().unwrap()).unwrap();
         assert!(text.contains("granary_s3_requests_total{status=\"200\",verb=\"PutObject\"} 1"), "{text}");
         assert!(text.contains("granary_own_total 7"), "{text}");
+    }
+
+    #[test]
+    fn counters_that_a_part_keeps_itself_are_printed_as_they_stand_at_each_scrape() {
+        let metrics = Metrics::new().unwrap();
+        let kept = Arc::new(AtomicU64::new(3));
+        let read = kept.clone();
+        metrics.register_sampled("granary_part_", move || vec![("steps", " Steps made.", read.load(Relaxed))]).unwrap();
+        let text = || String::from_utf8(metrics.text().unwrap()).unwrap();
+        let printed = "# HELP granary_part_steps_total Steps made.\n# TYPE granary_part_steps_total counter\n";
+        assert!(text().contains(&format!("{printed}granary_part_steps_total 3\n")), "{}", text());
+        kept.store(5, Relaxed);
+        assert!(text().contains("granary_part_steps_total 5\n"), "{}", text());
+        assert!(metrics.counter("granary_part_steps_total", "taken").is_err());
     }
 }

@@ -1,13 +1,18 @@
-//! The verbs that talk to the admin API.
+//! The verbs that talk to the admin API, each with its arguments: parse, ask, print.
 
 use super::http::call;
+use super::output::{print, print_json};
+use crate::admin::api::{
+    Call, Census, DiskRow, GetMap, GetStatus, Health, ReplaceDisk, RunCensus, StartDisk, Status, StopDisk,
+};
 use crate::admin::page::bytes;
 use crate::dev::layout::read_json;
+use crate::dev::report::ClusterJson;
 use crate::settings::{read_token, SettingsError};
-use clap::Args;
-use http::Method;
-use serde_json::Value;
+use clap::{Args, Subcommand};
+use granary_placement::id::{DiskId, DiskUuid};
 use std::error::Error;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -17,9 +22,138 @@ const CENSUS: Duration = Duration::from_secs(24 * 3600);
 /// Exit code of a census that found something wrong.
 const NOT_WHOLE: u8 = 3;
 
+type Done = Result<ExitCode, Box<dyn Error>>;
+
+/// Verbs about the cluster.
+#[derive(Debug, Subcommand)]
+pub(crate) enum AdminVerb {
+    /// How the cluster stands.
+    Status {
+        #[command(flatten)]
+        target: Target,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Read every chunk and count them.
+    Census {
+        #[command(flatten)]
+        target: Target,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the cluster map.
+    Map {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Disks.
+    #[command(subcommand)]
+    Disk(DiskVerb),
+}
+
+/// Verbs about disks.
+#[derive(Debug, Subcommand)]
+pub(crate) enum DiskVerb {
+    /// List the disks.
+    List {
+        #[command(flatten)]
+        target: Target,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put a new disk in the place of one: its chunks are rebuilt from the others.
+    Replace {
+        /// Number of the disk to be replaced.
+        id: DiskId,
+        #[command(flatten)]
+        target: Target,
+        /// UUID on the label of the new disk, formatted and running; not needed under `granary dev`.
+        #[arg(long)]
+        uuid: Option<DiskUuid>,
+        /// HOST:PORT of the new disk's node, if not the old one's.
+        #[arg(long, requires = "uuid")]
+        address: Option<String>,
+        /// Do it. Without this, what would happen is printed.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Start a disk node of `granary dev`.
+    Start {
+        /// Number of the disk.
+        id: DiskId,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Stop a disk node of `granary dev`.
+    Stop {
+        /// Number of the disk.
+        id: DiskId,
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+/// Runs a verb.
+///
+/// # Errors
+/// No answer, or refused; standard output is closed.
+pub(crate) async fn run(verb: AdminVerb) -> Done {
+    match verb {
+        AdminVerb::Status { target, json } => {
+            let status = target.ask(&GetStatus {}, QUICK).await?;
+            if json {
+                print_json(&status)?;
+            } else {
+                print(|out| write_status(out, &status))?;
+            }
+        }
+        AdminVerb::Map { target } => print_json(&target.ask(&GetMap {}, QUICK).await?)?,
+        AdminVerb::Census { target, json } => {
+            let census = target.ask(&RunCensus {}, CENSUS).await?;
+            if json {
+                print_json(&census)?;
+            } else {
+                print(|out| write_census(out, &census))?;
+            }
+            let damage = census.missing + census.corrupt + census.unreachable + census.extents_lost;
+            if damage > 0 {
+                return Ok(ExitCode::from(NOT_WHOLE));
+            }
+        }
+        AdminVerb::Disk(DiskVerb::List { target, json }) => {
+            let status = target.ask(&GetStatus {}, QUICK).await?;
+            if json {
+                print_json(&status.disks)?;
+            } else {
+                print(|out| write_disks(out, &status.disks))?;
+            }
+        }
+        AdminVerb::Disk(DiskVerb::Replace { id, target, uuid, address, yes }) => {
+            if !yes {
+                return explain_replace(&target, id, address).await;
+            }
+            target.ask(&ReplaceDisk { disk: id, uuid, address }, QUICK).await?;
+            let next = "`granary status` shows the repair, `granary census` proves it";
+            print(|out| writeln!(out, "disk {id} is replaced; {next}"))?;
+        }
+        AdminVerb::Disk(DiskVerb::Start { id, target }) => {
+            target.ask(&StartDisk { disk: id }, QUICK).await?;
+            print(|out| writeln!(out, "disk {id}: start done"))?;
+        }
+        AdminVerb::Disk(DiskVerb::Stop { id, target }) => {
+            target.ask(&StopDisk { disk: id }, QUICK).await?;
+            print(|out| writeln!(out, "disk {id}: stop done"))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Which cluster.
 #[derive(Debug, Clone, Args)]
-pub struct Target {
+pub(crate) struct Target {
     /// Directory of a `granary dev` cluster.
     #[arg(long, conflicts_with_all = ["admin", "token_file"])]
     dir: Option<PathBuf>,
@@ -40,7 +174,7 @@ fn without_scheme(text: &str) -> Result<String, String> {
 }
 
 impl Target {
-    async fn ask(&self, method: Method, path: &str, body: Vec<u8>, limit: Duration) -> Result<Value, Box<dyn Error>> {
+    async fn ask<C: Call>(&self, request: &C, limit: Duration) -> Result<C::Answer, Box<dyn Error>> {
         let (address, token_file) = match (&self.dir, &self.admin, &self.token_file) {
             (Some(dir), _, _) => {
                 let path = dir.join("cluster.json");
@@ -48,171 +182,97 @@ impl Target {
                     let why = "no cluster.json there: has `granary dev` been started on it?";
                     return Err(SettingsError::invalid(format!("--dir {}", dir.display()), why).into());
                 }
-                let cluster: Value = read_json(&path)?;
-                let text =
-                    |name: &str| cluster.get(name).and_then(Value::as_str).map(str::to_owned).unwrap_or_default();
-                (text("admin"), PathBuf::from(text("admin_token_file")))
+                let cluster: ClusterJson = read_json(&path)?;
+                (cluster.admin, cluster.admin_token_file)
             }
             (None, Some(address), Some(file)) => (address.clone(), file.clone()),
             _ => return Err(SettingsError::invalid("--dir, --admin", "name one: the directory, or the address").into()),
         };
         let token = read_token(&token_file)?;
-        Ok(call(&address, token.reveal(), method, path, body, limit).await?)
+        Ok(call(&address, token.reveal(), request, limit).await?)
     }
 }
 
-/// `granary status`.
-///
-/// # Errors
-/// No answer.
-pub async fn status(target: &Target, json: bool) -> Result<ExitCode, Box<dyn Error>> {
-    let status = target.ask(Method::GET, "/v1/status", Vec::new(), QUICK).await?;
-    if json {
-        println!("{status:#}");
-        return Ok(ExitCode::SUCCESS);
+fn write_status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
+    let cluster = status.cluster_id.map_or_else(|| "-".to_owned(), |id| id.to_string());
+    writeln!(out, "cluster {cluster}  epoch {}  scheme {}", status.epoch, status.default_scheme)?;
+    write_disks(out, &status.disks)?;
+    for disk in status.disks.iter().filter(|disk| disk.health != Health::Up) {
+        writeln!(out, "disk {} is {}: {}", disk.disk, disk.health, disk.last_error.as_deref().unwrap_or("-"))?;
     }
-    let text = |name: &str| status.get(name).map(plain).unwrap_or_default();
-    println!("cluster {}  epoch {}  scheme {}", text("cluster_id"), text("epoch"), text("default_scheme"));
-    print_disks(&status);
-    for disk in rows(&status, "disks") {
-        let text = |name: &str| disk.get(name).map(plain).unwrap_or_default();
-        if text("health") != "up" {
-            println!("disk {} is {}: {}", text("disk"), text("health"), text("last_error"));
-        }
-    }
-    let shards = rows(&status, "shards");
-    let led = shards.iter().filter(|shard| shard.get("leader").is_some_and(|leader| !leader.is_null())).count();
-    println!("shards with a leader: {led} of {}", shards.len());
-    let queue = status.get("repair_queue");
-    let count = queue.and_then(|queue| queue.get("count")).map(plain).unwrap_or_default();
-    let more = queue.and_then(|queue| queue.get("more")).and_then(Value::as_bool).unwrap_or_default();
-    println!("chunks waiting for repair: {count}{}", if more { " or more" } else { "" });
-    Ok(ExitCode::SUCCESS)
+    let led = status.shards.iter().filter(|shard| shard.leader.is_some()).count();
+    writeln!(out, "shards with a leader: {led} of {}", status.shards.len())?;
+    let more = if status.repair_queue.more { " or more" } else { "" };
+    writeln!(out, "chunks waiting for repair: {}{more}", status.repair_queue.count)
 }
 
-/// `granary disk list`.
-///
-/// # Errors
-/// No answer.
-pub async fn disk_list(target: &Target, json: bool) -> Result<ExitCode, Box<dyn Error>> {
-    let status = target.ask(Method::GET, "/v1/status", Vec::new(), QUICK).await?;
-    if json {
-        println!("{:#}", status.get("disks").unwrap_or(&Value::Null));
-    } else {
-        print_disks(&status);
+fn write_disks(out: &mut dyn Write, disks: &[DiskRow]) -> io::Result<()> {
+    writeln!(
+        out,
+        "{:>5}  {:8} {:9} {:22} {:>6} {:>10} {:>10} {:>10}  roles",
+        "disk", "health", "state", "address", "weight", "chunks", "stored", "free"
+    )?;
+    let size = |bytes_or_none: Option<u64>| bytes_or_none.map_or_else(|| "-".to_owned(), bytes);
+    for disk in disks {
+        writeln!(
+            out,
+            "{:>5}  {:8} {:9} {:22} {:>6} {:>10} {:>10} {:>10}  {}",
+            disk.disk.0,
+            disk.health,
+            format!("{:?}", disk.state).to_ascii_lowercase(),
+            disk.address,
+            disk.weight,
+            disk.chunks.map_or_else(|| "-".to_owned(), |chunks| chunks.to_string()),
+            size(disk.chunk_bytes),
+            size(disk.free_bytes),
+            disk.roles.iter().map(|role| role.name()).collect::<Vec<_>>().join(",")
+        )?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
-fn print_disks(status: &Value) {
-    println!(
-        "{:>5}  {:8} {:9} {:22} {:>10} {:>10} {:>10}  roles",
-        "disk", "health", "state", "address", "chunks", "stored", "free"
-    );
-    for disk in rows(status, "disks") {
-        let text = |name: &str| disk.get(name).map(plain).unwrap_or_default();
-        let size = |name: &str| disk.get(name).and_then(Value::as_u64).map_or_else(|| "-".to_owned(), bytes);
-        println!(
-            "{:>5}  {:8} {:9} {:22} {:>10} {:>10} {:>10}  {}",
-            text("disk"),
-            text("health"),
-            text("state"),
-            text("address"),
-            text("chunks"),
-            size("chunk_bytes"),
-            size("free_bytes"),
-            rows(disk, "roles").iter().map(plain).collect::<Vec<_>>().join(",")
-        );
+fn write_census(out: &mut dyn Write, census: &Census) -> io::Result<()> {
+    for (count, what) in [
+        (census.extents, "extents"),
+        (census.bytes, "bytes"),
+        (census.chunks_expected, "chunks expected"),
+        (census.good, "good"),
+        (census.missing, "missing"),
+        (census.corrupt, "corrupt"),
+        (census.unreachable, "unreachable"),
+        (census.queued_for_repair, "queued for repair"),
+        (census.extents_lost, "extents lost"),
+        (census.extents_lost_unless_disks_return, "extents lost unless disks return"),
+    ] {
+        writeln!(out, "{count:>14}  {what}")?;
     }
+    Ok(())
 }
 
-/// `granary census`.
-///
-/// # Errors
-/// No answer, or the census could not be made.
-pub async fn census(target: &Target, json: bool) -> Result<ExitCode, Box<dyn Error>> {
-    let census = target.ask(Method::POST, "/v1/census", Vec::new(), CENSUS).await?;
-    if json {
-        println!("{census:#}");
-    } else if let Some(fields) = census.as_object() {
-        for (name, value) in fields.iter().filter(|(_, value)| !value.is_array() && !value.is_object()) {
-            println!("{:>14}  {}", plain(value), name.replace('_', " "));
-        }
-    }
-    let bad = ["missing", "corrupt", "unreachable", "extents_lost"];
-    let whole = bad.iter().all(|name| census.get(name).and_then(Value::as_u64).unwrap_or_default() == 0);
-    Ok(if whole { ExitCode::SUCCESS } else { ExitCode::from(NOT_WHOLE) })
-}
-
-/// `granary map`.
-///
-/// # Errors
-/// No answer.
-pub async fn map(target: &Target) -> Result<ExitCode, Box<dyn Error>> {
-    println!("{:#}", target.ask(Method::GET, "/v1/map", Vec::new(), QUICK).await?);
-    Ok(ExitCode::SUCCESS)
-}
-
-/// `granary disk replace`.
-///
-/// # Errors
-/// Not confirmed, no answer, or refused.
-pub async fn disk_replace(
-    target: &Target,
-    id: u32,
-    uuid: Option<String>,
-    address: Option<String>,
-    yes: bool,
-) -> Result<ExitCode, Box<dyn Error>> {
-    if !yes {
-        let map = target.ask(Method::GET, "/v1/map", Vec::new(), QUICK).await?;
-        let Some(disk) = map.get("disks").and_then(|disks| disks.get(id.to_string())) else {
-            return Err(SettingsError::invalid("ID", format!("there is no disk {id} in the cluster map")).into());
-        };
-        println!(
+async fn explain_replace(target: &Target, id: DiskId, address: Option<String>) -> Done {
+    let map = target.ask(&GetMap {}, QUICK).await?;
+    let Some(disk) = map.disk(id) else {
+        return Err(SettingsError::invalid("ID", format!("there is no disk {id} in the cluster map")).into());
+    };
+    print(|out| {
+        writeln!(
+            out,
             "Disk {id} would leave the cluster for good, and a new disk would take its place. What it holds is rebuilt from the\n\
              other disks; until that is done the cluster stands one more failure less."
-        );
+        )?;
         if target.dir.is_some() {
-            println!("Repeat with --yes to do it.");
-        } else {
-            let text = |value: Option<&Value>| value.map(plain).unwrap_or_default();
-            let address = address.unwrap_or_else(|| text(disk.get("address")));
-            println!(
-                "First, where the new disk is:\n  \
-                 granary-disk-node format --dir DIR --cluster {} --disk {}\n  \
-                 granary-disk-node serve --dir DIR --listen {address} --secret-file FILE\n\
-                 Then repeat this command with --uuid and the UUID that `format` printed, and --yes.",
-                text(map.get("cluster_id")),
-                text(map.get("next_disk_id")),
-            );
+            return writeln!(out, "Repeat with --yes to do it.");
         }
-        return Ok(ExitCode::FAILURE);
-    }
-    let body = uuid.map(|uuid| serde_json::json!({ "uuid": uuid, "address": address }).to_string().into_bytes());
-    target.ask(Method::POST, &format!("/v1/disks/{id}/replace"), body.unwrap_or_default(), QUICK).await?;
-    println!("disk {id} is replaced; `granary status` shows the repair, `granary census` proves it");
-    Ok(ExitCode::SUCCESS)
-}
-
-/// `granary disk start` and `stop`.
-///
-/// # Errors
-/// No answer, or refused.
-pub async fn disk_order(target: &Target, id: u32, verb: &str) -> Result<ExitCode, Box<dyn Error>> {
-    target.ask(Method::POST, &format!("/v1/disks/{id}/{verb}"), Vec::new(), QUICK).await?;
-    println!("disk {id}: {verb} done");
-    Ok(ExitCode::SUCCESS)
-}
-
-fn rows<'a>(value: &'a Value, name: &str) -> &'a [Value] {
-    value.get(name).and_then(Value::as_array).map_or(&[], Vec::as_slice)
-}
-
-fn plain(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        Value::Null => "-".to_owned(),
-        other => other.to_string(),
-    }
+        writeln!(
+            out,
+            "First, where the new disk is:\n  \
+             granary-disk-node format --dir DIR --cluster {} --disk {}\n  \
+             granary-disk-node serve --dir DIR --listen {} --secret-file FILE\n\
+             Then repeat this command with --uuid and the UUID that `format` printed, and --yes.",
+            map.cluster_id,
+            map.next_disk_id,
+            address.as_ref().unwrap_or(&disk.address),
+        )
+    })?;
+    Ok(ExitCode::FAILURE)
 }

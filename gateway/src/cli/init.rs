@@ -8,6 +8,7 @@
 //! ```
 //! Each disk was formatted with `granary-disk-node format --cluster ID --disk PLACE --uuid UUID`.
 
+use super::output::print;
 use crate::bootstrap::{form, DEADLINE};
 use crate::dev::layout::{read_json, write_json};
 use crate::disks::{DiskSettings, Disks};
@@ -112,13 +113,16 @@ pub async fn run(args: InitArgs) -> Result<(), Box<dyn Error>> {
     write_json(&args.map_out, &map)?;
     let shards = Shards::new(Arc::new(disks), known, Metrics::new()?);
     form(&shards, &map).await?;
-    println!(
-        "cluster {} is formed: {} disks, {} shards; map in {}",
-        map.cluster_id,
-        map.disks.len(),
-        map.shards.len(),
-        args.map_out.display()
-    );
+    print(|out| {
+        writeln!(
+            out,
+            "cluster {} is formed: {} disks, {} shards; map in {}",
+            map.cluster_id,
+            map.disks.len(),
+            map.shards.len(),
+            args.map_out.display()
+        )
+    })?;
     Ok(())
 }
 

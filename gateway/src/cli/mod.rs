@@ -1,10 +1,12 @@
 //! The `granary` command: `dev` and `gateway` run something, `init` forms a cluster, the other verbs talk to the admin API.
 //!
-//! Exit codes: 0 done, 1 failed, 2 the command line makes no sense, 3 a census found chunks missing or corrupt.
+//! Exit codes: 0 done, 1 failed, 2 the command line makes no sense, 3 a census found chunks missing or corrupt, 141 the
+//! reader of what it prints went away.
 
-pub mod admin_verbs;
+mod admin_verbs;
 pub mod http;
 pub mod init;
+pub mod output;
 
 use crate::dev::layout::{read_map, Shape};
 use crate::dev::{self, DevOptions};
@@ -13,7 +15,7 @@ use crate::logging::{self, LogFormat};
 use crate::settings::{
     random_token, read_token, RootCredentials, Secret, SettingsError, ROOT_ACCESS_KEY_VAR, ROOT_SECRET_KEY_VAR,
 };
-use admin_verbs::Target;
+use admin_verbs::AdminVerb;
 use clap::{Args, Parser, Subcommand};
 use granary_wire::auth::{ClusterSecret, Credentials};
 use std::error::Error;
@@ -44,72 +46,8 @@ enum Verb {
     Gateway(GatewayArgs),
     /// Form a cluster from running disk nodes.
     Init(init::InitArgs),
-    /// How the cluster stands.
-    Status {
-        #[command(flatten)]
-        target: Target,
-        /// As JSON.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Read every chunk and count them.
-    Census {
-        #[command(flatten)]
-        target: Target,
-        /// As JSON.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Print the cluster map.
-    Map {
-        #[command(flatten)]
-        target: Target,
-    },
-    /// Disks.
-    #[command(subcommand)]
-    Disk(DiskVerb),
-}
-
-#[derive(Debug, Subcommand)]
-enum DiskVerb {
-    /// List the disks.
-    List {
-        #[command(flatten)]
-        target: Target,
-        /// As JSON.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Put a new disk in the place of one: its chunks are rebuilt from the others.
-    Replace {
-        /// Number of the disk to be replaced.
-        id: u32,
-        #[command(flatten)]
-        target: Target,
-        /// UUID on the label of the new disk, formatted and running; not needed under `granary dev`.
-        #[arg(long)]
-        uuid: Option<String>,
-        /// HOST:PORT of the new disk's node, if not the old one's.
-        #[arg(long, requires = "uuid")]
-        address: Option<String>,
-        /// Do it. Without this, what would happen is printed.
-        #[arg(long)]
-        yes: bool,
-    },
-    /// Start a disk node of `granary dev`.
-    Start {
-        /// Number of the disk.
-        id: u32,
-        #[command(flatten)]
-        target: Target,
-    },
-    /// Stop a disk node of `granary dev`.
-    Stop {
-        /// Number of the disk.
-        id: u32,
-        #[command(flatten)]
-        target: Target,
-    },
+    #[command(flatten)]
+    Admin(AdminVerb),
 }
 
 #[derive(Debug, Args)]
@@ -182,23 +120,18 @@ struct GatewayArgs {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(found) => return output::clap(&found),
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("granary: no runtime: {error}");
+            output::say(&format!("no runtime: {error}"));
             return ExitCode::FAILURE;
         }
     };
-    let code = runtime.block_on(async {
-        match run(cli).await {
-            Ok(code) => code,
-            Err(error) => {
-                eprintln!("granary: {error}");
-                ExitCode::FAILURE
-            }
-        }
-    });
+    let code = runtime.block_on(run(cli)).unwrap_or_else(|error| output::failed(error.as_ref()));
     // Whatever blocks a thread now was given its time by the stopping above.
     runtime.shutdown_background();
     code
@@ -221,15 +154,7 @@ async fn run(cli: Cli) -> Result<ExitCode, Box<dyn Error>> {
             init::run(args).await?;
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Status { target, json } => admin_verbs::status(&target, json).await,
-        Verb::Census { target, json } => admin_verbs::census(&target, json).await,
-        Verb::Map { target } => admin_verbs::map(&target).await,
-        Verb::Disk(DiskVerb::List { target, json }) => admin_verbs::disk_list(&target, json).await,
-        Verb::Disk(DiskVerb::Replace { id, target, uuid, address, yes }) => {
-            admin_verbs::disk_replace(&target, id, uuid, address, yes).await
-        }
-        Verb::Disk(DiskVerb::Start { id, target }) => admin_verbs::disk_order(&target, id, "start").await,
-        Verb::Disk(DiskVerb::Stop { id, target }) => admin_verbs::disk_order(&target, id, "stop").await,
+        Verb::Admin(verb) => admin_verbs::run(verb).await,
     }
 }
 
@@ -305,7 +230,7 @@ fn stop_signal() -> Result<CancellationToken, SettingsError> {
                 _ = terminate.recv() => {}
             }
             if round == 1 {
-                eprintln!("granary: stopped at once by a second signal");
+                output::say("stopped at once by a second signal");
                 std::process::exit(130);
             }
             told.cancel();

@@ -3,7 +3,8 @@
 use super::layout::{write_json, Layout};
 use super::supervisor::SlotHandle;
 use crate::settings::RootCredentials;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,68 +26,91 @@ pub struct Places {
     pub credentials_file: Option<PathBuf>,
 }
 
-#[derive(Serialize)]
-struct ClusterJson {
-    version: u32,
-    cluster_id: String,
-    running: bool,
-    s3: String,
-    admin: String,
-    admin_url: String,
-    admin_token_file: PathBuf,
-    root_credentials_file: Option<PathBuf>,
-    secret_file: PathBuf,
-    map_file: PathBuf,
-    addresses_file: PathBuf,
-    processes: Vec<ProcessJson>,
+/// `cluster.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ClusterJson {
+    /// Of this form.
+    pub version: u32,
+    /// Which cluster.
+    pub cluster_id: String,
+    /// `granary dev` runs.
+    pub running: bool,
+    /// `host:port` of S3.
+    pub s3: String,
+    /// `host:port` of the admin API.
+    pub admin: String,
+    /// The status page.
+    pub admin_url: String,
+    /// What opens the admin API.
+    pub admin_token_file: PathBuf,
+    /// Keys of the root account; None: they came from the environment.
+    pub root_credentials_file: Option<PathBuf>,
+    /// The cluster secret.
+    pub secret_file: PathBuf,
+    /// The newest cluster map.
+    pub map_file: PathBuf,
+    /// Addresses in use.
+    pub addresses_file: PathBuf,
+    /// `granary` itself, and a process per disk.
+    pub processes: Vec<ProcessJson>,
 }
 
-#[derive(Serialize)]
-struct ProcessJson {
-    role: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    disk: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    uuid: Option<String>,
+/// A process of `cluster.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ProcessJson {
+    /// granary or disk-node.
+    pub role: Cow<'static, str>,
+    /// The disk it serves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<u32>,
+    /// UUID on its label.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<String>,
     /// Null while it does not run.
-    pid: Option<u32>,
-    address: String,
-    dir: PathBuf,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    log: Option<PathBuf>,
-    state: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    starts: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    detail: Option<String>,
+    pub pid: Option<u32>,
+    /// Where it listens.
+    pub address: String,
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Its log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<PathBuf>,
+    /// running, stopped, ...
+    pub state: Cow<'static, str>,
+    /// How often it was started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub starts: Option<u64>,
+    /// Why it does not run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
 }
 
 impl Places {
     fn cluster_json(&self, cluster_id: &str, slots: &[Arc<SlotHandle>], running: bool) -> ClusterJson {
         let file = |name: &str| self.layout.file(name);
         let mut processes = vec![ProcessJson {
-            role: "granary",
+            role: "granary".into(),
             disk: None,
             uuid: None,
             pid: running.then(std::process::id),
             address: self.s3.to_string(),
             dir: self.layout.dir.clone(),
             log: None,
-            state: if running { "running" } else { "stopped" },
+            state: if running { "running".into() } else { "stopped".into() },
             starts: None,
             detail: None,
         }];
         processes.extend(slots.iter().map(|slot| {
             let state = slot.state();
             ProcessJson {
-                role: "disk-node",
+                role: "disk-node".into(),
                 disk: state.disk.map(|disk| disk.0),
                 uuid: state.uuid.map(|uuid| uuid.to_string()),
                 pid: state.pid.filter(|_| running),
                 address: state.address,
                 dir: slot.dir.clone(),
                 log: Some(slot.log.clone()),
-                state: if running { state.phase.name() } else { "stopped" },
+                state: if running { state.phase.name().into() } else { "stopped".into() },
                 starts: Some(state.starts),
                 detail: state.detail,
             }

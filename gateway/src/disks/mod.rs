@@ -100,6 +100,20 @@ pub struct DiskCounters {
     pub downs: AtomicU64,
 }
 
+impl DiskCounters {
+    /// (name, help, value) of each, for /metrics.
+    pub fn samples(&self) -> Vec<(&'static str, &'static str, u64)> {
+        [
+            ("pings_good", "Pings that disk nodes answered", &self.pings_good),
+            ("pings_failed", "Pings not answered, or answered by the wrong disk", &self.pings_failed),
+            ("service_errors", "Errors of requests that speak against a disk", &self.service_errors),
+            ("downs", "Changes of a disk to down", &self.downs),
+        ]
+        .map(|(name, help, value)| (name, help, value.load(Ordering::Relaxed)))
+        .into()
+    }
+}
+
 struct Entry {
     id: DiskId,
     uuid: DiskUuid,

@@ -12,7 +12,7 @@ use granary_meta::{Answer, ChunkRef, Command, Query};
 use granary_placement::id::{DiskId, ExtentId, PlacementGroupId, ShardId};
 use granary_wire::chunk::{ChunkHealth, ChunkId};
 use granary_wire::control::{ControlRequest, ControlResponse};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ const REPORTS_PER_COMMAND: usize = 500;
 const NAMED: usize = 100;
 
 /// What a census found.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Census {
     /// Extents the shards own.
     pub extents: u64,
@@ -61,7 +61,7 @@ pub struct Census {
 }
 
 /// A lost extent.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LostExtent {
     /// Which.
     pub extent: ExtentId,

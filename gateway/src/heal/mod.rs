@@ -32,7 +32,7 @@ use granary_placement::lease::LeaseStamp;
 use look::Walked;
 use pace::Pace;
 use plan::Backoff;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -127,7 +127,7 @@ impl Default for HealSettings {
 }
 
 /// How healing stands, for status pages.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HealStatus {
     /// Chunks in the repair queues at the last look.
     pub queued_chunks: u64,
