@@ -1,13 +1,16 @@
 //! What a disk node answers: chunk requests from the store, metadata requests from the roles, the rest from what it knows.
 
 use crate::label::Label;
-use crate::maps::Maps;
+use crate::leases::{LeaseRefused, Leases, UnderLease};
+use crate::maps::{MapRefused, Maps};
 use crate::roles::Roles;
 use crate::store::handle::{Store, Upload};
 use crate::store::StoreError;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
+use granary_placement::lease::LeaseStamp;
+use granary_placement::map::MapError;
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::server::{ChunkBlocks, ChunkSink, NodeService};
@@ -29,6 +32,10 @@ pub struct Node {
     pub maps: Arc<Maps>,
     /// Its shard replicas.
     pub roles: Arc<Roles>,
+    /// The leases under which background work was done here.
+    pub leases: Arc<Leases>,
+    /// Ends the process when the disk cannot keep what it must.
+    pub on_fatal: Arc<dyn Fn(String) + Send + Sync>,
 }
 
 impl From<StoreError> for ChunkError {
@@ -52,15 +59,27 @@ fn control_error(error: StoreError) -> ControlError {
     }
 }
 
-struct Sink(Upload);
+/// A chunk on its way to the store, and the lease it is written under, if it is background work.
+struct Sink {
+    upload: Upload,
+    lease: Option<(LeaseStamp, Arc<Leases>, Arc<dyn Fn(String) + Send + Sync>)>,
+}
 
 impl ChunkSink for Sink {
     fn write(&mut self, data: Bytes) -> BoxFuture<'_, Result<(), ChunkError>> {
-        async move { Ok(self.0.write(data).await?) }.boxed()
+        async move { Ok(self.upload.write(data).await?) }.boxed()
     }
 
     fn finish(self: Box<Self>, crcs: Vec<u32>) -> BoxFuture<'static, Result<(), ChunkError>> {
-        async move { Ok(self.0.finish(crcs).await?) }.boxed()
+        async move {
+            // Again: the lease may have been taken over while the payload came.
+            let _under_lease = match &self.lease {
+                Some((lease, leases, on_fatal)) => Some(admit(leases, lease, &**on_fatal).await.map_err(chunk_error)?),
+                None => None,
+            };
+            Ok(self.upload.finish(crcs).await?)
+        }
+        .boxed()
     }
 }
 
@@ -69,8 +88,21 @@ impl NodeService for Node {
         async move { self.answer(request).await.unwrap_or_else(ControlResponse::Error) }.boxed()
     }
 
-    fn begin_chunk(&self, id: ChunkId, spec: ChunkSpec) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>> {
-        async move { Ok(Box::new(Sink(self.store.begin(id, spec).await?)) as Box<dyn ChunkSink>) }.boxed()
+    fn begin_chunk(
+        &self,
+        id: ChunkId,
+        spec: ChunkSpec,
+        lease: Option<LeaseStamp>,
+    ) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>> {
+        async move {
+            if let Some(lease) = &lease {
+                drop(self.admit(lease).await.map_err(chunk_error)?);
+            }
+            let lease = lease.map(|lease| (lease, self.leases.clone(), self.on_fatal.clone()));
+            let upload = self.store.begin(id, spec).await?;
+            Ok(Box::new(Sink { upload, lease }) as Box<dyn ChunkSink>)
+        }
+        .boxed()
     }
 
     fn read_blocks(
@@ -87,6 +119,35 @@ impl NodeService for Node {
     }
 }
 
+/// Lets a request under a lease in. A disk that cannot write down what it obeyed ends here.
+async fn admit(
+    leases: &Leases,
+    lease: &LeaseStamp,
+    on_fatal: &(dyn Fn(String) + Send + Sync),
+) -> Result<UnderLease, LeaseRefused> {
+    let admitted = leases.admit(lease).await;
+    if let Err(error @ LeaseRefused::File { .. }) = &admitted {
+        on_fatal(error.to_string());
+    }
+    admitted
+}
+
+fn chunk_error(refused: LeaseRefused) -> ChunkError {
+    match refused {
+        LeaseRefused::Stale { current, .. } => ChunkError::StaleLease { current },
+        LeaseRefused::File { .. } => ChunkError::Disk(refused.to_string()),
+        other => ChunkError::Rejected(other.to_string()),
+    }
+}
+
+fn lease_error(refused: LeaseRefused) -> ControlError {
+    match refused {
+        LeaseRefused::Stale { current, .. } => ControlError::StaleLease { current },
+        LeaseRefused::File { .. } => ControlError::Disk(refused.to_string()),
+        other => ControlError::BadRequest(other.to_string()),
+    }
+}
+
 fn at_most(count: usize, limit: usize) -> Result<(), ControlError> {
     if count > limit {
         return Err(ControlError::BadRequest(format!("{count} chunks in one request, at most {limit} are allowed")));
@@ -98,9 +159,13 @@ impl Node {
     async fn answer(&self, request: ControlRequest) -> Result<ControlResponse, ControlError> {
         Ok(match request {
             ControlRequest::Status => ControlResponse::Status(self.status()?),
-            ControlRequest::DeleteChunks(ids) => {
-                at_most(ids.len(), MAX_CHUNKS)?;
-                ControlResponse::Deleted(self.store.delete(ids).await.map_err(control_error)?)
+            ControlRequest::DeleteChunks { chunks, lease } => {
+                at_most(chunks.len(), MAX_CHUNKS)?;
+                let _under_lease = match &lease {
+                    Some(lease) => Some(self.admit(lease).await.map_err(lease_error)?),
+                    None => None,
+                };
+                ControlResponse::Deleted(self.store.delete(chunks).await.map_err(control_error)?)
             }
             ControlRequest::HaveChunks(ids) => {
                 at_most(ids.len(), MAX_CHUNKS)?;
@@ -137,6 +202,21 @@ impl Node {
                 })?;
                 ControlResponse::Done
             }
+            ControlRequest::OfferMapDiff(diff) => match self.maps.offer_diff(&diff).await {
+                Ok(_) => ControlResponse::Done,
+                Err(MapRefused::Rule(MapError::DiffBase { have, .. })) => {
+                    return Err(ControlError::EpochMismatch { known: have });
+                }
+                Err(MapRefused::Rule(error)) => {
+                    // The whole map may be right all the same: asked for as if this one had not been known.
+                    tracing::warn!(%error, "an offered difference of the map was refused");
+                    return Err(ControlError::EpochMismatch { known: self.maps.epoch() });
+                }
+                Err(error) => {
+                    tracing::error!(%error, "an offered difference of the map was refused");
+                    return Err(ControlError::BadRequest(error.to_string()));
+                }
+            },
             ControlRequest::GetMap => ControlResponse::Map(self.maps.newest().map(|map| Box::new((*map).clone()))),
             ControlRequest::ShardStatus => ControlResponse::Shards(self.roles.status()),
         })
@@ -152,6 +232,11 @@ impl Node {
             free_bytes: fill.free_bytes,
             chunks: fill.chunks,
             chunk_bytes: fill.chunk_bytes,
+            feature_level: self.roles.feature_level(),
         })
+    }
+
+    async fn admit(&self, lease: &LeaseStamp) -> Result<UnderLease, LeaseRefused> {
+        admit(&self.leases, lease, &*self.on_fatal).await
     }
 }

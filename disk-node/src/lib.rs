@@ -14,6 +14,7 @@ pub mod admin;
 pub mod chunks;
 pub mod inspect;
 pub mod label;
+pub mod leases;
 pub mod maps;
 pub mod metrics;
 pub mod peers;

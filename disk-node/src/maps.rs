@@ -2,7 +2,7 @@
 
 use crate::label::{replace_file, Label};
 use granary_placement::id::Epoch;
-use granary_placement::map::{ClusterMap, DiskState, MapError};
+use granary_placement::map::{apply_diff, ClusterMap, DiskState, MapDiff, MapError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -105,6 +105,19 @@ impl Maps {
     /// Tells of every newer map.
     pub fn watch(&self) -> watch::Receiver<Option<Arc<ClusterMap>>> {
         self.newest.subscribe()
+    }
+
+    /// Takes what changed in the map; true when that led to a newer map than the one known.
+    ///
+    /// # Errors
+    /// [`MapRefused::Rule`] with [`MapError::DiffBase`] when it was made from another map: the whole one is needed then.
+    pub async fn offer_diff(&self, diff: &MapDiff) -> Result<bool, MapRefused> {
+        let known = self.newest();
+        match &known {
+            Some(known) if known.cluster_id == diff.cluster_id && diff.to <= known.epoch => Ok(false),
+            Some(known) => self.offer(Arc::new(apply_diff(known, diff)?)).await,
+            None => Err(MapError::DiffBase { from: diff.from, have: Epoch(0) }.into()),
+        }
     }
 
     /// Takes a map if it is newer than the one known; true when it was. It is kept on the disk first.

@@ -64,7 +64,15 @@ impl PeerTransport for Transport {
     }
 }
 
+/// The highest feature level that this build of the shards' state machine knows.
+const FEATURE_LEVEL: u32 = 1;
+
 impl Roles {
+    /// The highest feature level that this build of the shards' state machine knows, whether or not the disk has the role.
+    pub fn feature_level(&self) -> u32 {
+        FEATURE_LEVEL
+    }
+
     /// Nothing is opened yet.
     pub fn new(
         dir: &std::path::Path,

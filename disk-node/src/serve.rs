@@ -2,6 +2,7 @@
 
 use crate::chunks::Node;
 use crate::label::{self, LabelError};
+use crate::leases::{LeaseRefused, Leases};
 use crate::maps::{MapRefused, Maps};
 use crate::metrics::Metrics;
 use crate::peers::Peers;
@@ -63,6 +64,9 @@ pub enum ServeError {
     /// The map on the disk says that this disk is another.
     #[error(transparent)]
     Map(#[from] MapRefused),
+    /// What the disk knows of leases cannot be read.
+    #[error(transparent)]
+    Leases(#[from] LeaseRefused),
     /// The chunks cannot be opened.
     #[error("chunk store: {0}")]
     Store(#[from] OpenError),
@@ -111,12 +115,13 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
     let listener = TcpListener::bind(&options.listen).await.map_err(failed(format!("listen on {}", options.listen)))?;
     let bound = listener.local_addr().map_err(failed("local address"))?;
     let maps = Arc::new(Maps::open(&options.dir, label.clone())?);
+    let leases = Arc::new(Leases::open(&options.dir)?);
     let metrics = Arc::new(Metrics::new().map_err(|error| ServeError::Metrics(error.to_string()))?);
     let store = open_store(&options, &label, metrics.clone()).await?;
     let peers = Arc::new(Peers::new(label.disk, maps.clone(), credentials.clone(), options.addresses.clone()));
     let background = stop.child_token();
-    let on_fatal = Arc::new(|reason: String| end(&reason));
-    let roles = Roles::new(&options.dir, peers.clone(), maps.clone(), on_fatal, background.clone());
+    let on_fatal: Arc<dyn Fn(String) + Send + Sync> = Arc::new(|reason: String| end(&reason));
+    let roles = Roles::new(&options.dir, peers.clone(), maps.clone(), on_fatal.clone(), background.clone());
     roles.start().await?;
     let mut tasks = tokio::task::JoinSet::new();
     if let Some(address) = &options.admin {
@@ -129,7 +134,8 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
         let (peers, stop) = (peers.clone(), background.clone());
         tasks.spawn(async move { peers.poll_maps(stop).await });
     }
-    let node = Arc::new(Node { label: label.clone(), store: store.clone(), maps, roles: roles.clone() });
+    let node =
+        Arc::new(Node { label: label.clone(), store: store.clone(), maps, roles: roles.clone(), leases, on_fatal });
     write_address(&options.dir, bound)?;
     tracing::info!(%bound, disk = label.disk.0, uuid = %label.uuid, cluster = %label.cluster, "serving");
     let limits = ServerLimits {

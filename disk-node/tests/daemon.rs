@@ -4,9 +4,10 @@
 
 use bytes::Bytes;
 use granary_placement::id::{ClusterId, ExtentId, HashSlot, PlacementGroupId};
+use granary_placement::lease::LeaseStamp;
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkSpec};
-use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::{ChunkError, ClientLimits, ClusterSecret, Credentials, NodeClient};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -161,6 +162,47 @@ async fn ask(client: &NodeClient, request: ControlRequest) -> ControlResponse {
     client.control(request, Duration::from_secs(10)).await.unwrap()
 }
 
+async fn delete(client: &NodeClient, numbers: &[u8], lease: Option<LeaseStamp>) -> ControlResponse {
+    let chunks = numbers.iter().map(|number| chunk(*number)).collect();
+    ask(client, ControlRequest::DeleteChunks { chunks, lease }).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_holder_whose_lease_was_taken_over_can_neither_write_nor_delete_also_after_a_kill() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let client = node.client();
+    let lease = |epoch| LeaseStamp { task: "heal".to_owned(), epoch };
+    let put_under = |client: NodeClient, lease: LeaseStamp, number: u8| async move {
+        client.put_chunk_under(&lease, chunk(number), spec(70_000), vec![payload(number, 70_000)]).await
+    };
+    put_under(client.clone(), lease(4), 1).await.unwrap();
+    // The old holder is in the middle of a chunk when the new one acts for the first time.
+    let mut half = client.begin_chunk_under(&lease(4), chunk(2), spec(70_000)).await.unwrap();
+    half.write(payload(2, 70_000).slice(..1000)).await.unwrap();
+    assert_eq!(delete(&client, &[9], Some(lease(5))).await, ControlResponse::Deleted(0));
+    let stale = ChunkError::StaleLease { current: 5 };
+    let rest = async move {
+        half.write(payload(2, 70_000).slice(1000..)).await?;
+        half.finish().await
+    };
+    assert_eq!(rest.await, Err(stale.clone()));
+    assert_eq!(get(&client, 2).await, Err(ChunkError::NotFound));
+    node.signal("KILL");
+    node.wait();
+
+    let node = disk.serve();
+    let client = node.client();
+    assert_eq!(put_under(client.clone(), lease(4), 3).await, Err(stale));
+    let refused = ControlResponse::Error(ControlError::StaleLease { current: 5 });
+    assert_eq!(delete(&client, &[1], Some(lease(4))).await, refused);
+    assert_eq!(get(&client, 1).await.unwrap(), payload(1, 70_000));
+    assert_eq!(get(&client, 3).await, Err(ChunkError::NotFound));
+    // The holder, and what is no background work, go on.
+    put_under(client.clone(), lease(5), 3).await.unwrap();
+    assert_eq!(delete(&client, &[1], None).await, ControlResponse::Deleted(1));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_node_stores_reads_verifies_lists_and_deletes_over_kill_and_stop() {
     let disk = Disk::new();
@@ -177,7 +219,7 @@ async fn a_disk_node_stores_reads_verifies_lists_and_deletes_over_kill_and_stop(
     );
     let health = vec![ChunkHealth::Good, ChunkHealth::Missing, ChunkHealth::Good];
     assert_eq!(ask(&client, ControlRequest::VerifyChunks(all)).await, ControlResponse::Health(health));
-    assert_eq!(ask(&client, ControlRequest::DeleteChunks(vec![chunk(1), chunk(9)])).await, ControlResponse::Deleted(1));
+    assert_eq!(delete(&client, &[1, 9], None).await, ControlResponse::Deleted(1));
     node.signal("KILL");
     node.wait();
 

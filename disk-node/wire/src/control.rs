@@ -3,7 +3,8 @@
 use crate::chunk::{ChunkHealth, ChunkId, ChunkInfo};
 use bytes::Bytes;
 use granary_placement::id::{DiskId, DiskUuid, Epoch, ShardId};
-use granary_placement::map::ClusterMap;
+use granary_placement::lease::LeaseStamp;
+use granary_placement::map::{ClusterMap, MapDiff};
 use serde::{Deserialize, Serialize};
 
 /// A request to a disk node. Postcard-encoded: variants are only ever added at the end, and with a new protocol version.
@@ -11,8 +12,13 @@ use serde::{Deserialize, Serialize};
 pub enum ControlRequest {
     /// Answers Status.
     Status,
-    /// Deletes chunks, at most 1,000. Answers Deleted when the deletions are durable. A chunk that is not there counts as deleted.
-    DeleteChunks(Vec<ChunkId>),
+    /// Deletes chunks. Answers Deleted when the deletions are durable. A chunk that is not there counts as deleted.
+    DeleteChunks {
+        /// Which, at most 1,000.
+        chunks: Vec<ChunkId>,
+        /// The lease under which background work deletes; refused with StaleLease once another holder has acted here.
+        lease: Option<LeaseStamp>,
+    },
     /// Which of these chunks (at most 1,000) are in the index? Reads no payload. Answers Have.
     HaveChunks(Vec<ChunkId>),
     /// Reads these chunks (at most 256) from the disk and checks every block. Answers Health.
@@ -53,6 +59,9 @@ pub enum ControlRequest {
     GetMap,
     /// How the replicas on this node stand. Answers Shards.
     ShardStatus,
+    /// Here is what changed in the map. Answers Done when it led to a newer map or the node has one at least as new; EpochMismatch
+    /// when the node has another map than the one it was made from: it is then offered the whole.
+    OfferMapDiff(Box<MapDiff>),
 }
 
 /// The answer of a disk node.
@@ -112,6 +121,18 @@ pub enum ControlError {
     /// The node cannot use its disk.
     #[error("disk error: {0}")]
     Disk(String),
+    /// The difference is from another map than the node has.
+    #[error("the node has the map of epoch {known}")]
+    EpochMismatch {
+        /// Epoch of the newest map that it knows; zero for none.
+        known: Epoch,
+    },
+    /// The sender does not hold the lease of its task any more: another holder has acted here since. Nothing was done.
+    #[error("the lease of this task was taken over (epoch {current} now)")]
+    StaleLease {
+        /// The epoch that the node knows.
+        current: u64,
+    },
 }
 
 /// How a disk node stands.
@@ -131,6 +152,8 @@ pub struct NodeStatus {
     pub chunks: u64,
     /// Payload of them, in bytes.
     pub chunk_bytes: u64,
+    /// The highest feature level that its build of the shards' state machine knows.
+    pub feature_level: u32,
 }
 
 /// How a shard's replica on one disk stands.

@@ -1,18 +1,20 @@
 //! What can go wrong between two nodes. Every error is `Clone`: one lost connection fails many waiters.
 
+use crate::auth::VersionRange;
+
 /// Why a connection was not trusted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AuthError {
     /// The other end does not speak this protocol at all.
     #[error("the peer does not speak the Granary node protocol")]
     Magic,
-    /// The other end speaks another version of it.
-    #[error("the peer speaks version {theirs} of the node protocol, this end speaks {ours}")]
+    /// The other end speaks no version of it that this end does.
+    #[error("the peer speaks {theirs} of the node protocol, this end speaks {ours}: upgrade the older of the two")]
     Version {
-        /// Version of this end.
-        ours: u16,
-        /// Version of the other end.
-        theirs: u16,
+        /// Versions of this end.
+        ours: VersionRange,
+        /// Versions of the other end.
+        theirs: VersionRange,
     },
     /// The other end belongs to another cluster.
     #[error("the peer belongs to another cluster")]
@@ -78,6 +80,12 @@ pub enum ChunkError {
     /// The node could not be asked, or did not answer.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// The sender does not hold the lease of its task any more: another holder has acted here since. Nothing was done.
+    #[error("the lease of this task was taken over (epoch {current} now)")]
+    StaleLease {
+        /// The epoch that the disk knows.
+        current: u64,
+    },
     /// The disk has a chunk of this id. After a resend it may be the one sent before.
     #[error("the chunk is already there")]
     AlreadyThere,

@@ -4,6 +4,7 @@
 mod support;
 
 use futures::future::join_all;
+use granary_placement::lease::LeaseStamp;
 use granary_wire::chunk::BLOCK_BYTES;
 use granary_wire::error::{ChunkError, LinkError};
 use std::sync::atomic::Ordering;
@@ -48,6 +49,22 @@ async fn a_writer_takes_pieces_of_any_size() {
         writer.finish().await.unwrap();
         assert!(read_all(&client, id, len).await.unwrap() == data, "pieces of {piece}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lease_of_a_background_write_arrives_with_it() {
+    let server = start().await;
+    let client = server.client();
+    let lease = LeaseStamp { task: "heal".to_owned(), epoch: 7 };
+    client.put_chunk(chunk_id(1), spec(5), vec![payload(5)]).await.unwrap();
+    client.put_chunk_under(&lease, chunk_id(2), spec(5), vec![payload(5)]).await.unwrap();
+    let mut writer = client.begin_chunk_under(&lease, chunk_id(3), spec(5)).await.unwrap();
+    writer.write(payload(5)).await.unwrap();
+    writer.finish().await.unwrap();
+    assert_eq!(*server.node.leases.lock().unwrap(), [None, Some(lease.clone()), Some(lease.clone())]);
+    *server.node.refuse.lock().unwrap() = Some(ChunkError::StaleLease { current: 8 });
+    let refused = client.put_chunk_under(&lease, chunk_id(4), spec(5), vec![payload(5)]).await;
+    assert_eq!(refused, Err(ChunkError::StaleLease { current: 8 }));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,8 @@
 
 use bytes::Bytes;
 use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ExtentId, HashSlot, PlacementGroupId, ShardId};
-use granary_placement::map::{ClusterMap, GroupSlot, PlacementGroup, ShardReplicas, SlotRange};
+use granary_placement::lease::LeaseStamp;
+use granary_placement::map::{diff, ClusterMap, GroupSlot, MapDiff, PlacementGroup, ShardReplicas, SlotRange};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkInfo, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus, ShardStatus};
@@ -71,6 +72,20 @@ fn map() -> ClusterMap {
     }
 }
 
+fn lease() -> LeaseStamp {
+    LeaseStamp { task: "heal".into(), epoch: 300 }
+}
+
+fn map_diff() -> MapDiff {
+    let (old, mut new) = (map(), map());
+    new.epoch = Epoch(13);
+    if let Some(group) = new.groups.get_mut(&GROUP) {
+        group.slots[1].previous = None;
+    }
+    new.slot_shards.push(SlotRange { first: HashSlot(2048), shard: ShardId(2) });
+    diff(&old, &new)
+}
+
 fn shard_status() -> ShardStatus {
     ShardStatus {
         shard: ShardId(3),
@@ -86,7 +101,7 @@ fn shard_status() -> ShardStatus {
 fn requests() -> Vec<ControlRequest> {
     vec![
         ControlRequest::Status,
-        ControlRequest::DeleteChunks(vec![chunk()]),
+        ControlRequest::DeleteChunks { chunks: vec![chunk()], lease: Some(lease()) },
         ControlRequest::HaveChunks(vec![chunk()]),
         ControlRequest::VerifyChunks(vec![chunk()]),
         ControlRequest::ListChunks { after: Some(chunk()), limit: 1000 },
@@ -96,6 +111,7 @@ fn requests() -> Vec<ControlRequest> {
         ControlRequest::OfferMap(Box::new(map())),
         ControlRequest::GetMap,
         ControlRequest::ShardStatus,
+        ControlRequest::OfferMapDiff(Box::new(map_diff())),
     ]
 }
 
@@ -108,6 +124,7 @@ fn responses() -> Vec<ControlResponse> {
         free_bytes: 1 << 39,
         chunks: 6,
         chunk_bytes: 7,
+        feature_level: 1,
     };
     vec![
         ControlResponse::Done,
@@ -132,6 +149,8 @@ fn errors() -> Vec<ControlError> {
         ControlError::Overloaded,
         ControlError::BadRequest("x".into()),
         ControlError::Disk("x".into()),
+        ControlError::EpochMismatch { known: Epoch(12) },
+        ControlError::StaleLease { current: 301 },
     ]
 }
 

@@ -122,6 +122,7 @@ mod tests {
             free_bytes: 1,
             chunks: 0,
             chunk_bytes: 0,
+            feature_level: 1,
         }
     }
 

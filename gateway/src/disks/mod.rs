@@ -216,7 +216,11 @@ impl Disks {
                 self.inner.change(&entry, |state, settings| state.error(now, false, &error.to_string(), settings));
                 self.inner.kick.notify_one();
             }
-            ChunkError::NotFound | ChunkError::Corrupt { .. } | ChunkError::Rejected(_) | ChunkError::AlreadyThere => {}
+            ChunkError::NotFound
+            | ChunkError::Corrupt { .. }
+            | ChunkError::Rejected(_)
+            | ChunkError::AlreadyThere
+            | ChunkError::StaleLease { .. } => {}
         }
     }
 

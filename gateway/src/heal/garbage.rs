@@ -124,7 +124,10 @@ impl Inner {
         while !chunks.is_empty() {
             let part: Vec<ChunkId> = chunks.iter().take(CHUNKS_PER_REQUEST).copied().collect();
             let count = part.len();
-            match client.control(ControlRequest::DeleteChunks(part), self.settings.control_deadline).await {
+            match client
+                .control(ControlRequest::DeleteChunks { chunks: part, lease: None }, self.settings.control_deadline)
+                .await
+            {
                 Ok(ControlResponse::Deleted(_)) => {
                     chunks.drain(..count);
                 }

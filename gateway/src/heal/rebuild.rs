@@ -290,7 +290,10 @@ impl Inner {
             for lost in &done {
                 let _ = lost
                     .client
-                    .control(ControlRequest::DeleteChunks(vec![lost.id]), self.settings.control_deadline)
+                    .control(
+                        ControlRequest::DeleteChunks { chunks: vec![lost.id], lease: None },
+                        self.settings.control_deadline,
+                    )
                     .await;
             }
         }
@@ -310,7 +313,7 @@ impl Inner {
             Sink::Disk(writer) => within(writer.finish()).await,
             Sink::Memory(pieces) => {
                 // Whole and verified in memory: now the corrupt one may go.
-                let request = ControlRequest::DeleteChunks(vec![lost.id]);
+                let request = ControlRequest::DeleteChunks { chunks: vec![lost.id], lease: None };
                 match lost.client.control(request, self.settings.control_deadline).await {
                     Ok(ControlResponse::Deleted(_)) => within(lost.client.put_chunk(lost.id, spec, pieces)).await,
                     Ok(other) => Err(ChunkError::Disk(format!("{other:?}"))),

@@ -176,7 +176,10 @@ async fn delete_with_retries(disks: &Disks, disk: DiskId, chunks: &[ChunkId]) ->
             continue;
         }
         let Some(client) = disks.client(disk) else { return false };
-        match client.control(ControlRequest::DeleteChunks(chunks.to_vec()), DELETE_DEADLINE).await {
+        match client
+            .control(ControlRequest::DeleteChunks { chunks: chunks.to_vec(), lease: None }, DELETE_DEADLINE)
+            .await
+        {
             Ok(ControlResponse::Deleted(_)) => return true,
             Ok(other) => tracing::debug!(%disk, answer = ?other, "staged chunks could not be deleted"),
             Err(error) => tracing::debug!(%disk, %error, "staged chunks could not be deleted"),

@@ -97,6 +97,7 @@ impl FakeCluster {
                     free_bytes: 0,
                     chunks: 0,
                     chunk_bytes: 0,
+                    feature_level: 1,
                 };
                 Ok(ControlResponse::Status(status))
             }

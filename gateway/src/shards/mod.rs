@@ -309,6 +309,10 @@ impl Shards {
             let (reason, detail) = match outcome {
                 Ok(ControlResponse::Error(error)) => match error {
                     ControlError::BadRequest(why) => return Err(ShardError::Refused { shard, why }),
+                    // No answers to a request for a shard.
+                    ControlError::EpochMismatch { .. } | ControlError::StaleLease { .. } => {
+                        return Err(ShardError::Refused { shard, why: error.to_string() });
+                    }
                     ControlError::NotLeader { leader } => {
                         hint = leader.filter(|leader| !asked.contains(leader));
                         ("not_leader", format!("disk {target} does not lead, it names {leader:?}"))

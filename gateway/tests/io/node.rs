@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use granary_placement::id::{DiskId, DiskUuid, Epoch};
+use granary_placement::lease::LeaseStamp;
 use granary_wire::chunk::{block_count, block_crc, ChunkHealth, ChunkId, ChunkSpec, BLOCK_BYTES};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::error::ChunkError;
@@ -52,6 +53,8 @@ pub struct Disk {
     pub reads_begun: AtomicU64,
     pub reads_ended: AtomicU64,
     pub deletes: AtomicU64,
+    /// The highest epoch of each background task that was obeyed.
+    pub leases: Mutex<BTreeMap<String, u64>>,
     server: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -70,6 +73,7 @@ impl Disk {
             reads_begun: AtomicU64::new(0),
             reads_ended: AtomicU64::new(0),
             deletes: AtomicU64::new(0),
+            leases: Mutex::default(),
             server: Mutex::new(None),
         })
     }
@@ -90,6 +94,19 @@ impl Disk {
 
     pub fn count(&self) -> usize {
         self.chunks.lock().unwrap().len()
+    }
+
+    /// Obeys a lease or gives the epoch that took it over.
+    fn admit(&self, lease: &Option<LeaseStamp>) -> Result<(), u64> {
+        let Some(LeaseStamp { task, epoch }) = lease else { return Ok(()) };
+        let mut leases = self.leases.lock().unwrap();
+        let current = leases.entry(task.clone()).or_default();
+        *current = (*current).max(*epoch);
+        if *current == *epoch {
+            Ok(())
+        } else {
+            Err(*current)
+        }
     }
 
     async fn hang(&self) {
@@ -169,8 +186,12 @@ impl NodeService for Service {
                     free_bytes: 1 << 39,
                     chunks: disk.count() as u64,
                     chunk_bytes: 0,
+                    feature_level: 1,
                 }),
-                ControlRequest::DeleteChunks(ids) => {
+                ControlRequest::DeleteChunks { chunks: ids, lease } => {
+                    if let Err(current) = disk.admit(&lease) {
+                        return ControlResponse::Error(ControlError::StaleLease { current });
+                    }
                     disk.deletes.fetch_add(ids.len() as u64, Ordering::SeqCst);
                     let mut chunks = disk.chunks.lock().unwrap();
                     let mut damage = disk.damage.lock().unwrap();
@@ -189,16 +210,22 @@ impl NodeService for Service {
         })
     }
 
-    fn begin_chunk(&self, id: ChunkId, spec: ChunkSpec) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>> {
+    fn begin_chunk(
+        &self,
+        id: ChunkId,
+        spec: ChunkSpec,
+        lease: Option<LeaseStamp>,
+    ) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>> {
         Box::pin(async move {
             self.0.hang().await;
+            self.0.admit(&lease).map_err(|current| ChunkError::StaleLease { current })?;
             if self.0.full.load(Ordering::SeqCst) {
                 return Err(ChunkError::DiskFull);
             }
             if self.0.chunks.lock().unwrap().contains_key(&id) {
                 return Err(ChunkError::AlreadyThere);
             }
-            let sink: Box<dyn ChunkSink> = Box::new(Sink { disk: self.0.clone(), id, spec, bytes: Vec::new() });
+            let sink: Box<dyn ChunkSink> = Box::new(Sink { disk: self.0.clone(), id, spec, lease, bytes: Vec::new() });
             Ok(sink)
         })
     }
@@ -222,6 +249,7 @@ struct Sink {
     disk: Arc<Disk>,
     id: ChunkId,
     spec: ChunkSpec,
+    lease: Option<LeaseStamp>,
     bytes: Vec<u8>,
 }
 
@@ -245,6 +273,7 @@ impl ChunkSink for Sink {
     fn finish(self: Box<Self>, crcs: Vec<u32>) -> BoxFuture<'static, Result<(), ChunkError>> {
         Box::pin(async move {
             self.disk.hang().await;
+            self.disk.admit(&self.lease).map_err(|current| ChunkError::StaleLease { current })?;
             for (block, (bytes, crc)) in (0u32..).zip(self.bytes.chunks(BLOCK_BYTES as usize).zip(&crcs)) {
                 if block_crc(&self.id, block, bytes) != *crc {
                     return Err(ChunkError::Corrupt { block });

@@ -1,8 +1,8 @@
 //! The handshake that opens every connection, and the keys it leaves behind.
 //!
 //! ```text
-//! client -> server  hello    magic 8 | version u16 | purpose u8 | 0 | cluster id 16 | client nonce 32
-//! server -> client  hello    magic 8 | version u16 | verdict u8 | 0 | server nonce 32 | server proof 32
+//! client -> server  hello    magic 8 | highest version u16 | purpose u8 | older u8 | cluster id 16 | client nonce 32
+//! server -> client  hello    magic 8 | highest version u16 | verdict u8 | older u8 | server nonce 32 | server proof 32
 //! client -> server  proof    client proof 32
 //! server -> client  verdict  u8
 //! ```
@@ -10,7 +10,9 @@
 //! Numbers are big-endian. The transcript is the client's hello and the first 44 bytes of the server's (all but its proof). A
 //! proof is HMAC-SHA256 under the cluster secret over a label of its role and the transcript; so is each direction's session key.
 //! Both nonces are fresh, so no proof and no key is ever good for a second connection; the label keeps an end from being handed
-//! its own proof. The first 12 bytes of either hello never change their meaning, so that ends of different versions can say so.
+//! its own proof. The first 12 bytes of either hello never change their meaning, so that ends of different versions can say so:
+//! `older` is how many versions before the highest an end speaks as well. Both ends use the highest version that both speak; since the
+//! transcript holds both ranges, nobody between them can talk them into an older one.
 
 use crate::error::{AuthError, LinkError};
 use granary_placement::id::ClusterId;
@@ -24,10 +26,41 @@ use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// Version of everything said between nodes: handshake, chunk requests, frames, and the messages inside them.
+/// Versions that this build speaks of everything said between nodes: handshake, chunk requests, frames, and the messages inside them.
 ///
 /// 1: the first.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSIONS: VersionRange = VersionRange { min: 1, max: 1 };
+
+/// Protocol versions that an end speaks, both ends of the range included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VersionRange {
+    /// The oldest; at most 255 before `max`.
+    pub min: u16,
+    /// The newest.
+    pub max: u16,
+}
+
+impl VersionRange {
+    /// The highest version in both; None when there is none.
+    pub fn common(self, other: VersionRange) -> Option<u16> {
+        let highest = self.max.min(other.max);
+        (highest >= self.min && highest >= other.min).then_some(highest)
+    }
+
+    fn older(self) -> u8 {
+        u8::try_from(self.max.saturating_sub(self.min)).unwrap_or(u8::MAX)
+    }
+}
+
+impl fmt::Display for VersionRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.min == self.max {
+            write!(f, "version {}", self.max)
+        } else {
+            write!(f, "versions {} to {}", self.min, self.max)
+        }
+    }
+}
 
 const MAGIC: [u8; 8] = *b"granary\0";
 const NONCE_BYTES: usize = 32;
@@ -226,6 +259,8 @@ pub(crate) fn same(a: &[u8], b: &[u8]) -> bool {
 /// The keys of one connection.
 #[derive(Debug, Clone)]
 pub(crate) struct Session {
+    /// The protocol version that both ends use on it.
+    pub version: u16,
     /// Authenticates what the client says.
     pub to_server: MacKey,
     /// Authenticates what the server says.
@@ -254,10 +289,10 @@ impl Verdict {
     }
 
     /// What the client makes of it.
-    fn check(number: u8, theirs: u16) -> Result<(), LinkError> {
+    fn check(number: u8, ours: VersionRange, theirs: VersionRange) -> Result<(), LinkError> {
         match number {
             0 => Ok(()),
-            1 => Err(AuthError::Version { ours: PROTOCOL_VERSION, theirs }.into()),
+            1 => Err(AuthError::Version { ours, theirs }.into()),
             2 => Err(AuthError::Cluster.into()),
             3 => Err(AuthError::Secret.into()),
             4 => Err(LinkError::Connect("the peer has no room for more connections".to_owned())),
@@ -284,28 +319,31 @@ impl Transcript {
         self.key.mac(&[label, &self.client_hello, &self.server_head])
     }
 
-    fn session(&self) -> Session {
+    fn session(&self, version: u16) -> Session {
         Session {
+            version,
             to_server: MacKey::new(&self.mac(LABEL_TO_SERVER)),
             to_client: MacKey::new(&self.mac(LABEL_TO_CLIENT)),
         }
     }
 }
 
-fn prefix(version: u16, third: u8) -> [u8; PREFIX_BYTES] {
+fn prefix(versions: VersionRange, third: u8) -> [u8; PREFIX_BYTES] {
     let mut bytes = [0u8; PREFIX_BYTES];
     bytes[..8].copy_from_slice(&MAGIC);
-    bytes[8..10].copy_from_slice(&version.to_be_bytes());
+    bytes[8..10].copy_from_slice(&versions.max.to_be_bytes());
     bytes[10] = third;
+    bytes[11] = versions.older();
     bytes
 }
 
-/// The version and third field of a hello's first bytes.
-fn read_prefix(bytes: &[u8; PREFIX_BYTES]) -> Result<(u16, u8), AuthError> {
+/// The versions and third field of a hello's first bytes.
+fn read_prefix(bytes: &[u8; PREFIX_BYTES]) -> Result<(VersionRange, u8), AuthError> {
     if bytes[..8] != MAGIC {
         return Err(AuthError::Magic);
     }
-    Ok((u16::from_be_bytes([bytes[8], bytes[9]]), bytes[10]))
+    let max = u16::from_be_bytes([bytes[8], bytes[9]]);
+    Ok((VersionRange { min: max.saturating_sub(bytes[11].into()), max }, bytes[10]))
 }
 
 fn lost(error: std::io::Error) -> LinkError {
@@ -317,10 +355,11 @@ pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     credentials: &Credentials,
     purpose: Purpose,
+    versions: VersionRange,
     nonce: [u8; NONCE_BYTES],
 ) -> Result<Session, LinkError> {
     let mut client_hello = [0u8; CLIENT_HELLO_BYTES];
-    client_hello[..12].copy_from_slice(&prefix(PROTOCOL_VERSION, purpose.number()));
+    client_hello[..12].copy_from_slice(&prefix(versions, purpose.number()));
     client_hello[12..28].copy_from_slice(&credentials.cluster.0);
     client_hello[28..].copy_from_slice(&nonce);
     stream.write_all(&client_hello).await.map_err(lost)?;
@@ -328,10 +367,8 @@ pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     let mut head = [0u8; PREFIX_BYTES];
     stream.read_exact(&mut head).await.map_err(lost)?;
     let (theirs, verdict) = read_prefix(&head)?;
-    Verdict::check(verdict, theirs)?;
-    if theirs != PROTOCOL_VERSION {
-        return Err(AuthError::Version { ours: PROTOCOL_VERSION, theirs }.into());
-    }
+    Verdict::check(verdict, versions, theirs)?;
+    let version = versions.common(theirs).ok_or(AuthError::Version { ours: versions, theirs })?;
     let mut server_head = [0u8; SERVER_HEAD_BYTES];
     server_head[..PREFIX_BYTES].copy_from_slice(&head);
     stream.read_exact(&mut server_head[PREFIX_BYTES..]).await.map_err(lost)?;
@@ -345,35 +382,36 @@ pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     stream.write_all(&transcript.mac(LABEL_CLIENT_PROOF)).await.map_err(lost)?;
     let mut verdict = [0u8; 1];
     stream.read_exact(&mut verdict).await.map_err(lost)?;
-    Verdict::check(verdict[0], theirs)?;
-    Ok(transcript.session())
+    Verdict::check(verdict[0], versions, theirs)?;
+    Ok(transcript.session(version))
 }
 
 /// The server's side. The caller sets the deadline.
 pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     credentials: &Credentials,
+    versions: VersionRange,
     nonce: [u8; NONCE_BYTES],
 ) -> Result<(Purpose, Session), LinkError> {
     let mut client_hello = [0u8; CLIENT_HELLO_BYTES];
     let mut head = [0u8; PREFIX_BYTES];
     stream.read_exact(&mut head).await.map_err(lost)?;
     let (theirs, purpose) = read_prefix(&head)?;
-    if theirs != PROTOCOL_VERSION {
-        refuse(stream, Verdict::Version).await;
-        return Err(AuthError::Version { ours: PROTOCOL_VERSION, theirs }.into());
-    }
+    let Some(version) = versions.common(theirs) else {
+        refuse(stream, versions, Verdict::Version).await;
+        return Err(AuthError::Version { ours: versions, theirs }.into());
+    };
     client_hello[..PREFIX_BYTES].copy_from_slice(&head);
     stream.read_exact(&mut client_hello[PREFIX_BYTES..]).await.map_err(lost)?;
     if client_hello[12..28] != credentials.cluster.0 {
-        refuse(stream, Verdict::Cluster).await;
+        refuse(stream, versions, Verdict::Cluster).await;
         return Err(AuthError::Cluster.into());
     }
     let purpose = Purpose::from_number(purpose)
         .ok_or_else(|| LinkError::Protocol(format!("unknown purpose {purpose} in the handshake")))?;
 
     let mut server_head = [0u8; SERVER_HEAD_BYTES];
-    server_head[..PREFIX_BYTES].copy_from_slice(&prefix(PROTOCOL_VERSION, Verdict::Accepted.number()));
+    server_head[..PREFIX_BYTES].copy_from_slice(&prefix(versions, Verdict::Accepted.number()));
     server_head[PREFIX_BYTES..].copy_from_slice(&nonce);
     let transcript = Transcript { key: credentials.secret.key(), client_hello, server_head };
     let mut hello = [0u8; SERVER_HEAD_BYTES + PROOF_BYTES];
@@ -392,18 +430,18 @@ pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
         return Err(AuthError::Secret.into());
     }
     stream.write_all(&[Verdict::Accepted.number()]).await.map_err(lost)?;
-    Ok((purpose, transcript.session()))
+    Ok((purpose, transcript.session(version)))
 }
 
 /// Tells a client why it is turned away; whether it hears it does not matter.
-async fn refuse<S: AsyncWrite + Unpin>(stream: &mut S, verdict: Verdict) {
-    let _ = stream.write_all(&prefix(PROTOCOL_VERSION, verdict.number())).await;
+async fn refuse<S: AsyncWrite + Unpin>(stream: &mut S, versions: VersionRange, verdict: Verdict) {
+    let _ = stream.write_all(&prefix(versions, verdict.number())).await;
     let _ = stream.shutdown().await;
 }
 
 /// Tells a client that there is no room for it.
 pub(crate) async fn refuse_busy<S: AsyncWrite + Unpin>(stream: &mut S) {
-    refuse(stream, Verdict::Busy).await;
+    refuse(stream, PROTOCOL_VERSIONS, Verdict::Busy).await;
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ pub(crate) fn known_session() -> Session {
     hex::decode_to_slice(CLIENT_HELLO, &mut client_hello).unwrap();
     let mut server_head = [0; SERVER_HEAD_BYTES];
     hex::decode_to_slice(&SERVER_HELLO[..2 * SERVER_HEAD_BYTES], &mut server_head).unwrap();
-    Transcript { key: known().secret.key(), client_hello, server_head }.session()
+    Transcript { key: known().secret.key(), client_hello, server_head }.session(1)
 }
 
 async fn expect(stream: &mut DuplexStream, golden: &str) {
@@ -42,7 +42,7 @@ async fn a_client_says_the_golden_bytes() {
         expect(&mut theirs, CLIENT_PROOF).await;
         theirs.write_all(&[0]).await.unwrap();
     });
-    let session = client_handshake(&mut ours, &known(), Purpose::Control, [0x11; 32]).await.unwrap();
+    let session = client_handshake(&mut ours, &known(), Purpose::Control, PROTOCOL_VERSIONS, [0x11; 32]).await.unwrap();
     server.await.unwrap();
     assert_eq!(session.to_server.mac(&[b"x"]), known_session().to_server.mac(&[b"x"]));
     assert_ne!(session.to_server.mac(&[b"x"]), session.to_client.mac(&[b"x"]));
@@ -57,7 +57,7 @@ async fn a_server_says_the_golden_bytes() {
         theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
         expect(&mut theirs, "00").await;
     });
-    let (purpose, session) = server_handshake(&mut ours, &known(), [0x22; 32]).await.unwrap();
+    let (purpose, session) = server_handshake(&mut ours, &known(), PROTOCOL_VERSIONS, [0x22; 32]).await.unwrap();
     client.await.unwrap();
     assert_eq!(purpose, Purpose::Control);
     assert_eq!(session.to_client.mac(&[b"x"]), known_session().to_client.mac(&[b"x"]));
@@ -70,8 +70,8 @@ async fn meet(
 ) -> (Result<Session, LinkError>, Result<(Purpose, Session), LinkError>) {
     let (mut ours, mut theirs) = duplex(1024);
     tokio::join!(
-        async move { client_handshake(&mut ours, &client, Purpose::Data, nonce().unwrap()).await },
-        async move { server_handshake(&mut theirs, &server, nonce().unwrap()).await }
+        async move { client_handshake(&mut ours, &client, Purpose::Data, PROTOCOL_VERSIONS, nonce().unwrap()).await },
+        async move { server_handshake(&mut theirs, &server, PROTOCOL_VERSIONS, nonce().unwrap()).await }
     )
 }
 
@@ -105,7 +105,8 @@ async fn a_client_that_skips_the_proof_of_the_server_gains_nothing() {
             verdict[0]
         };
         let credentials = known();
-        let (verdict, server) = tokio::join!(attacker, server_handshake(&mut ours, &credentials, [0x22; 32]));
+        let (verdict, server) =
+            tokio::join!(attacker, server_handshake(&mut ours, &credentials, PROTOCOL_VERSIONS, [0x22; 32]));
         assert_eq!(verdict, 3);
         assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
     }
@@ -121,7 +122,7 @@ async fn the_servers_own_proof_is_not_a_proof_of_the_client() {
         theirs.write_all(&hello[44..]).await.unwrap();
     };
     let credentials = known();
-    let (_, server) = tokio::join!(attacker, server_handshake(&mut ours, &credentials, [0x22; 32]));
+    let (_, server) = tokio::join!(attacker, server_handshake(&mut ours, &credentials, PROTOCOL_VERSIONS, [0x22; 32]));
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
 }
 
@@ -130,20 +131,20 @@ async fn a_recorded_handshake_is_not_good_for_a_second_connection() {
     let (mut ours, mut theirs) = duplex(1024);
     theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();
     theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
-    let server = server_handshake(&mut ours, &known(), nonce().unwrap()).await;
+    let server = server_handshake(&mut ours, &known(), PROTOCOL_VERSIONS, nonce().unwrap()).await;
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
 }
 
 #[tokio::test]
 async fn every_altered_byte_of_a_handshake_is_noticed() {
-    // Bytes 8 and 9 are the version and byte 11 is zero today; those that are only in the transcript count most.
+    // Bytes 8, 9 and 11 are the versions; those that are only in the transcript count most.
     for at in 0..60 {
         let (mut ours, mut theirs) = duplex(1024);
         let mut hello = hex::decode(CLIENT_HELLO).unwrap();
         hello[at] ^= 1;
         theirs.write_all(&hello).await.unwrap();
         theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
-        assert!(server_handshake(&mut ours, &known(), [0x22; 32]).await.is_err(), "byte {at}");
+        assert!(server_handshake(&mut ours, &known(), PROTOCOL_VERSIONS, [0x22; 32]).await.is_err(), "byte {at}");
     }
     for at in 0..76 {
         let (mut ours, mut theirs) = duplex(1024);
@@ -151,31 +152,75 @@ async fn every_altered_byte_of_a_handshake_is_noticed() {
         hello[at] ^= 1;
         theirs.write_all(&hello).await.unwrap();
         theirs.write_all(&[0]).await.unwrap();
-        assert!(client_handshake(&mut ours, &known(), Purpose::Control, [0x11; 32]).await.is_err(), "byte {at}");
+        assert!(
+            client_handshake(&mut ours, &known(), Purpose::Control, PROTOCOL_VERSIONS, [0x11; 32]).await.is_err(),
+            "byte {at}"
+        );
+    }
+}
+
+fn versions(min: u16, max: u16) -> VersionRange {
+    VersionRange { min, max }
+}
+
+/// Runs ends of these versions against each other; what the client and the server made of it.
+async fn meet_as(client: VersionRange, server: VersionRange) -> [Result<u16, LinkError>; 2] {
+    let (mut ours, mut theirs) = duplex(1024);
+    let credentials = known();
+    let (client, server) = tokio::join!(
+        client_handshake(&mut ours, &credentials, Purpose::Data, client, [0x11; 32]),
+        server_handshake(&mut theirs, &credentials, server, [0x22; 32])
+    );
+    [client.map(|session| session.version), server.map(|(_, session)| session.version)]
+}
+
+#[tokio::test]
+async fn ends_use_the_highest_version_that_both_speak() {
+    for (client, server, common) in [
+        (versions(1, 1), versions(1, 1), 1),
+        (versions(1, 3), versions(2, 5), 3),
+        (versions(2, 5), versions(1, 3), 3),
+        (versions(1, 9), versions(4, 4), 4),
+        (versions(300, 555), versions(1, 300), 300),
+    ] {
+        assert_eq!(meet_as(client, server).await, [Ok(common), Ok(common)], "{client} and {server}");
     }
 }
 
 #[tokio::test]
-async fn ends_of_different_versions_say_so_to_each_other() {
+async fn ends_without_a_common_version_say_so_to_each_other() {
+    for (client, server) in [(versions(3, 5), versions(1, 2)), (versions(1, 1), versions(2, 300))] {
+        // No end can say more than 255 older versions.
+        let said = |range: VersionRange| versions(range.min.max(range.max.saturating_sub(255)), range.max);
+        let error = |ours, theirs| Err(LinkError::Auth(AuthError::Version { ours, theirs: said(theirs) }));
+        assert_eq!(meet_as(client, server).await, [error(client, server), error(server, client)]);
+    }
+    let error = AuthError::Version { ours: versions(3, 5), theirs: versions(2, 2) };
+    let text =
+        "the peer speaks version 2 of the node protocol, this end speaks versions 3 to 5: upgrade the older of the two";
+    assert_eq!(error.to_string(), text);
+}
+
+#[tokio::test]
+async fn a_refusal_for_the_version_is_the_golden_bytes() {
     let (mut ours, mut theirs) = duplex(1024);
     let mut hello = hex::decode(CLIENT_HELLO).unwrap();
     hello[9] = 2;
     theirs.write_all(&hello).await.unwrap();
-    let server = server_handshake(&mut ours, &known(), [0x22; 32]).await;
-    assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Version { ours: 1, theirs: 2 }));
+    let server = server_handshake(&mut ours, &known(), PROTOCOL_VERSIONS, [0x22; 32]).await;
+    let (one, two) = (versions(1, 1), versions(2, 2));
+    assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Version { ours: one, theirs: two }));
     expect(&mut theirs, "6772616e6172790000010100").await;
-
-    let (mut ours, mut theirs) = duplex(1024);
-    theirs.write_all(&prefix(2, Verdict::Version.number())).await.unwrap();
-    let client = client_handshake(&mut ours, &known(), Purpose::Data, [0x11; 32]).await;
-    assert_eq!(client.unwrap_err(), LinkError::Auth(AuthError::Version { ours: 1, theirs: 2 }));
 }
 
 #[tokio::test]
 async fn a_stranger_is_told_apart_from_a_peer() {
     let (mut ours, mut theirs) = duplex(1024);
     theirs.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
-    assert_eq!(server_handshake(&mut ours, &known(), [0x22; 32]).await.unwrap_err(), LinkError::Auth(AuthError::Magic));
+    assert_eq!(
+        server_handshake(&mut ours, &known(), PROTOCOL_VERSIONS, [0x22; 32]).await.unwrap_err(),
+        LinkError::Auth(AuthError::Magic)
+    );
 }
 
 #[test]

@@ -8,6 +8,7 @@ use crate::head;
 use crate::server::{ChunkBlocks, MAX_READ_BLOCKS};
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
+use granary_placement::lease::LeaseStamp;
 use http::{Method, Request, Response, StatusCode};
 use http_body::Body;
 use http_body_util::BodyExt;
@@ -25,18 +26,28 @@ const PIECE_BYTES: usize = 256 * 1024;
 type Answer = BoxFuture<'static, Result<Response<Incoming>, hyper::Error>>;
 
 /// Sends a request head with its body.
-fn send(lease: &mut Lease, method: Method, target: &str, body: WireBody) -> Result<(Answer, u64), ChunkError> {
+fn send(
+    lease: &mut Lease,
+    method: Method,
+    target: &str,
+    stamp: Option<&LeaseStamp>,
+    body: WireBody,
+) -> Result<(Answer, u64), ChunkError> {
     let counter = lease.next_counter();
     // hyper leaves the content length out of a request without a body, and the server counts what it sees.
     let content_len = (method != Method::GET).then(|| body.remaining_bytes());
-    let mac = head::request_mac(&lease.session().to_server, counter, method.as_str(), target, content_len);
-    let request = Request::builder()
+    let stamp = stamp.map(head::lease_text);
+    let key = &lease.session().to_server;
+    let mac = head::request_mac(key, counter, method.as_str(), target, content_len, stamp.as_deref());
+    let mut request = Request::builder()
         .method(method)
         .uri(target)
         .header(http::header::HOST, "granary")
-        .header(head::MAC_HEADER, hex::encode(mac))
-        .body(body)
-        .map_err(|error| ChunkError::Rejected(format!("not a request: {error}")))?;
+        .header(head::MAC_HEADER, hex::encode(mac));
+    if let Some(stamp) = stamp {
+        request = request.header(head::LEASE_HEADER, stamp);
+    }
+    let request = request.body(body).map_err(|error| ChunkError::Rejected(format!("not a request: {error}")))?;
     Ok((Box::pin(lease.sender().send_request(request)), counter))
 }
 
@@ -125,6 +136,7 @@ pub(super) async fn begin(
     pool: &Arc<Pool>,
     id: ChunkId,
     spec: ChunkSpec,
+    stamp: Option<&LeaseStamp>,
     fresh: bool,
 ) -> Result<ChunkWriter, ChunkError> {
     head::check_spec(&id, &spec).map_err(ChunkError::Rejected)?;
@@ -132,7 +144,7 @@ pub(super) async fn begin(
     let (queue, receiver) = mpsc::channel(QUEUE_PIECES);
     let body = WireBody::queue(receiver, head::put_len_bytes(spec.len_bytes));
     let target = format!("{}{id}?{}", head::CHUNKS_PATH, head::spec_query(&spec));
-    let (answer, counter) = send(&mut lease, Method::PUT, &target, body)?;
+    let (answer, counter) = send(&mut lease, Method::PUT, &target, stamp, body)?;
     Ok(ChunkWriter {
         id,
         spec,
@@ -150,11 +162,17 @@ pub(super) async fn begin(
 }
 
 /// Stores a chunk that is all at hand, a second time if the first connection was dead.
-pub(super) async fn put(pool: &Arc<Pool>, id: ChunkId, spec: ChunkSpec, data: Vec<Bytes>) -> Result<(), ChunkError> {
-    let writer = begin(pool, id, spec, false).await?;
+pub(super) async fn put(
+    pool: &Arc<Pool>,
+    id: ChunkId,
+    spec: ChunkSpec,
+    stamp: Option<&LeaseStamp>,
+    data: Vec<Bytes>,
+) -> Result<(), ChunkError> {
+    let writer = begin(pool, id, spec, stamp, false).await?;
     let reused = writer.lease.reused;
     match writer.write_all(&data).await {
-        Err(error) if stale(reused, &error) => begin(pool, id, spec, true).await?.write_all(&data).await,
+        Err(error) if stale(reused, &error) => begin(pool, id, spec, stamp, true).await?.write_all(&data).await,
         result => result,
     }
 }
@@ -309,7 +327,7 @@ async fn read_once(
     blocks: u32,
 ) -> Result<ChunkBlocks, ChunkError> {
     let target = format!("{}{id}?{}", head::CHUNKS_PATH, head::read_query(first, blocks));
-    let (mut answer, counter) = send(&mut lease, Method::GET, &target, WireBody::empty())?;
+    let (mut answer, counter) = send(&mut lease, Method::GET, &target, None, WireBody::empty())?;
     let good = match answer_head(&mut answer, &lease, pool, counter).await {
         Err(error @ ChunkError::Link(_)) => return Err(error),
         // A refusal is a whole answer without a body: the connection is as good as before.

@@ -13,12 +13,13 @@ mod tests;
 
 pub use chunk::ChunkWriter;
 
-use crate::auth::{client_handshake, nonce, Credentials, Purpose, Session};
+use crate::auth::{client_handshake, nonce, Credentials, Purpose, Session, PROTOCOL_VERSIONS};
 use crate::chunk::{ChunkId, ChunkSpec};
 use crate::control::{ControlRequest, ControlResponse};
 use crate::error::{ChunkError, LinkError};
 use crate::server::ChunkBlocks;
 use bytes::Bytes;
+use granary_placement::lease::LeaseStamp;
 use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -125,7 +126,20 @@ impl NodeClient {
     /// [`ChunkError::Rejected`] for a spec no chunk can have, [`ChunkError::Overloaded`] when too many requests are under way,
     /// [`ChunkError::Link`] when there is no connection.
     pub async fn begin_chunk(&self, id: ChunkId, spec: ChunkSpec) -> Result<ChunkWriter, ChunkError> {
-        chunk::begin(&self.shared.pool, id, spec, false).await
+        chunk::begin(&self.shared.pool, id, spec, None, false).await
+    }
+
+    /// As [`NodeClient::begin_chunk`], for background work: the node refuses it once another holder of the task's lease has acted there.
+    ///
+    /// # Errors
+    /// As [`NodeClient::begin_chunk`]; [`ChunkError::StaleLease`] comes out of the writer.
+    pub async fn begin_chunk_under(
+        &self,
+        lease: &LeaseStamp,
+        id: ChunkId,
+        spec: ChunkSpec,
+    ) -> Result<ChunkWriter, ChunkError> {
+        chunk::begin(&self.shared.pool, id, spec, Some(lease), false).await
     }
 
     /// Stores a chunk whose payload is at hand. Sent a second time when the connection taken from the pool turns out to be dead; the
@@ -134,7 +148,21 @@ impl NodeClient {
     /// # Errors
     /// What the node refused it for, or [`ChunkError::Link`].
     pub async fn put_chunk(&self, id: ChunkId, spec: ChunkSpec, data: Vec<Bytes>) -> Result<(), ChunkError> {
-        chunk::put(&self.shared.pool, id, spec, data).await
+        chunk::put(&self.shared.pool, id, spec, None, data).await
+    }
+
+    /// As [`NodeClient::put_chunk`], for background work: the node refuses it once another holder of the task's lease has acted there.
+    ///
+    /// # Errors
+    /// As [`NodeClient::put_chunk`], and [`ChunkError::StaleLease`].
+    pub async fn put_chunk_under(
+        &self,
+        lease: &LeaseStamp,
+        id: ChunkId,
+        spec: ChunkSpec,
+        data: Vec<Bytes>,
+    ) -> Result<(), ChunkError> {
+        chunk::put(&self.shared.pool, id, spec, Some(lease), data).await
     }
 
     /// Reads up to `blocks` blocks (1 to [`crate::server::MAX_READ_BLOCKS`]) from `first_block` on, fewer at the chunk's end. Every
@@ -188,9 +216,12 @@ async fn connect(target: &Target, purpose: Purpose) -> Result<(TcpStream, Sessio
         .map_err(|_| LinkError::Connect(format!("no connection to {} in time", target.address)))?
         .map_err(|error| LinkError::Connect(format!("{}: {error}", target.address)))?;
     stream.set_nodelay(true).map_err(|error| LinkError::Connect(error.to_string()))?;
-    let handshake = client_handshake(&mut stream, &target.credentials, purpose, nonce()?);
+    let handshake = client_handshake(&mut stream, &target.credentials, purpose, PROTOCOL_VERSIONS, nonce()?);
     match timeout(limits.handshake_timeout, handshake).await {
-        Ok(Ok(session)) => Ok((stream, session)),
+        Ok(Ok(session)) => {
+            tracing::debug!(address = %target.address, ?purpose, version = session.version, "connected");
+            Ok((stream, session))
+        }
         // Nothing was asked yet, so whatever it was, it is a failure to connect.
         Ok(Err(LinkError::Closed(why))) => Err(LinkError::Connect(format!("{}: {why}", target.address))),
         Ok(Err(error)) => Err(error),

@@ -9,7 +9,7 @@ const STALL: Duration = Duration::from_millis(200);
 
 // Computed with another implementation of HMAC, under the session keys of the golden handshake.
 const REQUEST: &str = "0000001a0000000000000001010014719391e3742f14fb5176426d5bc639";
-const REQUEST_2: &str = "0000001a0000000000000002010a8766f5283c7b3fe2ce40f4c426f0f23d";
+const REQUEST_2: &str = "0000001a000000000000000201090e9f1db659939cbd212e2100e4a18a8b";
 const RESPONSE: &str = "0000001b000000000000000102020344c46ba144820ecbe819f06b7e6834f0";
 
 fn requests() -> [Frame; 2] {

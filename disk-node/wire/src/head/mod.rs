@@ -2,13 +2,14 @@
 //!
 //! A request carries `x-granary-mac`: HMAC-SHA256 under the client's session key over a label, the number of requests before it on
 //! the connection (u64), method, path with query (each with its length, u32, before it) and content length (u64; all ones for
-//! none). An answer carries one under the server's session key over a label, the same number, status (u16), `x-granary-answer`
+//! none), and `x-granary-lease` with its length if the request has one. An answer carries one under the server's session key over a label, the same number, status (u16), `x-granary-answer`
 //! (with its length) and content length. The counters are not sent: each end counts, so nothing can be repeated or reordered.
 
 use crate::auth::{same, MacKey};
 use crate::chunk::{block_count, ChunkId, ChunkSpec, MAX_CHUNK_BYTES};
 use crate::error::ChunkError;
 use granary_placement::id::HashSlot;
+use granary_placement::lease::LeaseStamp;
 use granary_placement::scheme::CodecId;
 use http::{HeaderMap, StatusCode};
 
@@ -16,6 +17,8 @@ use http::{HeaderMap, StatusCode};
 pub(crate) const MAC_HEADER: &str = "x-granary-mac";
 /// Header of an answer: the spec of the blocks that follow, or what went wrong.
 pub(crate) const ANSWER_HEADER: &str = "x-granary-answer";
+/// Header of a background write: the lease it is made under.
+pub(crate) const LEASE_HEADER: &str = "x-granary-lease";
 /// Paths of chunks begin so.
 pub(crate) const CHUNKS_PATH: &str = "/v1/chunks/";
 
@@ -41,7 +44,9 @@ pub(crate) fn request_mac(
     method: &str,
     target: &str,
     content_len: Option<u64>,
+    lease: Option<&str>,
 ) -> [u8; 32] {
+    let lease_len = lease.map(|lease| len_of(lease.as_bytes()));
     key.mac(&[
         LABEL_REQUEST,
         &counter.to_be_bytes(),
@@ -50,6 +55,8 @@ pub(crate) fn request_mac(
         &len_of(target.as_bytes()),
         target.as_bytes(),
         &content_len.unwrap_or(u64::MAX).to_be_bytes(),
+        lease_len.as_ref().map_or(&[], |len| &len[..]),
+        lease.unwrap_or_default().as_bytes(),
     ])
 }
 
@@ -71,6 +78,21 @@ pub(crate) fn mac_matches(headers: &HeaderMap, expected: &[u8; 32]) -> bool {
     let mut all = headers.get_all(MAC_HEADER).iter();
     let (Some(header), None) = (all.next(), all.next()) else { return false };
     hex::decode_to_slice(header.as_bytes(), &mut sent).is_ok() && same(&sent, expected)
+}
+
+/// A lease stamp as the text of a header: the epoch, and the task's name in hexadecimal digits, because it may have any bytes.
+pub(crate) fn lease_text(lease: &LeaseStamp) -> String {
+    format!("{} {}", lease.epoch, hex::encode(&lease.task))
+}
+
+/// The lease stamp in a header.
+pub(crate) fn parse_lease(text: &str) -> Option<LeaseStamp> {
+    let (epoch, task) = text.split_once(' ')?;
+    if !epoch.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let task = String::from_utf8(hex::decode(task).ok()?).ok()?;
+    LeaseStamp::is_task(&task).then_some(LeaseStamp { task, epoch: epoch.parse().ok()? })
 }
 
 /// The text of a header that stands there at most once.
@@ -179,6 +201,7 @@ pub(crate) fn error_answer(error: &ChunkError) -> (StatusCode, String) {
         // A node's own trouble with other nodes is not the client's link.
         ChunkError::Link(error) => (StatusCode::BAD_GATEWAY, format!("disk {}", header_text(&error.to_string()))),
         ChunkError::AlreadyThere => (StatusCode::CONFLICT, "already-there".to_owned()),
+        ChunkError::StaleLease { current } => (StatusCode::PRECONDITION_FAILED, format!("stale-lease {current}")),
     }
 }
 
@@ -193,6 +216,7 @@ pub(crate) fn parse_error(text: &str) -> Option<ChunkError> {
         "rejected" => ChunkError::Rejected(rest.to_owned()),
         "disk" => ChunkError::Disk(rest.to_owned()),
         "already-there" => ChunkError::AlreadyThere,
+        "stale-lease" => ChunkError::StaleLease { current: rest.parse().ok()? },
         _ => return None,
     })
 }

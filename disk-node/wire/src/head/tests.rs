@@ -10,10 +10,32 @@ use proptest::prelude::{any, proptest};
 fn codes_of_heads_are_the_golden_bytes() {
     // Computed with another implementation of HMAC, under the session keys of the golden handshake.
     let session = known_session();
-    let request = request_mac(&session.to_server, 5, "PUT", "/v1/chunks/00?x=1", Some(70_000));
+    let request = request_mac(&session.to_server, 5, "PUT", "/v1/chunks/00?x=1", Some(70_000), None);
     assert_eq!(hex::encode(request), "35b0491ce198272a9a6b791dcbd1a11716344b3680386142268a16de68010b26");
     let answer = answer_mac(&session.to_client, 5, StatusCode::INSUFFICIENT_STORAGE, "disk-full", 0);
     assert_eq!(hex::encode(answer), "f2f738458d1fb39de89f51f7a0e056a638efdf33dd079fd579580c20ca9ddb0f");
+}
+
+#[test]
+fn the_code_of_a_request_covers_its_lease() {
+    let key = known_session().to_server;
+    let mac = |lease| request_mac(&key, 5, "PUT", "/v1/chunks/00?x=1", Some(70_000), lease);
+    assert_ne!(mac(Some("1 61")), mac(None));
+    assert_ne!(mac(Some("1 61")), mac(Some("2 61")));
+    assert_ne!(mac(Some("")), mac(None));
+}
+
+#[test]
+fn a_lease_in_a_header_has_one_form() {
+    let lease = LeaseStamp { task: "heal/3 \u{e9}".to_owned(), epoch: u64::MAX };
+    assert_eq!(lease_text(&lease), "18446744073709551615 6865616c2f3320c3a9");
+    assert_eq!(parse_lease(&lease_text(&lease)), Some(lease));
+    let long = format!("1 {}", "61".repeat(65));
+    for wrong in
+        ["", "1", "1 ", "+1 61", "-1 61", " 61", "1 6", "1 00", "1 ff", "18446744073709551616 61", "1 61 61", &long]
+    {
+        assert_eq!(parse_lease(wrong), None, "{wrong}");
+    }
 }
 
 #[test]
@@ -54,6 +76,7 @@ fn no_chunk_is_empty_too_long_or_outside_its_code() {
 fn every_error_survives_the_trip() {
     for error in [
         ChunkError::NotFound,
+        ChunkError::StaleLease { current: 7 },
         ChunkError::Corrupt { block: 17 },
         ChunkError::DiskFull,
         ChunkError::Overloaded,

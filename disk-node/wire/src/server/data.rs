@@ -8,6 +8,7 @@ use crate::chunk::{block_count, ChunkId, ChunkSpec, BLOCK_BYTES};
 use crate::error::ChunkError;
 use crate::head;
 use bytes::{Bytes, BytesMut};
+use granary_placement::lease::LeaseStamp;
 use http::header::{HeaderValue, CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::BodyExt;
@@ -140,7 +141,13 @@ impl Requests {
             None => None,
         };
         let target = parts.uri.path_and_query().map_or("", |target| target.as_str());
-        let expected = head::request_mac(&self.session.to_server, counter, parts.method.as_str(), target, content_len);
+        let lease = head::single_header(&parts.headers, head::LEASE_HEADER);
+        let (key, method) = (&self.session.to_server, parts.method.as_str());
+        let expected = head::request_mac(key, counter, method, target, content_len, lease);
+        // A lease that stands there twice or is no text was not read, so it was not covered by the code either.
+        if lease.is_none() && parts.headers.contains_key(head::LEASE_HEADER) {
+            return Err(Refusal::Unauthenticated);
+        }
         if !head::mac_matches(&parts.headers, &expected) || parts.headers.contains_key(TRANSFER_ENCODING) {
             return Err(Refusal::Unauthenticated);
         }
@@ -158,7 +165,9 @@ impl Requests {
                 if content_len != Some(head::put_len_bytes(spec.len_bytes)) {
                     return Err(rejected("the body's length is not that of the chunk and its checksums"));
                 }
-                self.put(id, spec, body).await?;
+                let lease =
+                    lease.map(|text| head::parse_lease(text).ok_or_else(|| rejected("not a lease"))).transpose()?;
+                self.put(id, spec, lease, body).await?;
                 Ok((String::new(), VecDeque::new()))
             }
             Method::GET => {
@@ -180,8 +189,14 @@ impl Requests {
     }
 
     /// Passes the payload to a sink as it comes, then the checksum table. On any error the sink is dropped, which undoes it.
-    async fn put(&self, id: ChunkId, spec: ChunkSpec, body: &mut Incoming) -> Result<(), ChunkError> {
-        let mut sink = self.server.service.begin_chunk(id, spec).await?;
+    async fn put(
+        &self,
+        id: ChunkId,
+        spec: ChunkSpec,
+        lease: Option<LeaseStamp>,
+        body: &mut Incoming,
+    ) -> Result<(), ChunkError> {
+        let mut sink = self.server.service.begin_chunk(id, spec, lease).await?;
         let mut data_left = spec.len_bytes;
         let blocks = block_count(spec.len_bytes);
         let table_bytes =

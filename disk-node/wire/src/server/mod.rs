@@ -14,12 +14,13 @@ mod stall;
 #[cfg(test)]
 mod tests;
 
-use crate::auth::{nonce, refuse_busy, server_handshake, Credentials, Purpose};
+use crate::auth::{nonce, refuse_busy, server_handshake, Credentials, Purpose, PROTOCOL_VERSIONS};
 use crate::chunk::{ChunkId, ChunkSpec};
 use crate::control::{ControlRequest, ControlResponse};
 use crate::error::{ChunkError, LinkError};
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use granary_placement::lease::LeaseStamp;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -37,8 +38,14 @@ pub trait NodeService: Send + Sync + 'static {
     /// Answers a control request.
     fn control(&self, request: ControlRequest) -> BoxFuture<'_, ControlResponse>;
 
-    /// Begins to store a chunk. Refuses early what cannot be stored, before its payload is on the way.
-    fn begin_chunk(&self, id: ChunkId, spec: ChunkSpec) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>>;
+    /// Begins to store a chunk. Refuses early what cannot be stored, before its payload is on the way. `lease`: the lease under which
+    /// background work writes it; one that was taken over is refused, also when that happens while the payload comes.
+    fn begin_chunk(
+        &self,
+        id: ChunkId,
+        spec: ChunkSpec,
+        lease: Option<LeaseStamp>,
+    ) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>>;
 
     /// Reads blocks of a chunk: `blocks` is 1 to [`MAX_READ_BLOCKS`], clipped at the chunk's end.
     fn read_blocks(&self, id: ChunkId, first_block: u32, blocks: u32)
@@ -184,7 +191,7 @@ impl Server {
     }
 
     async fn handshake(&self, stream: &mut TcpStream) -> Result<(Purpose, crate::auth::Session), LinkError> {
-        server_handshake(stream, &self.credentials, nonce()?).await
+        server_handshake(stream, &self.credentials, PROTOCOL_VERSIONS, nonce()?).await
     }
 }
 

@@ -14,13 +14,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 async fn enter(server: &Running, purpose: Purpose) -> (TcpStream, Session) {
     let mut stream = TcpStream::connect(server.address).await.unwrap();
-    let session = client_handshake(&mut stream, &credentials(), purpose, nonce().unwrap()).await.unwrap();
+    let session =
+        client_handshake(&mut stream, &credentials(), purpose, PROTOCOL_VERSIONS, nonce().unwrap()).await.unwrap();
     (stream, session)
 }
 
 /// The head of a request with the code that belongs to it.
 fn signed(session: &Session, counter: u64, method: &str, target: &str, content_len: Option<u64>) -> String {
-    let mac = head::request_mac(&session.to_server, counter, method, target, content_len);
+    let mac = head::request_mac(&session.to_server, counter, method, target, content_len, None);
     let length = content_len.map(|len| format!("content-length: {len}\r\n")).unwrap_or_default();
     format!("{method} {target} HTTP/1.1\r\nhost: granary\r\n{length}x-granary-mac: {}\r\n\r\n", hex::encode(mac))
 }

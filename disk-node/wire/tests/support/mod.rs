@@ -5,6 +5,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
 use granary_placement::id::{ClusterId, ExtentId, HashSlot, PlacementGroupId};
+use granary_placement::lease::LeaseStamp;
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{block_count, block_crc, ChunkId, ChunkSpec, BLOCK_BYTES};
 use granary_wire::control::{ControlRequest, ControlResponse};
@@ -40,6 +41,8 @@ pub struct MemoryNode {
     /// Control requests hang.
     pub hang: AtomicBool,
     pub controls: AtomicUsize,
+    /// The lease of each chunk begun.
+    pub leases: Mutex<Vec<Option<LeaseStamp>>>,
 }
 
 struct MemorySink {
@@ -107,15 +110,21 @@ impl NodeService for Service {
                     }
                     ControlResponse::Raft(message)
                 }
-                ControlRequest::DeleteChunks(ids) => ControlResponse::Deleted(ids.len() as u32),
+                ControlRequest::DeleteChunks { chunks, .. } => ControlResponse::Deleted(chunks.len() as u32),
                 _ => ControlResponse::Done,
             }
         }
         .boxed()
     }
 
-    fn begin_chunk(&self, id: ChunkId, spec: ChunkSpec) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>> {
+    fn begin_chunk(
+        &self,
+        id: ChunkId,
+        spec: ChunkSpec,
+        lease: Option<LeaseStamp>,
+    ) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>> {
         async move {
+            self.0.leases.lock().unwrap().push(lease);
             if let Some(error) = &*self.0.refuse.lock().unwrap() {
                 return Err(error.clone());
             }
