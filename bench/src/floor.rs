@@ -1,9 +1,11 @@
-//! `granary-bench floor`: the CPU-seconds per GiB that a PUT and a GET cannot avoid, each step measured alone on this machine.
+//! `granary-bench floor`: the CPU-seconds per GiB that a PUT and a GET cannot avoid, each step measured alone on this
+//! machine.
 //!
-//! A PUT of one GiB must hash it (MD5 for the ETag; SHA-256 too when the client signs its payload), code it, checksum every block once in the
-//! gateway and once in the disk node, receive it once and send it (K+M)/K times over loopback, receive that, and write it to
-//! files. A GET reads (from the page cache), checksums twice, and crosses loopback twice. The sum is what an implementation without a single
-//! wasted instruction would need; `granary-bench load` measures what ours needs. Both in one run on one machine, or the ratio means nothing.
+//! A PUT of one GiB must hash it (MD5 for the ETag; SHA-256 too when the client signs its payload), code it, checksum
+//! every block once in the gateway and once in the disk node, receive it once and send it (K+M)/K times over loopback,
+//! receive that, and write it to files. A GET reads (from the page cache), checksums twice, and crosses loopback twice.
+//! The sum is what an implementation without a single wasted instruction would need; `granary-bench load` measures what
+//! ours needs. Both in one run on one machine, or the ratio means nothing.
 //!
 //! Times are CPU times of the threads that do the step, kernel included.
 

@@ -1,7 +1,8 @@
 //! Power loss at every call to the disk, in every way it may leave the disk, for every short sequence of operations.
 //!
-//! The model is a map. After recovery: every acknowledged chunk is there with its bytes, every acknowledged deletion holds, whatever was under
-//! way is there whole or not at all, nothing else is there; and recovering again gives the same state.
+//! The model is a map. After recovery: every acknowledged chunk is there with its bytes, every acknowledged deletion
+//! holds, whatever was under way is there whole or not at all, nothing else is there; and recovering again gives the
+//! same state.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -87,8 +88,8 @@ enum Action {
     Together(u8, u8),
     /// An upload that is given up half-way while another chunk goes past it.
     Abort(u8),
-    /// A long upload with others of its own and another chunk, a flush and a deletion going past it: the watermark must wait for it, and a
-    /// record that lies further back in the segment is the newer one.
+    /// A long upload with others of its own and another chunk, a flush and a deletion going past it: the watermark must
+    /// wait for it, and a record that lies further back in the segment is the newer one.
     Interleaved(u8),
     Delete(u8),
     Flush,
@@ -491,7 +492,8 @@ fn a_crash_at_each_step_of_recovery_loses_nothing() {
     assert!(states > 1000);
 }
 
-/// With the index gone every acknowledged chunk comes back; chunks whose holes were not certain may come back too, but only with bytes they had.
+/// With the index gone every acknowledged chunk comes back; chunks whose holes were not certain may come back too, but
+/// only with bytes they had.
 #[test]
 fn a_lost_index_is_rebuilt_from_the_segments() {
     let mut random = Random(4);
@@ -532,7 +534,8 @@ fn space_of_deleted_and_aborted_chunks_comes_back() {
     }
 }
 
-/// A call fails instead of the power: whatever the store still answers must hold, and after an error that is not "no room" it answers nothing.
+/// A call fails instead of the power: whatever the store still answers must hold, and after an error that is not "no
+/// room" it answers nothing.
 #[test]
 fn a_failed_call_is_never_answered_for() {
     let mut random = Random(5);
@@ -558,7 +561,8 @@ fn a_failed_call_is_never_answered_for() {
     }
 }
 
-/// Room for two segments or three: records are refused, holes are punched to make room in the middle of a group, and the power goes.
+/// Room for two segments or three: records are refused, holes are punched to make room in the middle of a group, and
+/// the power goes.
 #[test]
 fn power_loss_on_a_full_disk_keeps_every_promise() {
     let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(6);

@@ -300,7 +300,8 @@ async fn what_is_not_this_nodes_disk_is_refused_in_words() {
     assert!(code == Some(2) && text.contains("damaged"), "{text}");
 }
 
-/// The kernel refuses one sync; the process must end without an answer, and a fresh one must hold what was acknowledged before.
+/// The kernel refuses one sync; the process must end without an answer, and a fresh one must hold what was acknowledged
+/// before.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_failed_sync_ends_the_process() {
     let strace = Command::new("strace").arg("-V").output();
@@ -313,8 +314,8 @@ async fn the_first_failed_sync_ends_the_process() {
     put(&node.client(), 1, 100_000).await.unwrap();
     node.signal("TERM");
     node.wait();
-    // The tracer counts per thread: past what the opening thread needs, so that it is the writer's sync that fails, at its birth of a
-    // segment or for a group.
+    // The tracer counts per thread: past what the opening thread needs, so that it is the writer's sync that fails, at
+    // its birth of a segment or for a group.
     for when in [16, 25, 40] {
         let trace = disk.root.path().join("trace");
         let mut command = Command::new("strace");

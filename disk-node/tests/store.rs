@@ -135,7 +135,7 @@ async fn chunks_of_every_size_come_back_over_restarts_and_without_the_index() {
     assert!(matches!(put(&store, chunk(0), b"late").await, Err(StoreError::Failed(_))));
     drop(store);
     let (store, recovered) = open(dir.path());
-    assert_eq!((recovered.rebuilt, recovered.records_taken_in), (false, 0), "a clean stop leaves nothing to recover");
+    assert_eq!((recovered.rebuilt, recovered.records_indexed), (false, 0), "a clean stop leaves nothing to recover");
     all_there(store.clone()).await;
     put(&store, chunk(50), &payload(50, 70_000)).await.unwrap();
     store.delete(vec![chunk(50)]).await.unwrap();
@@ -308,7 +308,8 @@ struct LoopMount {
     dir: tempfile::TempDir,
 }
 
-/// A command as root: by itself, or through sudo where that asks for no password. Debian keeps file system tools out of others' PATH.
+/// A command as root: by itself, or through sudo where that asks for no password. Debian keeps file system tools out of
+/// others' PATH.
 fn as_root(program: &str, args: &[&str]) -> Command {
     let mut command = if rustix::process::geteuid().is_root() {
         Command::new(program)

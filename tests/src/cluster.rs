@@ -13,9 +13,9 @@ const ACCESS_KEY: &str = "AKIAGRANARYTEST00000";
 /// How the cluster is made.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Disk nodes.
+    /// How many disk nodes.
     pub disks: u32,
-    /// K+M.
+    /// Redundancy scheme, written K+M.
     pub scheme: &'static str,
     /// A disk node that dies is started again by `granary dev`.
     pub restart: bool,
@@ -266,7 +266,8 @@ impl Cluster {
         http(&self.admin, "GET", "/metrics", None, Duration::from_secs(10)).expect("metrics").1
     }
 
-    /// Waits until clients have uploaded `bytes` more than now while `client` still runs: the middle of a backup. Fails when it ends first.
+    /// Waits until clients have uploaded `bytes` more than now while `client` still runs: the middle of a backup. Fails
+    /// when it ends first.
     pub fn wait_until_uploading(&self, client: &mut Child, bytes: u64) {
         let uploaded = || metric(&self.metrics(), "granary_s3_bytes_in_total");
         let (before, started) = (uploaded(), Instant::now());
@@ -375,7 +376,7 @@ impl Drop for Cluster {
             while matches!(child.try_wait(), Ok(None)) && started.elapsed() < Duration::from_secs(15) {
                 std::thread::sleep(Duration::from_millis(20));
             }
-            // Either gone already, or it has had its time.
+            // Gone already, or past the time it had to stop.
             if child.kill().is_ok() {
                 let _status = child.wait();
             }
@@ -397,7 +398,7 @@ pub fn signal(pid: i32, signal: rustix::process::Signal) {
     }
 }
 
-/// Does the process run (a zombie does not)?
+/// True while the process runs; a zombie does not.
 pub fn alive(pid: i32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or("").trim_start().starts_with('Z'))

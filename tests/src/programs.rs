@@ -1,4 +1,5 @@
-//! Where the client programs are, and how they are run: a clean environment, a private home, output kept for the failure message.
+//! Where the client programs are, and how they are run: a clean environment, a private home, output kept for the
+//! failure message.
 
 use crate::cluster::Cluster;
 use std::collections::BTreeMap;

@@ -74,8 +74,8 @@ pub fn assert_same(what: &str, expected: &Manifest, found: &Manifest) {
     println!("    {what}: {} files the same", expected.len());
 }
 
-/// A copy of a part of the Rust toolchain's folder below `into`: about `bytes` in all, many small files and some large ones. The same on
-/// each run with the same toolchain. Links are kept.
+/// A copy of a part of the Rust toolchain's folder below `into`: about `bytes` in all, many small files and some large
+/// ones. The same on each run with the same toolchain. Links are kept.
 pub fn toolchain_sample(into: &Path, bytes: u64) -> PathBuf {
     let source = toolchain();
     let mut files = Vec::new();

@@ -1,7 +1,8 @@
-//! Real backup programs against a real cluster while disks are killed, deleted and replaced. The judge is the bytes of the restored
-//! tree, not the tool's word.
+//! Real backup programs against a real cluster while disks are killed, deleted and replaced. The restored tree is
+//! compared byte for byte, whatever the tool says.
 //!
-//! Short form: about 100 MB of the Rust toolchain's folder. Long form (`make soak`): all of it, over 1 GB and 20,000 files.
+//! Short form: about 100 MB of the Rust toolchain's folder. Long form (`make soak`): all of it, over 1 GB and 20,000
+//! files.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use granary_tests::cluster::{remove_dir, Cluster, DiskProcess, Options};

@@ -1,7 +1,9 @@
-//! kill -9 under load: nothing acknowledged is lost or wrong, listings are right, everything is up again without a hand.
+//! kill -9 under load: nothing acknowledged is lost or wrong, listings are right, the cluster is
+//! complete again without an operator.
 //!
-//! Each writer owns its keys, so what a key may hold is known: the last acknowledged state, or one whose outcome the writer never
-//! learned since. (kill -9 keeps the page cache: this is no test of power loss; the chunk store's crash enumeration is.)
+//! Each writer owns its keys, so what a key may hold is known: the last acknowledged state, or one whose outcome the
+//! writer never learned since. (kill -9 keeps the page cache: this is no test of power loss; the chunk store's crash
+//! enumeration is.)
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use bytes::Bytes;
@@ -47,7 +49,7 @@ fn body(number: u64) -> Bytes {
     bytes.into()
 }
 
-/// Which body is this? Panics on bytes that no writer ever made.
+/// The number of a body. Panics on bytes that no writer ever made.
 fn number_of(key: &str, found: &[u8]) -> u64 {
     let number = u64::from_be_bytes(found[..8].try_into().unwrap());
     assert!(body(number) == found, "{key}: {} bytes that nobody wrote (they begin with number {number})", found.len());
@@ -104,7 +106,7 @@ async fn check(client: &Client, model: &Model) -> usize {
         if found.is_some() {
             present.push(key.clone());
         }
-        // What was read stays: a later read must find the same.
+        // From here on the key holds what was read: a later read must find the same.
         model.lock().unwrap().insert(key.clone(), MayHold { acknowledged: found, unknown: Vec::new() });
     }
     let started = Instant::now();
@@ -198,7 +200,8 @@ fn one_hundred_kills_lose_nothing_acknowledged() {
     assert_eq!(census["extents_lost"].as_u64(), Some(0), "{census}");
 }
 
-/// With two disks gone the cluster takes writes and answers reads; with a third gone it refuses both clearly, and loses nothing.
+/// With two disks gone the cluster takes writes and answers reads; with a third gone it refuses both clearly, and loses
+/// nothing.
 #[test]
 fn a_third_dead_disk_refuses_clearly_and_loses_nothing() {
     let cluster = Cluster::start(Options::default());

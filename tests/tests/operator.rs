@@ -1,5 +1,6 @@
-//! A cluster run by hand, without `granary dev`: disks formatted and started one by one, formed by `granary init`, served by two
-//! gateways. Every step of docs/operations.md in short form, and what an operator is told when a step goes wrong.
+//! A cluster run by hand, without `granary dev`: disks formatted and started one by one, formed by `granary init`,
+//! served by two gateways. Every step of docs/operations.md in short form, and what an operator is told when a step
+//! goes wrong.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use bytes::Bytes;

@@ -1,5 +1,5 @@
-//! S3 as clients and attackers see it, against a real cluster: hostile input gives the AWS error and stores nothing, strange keys give
-//! the very key back.
+//! S3 as clients and attackers see it, against a real cluster: hostile input gives the AWS error and stores nothing,
+//! strange keys give the very key back.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use base64::Engine as _;
@@ -146,7 +146,7 @@ fn hostile_requests_get_the_aws_error_and_store_nothing() {
     assert!(two.starts_with("HTTP/1.1 4"), "two lengths: {two}");
     assert_eq!(scene.keys(), Vec::<String>::new(), "odd lengths");
 
-    // Sums that do not fit.
+    // Checksums that do not agree with the body.
     let md5_of_nothing = base64(&hex::decode("d41d8cd98f00b204e9800998ecf8427e").unwrap());
     for (length, body) in [(5, Bytes::from_static(b"hello")), (600_000, Bytes::from(vec![7u8; 600_000]))] {
         let put = |headers: &[(&str, &str)]| scene.ask(Method::PUT, &path, &[], headers, Body::Bytes(body.clone()));
@@ -216,7 +216,7 @@ fn hostile_requests_get_the_aws_error_and_store_nothing() {
         &["NoSuchUpload"],
     );
 
-    // Names that are none.
+    // Names that S3 does not allow.
     let nul = scene.ask(Method::PUT, &format!("/{BUCKET}/a\0b"), &[], &[], bytes("x"));
     assert_eq!(nul.status.as_u16(), 400, "NUL in a key: {}", nul.text());
     let long = scene.ask(Method::PUT, &format!("/{BUCKET}/{}", "k".repeat(1025)), &[], &[], bytes("x"));
@@ -232,7 +232,7 @@ fn hostile_requests_get_the_aws_error_and_store_nothing() {
     assert_eq!(scene.ask(Method::GET, "/no-such-bucket/key", &[], &[], Body::Empty).code(), "NoSuchBucket");
     assert_eq!(scene.ask(Method::GET, &path, &[], &[], Body::Empty).code(), "NoSuchKey");
     assert_eq!(scene.keys(), Vec::<String>::new());
-    // The gateway took no harm.
+    // The gateway still works.
     assert_eq!(scene.ask(Method::PUT, &path, &[], &[], bytes("fine")).status, StatusCode::OK);
     assert!(memory_bytes(scene.cluster.pid(), true) < 400 << 20);
 }
@@ -412,7 +412,7 @@ fn ranges_conditions_and_copies_agree_with_the_bytes() {
         assert!(copied.body == payload, "{size}: the copy is wrong");
         assert_eq!(copied.header("x-amz-meta-size"), size.to_string());
     }
-    // Of many racers with If-None-Match: * exactly one wins.
+    // Of many concurrent writers with If-None-Match: * exactly one wins.
     let racers = (0..16).map(|number| {
         let client = scene.client.clone();
         async move {

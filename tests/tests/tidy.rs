@@ -151,8 +151,18 @@ fn each_foreign_library_has_one_door() {
             "openraft in {file}"
         );
     }
-    for file in naming("gateway/src", "s3s") {
-        assert!(file.starts_with("gateway/src/s3/"), "s3s in {file}");
+    for (library, door) in [
+        ("s3s", "gateway/src/s3/"),
+        ("percent_encoding", "gateway/src/s3/"),
+        ("form_urlencoded", "gateway/src/s3/"),
+        ("axum", "gateway/src/admin/"),
+        ("tower", "gateway/src/admin/"),
+        ("tower_http", "gateway/src/admin/"),
+        ("askama", "gateway/src/admin/"),
+    ] {
+        for file in naming("gateway/src", library) {
+            assert!(file.starts_with(door), "{library} in {file}, which is not in {door}");
+        }
     }
     for (folder, library) in [
         ("gateway/src", "rocksdb"),
@@ -160,6 +170,7 @@ fn each_foreign_library_has_one_door() {
         ("gateway/src", "granary_replica"),
         ("disk-node/src", "openraft"),
         ("disk-node/src", "s3s"),
+        ("disk-node/src", "axum"),
         ("disk-node/wire/src", "openraft"),
     ] {
         assert_eq!(naming(folder, library), BTreeSet::new(), "{library} in {folder}");
@@ -186,10 +197,12 @@ fn foreign_units(plans: &[&[&str]]) -> BTreeMap<String, BTreeSet<String>> {
         for unit in graph["units"].as_array().unwrap() {
             let package = unit["pkg_id"].as_str().unwrap();
             let kind = unit["target"]["kind"].to_string();
-            // A build script takes the features of the crate it belongs to, which may be two sets: one for macros, one for the program.
+            // A build script takes the features of the crate it belongs to, which may be two sets: one for macros, one
+            // for the program.
             if package.starts_with("registry+") && !kind.contains("custom-build") {
                 let (_, package) = package.rsplit_once('#').unwrap();
-                // What macros and build scripts depend on has its own optimisation level, and so is compiled for them alone.
+                // What macros and build scripts depend on has its own optimisation level, and so is compiled for them
+                // alone.
                 let name = format!("{package} {kind} {} at level {}", unit["mode"], unit["profile"]["opt_level"]);
                 units.entry(name).or_default().insert(unit["features"].to_string());
             }
@@ -249,6 +262,22 @@ fn no_source_file_is_longer_than_one_sitting() {
             assert!(lines <= 900, "{} has {lines} lines", file.display());
         }
     }
+}
+
+#[test]
+fn comments_keep_within_120_columns() {
+    let mut long = Vec::new();
+    for folder in ["placement", "disk-node", "gateway", "bench", "tests"] {
+        for file in rust_files(folder) {
+            let text = std::fs::read_to_string(&file).unwrap();
+            for (number, line) in text.lines().enumerate() {
+                if line.trim_start().starts_with("//") && line.chars().count() > 120 {
+                    long.push(format!("{}:{}", file.strip_prefix(root()).unwrap().display(), number + 1));
+                }
+            }
+        }
+    }
+    assert!(long.is_empty(), "comments beyond 120 columns: {long:#?}");
 }
 
 #[test]

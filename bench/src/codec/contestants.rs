@@ -1,7 +1,7 @@
 //! Who is measured: np16 on one kernel, the crate that defines it, and other erasure codecs.
 //!
-//! Each contestant works on its own copy of the same stripe, keeps its buffers and its decode matrix between calls where its
-//! interface allows it, and proves its bytes in `check` before it is timed.
+//! Each contestant works on its own copy of the same stripe, keeps its buffers and its decode matrix between calls
+//! where its interface allows it, and proves its bytes in `check` before it is timed.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -289,8 +289,8 @@ impl Contestant for Simd {
     }
 }
 
-/// reed-solomon-novelpoly as it is, on its own interleaved layout, which is prepared beforehand. A K that is no power of
-/// two runs with zero units in the free places, as np16 defines it.
+/// reed-solomon-novelpoly as it is, on its own interleaved layout, which is prepared beforehand. A K that is no power
+/// of two runs with zero units in the free places, as np16 defines it.
 struct NovelPoly {
     codec: ReedSolomon,
     k_code: usize,

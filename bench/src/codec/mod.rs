@@ -1,9 +1,9 @@
 //! `granary-bench codec`: GB/s of payload of np16 on every kernel of this CPU, and of the other crates, in one run.
 //!
-//! Three operations on one stripe whose units stay in cache: encode all coding units, rebuild one lost data unit, rebuild
-//! M lost data units. GB are 10^9 bytes of payload, K x unit, whatever the operation. Time is CPU time of this thread, so a
-//! busy machine slows the figures less than the clock on the wall would; the median of many samples is the figure, the
-//! best one is beside it. Every operation is checked for right bytes once, before it is timed.
+//! Three operations on one stripe whose units stay in cache: encode all coding units, rebuild one lost data unit,
+//! rebuild M lost data units. GB are 10^9 bytes of payload, K x unit, whatever the operation. Time is CPU time of this
+//! thread, so a busy machine slows the figures less than the clock on the wall would; the median of many samples is the
+//! figure, the best one is beside it. Every operation is checked for right bytes once, before it is timed.
 //!
 //! Read in this order: [`run`], [`measure`], then the contestants in [`contestants`].
 
@@ -27,7 +27,7 @@ const EXTRA_STRIDE_BYTES: usize = 128;
 /// One sample repeats the operation for at least this long, so that reading the clock costs nothing beside it.
 const SAMPLE_NS: u64 = 200_000;
 
-/// A figure from fewer samples than this is not a median of anything.
+/// Fewest samples that a median is taken from.
 const MIN_SAMPLES: usize = 5;
 
 /// What 8+4 with units of 64 KiB must reach, in GB/s.

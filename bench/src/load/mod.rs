@@ -1,8 +1,9 @@
-//! `granary-bench load`: PUT and GET of one or more object sizes against an S3 endpoint, with the CPU-seconds of every process.
+//! `granary-bench load`: PUT and GET of one or more object sizes against an S3 endpoint, with the CPU-seconds of every
+//! process.
 //!
-//! Wall time on a shared machine is noise; CPU-seconds per GiB and per 10,000 requests are what lasts. With `--embedded` a fresh
-//! cluster is started in a temporary folder and removed afterwards; else `--cluster DIR` names the folder of a running `granary dev`,
-//! or `--endpoint` any S3 server (whose processes are then named by `--pid`).
+//! Wall time on a shared machine is noise; CPU-seconds per GiB and per 10,000 requests are what lasts. With
+//! `--embedded` a fresh cluster is started in a temporary folder and removed afterwards; else `--cluster DIR` names the
+//! folder of a running `granary dev`, or `--endpoint` any S3 server (whose processes are then named by `--pid`).
 //!
 //! Read in this order: [`run`], [`Phase`] (one verb at one size), [`cpu`] (where CPU-seconds come from), [`embedded`].
 

@@ -1,10 +1,11 @@
-//! Every decision of the one writer of a disk: where a record goes, what is synced before what, when space comes back.
+//! Every decision of the one writer of a disk: where a record goes, what is synced before what, when space is freed.
 //!
-//! No threads, no queue and no clock of its own, so that the crash tests can stop it at any call to the device. [`super::writer`] is the thread
-//! around it.
+//! No threads, no queue and no clock of its own, so that the crash tests can stop it at any call to the device.
+//! [`super::writer`] is the thread around it.
 //!
-//! The order of a group: records written, one `fdatasync` per touched segment, one index batch, answers to the puts; when something was
-//! deleted, an index flush, answers to the deletes. Then the housekeeping: seals, flushes, holes, removal of dead segments.
+//! The order of a group: records are written, each segment written to gets one `fdatasync`, the index gets one batch,
+//! puts are answered. When something was deleted, the index is flushed and deletes are answered. Then comes
+//! housekeeping: seals, flushes, holes, removal of dead segments.
 
 use super::device::{is_full, SegmentFile};
 use super::format::{
@@ -52,12 +53,12 @@ pub enum Op {
     },
 }
 
-/// What came of it.
+/// What a request came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Done {
-    /// The chunk is on the disk for certain.
+    /// The chunk is durable.
     Stored,
-    /// So many of them were there, and are gone for certain.
+    /// This many of them were there; their removal is durable.
     Deleted(u32),
 }
 
@@ -68,12 +69,13 @@ pub struct Ticket(pub u64);
 /// Holes punched in one round of housekeeping; writes wait while they are.
 const HOLES_PER_ROUND: usize = 256;
 
-/// A new segment takes at most this part of the free space, so that a small disk is not allocated at once.
+/// A new segment takes at most one part in this many of the free space, so that the first one does not fill a small
+/// disk.
 const SEGMENT_SHARE: u64 = 8;
 
-/// Space taken in a segment.
+/// Space of one record in a segment.
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct Allocation {
     segment: u32,
     offset: u64,
 }
@@ -81,7 +83,7 @@ struct Place {
 struct Reservation {
     id: ChunkId,
     spec: ChunkSpec,
-    place: Place,
+    space: Allocation,
     /// A piece found no room; the upload cannot be committed.
     full: bool,
 }
@@ -89,17 +91,17 @@ struct Reservation {
 /// A segment as the writer knows it.
 pub(super) struct Segment {
     pub(super) info: SegmentInfo,
-    /// Only of segments that take records or wait for uploads.
+    /// Open while the segment takes records or waits for uploads.
     file: Option<Arc<dyn SegmentFile>>,
     /// Where the next record goes.
     tail: u64,
-    /// Records being written.
-    taken: BTreeSet<u64>,
+    /// Offsets of records that are being written.
+    in_flight: BTreeSet<u64>,
 }
 
 impl Segment {
     pub(super) fn sealed(info: SegmentInfo) -> Segment {
-        Segment { info, file: None, tail: info.length_bytes, taken: BTreeSet::new() }
+        Segment { info, file: None, tail: info.length_bytes, in_flight: BTreeSet::new() }
     }
 }
 
@@ -109,23 +111,23 @@ pub struct Core {
     segments: BTreeMap<u32, Segment>,
     active: Option<u32>,
     // Sets of segment numbers, so that a group never walks over all segments of a large disk.
-    /// Take no new records; sealed when their last upload ends.
+    /// Segments that take no new records and are sealed when their last upload ends.
     closing: BTreeSet<u32>,
-    /// A record was finished since the last sync.
-    touched: BTreeSet<u32>,
-    /// Their `info` changed since the last batch.
+    /// Segments with a record that was finished since their last sync.
+    unsynced: BTreeSet<u32>,
+    /// Segments whose `info` changed since the last batch.
     dirty: BTreeSet<u32>,
-    /// Sealed, and nothing alive in them.
+    /// Sealed segments without a live record.
     dead: BTreeSet<u32>,
     uploads: HashMap<Ticket, Reservation>,
     next_ticket: u64,
     disk: DiskInfo,
-    /// Changes that ride in the next batch.
-    carry: Batch,
-    /// Dead pieces whose index entry is not flushed yet.
-    holes_waiting: Vec<Hole>,
-    /// Dead pieces that may be punched.
-    holes_ready: Vec<Hole>,
+    /// Changes that are written with the next batch.
+    next_batch: Batch,
+    /// Dead pieces whose index entry is not flushed yet: a crash may bring back a chunk that lies there.
+    unflushed_holes: Vec<Hole>,
+    /// Dead pieces whose index entry is flushed: they may be punched.
+    flushed_holes: Vec<Hole>,
     unflushed: bool,
     appended_bytes: u64,
     last_flush: Instant,
@@ -146,15 +148,15 @@ impl Core {
             segments,
             active: None,
             closing: BTreeSet::new(),
-            touched: BTreeSet::new(),
+            unsynced: BTreeSet::new(),
             dirty: BTreeSet::new(),
             dead,
             uploads: HashMap::new(),
             next_ticket: 0,
             disk,
-            carry: Batch::default(),
-            holes_waiting: Vec::new(),
-            holes_ready: Vec::new(),
+            next_batch: Batch::default(),
+            unflushed_holes: Vec::new(),
+            flushed_holes: Vec::new(),
             unflushed: false,
             appended_bytes: 0,
             last_flush: Instant::now(),
@@ -163,7 +165,7 @@ impl Core {
         core
     }
 
-    /// What readers and status see.
+    /// Shows totals and room to readers and the status.
     fn publish(&self) {
         self.shared.chunks.store(self.disk.chunks, Ordering::Relaxed);
         self.shared.chunk_bytes.store(self.disk.chunk_bytes, Ordering::Relaxed);
@@ -172,28 +174,30 @@ impl Core {
         self.shared.open_bytes.store(open, Ordering::Relaxed);
     }
 
-    fn broken(&self, what: &str, why: impl Display) -> StoreError {
+    fn fail(&self, what: &str, why: impl Display) -> StoreError {
         self.shared.fail(format!("{what}: {why}"))
     }
 
     // --- Space -----------------------------------------------------------------------------------------------------
 
-    /// Takes space for a record.
-    fn place(&mut self, len_bytes: u64) -> Result<Place, StoreError> {
+    /// Reserves space for a record, in a new segment when the present one has no room.
+    fn allocate(&mut self, len_bytes: u64) -> Result<Allocation, StoreError> {
         let need = record_bytes(len_bytes);
         let fits = |segment: &Segment| segment.tail + need <= segment.info.length_bytes;
         let number = match self.active {
             Some(number) if self.segments.get(&number).is_some_and(fits) => number,
             before => {
-                let number = match self.birth(need) {
-                    Err(StoreError::DiskFull) if !(self.holes_waiting.is_empty() && self.holes_ready.is_empty()) => {
+                let number = match self.create_segment(need) {
+                    Err(StoreError::DiskFull)
+                        if !(self.unflushed_holes.is_empty() && self.flushed_holes.is_empty()) =>
+                    {
                         self.flush()?;
                         self.punch(usize::MAX)?;
-                        self.birth(need)?
+                        self.create_segment(need)?
                     }
                     other => other?,
                 };
-                // Only now: a record that found no room for a segment of its own must not close one that others still fit in.
+                // Not before: when there is no room for a new segment, shorter records may still fit into the old one.
                 self.closing.extend(before);
                 self.active = Some(number);
                 number
@@ -204,15 +208,16 @@ impl Core {
             self.segments.get_mut(&number).ok_or_else(|| shared.fail(format!("segment {number} vanished")))?;
         let offset = segment.tail;
         segment.tail += need;
-        segment.taken.insert(offset);
-        Ok(Place { segment: number, offset })
+        segment.in_flight.insert(offset);
+        Ok(Allocation { segment: number, offset })
     }
 
-    /// Makes a segment that holds a record of `need` bytes, and makes its name certain before anything is written to it.
-    fn birth(&mut self, need: u64) -> Result<u32, StoreError> {
+    /// Creates a segment that holds a record of `need` bytes, and syncs its header and name before any record is
+    /// written to it.
+    fn create_segment(&mut self, need: u64) -> Result<u32, StoreError> {
         let settings = self.shared.settings;
         let device = self.shared.device.clone();
-        let space = device.space().map_err(|error| self.broken("free space", error))?;
+        let space = device.space().map_err(|error| self.fail("free space", error))?;
         let least = (RECORDS_AT + need).max(settings.min_segment_bytes.min(settings.segment_bytes));
         let available = space.free_bytes.saturating_sub(settings.reserve_bytes);
         if available < least {
@@ -223,7 +228,7 @@ impl Core {
         let number = self.disk.next_segment;
         self.disk.next_segment += 1;
         let mut uuid = SegmentUuid::default();
-        getrandom::fill(&mut uuid.0).map_err(|error| self.broken("random numbers", error))?;
+        getrandom::fill(&mut uuid.0).map_err(|error| self.fail("random numbers", error))?;
         let header = SegmentHeader { number, uuid, disk: self.shared.disk, length_bytes };
         let made = device.create(number, length_bytes).and_then(|file| {
             file.pwrite(0, &header.encode())?;
@@ -233,15 +238,15 @@ impl Core {
             Ok(file) => file,
             Err(error) if is_full(&error) => {
                 return match device.unlink(number) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.broken("remove segment", error)),
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.fail("remove segment", error)),
                     _ => Err(StoreError::DiskFull),
                 };
             }
-            Err(error) => return Err(self.broken("create segment", error)),
+            Err(error) => return Err(self.fail("create segment", error)),
         };
-        file.fdatasync().map_err(|error| self.broken("sync of a new segment", error))?;
-        device.sync_dir().map_err(|error| self.broken("sync of the segment folder", error))?;
-        self.shared.remember(number, file.clone());
+        file.fdatasync().map_err(|error| self.fail("sync of a new segment", error))?;
+        device.sync_dir().map_err(|error| self.fail("sync of the segment folder", error))?;
+        self.shared.cache_segment(number, file.clone());
         let info = SegmentInfo {
             uuid,
             length_bytes,
@@ -250,36 +255,36 @@ impl Core {
             live_records: 0,
             live_bytes: 0,
         };
-        self.segments.insert(number, Segment { info, file: Some(file), tail: RECORDS_AT, taken: BTreeSet::new() });
+        self.segments.insert(number, Segment { info, file: Some(file), tail: RECORDS_AT, in_flight: BTreeSet::new() });
         self.dirty.insert(number);
         Ok(number)
     }
 
     fn file(&self, number: u32) -> Result<Arc<dyn SegmentFile>, StoreError> {
         let file = self.segments.get(&number).and_then(|segment| segment.file.clone());
-        file.ok_or_else(|| self.broken("writer", format!("segment {number} is not open")))
+        file.ok_or_else(|| self.fail("writer", format!("segment {number} is not open")))
     }
 
-    /// A piece of a segment is dead: its hole waits for the index to know.
-    fn bury_piece(&mut self, batch: &mut Batch, hole: Hole) {
+    /// Gives a dead piece of a segment back: recorded as a hole in the batch, punched once that batch is flushed.
+    fn free_piece(&mut self, batch: &mut Batch, hole: Hole) {
         if self.segments.contains_key(&hole.segment) {
             batch.put_hole(&hole);
-            self.holes_waiting.push(hole);
+            self.unflushed_holes.push(hole);
         }
     }
 
     // --- Uploads ---------------------------------------------------------------------------------------------------
 
-    /// Takes space for a long chunk.
+    /// Reserves space for a chunk that arrives in pieces.
     ///
     /// # Errors
     /// [`StoreError::DiskFull`]; [`StoreError::Failed`].
     pub fn reserve(&mut self, id: ChunkId, spec: ChunkSpec) -> Result<Ticket, StoreError> {
-        self.shared.alive()?;
-        let place = self.place(spec.len_bytes)?;
+        self.shared.check_running()?;
+        let space = self.allocate(spec.len_bytes)?;
         let ticket = Ticket(self.next_ticket);
         self.next_ticket += 1;
-        self.uploads.insert(ticket, Reservation { id, spec, place, full: false });
+        self.uploads.insert(ticket, Reservation { id, spec, space, full: false });
         self.publish();
         Ok(ticket)
     }
@@ -289,15 +294,15 @@ impl Core {
     /// # Errors
     /// [`StoreError::Failed`].
     pub fn write_piece(&mut self, ticket: Ticket, at: u64, pieces: &[Bytes]) -> Result<(), StoreError> {
-        self.shared.alive()?;
+        self.shared.check_running()?;
         let Some(upload) = self.uploads.get(&ticket) else { return Ok(()) };
-        let (place, len_bytes) = (upload.place, upload.spec.len_bytes);
-        let file = self.file(place.segment)?;
-        let mut offset = place.offset + header_region_bytes(len_bytes) + at;
-        let end = place.offset + header_region_bytes(len_bytes) + len_bytes;
+        let (space, len_bytes) = (upload.space, upload.spec.len_bytes);
+        let file = self.file(space.segment)?;
+        let mut offset = space.offset + header_region_bytes(len_bytes) + at;
+        let end = space.offset + header_region_bytes(len_bytes) + len_bytes;
         for piece in pieces {
             if offset + piece.len() as u64 > end {
-                return Err(self.broken("writer", "a piece reaches beyond its chunk"));
+                return Err(self.fail("writer", "a piece reaches beyond its chunk"));
             }
             match file.pwrite(offset, piece) {
                 Ok(()) => offset += piece.len() as u64,
@@ -307,7 +312,7 @@ impl Core {
                     }
                     return Ok(());
                 }
-                Err(error) => return Err(self.broken("write", error)),
+                Err(error) => return Err(self.fail("write", error)),
             }
         }
         Ok(())
@@ -318,38 +323,39 @@ impl Core {
         self.uploads.get(&ticket).map_or(0, |upload| upload.spec.len_bytes)
     }
 
-    /// Gives an upload's space back. Nothing of it was indexed.
+    /// Ends an upload without a chunk and frees its space.
     pub fn abort(&mut self, ticket: Ticket) {
         if let Some(upload) = self.uploads.remove(&ticket) {
-            self.abandon(upload.place, upload.spec.len_bytes);
+            self.release(upload.space, upload.spec.len_bytes);
         }
     }
 
-    fn abandon(&mut self, place: Place, len_bytes: u64) {
-        if let Some(segment) = self.segments.get_mut(&place.segment) {
-            segment.taken.remove(&place.offset);
-            self.dirty.insert(place.segment);
+    fn release(&mut self, space: Allocation, len_bytes: u64) {
+        if let Some(segment) = self.segments.get_mut(&space.segment) {
+            segment.in_flight.remove(&space.offset);
+            self.dirty.insert(space.segment);
         }
-        let mut carry = std::mem::take(&mut self.carry);
-        self.bury_piece(
-            &mut carry,
-            Hole { segment: place.segment, offset: place.offset, len_bytes: record_bytes(len_bytes) },
+        let mut next_batch = std::mem::take(&mut self.next_batch);
+        self.free_piece(
+            &mut next_batch,
+            Hole { segment: space.segment, offset: space.offset, len_bytes: record_bytes(len_bytes) },
         );
-        self.carry = carry;
+        self.next_batch = next_batch;
     }
 
     // --- Groups ----------------------------------------------------------------------------------------------------
 
-    /// Carries out a group of requests. `answer` is called once for each, by its place in the group, as soon as it may be believed.
+    /// Carries out a group of requests. `answer` is called once for each, with its position in the group, as soon as
+    /// what it says is durable.
     pub fn commit(&mut self, group: Vec<Op>, answer: &mut dyn FnMut(usize, Result<Done, StoreError>)) {
         let mut open: BTreeSet<usize> = (0..group.len()).collect();
-        let mut close = |place: usize, outcome: Result<Done, StoreError>| {
-            open.remove(&place);
-            answer(place, outcome);
+        let mut close = |position: usize, outcome: Result<Done, StoreError>| {
+            open.remove(&position);
+            answer(position, outcome);
         };
         if let Err(error) = self.commit_inner(group, &mut close) {
-            for place in open {
-                answer(place, Err(error.clone()));
+            for position in open {
+                answer(position, Err(error.clone()));
             }
         }
         self.publish();
@@ -360,7 +366,7 @@ impl Core {
         group: Vec<Op>,
         answer: &mut dyn FnMut(usize, Result<Done, StoreError>),
     ) -> Result<(), StoreError> {
-        self.shared.alive()?;
+        self.shared.check_running()?;
         let mut steps = Vec::with_capacity(group.len());
         for (number, op) in group.into_iter().enumerate() {
             match self.write_op(op) {
@@ -369,7 +375,7 @@ impl Core {
                 Err(error) => answer(number, Err(error)),
             }
         }
-        self.sync_touched()?;
+        self.sync_records()?;
         let deleted = self.index_steps(&steps)?;
         for (number, step) in &steps {
             if matches!(step, Step::Stored { .. }) {
@@ -389,35 +395,35 @@ impl Core {
         match op {
             Op::Delete { ids } => Ok(Step::Delete { ids }),
             Op::Put { id, spec, payload, crcs } => {
-                let place = self.place(spec.len_bytes)?;
-                let file = self.file(place.segment)?;
-                let mut offset = place.offset + header_region_bytes(spec.len_bytes);
+                let space = self.allocate(spec.len_bytes)?;
+                let file = self.file(space.segment)?;
+                let mut offset = space.offset + header_region_bytes(spec.len_bytes);
                 for piece in &payload {
                     if let Err(error) = file.pwrite(offset, piece) {
-                        return Err(self.write_failed(place, spec.len_bytes, &error));
+                        return Err(self.write_failed(space, spec.len_bytes, &error));
                     }
                     offset += piece.len() as u64;
                 }
-                self.finish_record(id, spec, place, crcs)
+                self.finish_record(id, spec, space, crcs)
             }
             Op::Commit { ticket, crcs } => {
                 let upload =
                     self.uploads.remove(&ticket).ok_or_else(|| StoreError::Rejected("no such upload".to_owned()))?;
                 if upload.full {
-                    self.abandon(upload.place, upload.spec.len_bytes);
+                    self.release(upload.space, upload.spec.len_bytes);
                     return Err(StoreError::DiskFull);
                 }
-                self.finish_record(upload.id, upload.spec, upload.place, crcs)
+                self.finish_record(upload.id, upload.spec, upload.space, crcs)
             }
         }
     }
 
-    fn write_failed(&mut self, place: Place, len_bytes: u64, error: &io::Error) -> StoreError {
+    fn write_failed(&mut self, space: Allocation, len_bytes: u64, error: &io::Error) -> StoreError {
         if is_full(error) {
-            self.abandon(place, len_bytes);
+            self.release(space, len_bytes);
             return StoreError::DiskFull;
         }
-        self.broken("write", error)
+        self.fail("write", error)
     }
 
     /// Writes the header of a record whose payload is written.
@@ -425,29 +431,29 @@ impl Core {
         &mut self,
         id: ChunkId,
         spec: ChunkSpec,
-        place: Place,
+        space: Allocation,
         crcs: Vec<u32>,
     ) -> Result<Step, StoreError> {
-        let file = self.file(place.segment)?;
-        let uuid = self.segments.get(&place.segment).map(|segment| segment.info.uuid).unwrap_or_default();
+        let file = self.file(space.segment)?;
+        let uuid = self.segments.get(&space.segment).map(|segment| segment.info.uuid).unwrap_or_default();
         let sequence = self.disk.next_sequence;
         self.disk.next_sequence += 1;
-        let header = RecordHeader { segment: uuid, offset: place.offset, sequence, id, spec, crcs };
-        if let Err(error) = file.pwrite(place.offset, &header.encode()) {
-            return Err(self.write_failed(place, spec.len_bytes, &error));
+        let header = RecordHeader { segment: uuid, offset: space.offset, sequence, id, spec, crcs };
+        if let Err(error) = file.pwrite(space.offset, &header.encode()) {
+            return Err(self.write_failed(space, spec.len_bytes, &error));
         }
-        // It stays taken until the batch that indexes it: a flush in between (to make room for another record of the group) must not
-        // carry the watermark past it.
-        self.touched.insert(place.segment);
+        // It stays in flight until the batch that indexes it: a flush in between (to make room for another record of
+        // the group) must not move the watermark past it.
+        self.unsynced.insert(space.segment);
         self.appended_bytes += record_bytes(spec.len_bytes);
-        Ok(Step::Stored { id, at: Location { segment: place.segment, offset: place.offset, sequence, spec } })
+        Ok(Step::Stored { id, at: Location { segment: space.segment, offset: space.offset, sequence, spec } })
     }
 
-    fn sync_touched(&mut self) -> Result<(), StoreError> {
-        for number in std::mem::take(&mut self.touched) {
+    fn sync_records(&mut self) -> Result<(), StoreError> {
+        for number in std::mem::take(&mut self.unsynced) {
             let file = self.file(number)?;
             let begun = Instant::now();
-            file.fdatasync().map_err(|error| self.broken("sync", error))?;
+            file.fdatasync().map_err(|error| self.fail("sync", error))?;
             self.shared.metrics.sync_seconds.observe(begun.elapsed().as_secs_f64());
         }
         Ok(())
@@ -463,12 +469,12 @@ impl Core {
             match step {
                 Step::Stored { id, at } => {
                     let before = self.lookup(&group, id)?;
-                    self.unlink_record(&mut batch, before);
+                    self.free_record(&mut batch, before);
                     if let Some(segment) = self.segments.get_mut(&at.segment) {
-                        segment.taken.remove(&at.offset);
+                        segment.in_flight.remove(&at.offset);
                     }
                     batch.put_chunk(id, at);
-                    self.count(at, 1);
+                    self.add_to_totals(at, 1);
                     group.insert(*id, Some(*at));
                 }
                 Step::Delete { ids } => {
@@ -477,7 +483,7 @@ impl Core {
                         let before = self.lookup(&group, id)?;
                         if before.is_some() {
                             count += 1;
-                            self.unlink_record(&mut batch, before);
+                            self.free_record(&mut batch, before);
                             batch.remove_chunk(id);
                             group.insert(*id, None);
                         }
@@ -499,15 +505,15 @@ impl Core {
         }
     }
 
-    fn unlink_record(&mut self, batch: &mut Batch, before: Option<Location>) {
+    fn free_record(&mut self, batch: &mut Batch, before: Option<Location>) {
         if let Some(at) = before {
-            self.count(&at, -1);
-            self.bury_piece(batch, Hole { segment: at.segment, offset: at.offset, len_bytes: at.record_bytes() });
+            self.add_to_totals(&at, -1);
+            self.free_piece(batch, Hole { segment: at.segment, offset: at.offset, len_bytes: at.record_bytes() });
         }
     }
 
-    /// Adds or takes away one record in the totals.
-    fn count(&mut self, at: &Location, records: i64) {
+    /// Adds a record to the totals of disk and segment (`records` 1) or subtracts it (-1).
+    fn add_to_totals(&mut self, at: &Location, records: i64) {
         let step = |value: &mut u64, by: u64| *value = if records > 0 { *value + by } else { value.saturating_sub(by) };
         step(&mut self.disk.chunks, 1);
         step(&mut self.disk.chunk_bytes, at.spec.len_bytes);
@@ -521,14 +527,15 @@ impl Core {
         }
     }
 
-    /// Writes a batch with all that was carried, and the watermarks, counts and totals that follow.
+    /// Writes a batch, together with the changes that waited for one, and the watermarks, counts and totals that
+    /// follow.
     fn write_index(&mut self, batch: Batch) -> Result<(), StoreError> {
-        let mut all = std::mem::take(&mut self.carry);
+        let mut all = std::mem::take(&mut self.next_batch);
         all.changes.extend(batch.changes);
         for number in std::mem::take(&mut self.dirty) {
             let Some(segment) = self.segments.get_mut(&number) else { continue };
             if segment.info.state == SegmentState::Open {
-                segment.info.watermark = segment.taken.first().copied().unwrap_or(segment.tail);
+                segment.info.watermark = segment.in_flight.first().copied().unwrap_or(segment.tail);
             }
             all.put_segment(number, &segment.info);
         }
@@ -539,13 +546,13 @@ impl Core {
 
     // --- Housekeeping ----------------------------------------------------------------------------------------------
 
-    /// Makes everything the index knows certain.
+    /// Makes everything that was written to the index durable.
     ///
     /// # Errors
     /// [`StoreError::Failed`].
     pub fn flush(&mut self) -> Result<(), StoreError> {
-        self.shared.alive()?;
-        if !self.carry.is_empty() || !self.dirty.is_empty() {
+        self.shared.check_running()?;
+        if !self.next_batch.is_empty() || !self.dirty.is_empty() {
             self.write_index(Batch::default())?;
         }
         if self.unflushed {
@@ -554,40 +561,41 @@ impl Core {
         }
         self.appended_bytes = 0;
         self.last_flush = Instant::now();
-        self.holes_ready.append(&mut self.holes_waiting);
+        self.flushed_holes.append(&mut self.unflushed_holes);
         Ok(())
     }
 
-    /// Seals what is to be sealed, flushes what is due, punches holes, removes dead segments. Called after each group and from time to time.
-    /// True when it left work for the next round.
+    /// Seals what is to be sealed, flushes what is due, punches holes, removes dead segments. Called after each group
+    /// and from time to time. True when holes are left for the next round.
     ///
     /// # Errors
     /// [`StoreError::Failed`].
     pub fn housekeep(&mut self, now: Instant) -> Result<bool, StoreError> {
-        self.shared.alive()?;
+        self.shared.check_running()?;
         let sealed = self.seal_closed()?;
         let settings = self.shared.settings;
         let age = now.saturating_duration_since(self.last_flush);
-        let pending = self.unflushed || !self.carry.is_empty();
+        let pending = self.unflushed || !self.next_batch.is_empty();
         if sealed
             || self.appended_bytes >= settings.flush_bytes
             || (pending && age >= settings.flush_interval)
-            || (!self.holes_waiting.is_empty() && age >= settings.punch_interval)
+            || (!self.unflushed_holes.is_empty() && age >= settings.punch_interval)
         {
             self.flush()?;
         }
         self.remove_dead()?;
         self.punch(HOLES_PER_ROUND)?;
         self.publish();
-        Ok(!self.holes_ready.is_empty())
+        Ok(!self.flushed_holes.is_empty())
     }
 
-    /// Seals segments that take no more records: their records are synced already, so whoever finds the seal may believe every header.
+    /// Seals segments that take no more records. Their records are synced already, so recovery may trust every header
+    /// of a sealed segment.
     fn seal_closed(&mut self) -> Result<bool, StoreError> {
         let mut any = false;
         for number in self.closing.clone() {
             let Some(segment) = self.segments.get_mut(&number) else { continue };
-            if !segment.taken.is_empty() || self.touched.contains(&number) {
+            if !segment.in_flight.is_empty() || self.unsynced.contains(&number) {
                 continue;
             }
             let Some(file) = segment.file.take() else { continue };
@@ -608,13 +616,13 @@ impl Core {
         Ok(any)
     }
 
-    /// Punches holes that the flushed index knows of, syncs them, and only then forgets them.
+    /// Punches holes that are in the flushed index, syncs them, and only then removes them from the index.
     fn punch(&mut self, at_most: usize) -> Result<(), StoreError> {
-        let take = self.holes_ready.len().min(at_most);
+        let take = self.flushed_holes.len().min(at_most);
         if take == 0 {
             return Ok(());
         }
-        let holes: Vec<Hole> = self.holes_ready.drain(..take).collect();
+        let holes: Vec<Hole> = self.flushed_holes.drain(..take).collect();
         let mut files = BTreeMap::new();
         for hole in &holes {
             if !self.segments.contains_key(&hole.segment) {
@@ -623,22 +631,22 @@ impl Core {
             let file = match files.entry(hole.segment) {
                 Entry::Occupied(open) => open.into_mut(),
                 Entry::Vacant(place) => {
-                    place.insert(self.shared.segment(hole.segment).map_err(|error| self.broken("open segment", error))?)
+                    place.insert(self.shared.segment(hole.segment).map_err(|error| self.fail("open segment", error))?)
                 }
             };
-            file.punch(hole.offset, hole.len_bytes).map_err(|error| self.broken("punch", error))?;
+            file.punch(hole.offset, hole.len_bytes).map_err(|error| self.fail("punch", error))?;
         }
         for file in files.values() {
-            file.fdatasync().map_err(|error| self.broken("sync of holes", error))?;
+            file.fdatasync().map_err(|error| self.fail("sync of holes", error))?;
         }
         for hole in &holes {
-            self.carry.remove_hole(hole);
+            self.next_batch.remove_hole(hole);
         }
         Ok(())
     }
 
-    /// Removes sealed segments with nothing alive in them: marked dead in the flushed index first, so that a file that comes back after a
-    /// crash is not taken for an unknown one and read.
+    /// Removes sealed segments with nothing alive in them: marked dead in the flushed index first, so that a file that
+    /// comes back after a crash is not taken for an unknown one and read.
     fn remove_dead(&mut self) -> Result<(), StoreError> {
         let dead = std::mem::take(&mut self.dead);
         if dead.is_empty() {
@@ -650,35 +658,34 @@ impl Core {
                 self.dirty.insert(*number);
             }
         }
-        for holes in [&mut self.holes_waiting, &mut self.holes_ready] {
+        for holes in [&mut self.unflushed_holes, &mut self.flushed_holes] {
             holes.retain(|hole| {
                 let keep = !dead.contains(&hole.segment);
                 if !keep {
-                    self.carry.remove_hole(hole);
+                    self.next_batch.remove_hole(hole);
                 }
                 keep
             });
         }
         self.flush()?;
         for number in &dead {
-            self.shared.forget(*number);
+            self.shared.uncache_segment(*number);
             match self.shared.device.unlink(*number) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(self.broken("remove segment", error))
-                }
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.fail("remove segment", error)),
                 _ => {}
             }
         }
-        self.shared.device.sync_dir().map_err(|error| self.broken("sync of the segment folder", error))?;
+        self.shared.device.sync_dir().map_err(|error| self.fail("sync of the segment folder", error))?;
         for number in &dead {
             self.segments.remove(number);
-            self.carry.remove_segment(*number);
+            self.next_batch.remove_segment(*number);
         }
         Ok(())
     }
 }
 
-/// Gives the unused pieces of a segment back and writes its seal, for certain. All its records are synced, or are by this.
+/// Frees the unused pieces of a segment, writes its seal and syncs both. Its records are synced before, or by this
+/// sync.
 pub(super) fn seal(
     file: &dyn SegmentFile,
     number: u32,

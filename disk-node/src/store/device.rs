@@ -1,10 +1,11 @@
 //! The seam between the store and the disk: a handful of calls, each of them one system call or two.
 //!
-//! The daemon uses [`super::file_device::FileDevice`]; the crash tests bring a device that forgets what was not synced, tears pages and fails
-//! on demand. What the store may rely on, and nothing more:
+//! The daemon uses [`super::file_device::FileDevice`]; the crash tests bring a device that forgets what was not synced,
+//! tears pages and fails on demand. What the store may rely on, and nothing more:
 //!
-//! - bytes written are certain after a successful [`SegmentFile::fdatasync`] that began later; before that any page may be old, new or torn;
-//! - a name is certain after [`Device::sync_dir`];
+//! - bytes written are durable after a successful [`SegmentFile::fdatasync`] that began later; before that any page may
+//!   be old, new or torn;
+//! - a created or removed file is durably so after [`Device::sync_dir`];
 //! - after a failed sync nothing is known about what was written since the sync before. It is never repeated.
 
 use std::io;
@@ -45,7 +46,7 @@ pub trait Device: Send + Sync {
     /// `NotFound` when it is not there.
     fn unlink(&self, number: u32) -> io::Result<()>;
 
-    /// Makes creations and removals certain.
+    /// Makes creations and removals durable.
     ///
     /// # Errors
     /// The caller stops for good.
@@ -84,21 +85,21 @@ pub trait SegmentFile: Send + Sync {
     /// Whatever the file system says.
     fn punch(&self, offset: u64, len_bytes: u64) -> io::Result<()>;
 
-    /// Makes everything written and punched certain.
+    /// Makes everything written and punched durable.
     ///
     /// # Errors
     /// The caller stops for good.
     fn fdatasync(&self) -> io::Result<()>;
 
-    /// Forgets cached pages, so that the next read shows what the disk holds. After a failed sync the kernel marks pages clean that never
-    /// reached the disk; a process that starts again must not believe them.
+    /// Forgets cached pages, so that the next read shows what the disk holds. After a failed sync the kernel marks
+    /// pages clean that never reached the disk; a process that starts again must not read them.
     ///
     /// # Errors
     /// Whatever the file system says.
     fn drop_cache(&self) -> io::Result<()>;
 }
 
-/// Is this "no room", which is answered, and not "the disk is broken", which stops the process?
+/// True for "no room", which is an answer; false for a broken disk, which stops the process.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

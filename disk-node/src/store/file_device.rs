@@ -25,7 +25,8 @@ impl FileDevice {
     /// Opens the folder, making it if needed, and checks that the file system can allocate and punch.
     ///
     /// # Errors
-    /// `Unsupported`, with the reason in words, on a file system without `fallocate` or hole punching; what the file system says otherwise.
+    /// `Unsupported`, with the reason in words, on a file system without `fallocate` or hole punching; what the file
+    /// system says otherwise.
     pub fn open(folder: &Path) -> io::Result<FileDevice> {
         if !folder.exists() {
             std::fs::create_dir(folder)?;
@@ -79,7 +80,7 @@ fn punch_hole(file: &OwnedFd, offset: u64, len_bytes: u64) -> rustix::io::Result
     rustix::fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len_bytes)
 }
 
-/// Makes the names in a folder certain.
+/// Syncs a folder: files created in it and removed from it stay so after a crash.
 ///
 /// # Errors
 /// Whatever the file system says.

@@ -39,7 +39,8 @@
 //!      4  CRC-32 of all before
 //! ```
 //!
-//! The header region comes first so that a scan finds it, but it is written last: it holds the checksums of a payload that streams in.
+//! The header region comes first so that a scan finds it, but it is written last: it holds the checksums of a payload
+//! that streams in.
 
 use granary_placement::id::{DiskUuid, HashSlot};
 use granary_placement::scheme::CodecId;
@@ -305,8 +306,8 @@ impl RecordHeader {
         close(out)
     }
 
-    /// How long the header region that begins with this page is, if the page can begin one. Only says how much to read: nothing
-    /// in it was checked yet.
+    /// How long the header region that begins with this page is, if the page can begin one. Only says how much to read:
+    /// nothing in it was checked yet.
     pub fn region_hint(page: &[u8]) -> Option<u64> {
         let fields = Fields(page, "record header");
         if &fields.bytes::<8>(0).ok()? != RECORD_MAGIC {

@@ -1,4 +1,5 @@
-//! The store as the daemon sees it: uploads, reads, deletions, listings. Cheap to clone; the last clone ends the threads.
+//! The store as the daemon sees it: uploads, reads, deletions, listings. Cheap to clone; the last clone ends the
+//! threads.
 
 use super::core::{Done, Op};
 use super::device::Device;
@@ -32,7 +33,7 @@ struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.queue.end();
+        self.queue.request_stop();
     }
 }
 
@@ -105,7 +106,8 @@ impl Readers {
 }
 
 impl Store {
-    /// Recovers what is on the disk and starts the threads. Blocking: reads the tail of the segments, or all headers when the index is lost.
+    /// Recovers what is on the disk and starts the threads. Blocking: reads the tail of the segments, or all headers
+    /// when the index is lost.
     ///
     /// # Errors
     /// [`OpenError`].
@@ -119,7 +121,7 @@ impl Store {
     ) -> Result<(Store, Recovered), OpenError> {
         let shared = Arc::new(Shared::new(device, Index::new(engine), disk, settings, metrics, on_fatal));
         let (core, recovered) = recover(shared.clone())?;
-        shared.metrics.recovered_records.set(recovered.records_taken_in as i64);
+        shared.metrics.recovered_records.set(recovered.records_indexed as i64);
         shared.metrics.torn_records.set(recovered.records_torn as i64);
         let threads = |source| OpenError::Device { what: "start threads".to_owned(), source };
         let readers = Readers::start(&shared).map_err(threads)?;
@@ -133,7 +135,7 @@ impl Store {
     /// [`StoreError::Rejected`], [`StoreError::DiskFull`], [`StoreError::Failed`].
     pub async fn begin(&self, id: ChunkId, spec: ChunkSpec) -> Result<Upload, StoreError> {
         let inner = &self.0;
-        inner.shared.alive()?;
+        inner.shared.check_running()?;
         check_spec(&id, &spec)?;
         let room = if spec.len_bytes <= inner.shared.settings.whole_bytes {
             self.check_room(&spec)?;
@@ -156,7 +158,7 @@ impl Store {
         })
     }
 
-    /// A small chunk takes its space when it is written; a disk that is plainly full says so before the payload is sent.
+    /// A small chunk gets its space when it is written; on a full disk it is refused before its payload is received.
     fn check_room(&self, spec: &ChunkSpec) -> Result<(), StoreError> {
         let shared = &self.0.shared;
         let need = record_bytes(spec.len_bytes);
@@ -183,24 +185,24 @@ impl Store {
         Ok(read)
     }
 
-    /// Deletes chunks. Returns how many were there, when they are gone for certain.
+    /// Deletes chunks. Returns how many of them were there, once their removal is durable.
     ///
     /// # Errors
     /// [`StoreError::Failed`].
     pub async fn delete(&self, ids: Vec<ChunkId>) -> Result<u32, StoreError> {
-        match self.0.queue.op(Op::Delete { ids }, None).await? {
+        match self.0.queue.submit(Op::Delete { ids }, None).await? {
             Done::Deleted(count) => Ok(count),
             Done::Stored => Ok(0),
         }
     }
 
-    /// Which of these are in the index?
+    /// Says for each of these chunks whether it is in the index.
     ///
     /// # Errors
     /// [`StoreError::Overloaded`], [`StoreError::Failed`].
     pub async fn have(&self, ids: Vec<ChunkId>) -> Result<Vec<bool>, StoreError> {
         let look = move |shared: &Shared| {
-            shared.alive()?;
+            shared.check_running()?;
             ids.iter()
                 .map(|id| shared.index.chunk(id).map(|at| at.is_some()))
                 .collect::<Result<_, _>>()
@@ -223,7 +225,7 @@ impl Store {
     /// [`StoreError::Overloaded`], [`StoreError::Failed`].
     pub async fn list(&self, after: Option<ChunkId>, limit: usize) -> Result<(Vec<ChunkInfo>, bool), StoreError> {
         let look = move |shared: &Shared| {
-            shared.alive()?;
+            shared.check_running()?;
             let found = shared.index.chunks(after.as_ref(), limit + 1).map_err(|error| shared.fail_index(&error))?;
             let more = found.len() > limit;
             Ok((found.into_iter().take(limit).map(|(id, at)| ChunkInfo { id, spec: at.spec }).collect(), more))
@@ -237,7 +239,7 @@ impl Store {
     /// [`StoreError::Unreadable`] when the file system does not say.
     pub fn fill(&self) -> Result<Fill, StoreError> {
         let shared = &self.0.shared;
-        shared.alive()?;
+        shared.check_running()?;
         let space = shared.device.space().map_err(|error| StoreError::Unreadable(error.to_string()))?;
         let fill = Fill {
             capacity_bytes: space.capacity_bytes,
@@ -252,7 +254,7 @@ impl Store {
         Ok(fill)
     }
 
-    /// Makes the index certain.
+    /// Makes the index durable.
     ///
     /// # Errors
     /// [`StoreError::Failed`].
@@ -260,8 +262,8 @@ impl Store {
         self.0.queue.flush().await
     }
 
-    /// Finishes what is queued, makes the index certain and ends the threads. Everything after that fails. The disk is let go when the last
-    /// clone is dropped.
+    /// Finishes what is queued, makes the index durable and ends the threads. Everything after that fails. The disk is
+    /// let go when the last clone is dropped.
     ///
     /// # Errors
     /// [`StoreError::Failed`].
@@ -270,13 +272,13 @@ impl Store {
         lock(&self.0.readers.jobs).take();
         let mut threads = std::mem::take(&mut *lock(&self.0.readers.threads));
         threads.extend(lock(&self.0.writer).take());
-        // They have nothing left to do; a thread that panicked took the process with it.
+        // A thread that panicked has ended the process, so that there is no result to look at.
         let _ = tokio::task::spawn_blocking(move || threads.into_iter().for_each(|thread| drop(thread.join()))).await;
         outcome
     }
 }
 
-/// Can there be such a chunk?
+/// Refuses what cannot be a chunk.
 fn check_spec(id: &ChunkId, spec: &ChunkSpec) -> Result<(), StoreError> {
     let rejected = |why: &str| Err(StoreError::Rejected(why.to_owned()));
     if spec.len_bytes == 0 || spec.len_bytes > MAX_CHUNK_BYTES {
@@ -327,7 +329,7 @@ impl Upload {
         if data.len() < SMALL_BYTES {
             self.small.extend_from_slice(&data);
         } else {
-            self.close_small();
+            self.flush_small();
             self.pieces.push(data);
         }
         if self.gathered_bytes >= self.store.0.shared.settings.piece_bytes {
@@ -336,7 +338,7 @@ impl Upload {
         Ok(())
     }
 
-    fn close_small(&mut self) {
+    fn flush_small(&mut self) {
         if !self.small.is_empty() {
             self.pieces.push(self.small.split().freeze());
         }
@@ -374,12 +376,12 @@ impl Upload {
         Ok(())
     }
 
-    /// Ends the upload. `crcs` are the sender's checksums, block by block. Ok when the chunk is on the disk for certain; one of that id that
-    /// was there before is replaced.
+    /// Ends the upload. `crcs` are the sender's checksums, block by block. Ok when the chunk is durable; an
+    /// earlier chunk of that id is replaced.
     ///
     /// # Errors
-    /// [`StoreError::Rejected`] for fewer bytes than were announced, [`StoreError::Corrupt`] for the first block whose checksum is not the
-    /// sender's, [`StoreError::DiskFull`], [`StoreError::Failed`].
+    /// [`StoreError::Rejected`] for fewer bytes than were announced, [`StoreError::Corrupt`] for the first block whose
+    /// checksum is not the sender's, [`StoreError::DiskFull`], [`StoreError::Failed`].
     pub async fn finish(mut self, crcs: Vec<u32>) -> Result<(), StoreError> {
         if self.received_bytes != self.spec.len_bytes {
             return Err(StoreError::Rejected("less payload than was announced".to_owned()));
@@ -391,10 +393,12 @@ impl Upload {
             return Err(StoreError::Corrupt { block: block as u32 });
         }
         self.send().await?;
-        self.close_small();
+        self.flush_small();
         let Upload { store, id, spec, room, pieces, .. } = self;
         match room {
-            Room::Whole(permit) => store.0.queue.op(Op::Put { id, spec, payload: pieces, crcs }, Some(permit)).await?,
+            Room::Whole(permit) => {
+                store.0.queue.submit(Op::Put { id, spec, payload: pieces, crcs }, Some(permit)).await?
+            }
             Room::Reserved(reserved) => reserved.commit(crcs).await?,
         };
         Ok(())

@@ -1,15 +1,15 @@
-//! The index: where each chunk lies. A cache of the segments with a watermark, never the truth: what it forgot is read back from the
-//! segments, and all of it can be.
+//! The index: where each chunk lies. A cache of the segments with a watermark, which may lose entries: what it lost is
+//! read back from the segments, if need be all of it.
 //!
 //! | key | value |
 //! |---|---|
 //! | `c` chunk id (25) | where the chunk's record lies and what the chunk is |
-//! | `p` segment (4) offset (8) | length (8): a dead piece of a segment whose hole is not certain yet |
+//! | `p` segment (4) offset (8) | length (8): a dead piece of a segment whose hole is not yet synced |
 //! | `s` segment (4) | what is known of the segment: identity, watermark, state, live records |
 //! | `m` | whose index this is, next sequence and segment number, totals |
 //!
-//! Every batch carries the watermarks, counts and totals that follow from it. The engine may lose batches until a flush, but only the
-//! newest ones: whatever survives is the state after some batch.
+//! Every batch carries the watermarks, counts and totals that follow from it. The engine may lose batches until a
+//! flush, but only the newest ones: whatever survives is the state after some batch.
 
 use super::format::{record_bytes, SegmentUuid};
 use granary_placement::id::{DiskUuid, HashSlot};
@@ -57,14 +57,14 @@ pub trait Engine: Send + Sync {
     /// When the engine fails; the caller stops for good.
     fn write(&self, batch: Batch) -> Result<(), IndexError>;
 
-    /// Makes all batches certain.
+    /// Makes all batches durable.
     ///
     /// # Errors
     /// When the engine fails; the caller stops for good.
     fn flush(&self) -> Result<(), IndexError>;
 
     /// Marks the index as damaged, so that the next start rebuilds it.
-    fn condemn(&self);
+    fn mark_damaged(&self);
 }
 
 /// Where a chunk's record lies.
@@ -143,38 +143,38 @@ pub struct Hole {
 
 const VERSION: u8 = 1;
 
-/// Writes values; the counterpart of [`Take`].
-struct Put(Vec<u8>);
+/// Writes values; the counterpart of [`ValueReader`].
+struct ValueWriter(Vec<u8>);
 
-impl Put {
-    fn new() -> Put {
-        Put(vec![VERSION])
+impl ValueWriter {
+    fn new() -> ValueWriter {
+        ValueWriter(vec![VERSION])
     }
-    fn bytes(mut self, bytes: &[u8]) -> Put {
+    fn bytes(mut self, bytes: &[u8]) -> ValueWriter {
         self.0.extend_from_slice(bytes);
         self
     }
-    fn u8(self, value: u8) -> Put {
+    fn u8(self, value: u8) -> ValueWriter {
         self.bytes(&[value])
     }
-    fn u16(self, value: u16) -> Put {
+    fn u16(self, value: u16) -> ValueWriter {
         self.bytes(&value.to_be_bytes())
     }
-    fn u32(self, value: u32) -> Put {
+    fn u32(self, value: u32) -> ValueWriter {
         self.bytes(&value.to_be_bytes())
     }
-    fn u64(self, value: u64) -> Put {
+    fn u64(self, value: u64) -> ValueWriter {
         self.bytes(&value.to_be_bytes())
     }
 }
 
 /// Reads values; None when they are too short or of another version.
-struct Take<'a>(&'a [u8]);
+struct ValueReader<'a>(&'a [u8]);
 
-impl<'a> Take<'a> {
-    fn new(value: &'a [u8]) -> Option<Take<'a>> {
-        let mut take = Take(value);
-        (take.u8()? == VERSION).then_some(take)
+impl<'a> ValueReader<'a> {
+    fn new(value: &'a [u8]) -> Option<ValueReader<'a>> {
+        let mut reader = ValueReader(value);
+        (reader.u8()? == VERSION).then_some(reader)
     }
     fn bytes<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (head, tail) = self.0.split_first_chunk::<N>()?;
@@ -218,7 +218,7 @@ const DISK_KEY: &[u8] = b"m";
 
 fn encode_location(at: &Location) -> Vec<u8> {
     let spec = &at.spec;
-    Put::new()
+    ValueWriter::new()
         .u32(at.segment)
         .u64(at.offset)
         .u64(at.sequence)
@@ -234,49 +234,49 @@ fn encode_location(at: &Location) -> Vec<u8> {
 }
 
 fn decode_location(value: &[u8]) -> Option<Location> {
-    let mut take = Take::new(value)?;
+    let mut reader = ValueReader::new(value)?;
     Some(Location {
-        segment: take.u32()?,
-        offset: take.u64()?,
-        sequence: take.u64()?,
+        segment: reader.u32()?,
+        offset: reader.u64()?,
+        sequence: reader.u64()?,
         spec: ChunkSpec {
-            codec: CodecId::from_number(take.u8()?)?,
-            k: take.u8()?,
-            m: take.u8()?,
-            unit_bytes: take.u32()?,
-            extent_len_bytes: take.u64()?,
-            len_bytes: take.u64()?,
-            owner: HashSlot(take.u16()?),
-            created_ms: take.u64()?,
+            codec: CodecId::from_number(reader.u8()?)?,
+            k: reader.u8()?,
+            m: reader.u8()?,
+            unit_bytes: reader.u32()?,
+            extent_len_bytes: reader.u64()?,
+            len_bytes: reader.u64()?,
+            owner: HashSlot(reader.u16()?),
+            created_ms: reader.u64()?,
         },
     })
 }
 
 fn decode_segment(value: &[u8]) -> Option<SegmentInfo> {
-    let mut take = Take::new(value)?;
+    let mut reader = ValueReader::new(value)?;
     Some(SegmentInfo {
-        uuid: SegmentUuid(take.bytes()?),
-        length_bytes: take.u64()?,
-        watermark: take.u64()?,
-        state: match take.u8()? {
+        uuid: SegmentUuid(reader.bytes()?),
+        length_bytes: reader.u64()?,
+        watermark: reader.u64()?,
+        state: match reader.u8()? {
             0 => SegmentState::Open,
             1 => SegmentState::Sealed,
             2 => SegmentState::Dead,
             _ => return None,
         },
-        live_records: take.u64()?,
-        live_bytes: take.u64()?,
+        live_records: reader.u64()?,
+        live_bytes: reader.u64()?,
     })
 }
 
 fn decode_disk(value: &[u8]) -> Option<DiskInfo> {
-    let mut take = Take::new(value)?;
+    let mut reader = ValueReader::new(value)?;
     Some(DiskInfo {
-        disk: DiskUuid(take.bytes()?),
-        next_sequence: take.u64()?,
-        next_segment: take.u32()?,
-        chunks: take.u64()?,
-        chunk_bytes: take.u64()?,
+        disk: DiskUuid(reader.bytes()?),
+        next_sequence: reader.u64()?,
+        next_segment: reader.u32()?,
+        chunks: reader.u64()?,
+        chunk_bytes: reader.u64()?,
     })
 }
 
@@ -293,10 +293,10 @@ impl Batch {
 
     /// This piece is dead; its hole is to be punched.
     pub fn put_hole(&mut self, hole: &Hole) {
-        self.changes.push((hole_key(hole.segment, hole.offset), Some(Put::new().u64(hole.len_bytes).0)));
+        self.changes.push((hole_key(hole.segment, hole.offset), Some(ValueWriter::new().u64(hole.len_bytes).0)));
     }
 
-    /// Its hole is certain.
+    /// Its hole is punched and synced.
     pub fn remove_hole(&mut self, hole: &Hole) {
         self.changes.push((hole_key(hole.segment, hole.offset), None));
     }
@@ -308,18 +308,18 @@ impl Batch {
             SegmentState::Sealed => 1,
             SegmentState::Dead => 2,
         };
-        let value = Put::new().bytes(&info.uuid.0).u64(info.length_bytes).u64(info.watermark).u8(state);
+        let value = ValueWriter::new().bytes(&info.uuid.0).u64(info.length_bytes).u64(info.watermark).u8(state);
         self.changes.push((segment_key(number), Some(value.u64(info.live_records).u64(info.live_bytes).0)));
     }
 
-    /// The segment's file is gone for certain.
+    /// The segment's file is removed, and the folder synced.
     pub fn remove_segment(&mut self, number: u32) {
         self.changes.push((segment_key(number), None));
     }
 
     /// What is known of the disk.
     pub fn put_disk(&mut self, info: &DiskInfo) {
-        let value = Put::new()
+        let value = ValueWriter::new()
             .bytes(&info.disk.0)
             .u64(info.next_sequence)
             .u32(info.next_segment)
@@ -328,13 +328,13 @@ impl Batch {
         self.changes.push((DISK_KEY.to_vec(), Some(value.0)));
     }
 
-    /// Nothing to do?
+    /// True when it changes nothing.
     pub fn is_empty(&self) -> bool {
         self.changes.is_empty()
     }
 }
 
-/// The index, typed.
+/// The index: chunks, segments and holes, as keys and values of an engine.
 pub struct Index {
     engine: Box<dyn Engine>,
 }
@@ -400,7 +400,7 @@ impl Index {
         }
     }
 
-    /// All holes that are not certain.
+    /// All holes whose punching is not known to be synced.
     ///
     /// # Errors
     /// When the engine fails.
@@ -411,7 +411,7 @@ impl Index {
             holes.push(Hole {
                 segment: u32::from_be_bytes(*segment),
                 offset: u64::from_be_bytes(offset.try_into().ok()?),
-                len_bytes: Take::new(value)?.u64()?,
+                len_bytes: ValueReader::new(value)?.u64()?,
             });
             Some(())
         })?;
@@ -475,8 +475,8 @@ impl Index {
         self.engine.flush()
     }
 
-    /// See [`Engine::condemn`].
-    pub fn condemn(&self) {
-        self.engine.condemn();
+    /// See [`Engine::mark_damaged`].
+    pub fn mark_damaged(&self) {
+        self.engine.mark_damaged();
     }
 }

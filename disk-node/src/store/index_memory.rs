@@ -1,6 +1,7 @@
-//! An index engine in memory that forgets what was not flushed: the double of RocksDB in crash tests.
+//! An index engine in memory for crash tests: a crash loses what was not flushed, as with RocksDB.
 //!
-//! It keeps the promise of [`Engine`] and no more: a crash leaves the flushed state plus any number of the batches after it, in order.
+//! It keeps the promise of [`Engine`] and no more: a crash leaves the flushed state plus any number of the batches
+//! after it, in order.
 
 use super::index::{Batch, Engine, IndexError, Pair};
 use std::collections::BTreeMap;
@@ -79,5 +80,5 @@ impl Engine for MemoryEngine {
         Ok(())
     }
 
-    fn condemn(&self) {}
+    fn mark_damaged(&self) {}
 }

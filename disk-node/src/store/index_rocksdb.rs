@@ -1,7 +1,7 @@
 //! The index engine of the daemon. The only file that knows RocksDB.
 //!
-//! Its write-ahead log is off: the segments are the log. Batches live in the memtable until a flush, and a crash forgets the newest of
-//! them, never one in the middle: there is one column family, and memtables are flushed in order.
+//! Its write-ahead log is off: the segments are the log. Batches live in the memtable until a flush, and a crash
+//! forgets the newest of them, never one in the middle: there is one column family, and memtables are flushed in order.
 
 use super::index::{Batch, Engine, IndexError, Pair};
 use rocksdb::{
@@ -19,7 +19,7 @@ const BLOOM_BITS: f64 = 10.0;
 pub struct RocksEngine {
     db: DB,
     write: WriteOptions,
-    condemned: PathBuf,
+    rebuild_mark: PathBuf,
 }
 
 fn error(error: rocksdb::Error) -> IndexError {
@@ -51,17 +51,17 @@ fn options() -> Options {
 }
 
 impl RocksEngine {
-    /// Opens the index in `folder`. One that is damaged or condemned is moved out of the way (one older copy is kept for study) and an empty one
-    /// made: an index without a disk entry is rebuilt by recovery.
+    /// Opens the index in `folder`. A damaged one, or one marked for a rebuild, is moved aside (the last such copy is
+    /// kept for study) and an empty one is made: an index without a disk entry is rebuilt by recovery.
     ///
     /// # Errors
     /// When the disk fails.
     pub fn open(folder: &Path) -> Result<RocksEngine, IndexError> {
-        let condemned = folder.with_extension("condemned");
-        if condemned.exists() {
+        let rebuild_mark = folder.with_extension("rebuild");
+        if rebuild_mark.exists() {
             tracing::error!(folder = %folder.display(), "the index was found damaged while in use; it will be rebuilt from the segments");
             RocksEngine::set_aside(folder)?;
-            std::fs::remove_file(&condemned).map_err(|error| IndexError::Io(error.to_string()))?;
+            std::fs::remove_file(&rebuild_mark).map_err(|error| IndexError::Io(error.to_string()))?;
         }
         let db = match DB::open(&options(), folder) {
             Ok(db) => db,
@@ -74,10 +74,10 @@ impl RocksEngine {
         };
         let mut write = WriteOptions::default();
         write.disable_wal(true);
-        Ok(RocksEngine { db, write, condemned })
+        Ok(RocksEngine { db, write, rebuild_mark })
     }
 
-    /// Are files of it wrong or missing, as opposed to a disk that cannot be read just now?
+    /// True when its files are wrong or missing; false when the disk cannot be read at the moment.
     fn is_lost(reason: &rocksdb::Error) -> bool {
         let text = reason.to_string();
         matches!(reason.kind(), ErrorKind::Corruption | ErrorKind::InvalidArgument)
@@ -130,9 +130,9 @@ impl Engine for RocksEngine {
         self.db.flush().map_err(error)
     }
 
-    fn condemn(&self) {
-        // Best effort on a disk that may be failing: without the mark the next start only meets the damage again.
-        if let Err(reason) = std::fs::write(&self.condemned, b"") {
+    fn mark_damaged(&self) {
+        // The disk may be failing, so this may not work: then the next start finds the damage by itself.
+        if let Err(reason) = std::fs::write(&self.rebuild_mark, b"") {
             tracing::error!(%reason, "cannot mark the index as damaged");
         }
     }

@@ -1,19 +1,21 @@
-//! The chunk store of one disk: segments that are only ever appended to, an index that can be lost, holes where chunks were.
+//! The chunk store of one disk: segments that are only ever appended to, an index that can be rebuilt from them, and
+//! holes where deleted chunks were.
 //!
 //! Reading order:
 //! 1. [`format`]: the bytes of a segment;
-//! 2. [`device`]: what is asked of the disk, and what may be believed of it; [`file_device`] is the real one;
-//! 3. [`index`]: where each chunk lies; [`index_rocksdb`] is its engine in the daemon, [`index_memory`] the forgetful one of the tests;
-//! 4. [`core`]: every decision of the one writer: where a record goes, what is synced before what, when space comes back;
+//! 2. [`device`]: what the store asks of the disk, and what it may rely on; [`file_device`] is the real one;
+//! 3. [`index`]: where each chunk lies; [`index_rocksdb`] is its engine in the daemon, [`index_memory`] the one of the
+//!    crash tests, which loses what was not flushed;
+//! 4. [`core`]: every decision of the one writer: where a record goes, what is synced before what, when space is freed;
 //! 5. [`recover`]: what happens at start-up, after a clean stop or a crash;
-//! 6. [`read`]: verified reads; [`writer`]: the thread around the core, its bounded queue, uploads; [`handle`]: the store as the daemon
-//!    sees it.
+//! 6. [`read`]: verified reads; [`writer`]: the thread around the core, its bounded queue, uploads; [`handle`]: the
+//!    store as the daemon sees it.
 //!
-//! **Invariant:** a chunk is answered for only after its record was synced and its index entry written; a deletion only after the index
-//! entry's removal was synced; a hole is punched only after that.
+//! **Invariant:** a put is acknowledged only after its record was synced and its index entry written; a deletion only
+//! after the index entry's removal was synced; a hole is punched only after that.
 //!
-//! **Invariant:** bytes of a segment are written once. Space of dead records goes back to the file system, never to another record, so a
-//! hole that is punched twice hurts nobody, and nothing old can be mistaken for something new.
+//! **Invariant:** bytes of a segment are written once. Space of dead records goes back to the file system, never to
+//! another record, so a hole may be punched twice, and old bytes are never taken for a new record.
 
 pub mod core;
 pub mod device;
@@ -98,7 +100,8 @@ pub enum OpenError {
 /// Settings of a store.
 #[derive(Debug, Clone, Copy)]
 pub struct StoreSettings {
-    /// Length of a segment, in bytes. A longer record gets a segment of its own; on a filling disk segments are shorter.
+    /// Length of a segment, in bytes. A longer record gets a segment of its own; on a filling disk segments are
+    /// shorter.
     pub segment_bytes: u64,
     /// Shortest segment worth making, in bytes.
     pub min_segment_bytes: u64,
@@ -143,8 +146,8 @@ impl Default for StoreSettings {
     }
 }
 
-/// The reserve unless a setting says otherwise, in bytes: 1 % of the file system, at least 64 MiB and at most 8 GiB, but never more than an
-/// eighth of a small one.
+/// The reserve unless a setting says otherwise, in bytes: 1 % of the file system, at least 64 MiB and at most 8 GiB,
+/// but never more than an eighth of a small one.
 pub fn default_reserve_bytes(capacity_bytes: u64) -> u64 {
     (capacity_bytes / 100).clamp(64 * MIB, 8192 * MIB).min(capacity_bytes / 8)
 }

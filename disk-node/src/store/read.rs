@@ -1,4 +1,4 @@
-//! Verified reads: no byte leaves that does not agree with its checksum.
+//! Verified reads: no byte is returned that does not agree with its checksum.
 
 use super::device::SegmentFile;
 use super::format::{header_region_bytes, RecordHeader};
@@ -31,7 +31,7 @@ const LOOKUPS: u32 = 4;
 
 impl Shared {
     fn locate(&self, id: &ChunkId) -> Result<Location, StoreError> {
-        self.alive()?;
+        self.check_running()?;
         let found = self.index.chunk(id).map_err(|error| self.fail_index(&error))?;
         found.ok_or(StoreError::NotFound)
     }
@@ -39,8 +39,8 @@ impl Shared {
     /// Reads `blocks` blocks from `first_block`, clipped at the chunk's end. Blocking.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`], [`StoreError::Corrupt`] for the first bad block, [`StoreError::Unreadable`] when the disk does not give
-    /// them back, [`StoreError::Rejected`] for blocks the chunk does not have.
+    /// [`StoreError::NotFound`], [`StoreError::Corrupt`] for the first bad block, [`StoreError::Unreadable`] when the
+    /// disk does not give them back, [`StoreError::Rejected`] for blocks the chunk does not have.
     pub fn read_blocks(&self, id: &ChunkId, first_block: u32, blocks: u32) -> Result<Blocks, StoreError> {
         let mut at = self.locate(id)?;
         for _ in 1..LOOKUPS {
@@ -70,7 +70,8 @@ impl Shared {
         let last = first_block.saturating_add(blocks).min(count);
         let corrupt = StoreError::Corrupt { block: first_block };
         let failed = |error: io::Error| match error.kind() {
-            // The file is gone or shorter than the index believes: the bytes are not there, however well the disk works.
+            // The file is gone or shorter than the index believes: the bytes are not there, however well the disk
+            // works.
             io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof => corrupt.clone(),
             _ => StoreError::Unreadable(error.to_string()),
         };

@@ -1,14 +1,17 @@
 //! Start-up: from whatever a clean stop or a crash left to a store that may be written to.
 //!
-//! Segments that were open are read from their watermark on, straight from the disk. A whole record that the index does not know, or knows an
-//! older one of, is taken in; a torn one is dropped: it was never answered for. Then the segment is given back what it did not use and
-//! sealed: no segment is ever appended to by a second process, so nothing of an earlier life can lie in the way of a new record.
+//! Segments that were open are read from their watermark on, straight from the disk. A whole record that is newer than
+//! what the index has for its chunk is indexed; a torn one is dropped: no put was acknowledged for it. Then the unused
+//! space of the segment is freed and it is sealed: no segment is ever appended to by a second process, so a new record
+//! never lies over bytes of an earlier process.
 //!
-//! Every step leaves a state from which recovery can begin again; each record is taken in with one batch that carries the counts too.
+//! Every step leaves a state from which recovery can begin again; each record is indexed by one batch, which has the
+//! counts too.
 //!
-//! An index without a disk entry is empty or half rebuilt, and is rebuilt from all segments. Records of sealed segments are believed by their
-//! headers then (a seal is written after all records were synced; reads verify anyway), so a rebuild reads headers and not payloads.
-//! What a rebuild cannot know are deletions whose holes were not certain yet: such chunks come back, and the owner shard calls them garbage.
+//! An index without a disk entry is empty or half rebuilt, and is rebuilt from all segments. Records of sealed segments
+//! are trusted by their headers then (a seal is written after all records were synced; reads verify anyway), so a
+//! rebuild reads headers and not payloads. What a rebuild cannot know are deletions whose holes were not yet synced:
+//! such chunks come back, and the owner shard says that they are garbage.
 
 use super::core::{seal, Core, Segment};
 use super::device::SegmentFile;
@@ -29,11 +32,11 @@ pub struct Recovered {
     /// Segments that were read.
     pub segments_scanned: u64,
     /// Records the index did not know.
-    pub records_taken_in: u64,
+    pub records_indexed: u64,
     /// Records that were not whole.
     pub records_torn: u64,
     /// Holes that were punched again.
-    pub holes_replayed: u64,
+    pub holes_punched: u64,
     /// Segments the index knows and the folder does not have: their chunks are lost on this disk.
     pub segments_missing: u64,
     /// Pages that could not be read, or headers of segments that are damaged.
@@ -53,7 +56,7 @@ struct Recovery {
     disk: DiskInfo,
     segments: BTreeMap<u32, SegmentInfo>,
     holes: BTreeSet<Hole>,
-    done: Recovered,
+    report: Recovered,
 }
 
 /// Recovers a store.
@@ -72,8 +75,8 @@ pub fn recover(shared: Arc<Shared>) -> Result<(Core, Recovered), OpenError> {
     }
     let segments = shared.index.segments()?.into_iter().collect();
     let holes = shared.index.holes()?.into_iter().collect();
-    let done = Recovered { rebuilt, ..Recovered::default() };
-    Recovery { shared, disk, segments, holes, done }.run()
+    let report = Recovered { rebuilt, ..Recovered::default() };
+    Recovery { shared, disk, segments, holes, report }.run()
 }
 
 impl Recovery {
@@ -101,7 +104,7 @@ impl Recovery {
                         chunks = info.live_records,
                         "a segment file is missing: its chunks are lost on this disk"
                     );
-                    self.done.segments_missing += 1;
+                    self.report.segments_missing += 1;
                     missing.insert(number);
                 }
                 (true, _) => {}
@@ -112,19 +115,19 @@ impl Recovery {
                 self.segment(number)?;
             }
         }
-        // Names first: only what is gone for certain may be forgotten.
+        // The folder first: a segment may leave the index only when the removal of its file is durable.
         self.shared.device.sync_dir().map_err(device_error("sync of the segment folder"))?;
         for number in removed {
             self.segments.remove(&number);
             batch.remove_segment(number);
         }
-        self.replay_holes(&missing, &mut batch)?;
+        self.punch_recorded_holes(&missing, &mut batch)?;
         batch.put_disk(&self.disk);
         self.shared.index.write(batch)?;
         self.shared.index.flush()?;
         let present = self.segments.into_iter().filter(|(number, _)| !missing.contains(number));
         let segments = present.map(|(number, info)| (number, Segment::sealed(info))).collect();
-        Ok((Core::new(self.shared, self.disk, segments), self.done))
+        Ok((Core::new(self.shared, self.disk, segments), self.report))
     }
 
     fn unlink(&self, number: u32) -> Result<(), OpenError> {
@@ -139,24 +142,25 @@ impl Recovery {
         }
         let context = |what: &str| device_error(format!("{what} segment {number}"));
         let file = self.shared.device.open(number).map_err(context("open"))?;
-        // What an earlier process wrote and did not sync becomes certain now, and what its failed sync left in the cache is forgotten.
+        // What an earlier process wrote and did not sync is synced now; what its failed sync left in the page cache is
+        // dropped.
         file.fdatasync().map_err(context("sync"))?;
         file.drop_cache().map_err(context("drop the cache of"))?;
         let length = file.length().map_err(context("measure"))?;
-        let Some(mut info) = self.identify(number, &*file, length, known)? else {
-            // Its birth was not finished: nothing in it was ever answered for.
+        let Some(mut info) = self.read_identity(number, &*file, length, known)? else {
+            // Its creation was not finished: no record in it was ever acknowledged.
             return self.unlink(number);
         };
         info.length_bytes = info.length_bytes.min(length);
-        let sealed = self.done.rebuilt && read_seal(&*file, number, &info).is_some();
+        let sealed = self.report.rebuilt && read_seal(&*file, number, &info).is_some();
         self.segments.insert(number, info);
-        self.done.segments_scanned += 1;
+        self.report.segments_scanned += 1;
         let mut scan =
             Scan { number, file: &*file, at: info.watermark.max(RECORDS_AT), end: info.length_bytes, damage: 0 };
         let mut used: Vec<(u64, u64)> = Vec::new();
         while let Some(header) = scan.next(&info) {
             let at = Location { segment: number, offset: header.offset, sequence: header.sequence, spec: header.spec };
-            if self.take_in(&header, &at, &*file, sealed)? {
+            if self.index_record(&header, &at, &*file, sealed)? {
                 used.push((header.offset, header.end()));
                 scan.at = header.end();
             } else if sealed {
@@ -165,7 +169,7 @@ impl Recovery {
                 scan.at = header.offset + PAGE_BYTES;
             }
         }
-        self.done.damage += scan.damage;
+        self.report.damage += scan.damage;
         let mut unused = Vec::new();
         let mut from = info.watermark.max(RECORDS_AT);
         for (begin, end) in used {
@@ -175,7 +179,8 @@ impl Recovery {
         let end = from;
         unused.push((from, info.length_bytes));
         if scan.damage > 0 || sealed {
-            // Something here cannot be read, or is believed as it is: rather keep dead bytes than punch what a better day may read.
+            // Some pages could not be read, or records were trusted unread: keep dead bytes rather than punch what may
+            // be read later.
             unused.clear();
         }
         if !sealed {
@@ -191,8 +196,8 @@ impl Recovery {
         Ok(())
     }
 
-    /// Which segment is this? None for a file whose birth was not finished.
-    fn identify(
+    /// Reads which segment a file is. None for a file whose creation was not finished.
+    fn read_identity(
         &mut self,
         number: u32,
         file: &dyn SegmentFile,
@@ -219,11 +224,12 @@ impl Recovery {
             Ok(header) if header.number == number => Ok(Some(known.unwrap_or(fresh(header.uuid, header.length_bytes)))),
             Err(source @ FormatError::Version { .. }) => Err(OpenError::Version { segment: number, source }),
             wrong => {
-                // A known segment with a bad header keeps its records: they carry the identity too. So does an unknown one that has any.
+                // A known segment with a bad header keeps its records: they carry the identity too. So does an unknown
+                // one that has any.
                 let found =
                     known.or_else(|| first_record(file, number, length).map(|record| fresh(record.segment, length)));
                 if found.is_some() {
-                    self.done.damage += 1;
+                    self.report.damage += 1;
                     tracing::error!(segment = number, header = ?wrong, "the segment header is damaged; its records are read without it");
                 }
                 Ok(found)
@@ -231,13 +237,13 @@ impl Recovery {
         }
     }
 
-    /// Takes one record in unless the index knows better. True when its bytes are to be kept.
-    fn take_in(
+    /// Indexes one record, unless the index has a newer one of its chunk. True when the record's bytes are to be kept.
+    fn index_record(
         &mut self,
         header: &RecordHeader,
         at: &Location,
         file: &dyn SegmentFile,
-        believed: bool,
+        trusted: bool,
     ) -> Result<bool, OpenError> {
         let piece = Hole { segment: at.segment, offset: at.offset, len_bytes: at.record_bytes() };
         self.disk.next_sequence = self.disk.next_sequence.max(at.sequence + 1);
@@ -248,16 +254,16 @@ impl Recovery {
         match before {
             Some(before) if before.sequence == at.sequence => return Ok(true),
             Some(before) if before.sequence > at.sequence => {
-                if believed {
-                    self.dead_piece(piece)?;
+                if trusted {
+                    self.record_hole(piece)?;
                 }
                 return Ok(false);
             }
             _ => {}
         }
-        if !believed {
+        if !trusted {
             if let Err(block) = verify_payload(file, header) {
-                self.done.records_torn += 1;
+                self.report.records_torn += 1;
                 tracing::warn!(segment = at.segment, offset = at.offset, chunk = %header.id, block, "dropped a record that was not whole");
                 return Ok(false);
             }
@@ -283,25 +289,25 @@ impl Recovery {
             batch.put_segment(at.segment, segment);
         }
         batch.put_chunk(&header.id, at);
-        if !self.done.rebuilt {
+        if !self.report.rebuilt {
             // A rebuild writes the disk entry last: until then the index counts as lost.
             batch.put_disk(&self.disk);
         }
         self.shared.index.write(batch)?;
-        self.done.records_taken_in += 1;
+        self.report.records_indexed += 1;
         Ok(true)
     }
 
-    fn dead_piece(&mut self, hole: Hole) -> Result<(), OpenError> {
+    fn record_hole(&mut self, hole: Hole) -> Result<(), OpenError> {
         self.holes.insert(hole);
         let mut batch = Batch::default();
         batch.put_hole(&hole);
         Ok(self.shared.index.write(batch)?)
     }
 
-    /// Punches every hole that was recorded and may not have been certain. The index that records them is flushed before: a hole may only
-    /// be punched when no crash can bring the entry back that pointed there.
-    fn replay_holes(&mut self, missing: &HashSet<u32>, batch: &mut Batch) -> Result<(), OpenError> {
+    /// Punches every hole that the index records, whether or not it was punched before. The index is flushed first: a
+    /// hole may only be punched when no crash can bring back the entry of the chunk that lay there.
+    fn punch_recorded_holes(&mut self, missing: &HashSet<u32>, batch: &mut Batch) -> Result<(), OpenError> {
         if self.holes.is_empty() {
             return Ok(());
         }
@@ -317,7 +323,7 @@ impl Recovery {
                 Some(file) => file.clone(),
                 None => {
                     let file = self.shared.device.open(hole.segment).map_err(device_error("open segment"))?;
-                    // Few at a time: a rebuild may find holes in thousands of segments.
+                    // At most 64 open files: a rebuild may find holes in thousands of segments.
                     if files.len() >= 64 {
                         for file in std::mem::take(&mut files).values() {
                             file.fdatasync().map_err(device_error("sync of holes"))?;
@@ -328,7 +334,7 @@ impl Recovery {
                 }
             };
             file.punch(hole.offset, hole.len_bytes).map_err(context)?;
-            self.done.holes_replayed += 1;
+            self.report.holes_punched += 1;
         }
         for file in files.values() {
             file.fdatasync().map_err(device_error("sync of holes"))?;
@@ -354,7 +360,7 @@ pub struct Scan<'a> {
     pub number: u32,
     /// The segment.
     pub file: &'a dyn SegmentFile,
-    /// Where to look next. The caller moves it behind a record it took.
+    /// Where to look next, as an offset. The caller moves it behind a record that it indexed.
     pub at: u64,
     /// Where to stop.
     pub end: u64,

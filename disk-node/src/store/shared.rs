@@ -1,4 +1,5 @@
-//! What the writer and the readers of one store have in common: the device, the index, bounded caches, and the end of it all.
+//! What the writer and the readers of one store share: the device, the index, bounded caches, and the failure that ends
+//! the store.
 
 use super::device::{Device, SegmentFile};
 use super::format::RecordHeader;
@@ -46,7 +47,7 @@ const OPEN_FILES: usize = 256;
 const POOLED_BUFFERS: usize = 16;
 
 impl Shared {
-    /// Puts the parts together.
+    /// Shared state over a device and an index; nothing is read yet.
     pub fn new(
         device: Arc<dyn Device>,
         index: Index,
@@ -72,18 +73,18 @@ impl Shared {
         }
     }
 
-    /// An error when the store has failed: nothing is answered after that.
+    /// Refuses every request once the store has failed.
     ///
     /// # Errors
     /// [`StoreError::Failed`].
-    pub fn alive(&self) -> Result<(), StoreError> {
+    pub fn check_running(&self) -> Result<(), StoreError> {
         match self.failed.get() {
             None => Ok(()),
             Some(reason) => Err(StoreError::Failed(reason.clone())),
         }
     }
 
-    /// Ends the store. The first reason counts.
+    /// Ends the store, and calls `on_fatal` the first time. Gives the error of the first reason.
     pub fn fail(&self, reason: String) -> StoreError {
         let mut first = false;
         let reason = self.failed.get_or_init(|| {
@@ -99,7 +100,7 @@ impl Shared {
     /// An index error ends the store; a damaged index is marked, so that the next start rebuilds it.
     pub fn fail_index(&self, error: &IndexError) -> StoreError {
         if matches!(error, IndexError::Damaged(_)) {
-            self.index.condemn();
+            self.index.mark_damaged();
         }
         self.fail(error.to_string())
     }
@@ -117,19 +118,19 @@ impl Shared {
         Ok(file)
     }
 
-    /// A segment that was just made.
-    pub fn remember(&self, number: u32, file: Arc<dyn SegmentFile>) {
+    /// Puts a segment that was just created into the cache.
+    pub fn cache_segment(&self, number: u32, file: Arc<dyn SegmentFile>) {
         self.files.put(number, file, 1);
     }
 
-    /// Forgets a segment that is being removed.
-    pub fn forget(&self, number: u32) {
+    /// Takes a segment that is being removed out of the cache.
+    pub fn uncache_segment(&self, number: u32) {
         self.files.remove(&number);
     }
 }
 
-/// A map bounded by weight, in two generations: what was not asked for during one whole filling is dropped. As good as least-recently-used
-/// for a cache, and short.
+/// A map bounded by weight, in two generations: what was not asked for during one whole filling is dropped. As good as
+/// least-recently-used for a cache, and short.
 pub struct Cache<K, V> {
     limit: usize,
     maps: Mutex<Generations<K, V>>,
@@ -190,7 +191,8 @@ impl<K: Eq + Hash, V: Clone> Cache<K, V> {
     }
 }
 
-/// Read buffers that come back when the last slice of them is sent. Saves the kernel from mapping and zeroing megabytes for each read.
+/// Read buffers that come back when the last slice of them is sent. Saves the kernel from mapping and zeroing megabytes
+/// for each read.
 #[derive(Default)]
 pub struct BufferPool(Mutex<Vec<Vec<u8>>>);
 

@@ -1,7 +1,8 @@
 //! The writer thread and the bounded queue in front of it.
 //!
-//! The thread owns the [`Core`]. It takes what is waiting, writes pieces as they come, and carries out all finished requests as one group, so
-//! that they share one sync: the longer a sync takes, the more requests the next one serves. It ends when told to.
+//! The thread owns the [`Core`]. It takes what is waiting, writes pieces as they come, and carries out all finished
+//! requests as one group, so that they share one sync: the longer a sync takes, the more requests the next one serves.
+//! It ends on a stop message.
 
 use super::core::{Core, Done, Op, Ticket};
 use super::shared::Shared;
@@ -52,7 +53,7 @@ pub(super) struct Queue {
     queue_bytes: u64,
 }
 
-/// A reservation; dropped without [`Reserved::commit`] its space is given back, even when the answer never reached whoever asked.
+/// A reservation; dropped without [`Reserved::commit`] its space is freed, also when the caller has gone.
 pub(super) struct Reserved {
     ticket: Ticket,
     queue: Queue,
@@ -62,7 +63,7 @@ pub(super) struct Reserved {
 impl Drop for Reserved {
     fn drop(&mut self) {
         if !self.committed {
-            // A writer that is gone has nothing to give back.
+            // A writer that is gone has no space to free.
             let _ = self.queue.sender.send(Message::Abort(self.ticket));
         }
     }
@@ -96,7 +97,7 @@ impl Queue {
     }
 
     /// Carries out one request; `bytes` is the permit of its payload.
-    pub(super) async fn op(&self, op: Op, bytes: Option<OwnedSemaphorePermit>) -> Result<Done, StoreError> {
+    pub(super) async fn submit(&self, op: Op, bytes: Option<OwnedSemaphorePermit>) -> Result<Done, StoreError> {
         let permit = self.request_permit().await?;
         let (reply, answer) = oneshot::channel();
         self.send(Message::Op { op, reply, permits: (permit, bytes) })?;
@@ -110,7 +111,7 @@ impl Queue {
     }
 
     /// Tells the thread to end, without waiting.
-    pub(super) fn end(&self) {
+    pub(super) fn request_stop(&self) {
         let (reply, _) = oneshot::channel();
         let _ = self.send(Message::Stop(reply));
     }
@@ -153,18 +154,19 @@ pub(super) fn start(core: Core, shared: Arc<Shared>) -> std::io::Result<(Queue, 
         bytes: Arc::new(Semaphore::new(usize::try_from(queue_bytes).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS))),
         queue_bytes,
     };
-    // The thread holds a sending end too, for the reservations it hands out: it is ended by Stop, which the handle sends when dropped.
-    let back = queue.clone();
+    // The thread holds a sending end too, for the reservations it hands out: it is ended by Stop, which the handle
+    // sends when dropped.
+    let own = queue.clone();
     let thread = std::thread::Builder::new()
         .name("writer".to_owned())
-        .spawn(move || Writer { core, shared, back }.run(&receiver))?;
+        .spawn(move || Writer { core, shared, queue: own }.run(&receiver))?;
     Ok((queue, thread))
 }
 
 struct Writer {
     core: Core,
     shared: Arc<Shared>,
-    back: Queue,
+    queue: Queue,
 }
 
 struct Waiting {
@@ -177,8 +179,8 @@ impl Writer {
     fn run(mut self, receiver: &mpsc::Receiver<Message>) {
         let mut more = false;
         loop {
-            let patience = if more { Duration::ZERO } else { self.shared.settings.punch_interval };
-            let first = match receiver.recv_timeout(patience) {
+            let timeout = if more { Duration::ZERO } else { self.shared.settings.punch_interval };
+            let first = match receiver.recv_timeout(timeout) {
                 Ok(message) => Some(message),
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -197,7 +199,7 @@ impl Writer {
                         group.push(op);
                         waiting.push(Some(Waiting { reply, _permits: permits, stored_bytes }));
                     }
-                    other => self.at_once(other),
+                    other => self.handle_unbatched(other),
                 }
                 if group.len() >= GROUP_REQUESTS {
                     break;
@@ -222,7 +224,7 @@ impl Writer {
         }
     }
 
-    fn at_once(&mut self, message: Message) {
+    fn handle_unbatched(&mut self, message: Message) {
         match message {
             Message::Reserve { id, spec, reply, _permit } => {
                 let reserved = self.core.reserve(id, spec);
@@ -231,7 +233,7 @@ impl Writer {
                 }
                 // If nobody waits any more the reservation is dropped here and its abort comes back through the queue.
                 let _ =
-                    reply.send(reserved.map(|ticket| Reserved { ticket, queue: self.back.clone(), committed: false }));
+                    reply.send(reserved.map(|ticket| Reserved { ticket, queue: self.queue.clone(), committed: false }));
             }
             Message::Piece { ticket, at, data, _permits } => {
                 // A failure reaches the sender with the commit: the store has ended.

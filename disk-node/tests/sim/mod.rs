@@ -1,5 +1,5 @@
-//! A disk that lies as far as a real one may: it forgets what was not synced, page by page, tears pages, loses and resurrects names, and
-//! fails or stops at a chosen call.
+//! A disk that lies as far as a real one may: it forgets what was not synced, page by page, tears pages, loses and
+//! resurrects names, and fails or stops at a chosen call.
 
 #![allow(dead_code)] // each test file uses its part
 
@@ -142,7 +142,8 @@ impl SimDevice {
                 choices.push(Choice::Length { inode: *number });
             }
             for (page, versions) in &inode.unsynced {
-                // The old contents, each version since, and each version torn in the middle over what was there before it.
+                // The old contents, each version since, and each version torn in the middle over what was there before
+                // it.
                 choices.push(Choice::Page { inode: *number, page: *page, ways: 1 + 2 * versions.len() as u64 });
             }
         }
@@ -160,7 +161,8 @@ impl SimDevice {
         })
     }
 
-    /// The disk after a power loss, in the way that `pick` chooses: it is called with the number of possibilities of each decision.
+    /// The disk after a power loss, in the way that `pick` chooses: it is called with the number of possibilities of
+    /// each decision.
     pub fn after_crash(&self, pick: &mut dyn FnMut(u64) -> u64) -> SimDevice {
         let state = self.state();
         let mut after = State { capacity: state.capacity, next_inode: state.next_inode, ..State::default() };

@@ -1,11 +1,13 @@
-//! A small S3 client over hyper, for benchmarks and tests. It signs with `aws-sigv4`, a third party's signer, keeps connections
-//! alive, sends bodies of any length without gathering them, and hides nothing: a test sees every status, header and byte.
+//! A small S3 client over hyper, for benchmarks and tests. It signs with `aws-sigv4`, a third party's signer, keeps
+//! connections alive, sends bodies of any length without gathering them, and hides nothing: a test sees every status,
+//! header and byte.
 //!
 //! Reading order: [`Client`], what is sent and how; [`answer`], what comes back; `signing`, how a request is signed.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), granary_s3_client::NoAnswer> {
-//! let client = granary_s3_client::Client::new("127.0.0.1:9000", "access", "secret", std::time::Duration::from_secs(10));
+//! let limit = std::time::Duration::from_secs(10);
+//! let client = granary_s3_client::Client::new("127.0.0.1:9000", "access", "secret", limit);
 //! client.make_bucket("photos").await?;
 //! let answer = client.put("photos", "a key", "some bytes".into()).await?;
 //! assert_eq!(answer.status, 200);
@@ -92,7 +94,8 @@ impl Client {
         &self.inner.address
     }
 
-    /// One signed request, its answer read whole. `path` is raw (`/bucket/key`, not yet percent-encoded); `query` likewise.
+    /// One signed request, its answer read whole. `path` is raw (`/bucket/key`, not yet percent-encoded); `query`
+    /// likewise.
     ///
     /// # Errors
     /// No answer arrived.
