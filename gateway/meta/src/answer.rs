@@ -1,19 +1,18 @@
 //! Reads of a shard. Pure: a view of the state and a query in, an answer out. Work is bounded by the query's limit.
 
-use crate::codec::{decode, CompletedUpload, Fence};
+use crate::codec::{decode, CompletedUpload, Fence, QueuedAt, Record};
 use crate::keys::{
     kind, split_garbage_key, split_missing_key, split_repair_slot_key, split_upload_key, KeyRange, Keys,
 };
 use crate::kv::{Kv, StateError};
-use crate::list;
+use crate::level::level_in;
 use crate::record::{
     BucketId, BucketRecord, ExtentRecord, ExtentRef, LeaseRecord, ObjectData, ObjectRecord, PartRecord,
     RepairSlotRecord, SettingsRecord, UploadId, UploadRecord, Usage,
 };
+use crate::{list, maps};
 use crate::{Answer, ChunkRef, Query, VersionPick};
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
-use granary_placement::map::ClusterMap;
-use serde::de::DeserializeOwned;
 
 /// Most items of a page of keys or uploads.
 const MAX_KEYS: u32 = 1_001;
@@ -22,7 +21,7 @@ const MAX_ITEMS: u32 = 1_000;
 /// Most parts of a page.
 const MAX_PARTS: u32 = 10_000;
 
-fn load<T: DeserializeOwned, K: Kv + ?Sized>(kv: &K, key: &[u8]) -> Result<Option<T>, StateError> {
+fn load<T: Record, K: Kv + ?Sized>(kv: &K, key: &[u8]) -> Result<Option<T>, StateError> {
     kv.get(key)?.map(|bytes| decode(&bytes)).transpose()
 }
 
@@ -53,14 +52,15 @@ fn just_after(mut key: Vec<u8>) -> Vec<u8> {
     key
 }
 
-/// Does the query belong to the root shard?
-fn wants_root(query: &Query) -> bool {
+/// Does the query belong to the root shard? None: to any shard.
+fn wants_root(query: &Query) -> Option<bool> {
     match query {
         Query::GetBucket { .. }
         | Query::ListBuckets { .. }
-        | Query::GetMap
+        | Query::GetMap { .. }
         | Query::ListLeases
-        | Query::GetSettings { .. } => true,
+        | Query::GetSettings { .. } => Some(true),
+        Query::FeatureLevel => None,
         Query::GetObject { .. }
         | Query::ListObjects { .. }
         | Query::ListUploads { .. }
@@ -71,7 +71,7 @@ fn wants_root(query: &Query) -> bool {
         | Query::ListMissing { .. }
         | Query::ListGarbage { .. }
         | Query::BucketUsage { .. }
-        | Query::ListRepairSlots { .. } => false,
+        | Query::ListRepairSlots { .. } => Some(false),
     }
 }
 
@@ -81,7 +81,7 @@ fn wants_root(query: &Query) -> bool {
 /// [`StateError`] when the state cannot be read.
 pub fn answer<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<Answer, StateError> {
     let keys = Keys::new(shard);
-    if wants_root(query) != (shard == ShardId::ROOT) {
+    if wants_root(query).is_some_and(|root| root != (shard == ShardId::ROOT)) {
         return Ok(Answer::Refused(format!("not a query of shard {shard}")));
     }
     match query {
@@ -126,10 +126,8 @@ pub fn answer<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<A
             None => Answer::NoSuchBucket,
         }),
         Query::ListBuckets { after, limit } => list_buckets(kv, &keys, after, *limit),
-        Query::GetMap => Ok(match load::<ClusterMap, K>(kv, &keys.single(kind::MAP))? {
-            Some(map) => Answer::Map(Box::new(map)),
-            None => Answer::NoMap,
-        }),
+        Query::GetMap { newer_than } => maps::answer(kv, &keys, *newer_than),
+        Query::FeatureLevel => Ok(Answer::FeatureLevel(level_in(kv.get(&keys.single(kind::LEVEL))?)?)),
         Query::ListLeases => {
             let mut leases = Vec::new();
             // All of them: `leases` bounds how many there can be.
@@ -282,7 +280,7 @@ fn list_missing<K: Kv + ?Sized>(
         let chunk = split_missing_key(key).ok_or_else(|| StateError::Value("key of a missing chunk".to_owned()))?;
         let extent = load::<ExtentRecord, K>(kv, &keys.extent(chunk.group, chunk.extent))?;
         let extent = extent.ok_or_else(|| StateError::Value("missing chunk of no extent".to_owned()))?;
-        chunks.push((chunk, decode::<u64>(value)?, extent));
+        chunks.push((chunk, decode::<QueuedAt>(value)?.0, extent));
         Ok(true)
     })?;
     Ok(Answer::Missing { chunks, more })

@@ -3,16 +3,15 @@
 //! `apply` is the door: it deduplicates by request id, turns away background work whose lease was taken over, and hands the command to
 //! the module of its kind. A refusal writes nothing but its own kept reply.
 
-use crate::codec::{decode, encode, Counters, Fence, KeptReply};
+use crate::codec::{decode, encode_at, Counters, Fence, KeptReply, QueuedAt, Record};
 use crate::keys::{kind, Keys};
 use crate::kv::{Kv, Overlay, StateError};
+use crate::level::{self, Build};
 use crate::record::{AccountId, BucketId, BucketRule, Usage};
-use crate::{buckets, leases, objects, queues, repair_slots, rules, settings, uploads};
+use crate::{buckets, leases, maps, objects, queues, repair_slots, rules, settings, uploads};
 use crate::{Command, MetaRequest, Reply};
 use granary_placement::id::ShardId;
 use granary_placement::lease::LeaseStamp;
-use serde::de::DeserializeOwned;
-use serde::Serialize;
 
 /// A request repeated within this many commands of its shard is not applied again. Part of the replicated history.
 pub const REQUEST_WINDOW: u64 = 16_384;
@@ -27,24 +26,28 @@ pub struct Tx<'b, 'k, K: Kv + ?Sized> {
     pub now_ms: u64,
     /// Who acts.
     pub account: AccountId,
+    /// The build that applies.
+    pub build: Build,
+    /// The shard's feature level: decides, alone, what is written.
+    pub level: u32,
 }
 
 impl<K: Kv + ?Sized> Tx<'_, '_, K> {
     /// A decoded value.
-    pub fn load<T: DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StateError> {
+    pub fn load<T: Record>(&self, key: &[u8]) -> Result<Option<T>, StateError> {
         self.batch.get(key)?.map(|bytes| decode(&bytes)).transpose()
     }
 
-    /// Encodes and writes a value.
-    pub fn store<T: Serialize>(&mut self, key: Vec<u8>, value: &T) -> Result<(), StateError> {
-        self.batch.put(key, encode(value)?);
+    /// Encodes a value as the feature level wants, and writes it.
+    pub fn store<T: Record>(&mut self, key: Vec<u8>, value: &T) -> Result<(), StateError> {
+        self.batch.put(key, encode_at(self.level, value)?);
         Ok(())
     }
 
     /// Writes the command's time.
     pub fn store_now(&mut self, key: Vec<u8>) -> Result<(), StateError> {
         let now_ms = self.now_ms;
-        self.store(key, &now_ms)
+        self.store(key, &QueuedAt(now_ms))
     }
 
     /// The shard's counters.
@@ -87,7 +90,25 @@ pub fn apply<K: Kv + ?Sized>(
     batch: &mut Overlay<'_, K>,
     request: &MetaRequest,
 ) -> Result<Reply, StateError> {
-    let mut tx = Tx { batch, keys: Keys::new(shard), now_ms: request.now_ms, account: request.account };
+    apply_by(Build::THIS, shard, batch, request)
+}
+
+/// As [`apply`], by a build of other feature levels.
+///
+/// # Errors
+/// As [`apply`].
+pub fn apply_by<K: Kv + ?Sized>(
+    build: Build,
+    shard: ShardId,
+    batch: &mut Overlay<'_, K>,
+    request: &MetaRequest,
+) -> Result<Reply, StateError> {
+    let keys = Keys::new(shard);
+    let level = level::level_in(batch.get(&keys.single(kind::LEVEL))?)?;
+    if level > build.max_level {
+        return Err(StateError::Level { level, known: build.max_level });
+    }
+    let mut tx = Tx { batch, keys, now_ms: request.now_ms, account: request.account, build, level };
     let kept_key = tx.keys.request(&request.request_id);
     if let Some(kept) = tx.load::<KeptReply>(&kept_key)? {
         return Ok(kept.reply);
@@ -135,7 +156,7 @@ fn wants_root(command: &Command) -> Option<bool> {
         | Command::SetSetting { .. }
         | Command::BeginBucketRule { .. }
         | Command::EndBucketRule { .. } => Some(true),
-        Command::Noop => None,
+        Command::Noop | Command::SetFeatureLevel { .. } => None,
         Command::PutObject { .. }
         | Command::DeleteObject { .. }
         | Command::CreateUpload { .. }
@@ -203,8 +224,9 @@ fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Co
         Command::EndDeleteBucket { name, bucket, attempt, remove } => {
             buckets::end_delete(tx, name, *bucket, *attempt, *remove)
         }
-        Command::SetMap { map } => buckets::set_map(tx, map),
+        Command::SetMap { map } => maps::set(tx, map),
         Command::Noop => Ok(Reply::Done),
+        Command::SetFeatureLevel { level } => level::set(tx, *level),
         Command::TakeLease { task, holder, address, seen_epoch, seen_renewals } => {
             leases::take(tx, task, *holder, address, (*seen_epoch, *seen_renewals))
         }

@@ -1,12 +1,11 @@
-//! Buckets: fences in every object shard; names, ids and the cluster map in the root shard.
+//! Buckets: fences in every object shard; names and ids in the root shard.
 
 use crate::apply::Tx;
-use crate::codec::Fence;
+use crate::codec::{Fence, LastBucketId};
 use crate::keys::kind;
 use crate::kv::{Kv, StateError};
 use crate::record::{AccountId, BucketId, BucketRecord, BucketRule};
 use crate::Reply;
-use granary_placement::map::ClusterMap;
 
 /// Longest bucket name, in bytes; S3's limit.
 const MAX_BUCKET_NAME_BYTES: usize = 63;
@@ -55,8 +54,8 @@ pub fn create<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, name: &str, owner: Account
         return Ok(Reply::BucketExists(there));
     }
     let counter_key = tx.keys.single(kind::BUCKET_COUNTER);
-    let id = tx.load::<u64>(&counter_key)?.unwrap_or(0) + 1;
-    tx.store(counter_key, &id)?;
+    let id = tx.load::<LastBucketId>(&counter_key)?.map_or(0, |last| last.0) + 1;
+    tx.store(counter_key, &LastBucketId(id))?;
     let bucket = BucketRecord {
         id: BucketId(id),
         name: name.to_owned(),
@@ -108,19 +107,4 @@ pub fn end_delete<K: Kv + ?Sized>(
         }
         _ => Ok(Reply::NoSuchBucket),
     }
-}
-
-/// See [`crate::Command::SetMap`].
-pub fn set_map<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, map: &ClusterMap) -> Result<Reply, StateError> {
-    let key = tx.keys.single(kind::MAP);
-    if let Some(there) = tx.load::<ClusterMap>(&key)? {
-        if there.cluster_id != map.cluster_id {
-            return Ok(Reply::Refused("map of another cluster".to_owned()));
-        }
-        if Some(map.epoch.0) != there.epoch.0.checked_add(1) {
-            return Ok(Reply::EpochConflict { current: there.epoch });
-        }
-    }
-    tx.store(key, map)?;
-    Ok(Reply::Done)
 }

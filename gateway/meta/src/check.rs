@@ -2,8 +2,9 @@
 //!
 //! A rule here is part of the replicated history: changing one makes replicas of two builds disagree. A new rule needs a new command.
 
+use crate::level::MAX_FEATURE_LEVEL;
 use crate::record::{ExtentRef, ObjectData};
-use crate::ChunkRef;
+use crate::{ChunkRef, Command};
 use granary_placement::id::ExtentId;
 use granary_placement::lease::LeaseStamp;
 use std::collections::BTreeSet;
@@ -45,6 +46,20 @@ pub fn check_setting(name: &str, value: Option<&str>) -> Result<(), String> {
     }
     match value {
         Some(value) if value.len() > MAX_SETTING_VALUE_BYTES => Err(format!("a setting of {} bytes", value.len())),
+        _ => Ok(()),
+    }
+}
+
+/// A feature level that this build knows. For the leader's host, before a command enters the log: there it could no longer be refused
+/// by some replicas and applied by others.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_level(command: &Command) -> Result<(), String> {
+    match command {
+        Command::SetFeatureLevel { level } if *level > MAX_FEATURE_LEVEL => {
+            Err(format!("feature level {level} is not known to this build, which knows {MAX_FEATURE_LEVEL}"))
+        }
         _ => Ok(()),
     }
 }

@@ -336,4 +336,13 @@ pub enum Command {
         /// The sender's lease.
         lease: LeaseStamp,
     },
+    /// Any shard: lets its commands write what builds of that feature level know. Sent when every replica runs such a build, for there is
+    /// no way back. One level at a time. Replies [`crate::Reply::Done`], also when the shard has that level; Refused otherwise.
+    ///
+    /// A replica whose build does not know the level stops there; the leader's host refuses the command before it is in the log
+    /// ([`check_level`](crate::check::check_level)).
+    SetFeatureLevel {
+        /// The level.
+        level: u32,
+    },
 }

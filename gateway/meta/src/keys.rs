@@ -7,7 +7,7 @@
 
 use crate::record::{BucketId, UploadId, VersionSeq};
 use crate::ChunkRef;
-use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
+use granary_placement::id::{Epoch, ExtentId, PlacementGroupId, ShardId};
 
 /// Kinds of entries. The byte stands behind the shard in every key; never reuse one.
 pub mod kind {
@@ -41,6 +41,8 @@ pub mod kind {
     pub const BUCKET_COUNTER: u8 = b'I';
     /// Root shard: the cluster map.
     pub const MAP: u8 = b'C';
+    /// Root shard: what each of the last maps changed.
+    pub const MAP_DIFF: u8 = b'X';
     /// Root shard: leases by task.
     pub const LEASE: u8 = b'T';
     /// The highest lease epoch seen of each task.
@@ -53,6 +55,8 @@ pub mod kind {
     pub const SETTINGS: u8 = b'Y';
     /// Root shard: accounts and keys (reserved).
     pub const ACCOUNT: u8 = b'A';
+    /// The shard's feature level.
+    pub const LEVEL: u8 = b'%';
     /// The shard's counters.
     pub const COUNTERS: u8 = b'#';
     /// How far the Raft log was applied, and the membership in force there.
@@ -239,6 +243,11 @@ impl Keys {
         self.key(kind::REPAIR_SLOT, &[&group.0.to_be_bytes(), &[slot]])
     }
 
+    /// What the map of this epoch changed.
+    pub fn map_diff(&self, to: Epoch) -> Vec<u8> {
+        self.key(kind::MAP_DIFF, &[&to.0.to_be_bytes()])
+    }
+
     /// The lease of a task.
     pub fn lease(&self, task: &str) -> Vec<u8> {
         self.key(kind::LEASE, &[task.as_bytes()])
@@ -249,7 +258,7 @@ impl Keys {
         self.key(kind::LEASE_SEEN, &[task.as_bytes()])
     }
 
-    /// A key of a kind that has one entry only: counters, applied, map, bucket counter, settings.
+    /// A key of a kind that has one entry only: counters, applied, level, map, bucket counter, settings.
     pub fn single(&self, kind: u8) -> Vec<u8> {
         self.key(kind, &[])
     }

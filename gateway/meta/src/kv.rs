@@ -14,6 +14,14 @@ pub enum StateError {
     /// A value in it makes no sense.
     #[error("bad value in the state database: {0}")]
     Value(String),
+    /// The shard has a feature level that a newer release brought.
+    #[error("the shard has feature level {level}, and this build knows {known}: run the newer release")]
+    Level {
+        /// The shard's.
+        level: u32,
+        /// The highest that the build knows.
+        known: u32,
+    },
 }
 
 /// An ordered map to read from.

@@ -9,6 +9,7 @@
 
 use crate::apply::Tx;
 use crate::check::check_task;
+use crate::codec::LeaseSeen;
 use crate::keys::kind;
 use crate::kv::{Kv, StateError};
 use crate::record::LeaseRecord;
@@ -32,8 +33,8 @@ pub fn turned_away<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, stamp: &LeaseStamp) -
         return Ok(Some(Reply::Refused(why)));
     }
     let key = tx.keys.lease_seen(&stamp.task);
-    let seen: Option<u64> = tx.load(&key)?;
-    match seen {
+    let seen: Option<LeaseSeen> = tx.load(&key)?;
+    match seen.map(|seen| seen.0) {
         Some(current) if current > stamp.epoch => return Ok(Some(Reply::StaleLease { current })),
         Some(current) if current == stamp.epoch => return Ok(None),
         Some(_) => {}
@@ -44,7 +45,7 @@ pub fn turned_away<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, stamp: &LeaseStamp) -
             }
         }
     }
-    tx.store(key, &stamp.epoch)?;
+    tx.store(key, &LeaseSeen(stamp.epoch))?;
     Ok(None)
 }
 

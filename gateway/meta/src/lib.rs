@@ -4,7 +4,7 @@
 //!
 //! 1. [`record`], [`keys`], [`codec`], [`kv`]: what the map holds, byte by byte, and the seam to it. `docs/formats/metadata.md`.
 //! 2. [`command`], [`reply`], [`check`], [`apply`] with [`objects`], [`uploads`], [`queues`],
-//!    [`repair_slots`], [`buckets`], [`rules`], [`leases`], [`settings`]: a batch and a command in, writes and a reply out.
+//!    [`repair_slots`], [`buckets`], [`rules`], [`maps`], [`leases`], [`settings`], [`level`]: a batch and a command in, writes and a reply out.
 //! 3. [`query`], [`answer`], [`list`]: a view and a query in, an answer out.
 //! 4. [`message`]: requests and answers as bytes.
 //! 5. [`memory`]: the shards of a cluster in memory, for tests of whoever talks to them.
@@ -20,7 +20,9 @@ pub mod command;
 pub mod keys;
 pub mod kv;
 pub mod leases;
+pub mod level;
 pub mod list;
+pub mod maps;
 pub mod memory;
 pub mod message;
 pub mod objects;

@@ -13,6 +13,7 @@
 
 use crate::answer::answer;
 use crate::apply::apply;
+use crate::check::check_level;
 use crate::kv::{MemoryKv, Overlay, StateError};
 use crate::record::AccountId;
 use crate::{Answer, BadBytes, Command, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
@@ -83,6 +84,7 @@ impl MemoryShard {
     ) -> Result<Bytes, MemoryError> {
         let response = match ShardRequest::decode(request)? {
             ShardRequest::Command(request) => {
+                check_level(&request.command).map_err(|why| BadBytes { what: "command", why })?;
                 let reply = self.apply(&request)?;
                 applied(&request, &reply);
                 ShardResponse::Reply(reply)

@@ -5,8 +5,9 @@ use crate::record::{
     AccountId, BucketId, BucketRecord, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, LeaseRecord,
     ObjectRecord, PartRecord, RepairSlotRecord, UploadId, UploadRecord, Usage, VersionSeq,
 };
-use granary_placement::id::{ExtentId, PlacementGroupId};
+use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
 use granary_placement::map::ClusterMap;
+use granary_placement::map::MapDiff;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -122,8 +123,12 @@ pub enum Query {
         /// At most this many, 1 to 1,000.
         limit: u32,
     },
-    /// Root shard: the cluster map. Answers Map or NoMap.
-    GetMap,
+    /// Root shard: the cluster map, when it is newer than what the asker has. Answers MapUnchanged, MapDiffs when the differences are
+    /// kept and smaller than the map, else Map, or NoMap.
+    GetMap {
+        /// Epoch of the asker's map; 0 asks for the whole map.
+        newer_than: Epoch,
+    },
     /// Root shard: the leases of all tasks, in order of their names. Answers Leases.
     ListLeases,
     /// Root shard: the cluster settings, when they are newer than what the asker has. Answers Settings or SettingsUnchanged.
@@ -138,6 +143,8 @@ pub enum Query {
         /// At most this many, 1 to 1,000.
         limit: u32,
     },
+    /// Any shard: its feature level. Answers FeatureLevel.
+    FeatureLevel,
 }
 
 /// One item of a listing.
@@ -281,4 +288,10 @@ pub enum Answer {
         /// There is more.
         more: bool,
     },
+    /// The map has the epoch that the asker named, or a lower one.
+    MapUnchanged,
+    /// What leads from the asker's map to the newest, one epoch after the other.
+    MapDiffs(Vec<MapDiff>),
+    /// What the shard's commands may write.
+    FeatureLevel(u32),
 }

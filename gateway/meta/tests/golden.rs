@@ -6,7 +6,7 @@
 mod common;
 
 use bytes::Bytes;
-use common::map;
+use common::{map, next_map};
 use granary_meta::record::{
     AccountId, BucketId, BucketRecord, BucketRule, Checksum, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef,
     LeaseRecord, ObjectData, ObjectMeta, ObjectRecord, PartRecord, RepairSlotRecord, UploadId, UploadRecord, Usage,
@@ -18,6 +18,7 @@ use granary_meta::{
 };
 use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
 use granary_placement::lease::LeaseStamp;
+use granary_placement::map::diff;
 use granary_placement::scheme::CodecId;
 use serde::de::DeserializeOwned;
 use serde::Serialize;
@@ -242,6 +243,7 @@ fn commands() -> Vec<Command> {
         Command::QueueRepair { slots: vec![(GROUP, 5)], lease: stamp() },
         Command::AdvanceRepair { group: GROUP, slot: 5, generation: 301, cursor: EXTENT, lease: stamp() },
         Command::RepairSlotDone { group: GROUP, slot: 5, generation: 301, lease: stamp() },
+        Command::SetFeatureLevel { level: 2 },
     ]
 }
 
@@ -265,10 +267,11 @@ fn queries() -> Vec<Query> {
         Query::BucketUsage { bucket: BUCKET },
         Query::GetBucket { name: "photos".into() },
         Query::ListBuckets { after: "photos".into(), limit: 1000 },
-        Query::GetMap,
+        Query::GetMap { newer_than: Epoch(12) },
         Query::ListLeases,
         Query::GetSettings { newer_than: 300 },
         Query::ListRepairSlots { after: Some((GROUP, 5)), limit: 1000 },
+        Query::FeatureLevel,
     ]
 }
 
@@ -336,12 +339,15 @@ fn answers() -> Vec<Answer> {
             slots: vec![(GROUP, 5, RepairSlotRecord { queued_ms: 17, generation: 301, cursor: Some(EXTENT) })],
             more: true,
         },
+        Answer::MapUnchanged,
+        Answer::MapDiffs(vec![diff(&map(), &next_map(&map()))]),
+        Answer::FeatureLevel(2),
     ]
 }
 
 fn shard_requests() -> Vec<ShardRequest> {
     let command = MetaRequest { request_id: [0xa1; 16], now_ms: 19, account: AccountId::ROOT, command: Command::Noop };
-    vec![ShardRequest::Command(command), ShardRequest::Query(Query::GetMap)]
+    vec![ShardRequest::Command(command), ShardRequest::Query(Query::GetMap { newer_than: Epoch(0) })]
 }
 
 #[test]

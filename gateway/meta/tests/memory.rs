@@ -8,7 +8,7 @@ use granary_meta::memory::{MemoryError, MemoryShards};
 use granary_meta::record::BucketId;
 use granary_meta::settings::MAX_SETTINGS;
 use granary_meta::{Answer, Command, MetaRequest, Query, Reply, ShardRequest, ShardResponse, VersionPick};
-use granary_placement::id::ShardId;
+use granary_placement::id::{Epoch, ShardId};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
@@ -31,7 +31,7 @@ fn ask(shards: &mut MemoryShards, shard: ShardId, query: Query) -> Answer {
 #[test]
 fn shards_in_memory_serve_bytes_and_tell_what_was_applied() {
     let mut shards = MemoryShards::new(&map()).unwrap();
-    assert_eq!(ask(&mut shards, ShardId::ROOT, Query::GetMap), Answer::Map(Box::new(map())));
+    assert_eq!(ask(&mut shards, ShardId::ROOT, Query::GetMap { newer_than: Epoch(0) }), Answer::Map(Box::new(map())));
     let told = Arc::new(Mutex::new(Vec::new()));
     let to = told.clone();
     shards.observe(Box::new(move |shard, request, reply| {

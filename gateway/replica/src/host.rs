@@ -11,7 +11,7 @@
 use crate::batching::{LaneCounters, Lanes};
 use crate::fatal::{Fatal, OnFatal};
 use crate::log::ShardLog;
-use crate::message::{decode_message, encode_message, PeerRequest, PeerResponse};
+use crate::message::{decode_message, encode_message, DiskIdentity, PeerRequest, PeerResponse};
 use crate::raft::machine::{blocking, ApplyCounters, Machine, MapSender};
 use crate::raft::network::{PeerTransport, Peers};
 use crate::raft::{Replica, Timing};
@@ -20,6 +20,7 @@ use crate::store::{LogDb, LogWrite, StateDb};
 use crate::writer::LogWriter;
 use bytes::Bytes;
 use granary_meta::answer::answer;
+use granary_meta::check::check_level;
 use granary_meta::keys::after_prefix;
 use granary_meta::kv::StateError;
 use granary_meta::{Answer, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
@@ -48,6 +49,8 @@ const STOP_WAIT: Duration = Duration::from_secs(10);
 /// Log-database keys that belong to no shard: `0xFFFF | 'I'` the disk's id, `0xFFFF | 'G' | shard` a replica that lives here.
 const IDENTITY_KEY: &[u8] = &[0xff, 0xff, b'I'];
 const REPLICA_PREFIX: &[u8] = &[0xff, 0xff, b'G'];
+/// Version of the value under `'G'`, which has nothing else in it.
+const REPLICA_VERSION: u8 = 1;
 
 /// How a host is set up.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -155,12 +158,15 @@ fn replica_key(shard: ShardId) -> Vec<u8> {
 fn check_identity(log: &LogDb, disk: DiskId) -> Result<(), MetaError> {
     match log.get(IDENTITY_KEY)? {
         Some(bytes) => {
-            let found = DiskId(granary_meta::codec::decode(&bytes)?);
+            let found = DiskId(granary_meta::codec::decode::<DiskIdentity>(&bytes)?.0);
             if found != disk {
                 return Err(MetaError::OtherDisk { found, expected: disk });
             }
         }
-        None => log.write_synced(&[LogWrite::Put(IDENTITY_KEY.to_vec(), granary_meta::codec::encode(&disk.0)?)])?,
+        None => log.write_synced(&[LogWrite::Put(
+            IDENTITY_KEY.to_vec(),
+            granary_meta::codec::encode(&DiskIdentity(disk.0))?,
+        )])?,
     }
     Ok(())
 }
@@ -277,7 +283,7 @@ impl MetaHost {
         }
         let writer = lock(&inner.writer).clone().ok_or_else(|| ControlError::Unavailable("stopping".to_owned()))?;
         writer
-            .write(vec![LogWrite::Put(replica_key(shard), vec![granary_meta::codec::VALUE_VERSION])])
+            .write(vec![LogWrite::Put(replica_key(shard), vec![REPLICA_VERSION])])
             .await
             .map_err(ControlError::Disk)?;
         let (log, state, dir) = (inner.log.clone(), inner.state.clone(), inner.peers.snapshot_dir.clone());
@@ -339,6 +345,7 @@ impl MetaHost {
     /// # Errors
     /// [`ControlError`]. After Unavailable the command may have been applied: retry it under the same request id.
     pub async fn command(&self, shard: ShardId, request: MetaRequest) -> Result<Reply, ControlError> {
+        check_level(&request.command).map_err(ControlError::BadRequest)?;
         self.lanes(shard)?.command(request).await
     }
 

@@ -2,6 +2,7 @@
 //! Raft library. docs/formats/metadata.md draws both.
 
 use bytes::Bytes;
+use granary_meta::codec::Record;
 use granary_meta::message::{decode_versioned, encode_versioned, BadBytes};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -213,3 +214,22 @@ pub fn decode_entry(group: u16, index: u64, bytes: &[u8]) -> Result<WireEntry, B
     }
     Ok(entry)
 }
+
+/// The disk that a metadata directory belongs to, as the log keeps it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskIdentity(pub u32);
+
+/// Records that a replica keeps for itself; feature levels do not concern them.
+macro_rules! first_version {
+    ($($record:ty),+ $(,)?) => {
+        $(impl Record for $record {
+            const VERSION: u8 = 1;
+
+            fn version_at(_level: u32) -> u8 {
+                1
+            }
+        })+
+    };
+}
+
+first_version!(AppliedState, WireVote, WireLogId, DiskIdentity);

@@ -251,7 +251,7 @@ impl State {
 
     fn find(&self, shard: ShardId, query: Query) -> Answer {
         match query {
-            Query::GetMap => self.map.clone().map_or(Answer::NoMap, |map| Answer::Map(Box::new(map))),
+            Query::GetMap { .. } => self.map.clone().map_or(Answer::NoMap, |map| Answer::Map(Box::new(map))),
             Query::GetBucket { name } => {
                 self.buckets.get(&name).map_or(Answer::NoSuchBucket, |bucket| Answer::Bucket(bucket.clone()))
             }

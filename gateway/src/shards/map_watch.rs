@@ -70,7 +70,7 @@ impl Shards {
     /// # Errors
     /// The root shard does not answer or has no map yet.
     pub async fn refresh_map(&self) -> Result<bool, ShardError> {
-        match self.query(ShardId::ROOT, Query::GetMap).await? {
+        match self.query(ShardId::ROOT, Query::GetMap { newer_than: Epoch(0) }).await? {
             Answer::Map(map) => {
                 let changed = self.take_map(*map);
                 self.inner.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));

@@ -123,7 +123,7 @@ async fn without_an_answer_the_deadline_ends_it_and_the_outcome_is_unknown() {
 async fn a_senseless_request_is_refused_at_once() {
     let (fake, shards) = cluster();
     fake.state.lock().unwrap().faults.push_back(Fault::Answer(ControlError::BadRequest("no".into())));
-    let error = shards.query(ShardId(1), Query::GetMap).await.unwrap_err();
+    let error = shards.query(ShardId(1), Query::GetMap { newer_than: Epoch(0) }).await.unwrap_err();
     assert_eq!(error, ShardError::Refused { shard: ShardId(1), why: "no".into() });
     assert!(matches!(shards.command(ShardId(99), Command::Noop).await, Err(ShardError::NoMap(ShardId(99)))));
 }

@@ -112,3 +112,11 @@ pub fn map() -> ClusterMap {
         slot_shards: granary_placement::map::deal_hash_slots(2),
     }
 }
+
+/// The map of the next epoch: the second shard has one member.
+pub fn next_map(map: &ClusterMap) -> ClusterMap {
+    let mut next = map.clone();
+    next.epoch = Epoch(map.epoch.0 + 1);
+    next.shards[1] = ShardReplicas { members: vec![DiskId(1 + (map.epoch.0 % 2) as u32)] };
+    next
+}

@@ -270,7 +270,7 @@ impl Cluster {
 
 fn probe(shard: ShardId) -> Query {
     if shard == ShardId::ROOT {
-        Query::GetMap
+        Query::GetMap { newer_than: Epoch(0) }
     } else {
         Query::ListGarbage { until_ms: 0, limit: 1 }
     }

@@ -1,0 +1,67 @@
+//! The cluster map in the root shard, and what each of the last maps changed.
+
+use crate::apply::Tx;
+use crate::codec::decode;
+use crate::keys::{kind, Keys};
+use crate::kv::{Kv, StateError};
+use crate::{Answer, Reply};
+use granary_placement::id::Epoch;
+use granary_placement::map::ClusterMap;
+use granary_placement::map::{diff, MapDiff};
+
+/// How many differences are kept. Part of the replicated history.
+pub const KEPT_DIFFS: u64 = 64;
+
+/// See [`crate::Command::SetMap`].
+pub fn set<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, map: &ClusterMap) -> Result<Reply, StateError> {
+    let key = tx.keys.single(kind::MAP);
+    if let Some(there) = tx.load::<ClusterMap>(&key)? {
+        if there.cluster_id != map.cluster_id {
+            return Ok(Reply::Refused("map of another cluster".to_owned()));
+        }
+        if Some(map.epoch.0) != there.epoch.0.checked_add(1) {
+            return Ok(Reply::EpochConflict { current: there.epoch });
+        }
+        tx.store(tx.keys.map_diff(map.epoch), &diff(&there, map))?;
+        if let Some(old) = map.epoch.0.checked_sub(KEPT_DIFFS) {
+            tx.batch.delete(tx.keys.map_diff(Epoch(old)));
+        }
+    }
+    tx.store(key, map)?;
+    Ok(Reply::Done)
+}
+
+/// See [`crate::Query::GetMap`].
+pub fn answer<K: Kv + ?Sized>(kv: &K, keys: &Keys, newer_than: Epoch) -> Result<Answer, StateError> {
+    let Some(bytes) = kv.get(&keys.single(kind::MAP))? else { return Ok(Answer::NoMap) };
+    let map: ClusterMap = decode(&bytes)?;
+    if map.epoch <= newer_than {
+        return Ok(Answer::MapUnchanged);
+    }
+    let diffs = if map.epoch.0 - newer_than.0 > KEPT_DIFFS {
+        None
+    } else {
+        diffs_between(kv, keys, newer_than, map.epoch, bytes.len())?
+    };
+    Ok(diffs.map_or_else(|| Answer::Map(Box::new(map)), Answer::MapDiffs))
+}
+
+/// What leads from one epoch to another; None when a step is not kept, or all together are no smaller than the map's `map_bytes`.
+fn diffs_between<K: Kv + ?Sized>(
+    kv: &K,
+    keys: &Keys,
+    from: Epoch,
+    to: Epoch,
+    map_bytes: usize,
+) -> Result<Option<Vec<MapDiff>>, StateError> {
+    let (mut diffs, mut left) = (Vec::new(), map_bytes);
+    for epoch in from.0 + 1..=to.0 {
+        let Some(bytes) = kv.get(&keys.map_diff(Epoch(epoch)))? else { return Ok(None) };
+        if bytes.len() >= left {
+            return Ok(None);
+        }
+        left -= bytes.len();
+        diffs.push(decode(&bytes)?);
+    }
+    Ok(Some(diffs))
+}
