@@ -1,4 +1,5 @@
-//! `inspect`: reads a disk that no process serves, with the format code of the daemon and without its index. Writes nothing.
+//! `inspect`: reads a disk that no process serves, with the format code of the daemon and without its index. Writes
+//! nothing.
 
 use crate::label::{self, Label, LabelError};
 use crate::store::device::{Device, SegmentFile};

@@ -7,8 +7,8 @@
 //! DIR/address      where it listens, for scripts that let the system pick a port
 //! ```
 //!
-//! A disk that comes back in another slot is still itself; a disk of another cluster, a wiped one and a folder full of somebody's files
-//! are refused, each with words that say what to do.
+//! A disk that comes back in another slot is still itself; a disk of another cluster, a wiped one and a folder full of
+//! somebody's files are refused, each with words that say what to do.
 
 use crate::store::file_device::sync_folder;
 use granary_placement::id::{ClusterId, DiskId, DiskUuid};

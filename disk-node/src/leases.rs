@@ -1,8 +1,8 @@
 //! The leases of background tasks as this disk knows them: the highest epoch of each task, kept durably.
 //!
-//! A background request carries the lease under which its sender does the task. Once a request of a newer holder was obeyed, none of
-//! an older one ever is again, also after a restart: the epoch is synced to the file before the request is obeyed, and it waits for
-//! the requests of the older holder that are being carried out.
+//! A background request carries the lease under which its sender does the task. Once a request of a newer holder was
+//! obeyed, none of an older one ever is again, also after a restart: the epoch is synced to the file before the request
+//! is obeyed, and it waits for the requests of the older holder that are being carried out.
 
 use crate::label::replace_file;
 use granary_placement::lease::LeaseStamp;

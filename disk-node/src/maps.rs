@@ -110,7 +110,8 @@ impl Maps {
     /// Takes what changed in the map; true when that led to a newer map than the one known.
     ///
     /// # Errors
-    /// [`MapRefused::Rule`] with [`MapError::DiffBase`] when it was made from another map: the whole one is needed then.
+    /// [`MapRefused::Rule`] with [`MapError::DiffBase`] when it was made from another map: the whole one is needed
+    /// then.
     pub async fn offer_diff(&self, diff: &MapDiff) -> Result<bool, MapRefused> {
         let known = self.newest();
         match &known {

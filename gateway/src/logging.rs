@@ -22,7 +22,8 @@ pub enum LogFormat {
 /// # Errors
 /// The filter cannot be parsed, or logging has begun already.
 pub fn init(filter: &str, format: LogFormat) -> Result<(), SettingsError> {
-    // s3s logs every refused request as an error, missing keys too; the S3 front end writes one line per request itself.
+    // s3s logs every refused request as an error, missing keys too; the S3 front end writes one line per request
+    // itself.
     let quiet = if filter.contains("s3s") { filter.to_owned() } else { format!("{filter},s3s=off") };
     let filter = EnvFilter::try_new(quiet)
         .map_err(|error| SettingsError::invalid("--log", format!("`{filter}` is no filter: {error}")))?;

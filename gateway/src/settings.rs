@@ -1,6 +1,7 @@
 //! What a gateway is told at its start: credentials of the root account, and the limits of its listeners.
 //!
-//! There are no default credentials: they come from the environment, from a file, or are made fresh from the operating system.
+//! There are no default credentials: they come from the environment, from a file, or are made fresh from the operating
+//! system.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -250,8 +251,8 @@ pub fn read_small(path: &Path) -> Result<Vec<u8>, SettingsError> {
     Ok(bytes)
 }
 
-/// Writes a file so that a crash leaves the old or the new content, never a part: a new file, synced, renamed over the old one, and
-/// the directory synced. `mode` is the new file's permission bits from its first moment on.
+/// Writes a file so that a crash leaves the old or the new content, never a part: a new file, synced, renamed over the
+/// old one, and the directory synced. `mode` is the new file's permission bits from its first moment on.
 ///
 /// # Errors
 /// [`SettingsError::File`].

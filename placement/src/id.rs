@@ -127,12 +127,13 @@ number_id!(
 );
 
 number_id!(
-    /// One of the [`HASH_SLOTS`] parts of the key space, 0 to 4,095. Which shard owns it stands in the cluster map; the hash slot of a
-    /// key never changes, so it can be written down with data for good.
+    /// One of the [`HASH_SLOTS`] parts of the key space, 0 to 4,095. Which shard owns it stands in the cluster map; the
+    /// hash slot of a key never changes, so it can be written down with data for good.
     HashSlot, u16, "hash slot"
 );
 
-/// How many hash slots there are, in every cluster. Part of the format of the map, of chunk headers and of chunk requests.
+/// How many hash slots there are, in every cluster. Part of the format of the map, of chunk headers and of chunk
+/// requests.
 pub const HASH_SLOTS: u16 = 4096;
 
 impl HashSlot {
@@ -141,8 +142,8 @@ impl HashSlot {
         (number < HASH_SLOTS).then_some(HashSlot(number))
     }
 
-    /// The hash slot of (bucket, key): FNV-1a 64 over the bucket number (big-endian) and the key's bytes, finished, and folded over
-    /// the slots by a multiply-shift.
+    /// The hash slot of (bucket, key): FNV-1a 64 over the bucket number (big-endian) and the key's bytes, finished, and
+    /// folded over the slots by a multiply-shift.
     pub fn of(bucket: u64, key: &str) -> HashSlot {
         let mut hash = 0xcbf2_9ce4_8422_2325u64;
         for byte in bucket.to_be_bytes().iter().chain(key.as_bytes()) {

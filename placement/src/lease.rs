@@ -1,7 +1,8 @@
 //! The mark that background work carries: which task it belongs to, and under which lease its sender does that task.
 //!
-//! The root shard hands out leases and adds one to a task's epoch each time another holder takes it. Shards and disks keep the highest
-//! epoch they saw of each task and refuse lower ones, so a holder that was paused or cut off cannot act after its successor did.
+//! The root shard hands out leases and adds one to a task's epoch each time another holder takes it. Shards and disks
+//! keep the highest epoch they saw of each task and refuse lower ones, so a holder that was paused or cut off cannot
+//! act after its successor did.
 
 use serde::{Deserialize, Serialize};
 

@@ -27,8 +27,8 @@ pub struct ReplicaMove {
     pub to: Option<DiskId>,
 }
 
-/// Slots whose current disk differs, in order of group and slot. Groups that only one of the maps has are no moves: a new group
-/// is empty, and groups are never removed.
+/// Slots whose current disk differs, in order of group and slot. Groups that only one of the maps has are no moves: a
+/// new group is empty, and groups are never removed.
 pub fn moves(old: &ClusterMap, new: &ClusterMap) -> Vec<Move> {
     let mut moves = Vec::new();
     for (&group, before) in &old.groups {

@@ -1,5 +1,5 @@
-//! The bytes on disk, written down: coding units of a fixed payload. If this test fails, the format has changed, and chunks
-//! already written can no longer be rebuilt. Never edit the fixtures to make it pass.
+//! The bytes on disk, written down: coding units of a fixed payload. If this test fails, the format has changed, and
+//! chunks already written can no longer be rebuilt. Never edit the fixtures to make it pass.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,5 +1,5 @@
-//! What an operator can ask for through the environment. A process reads the variable once, so each case is a process of
-//! its own: this test runs itself.
+//! What an operator can ask for through the environment. A process reads the variable once, so each case is a process
+//! of its own: this test runs itself.
 
 #![allow(clippy::unwrap_used)]
 

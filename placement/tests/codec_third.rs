@@ -1,5 +1,6 @@
-//! A third implementation of the same code, written by others from the same paper: `LowRate` of reed-solomon-simd. Symbol
-//! for symbol it is np16; in bytes it keeps the low bytes of 32 symbols, then their high bytes, in each 64-byte block.
+//! A third implementation of the same code, written by others from the same paper: `LowRate` of reed-solomon-simd.
+//! Symbol for symbol it is np16; in bytes it keeps the low bytes of 32 symbols, then their high bytes, in each 64-byte
+//! block.
 
 #![allow(clippy::unwrap_used)]
 

@@ -263,7 +263,8 @@ fn every_scheme_is_settled_when_a_disk_leaves() {
     let after = rebalance(&changed).unwrap();
     assert_eq!(broken_rule(&after), None);
     assert_eq!(moves(&before, &after).len(), loads(&before)[&DiskId(7)]);
-    // The wide scheme needs 12 disks on different servers; without room for it nothing changes, the narrow one included.
+    // The wide scheme needs 12 disks on different servers; without room for it nothing changes, the narrow one
+    // included.
     let mut changed = before;
     for disk in 4..=30 {
         set_state(&mut changed, DiskId(disk), DiskState::Draining);
@@ -336,7 +337,8 @@ fn a_moved_slot_remembers_its_first_disk_until_the_move_is_done_however_often_it
 
 #[test]
 fn a_disk_that_chunks_move_away_from_takes_no_other_slot_of_their_groups() {
-    // Seven disks, groups of six: one disk is free in each group, and while it is what a slot comes from there is no other.
+    // Seven disks, groups of six: one disk is free in each group, and while it is what a slot comes from there is no
+    // other.
     let before = cluster(uniform(1, 1, 1, 7), scheme(4, 2, FailureDomain::Disk));
     let mut changed = before.clone();
     set_state(&mut changed, DiskId(1), DiskState::Draining);

@@ -271,7 +271,9 @@ fn comments_keep_within_120_columns() {
         for file in rust_files(folder) {
             let text = std::fs::read_to_string(&file).unwrap();
             for (number, line) in text.lines().enumerate() {
-                if line.trim_start().starts_with("//") && line.chars().count() > 120 {
+                // A row of a table cannot be broken.
+                let comment = line.trim_start().starts_with("//") && !line.ends_with('|');
+                if comment && line.chars().count() > 120 {
                     long.push(format!("{}:{}", file.strip_prefix(root()).unwrap().display(), number + 1));
                 }
             }

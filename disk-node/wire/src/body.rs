@@ -37,7 +37,8 @@ impl WireBody {
         WireBody { frames: Frames::List(frames), remaining_bytes }
     }
 
-    /// What comes out of the queue, `len_bytes` in all. If the queue ends before, the body fails and with it the connection.
+    /// What comes out of the queue, `len_bytes` in all. If the queue ends before, the body fails and with it the
+    /// connection.
     pub(crate) fn queue(queue: mpsc::Receiver<Bytes>, len_bytes: u64) -> WireBody {
         WireBody { frames: Frames::Queue(queue), remaining_bytes: len_bytes }
     }

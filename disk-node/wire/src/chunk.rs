@@ -1,9 +1,9 @@
 //! Chunks: what one disk stores of one extent, and the checksums that travel with their bytes.
 //!
-//! A chunk is immutable: its bytes follow from its extent's payload and its index. Its payload is cut into 64 KiB blocks (the last
-//! may be short), each with a CRC-32 that is seeded with the chunk's id and the block's number, so that a misplaced, stale or
-//! swapped block fails as a flipped one does. The checksum is made by the gateway, kept by the disk, and checked on both sides of
-//! the wire each time the bytes move.
+//! A chunk is immutable: its bytes follow from its extent's payload and its index. Its payload is cut into 64 KiB
+//! blocks (the last may be short), each with a CRC-32 that is seeded with the chunk's id and the block's number, so
+//! that a misplaced, stale or swapped block fails as a flipped one does. The checksum is made by the gateway, kept by
+//! the disk, and checked on both sides of the wire each time the bytes move.
 
 use granary_placement::id::{ExtentId, HashSlot, PlacementGroupId};
 use granary_placement::scheme::CodecId;
@@ -33,7 +33,8 @@ pub struct ChunkId {
     pub generation: u32,
 }
 
-/// Bytes of a [`ChunkId`] in binary headers and keys: group (4), extent (16), index (1), generation (4), all big-endian.
+/// Bytes of a [`ChunkId`] in binary headers and keys: group (4), extent (16), index (1), generation (4), all
+/// big-endian.
 pub const CHUNK_ID_BYTES: usize = 25;
 
 impl ChunkId {
@@ -96,8 +97,8 @@ pub struct ChunkSpec {
     pub extent_len_bytes: u64,
     /// Payload of this chunk, in bytes: at least 1, at most [`MAX_CHUNK_BYTES`].
     pub len_bytes: u64,
-    /// The hash slot of the key that the extent belongs to: the shard that owns the slot, by the cluster map, is asked whether the
-    /// chunk is garbage.
+    /// The hash slot of the key that the extent belongs to: the shard that owns the slot, by the cluster map, is asked
+    /// whether the chunk is garbage.
     pub owner: HashSlot,
     /// When the upload that made it began, in Unix milliseconds by the gateway's clock. For ages only, never for order.
     pub created_ms: u64,

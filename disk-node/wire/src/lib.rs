@@ -6,7 +6,8 @@
 //! 3. [`auth`] and [`frame`]: the handshake that opens every connection, the frames of a control connection;
 //! 4. [`server`] and [`client`]: both ends; [`error`]: what can go wrong between them.
 //!
-//! Chunk bytes travel as raw HTTP/1.1 bodies on pooled connections; everything else as frames on one connection per peer.
+//! Chunk bytes travel as raw HTTP/1.1 bodies on pooled connections; everything else as frames on one connection per
+//! peer.
 
 pub mod auth;
 mod body;

@@ -1,7 +1,7 @@
 //! Listing of current objects: one iterator over 'O' with an upper bound; under a delimiter one seek per common prefix.
 //!
-//! 'O' has no delete markers, so every entry met is an item or the first key of a common prefix: the work is bounded by the limit.
-//! Order is the byte order of whole keys: `skel.other/x` comes before `skel/x`.
+//! 'O' has no delete markers, so every entry met is an item or the first key of a common prefix: the work is bounded by
+//! the limit. Order is the byte order of whole keys: `skel.other/x` comes before `skel/x`.
 
 use crate::codec::ObjectHead;
 use crate::keys::{after_prefix, kind, Keys};
@@ -21,7 +21,8 @@ pub struct Listing<'a> {
     pub limit: usize,
 }
 
-/// The common prefix that folds `key`: up to and with the first delimiter behind `prefix`. None: the key stands for itself.
+/// The common prefix that folds `key`: up to and with the first delimiter behind `prefix`. None: the key stands for
+/// itself.
 pub fn common_prefix<'k>(key: &'k str, prefix: &str, delimiter: &str) -> Option<&'k str> {
     if delimiter.is_empty() {
         return None;
@@ -37,8 +38,8 @@ fn start(keys: &Keys, bucket: BucketId, listing: &Listing<'_>) -> Vec<u8> {
     let ListFrom::After(after) = listing.from else { return first };
     let mut from = keys.object(bucket, after);
     if common_prefix(after, listing.prefix, listing.delimiter) == Some(after.as_str()) {
-        // A folded prefix was the last item: everything under it is done. It has a last byte below 0xFF (the bucket's kind byte at
-        // the least), so there always is a key behind it.
+        // A folded prefix was the last item: everything under it is done. It has a last byte below 0xFF (the bucket's
+        // kind byte at the least), so there always is a key behind it.
         from = after_prefix(&from).unwrap_or(from);
     } else {
         from.push(0);

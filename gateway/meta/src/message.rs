@@ -1,5 +1,5 @@
-//! The bytes of requests and answers of a shard: what a gateway sends to the disk that leads it, and what its log keeps. The wire carries
-//! them unread. docs/formats/metadata.md draws both.
+//! The bytes of requests and answers of a shard: what a gateway sends to the disk that leads it, and what its log
+//! keeps. The wire carries them unread. docs/formats/metadata.md draws both.
 
 use crate::command::MetaRequest;
 use crate::query::{Answer, Query};
@@ -112,7 +112,8 @@ pub fn encode_request(request: &MetaRequest) -> Result<Vec<u8>, BadBytes> {
     postcard::to_stdvec(request).map_err(|error| BadBytes { what: "request", why: error.to_string() })
 }
 
-/// A batch of encoded requests: version, count as varint, the requests. The same bytes as postcard of `Vec<MetaRequest>`.
+/// A batch of encoded requests: version, count as varint, the requests. The same bytes as postcard of
+/// `Vec<MetaRequest>`.
 pub fn encode_batch<'a>(requests: impl ExactSizeIterator<Item = &'a [u8]>) -> Bytes {
     let mut bytes = vec![BATCH_VERSION];
     let mut count = requests.len();

@@ -1,8 +1,8 @@
 //! Extents a shard owns ('E'), the repair queue ('M') and the garbage queue ('G').
 //!
-//! An extent is in 'E' from the commit that refers to it until the commit that drops the last reference; that commit puts it into 'G'.
-//! Its chunks in 'M' exist only while it is in 'E'. An extent in 'E' or 'G' cannot be committed again: a retry that outlived the
-//! request window must not refer to chunks that are about to be deleted.
+//! An extent is in 'E' from the commit that refers to it until the commit that drops the last reference; that commit
+//! puts it into 'G'. Its chunks in 'M' exist only while it is in 'E'. An extent in 'E' or 'G' cannot be committed
+//! again: a retry that outlived the request window must not refer to chunks that are about to be deleted.
 
 use crate::apply::Tx;
 use crate::kv::{Kv, StateError};

@@ -1,4 +1,5 @@
-//! Cluster settings in the root shard: what was set, under one epoch, so that a gateway fetches them only when they changed.
+//! Cluster settings in the root shard: what was set, under one epoch, so that a gateway fetches them only when they
+//! changed.
 
 use crate::apply::Tx;
 use crate::check::check_setting;

@@ -133,8 +133,8 @@ fn malformed_lease_commands_are_refused_and_leases_are_bounded() {
     assert!(matches!(object_shard.apply(&sent).unwrap(), Reply::Refused(_)), "leases are the root shard's");
 }
 
-/// Holders that take, renew and release at random, by what they last saw, with commands that come late and twice. Whoever was told
-/// that it has an epoch is the only one ever told so.
+/// Holders that take, renew and release at random, by what they last saw, with commands that come late and twice.
+/// Whoever was told that it has an epoch is the only one ever told so.
 #[test]
 fn an_epoch_has_one_holder_in_any_order_of_commands() {
     let seed = seed("an_epoch_has_one_holder_in_any_order_of_commands");

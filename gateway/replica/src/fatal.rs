@@ -1,4 +1,5 @@
-//! The first failure of a disk ends its process: no answer after it, no retry. RocksDB cannot be trusted to go on after an I/O error.
+//! The first failure of a disk ends its process: no answer after it, no retry. RocksDB cannot be trusted to go on after
+//! an I/O error.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;

@@ -5,8 +5,9 @@
 //! | write-ahead log | off: the Raft log is it | on, synced by every batch |
 //! | after a crash | older, but whole: each batch carries how far it applied, and memtables are flushed in order | as the last sync left it |
 //!
-//! One column family each, so that a flush is atomic over all shards. **Invariant:** the Raft log is purged only up to what an explicit
-//! flush has made durable ([`StateDb::make_durable`]). Any write error ends the process: see [`crate::fatal::Fatal`].
+//! One column family each, so that a flush is atomic over all shards. **Invariant:** the Raft log is purged only up to
+//! what an explicit flush has made durable ([`StateDb::make_durable`]). Any write error ends the process: see
+//! [`crate::fatal::Fatal`].
 
 use crate::fatal::Fatal;
 use granary_meta::keys::Keys;
@@ -195,8 +196,8 @@ impl StateDb {
         lock(&self.durable).insert(shard, applied);
     }
 
-    /// Makes the state of a shard durable up to `index`, which it has applied: by an explicit flush, unless one covered it already.
-    /// A shard that never applied anything has nothing to make durable. Blocks.
+    /// Makes the state of a shard durable up to `index`, which it has applied: by an explicit flush, unless one covered
+    /// it already. A shard that never applied anything has nothing to make durable. Blocks.
     ///
     /// # Errors
     /// [`StateError::Database`]; the process is ending then.
@@ -258,8 +259,8 @@ impl LogDb {
     /// Opens or creates it in `dir`.
     ///
     /// # Errors
-    /// [`StateError::Database`], also when the files are damaged: a bad record in the middle of the write-ahead log is an error, and
-    /// only an unfinished record at its very end, which was never acknowledged, is dropped.
+    /// [`StateError::Database`], also when the files are damaged: a bad record in the middle of the write-ahead log is
+    /// an error, and only an unfinished record at its very end, which was never acknowledged, is dropped.
     pub fn open(dir: &Path) -> Result<LogDb, StateError> {
         let mut options = common_options(LOG_CACHE_BYTES);
         options.set_write_buffer_size(LOG_BUFFER_BYTES);

@@ -1,7 +1,9 @@
-//! The log writer: one thread, one queue and one sync for the appends, votes, truncations and purges of all shards of a disk.
+//! The log writer: one thread, one queue and one sync for the appends, votes, truncations and purges of all shards of a
+//! disk.
 //!
-//! It drains the queue, merges what it finds into one batch, writes and syncs that once, and answers all (group commit). The queue is
-//! first in, first out, so the writes of a shard, votes among them, reach the disk in the order in which Raft made them.
+//! It drains the queue, merges what it finds into one batch, writes and syncs that once, and answers all (group
+//! commit). The queue is first in, first out, so the writes of a shard, votes among them, reach the disk in the order
+//! in which Raft made them.
 
 use crate::fatal::Fatal;
 use crate::store::{LogDb, LogWrite};

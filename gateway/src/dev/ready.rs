@@ -10,8 +10,8 @@
 //! | a disk the map has never heard of | any | a replacement was broken off: finish it |
 //! | of another cluster, or a disk that is out | any | leave alone, say so |
 //!
-//! A new disk is formatted before the map names it, so a crash between the two leaves a label that says what was meant. The node of a
-//! disk that the map does not name is never started, so such a label never has data behind it.
+//! A new disk is formatted before the map names it, so a crash between the two leaves a label that says what was meant.
+//! The node of a disk that the map does not name is never started, so such a label never has data behind it.
 
 use super::layout::{disk_at, free_addresses, is_free, random16, write_json, Layout, LayoutError, Slot};
 use crate::metrics::Metrics;
@@ -109,8 +109,8 @@ pub enum Step {
     NoDisk,
 }
 
-/// Decides by the label, the map, and whether all disks were formatted once. `map` should be the root shard's when the label does not fit an
-/// older one.
+/// Decides by the label, the map, and whether all disks were formatted once. `map` should be the root shard's when the
+/// label does not fit an older one.
 pub fn decide(label: Option<Label>, map: &ClusterMap, map_address: &str, formatted: bool) -> Step {
     let Some(here) = disk_at(map, map_address) else { return Step::NoDisk };
     let Some(label) = label else {
@@ -286,8 +286,8 @@ impl Readier {
         super::label::read(dir).map_err(|why| ReadyError::Foreign { dir: dir.to_owned(), why })
     }
 
-    /// Where the disk's node listens: the address in use so far if it is free, else a new one, which everyone learns from the
-    /// addresses file.
+    /// Where the disk's node listens: the address in use so far if it is free, else a new one, which everyone learns
+    /// from the addresses file.
     async fn address(&self, disk: DiskId, map_address: &str) -> Result<String, ReadyError> {
         let known = self.layout.read_addresses()?.get(&disk).cloned().unwrap_or_else(|| map_address.to_owned());
         let deadline = tokio::time::Instant::now() + ADDRESS_WAIT;

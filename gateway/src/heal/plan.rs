@@ -1,7 +1,7 @@
 //! What to rebuild first. Pure.
 //!
-//! Extents that can bear the fewest further failures come first, then those that wait longest. A look over a long queue keeps only
-//! the most urgent ones, so its memory does not grow with the queue.
+//! Extents that can bear the fewest further failures come first, then those that wait longest. A look over a long queue
+//! keeps only the most urgent ones, so its memory does not grow with the queue.
 
 use granary_meta::record::{ExtentRecord, ExtentRef};
 use granary_meta::ChunkRef;
@@ -71,7 +71,8 @@ struct Queued {
 }
 
 impl<'a> Planner<'a> {
-    /// Keeps at most `limit` extents. `target` tells where a chunk's disk stands, `ready` whether an extent may be tried (again).
+    /// Keeps at most `limit` extents. `target` tells where a chunk's disk stands, `ready` whether an extent may be
+    /// tried (again).
     pub fn new(
         limit: usize,
         target: impl Fn(&ExtentRef, u8) -> Target + Send + Sync + 'a,
@@ -150,7 +151,8 @@ impl Backoff {
         self.failed.get(&extent).is_none_or(|(_, not_before)| now >= *not_before)
     }
 
-    /// A rebuild failed: the next pause is twice the last. Beyond a bound new failures are not remembered, and tried at each pass.
+    /// A rebuild failed: the next pause is twice the last. Beyond a bound new failures are not remembered, and tried at
+    /// each pass.
     pub fn failed(&mut self, extent: ExtentId, now: Instant, first: Duration, longest: Duration) {
         if self.failed.len() >= REMEMBERED && !self.failed.contains_key(&extent) {
             self.failed.retain(|_, (_, not_before)| *not_before > now);

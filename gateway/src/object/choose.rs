@@ -1,8 +1,9 @@
 //! Which placement group an extent goes to, and how wide it is written while disks are down. Pure.
 //!
-//! A group whose slots' disks are all up takes the extent as its scheme says. When there is none, the group with the most disks
-//! up is taken: with at least K+1 of them the extent keeps its K+M and names the missing chunks; with fewer it is written narrower,
-//! so that as many further disks may still fail as the scheme promises (4+2 with two of six disks dead: 2+2 on the four left).
+//! A group whose slots' disks are all up takes the extent as its scheme says. When there is none, the group with the
+//! most disks up is taken: with at least K+1 of them the extent keeps its K+M and names the missing chunks; with fewer
+//! it is written narrower, so that as many further disks may still fail as the scheme promises (4+2 with two of six
+//! disks dead: 2+2 on the four left).
 
 use granary_placement::id::{DiskId, Epoch, PlacementGroupId};
 use granary_placement::map::{ClusterMap, DiskState, GroupSlot};

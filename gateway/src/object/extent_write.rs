@@ -1,7 +1,8 @@
 //! One attempt to bring one extent onto the disks of one group.
 //!
-//! Stripe by stripe: gather K units of payload into one buffer (the only copy), encode M units into another, hand slices of both to
-//! the lanes. A lane that fails is left behind while at least K+1 go on; its chunk is named as missing.
+//! Stripe by stripe: gather K units of payload into one buffer (the only copy), encode M units into another, hand
+//! slices of both to the lanes. A lane that fails is left behind while at least K+1 go on; its chunk is named as
+//! missing.
 
 use super::choose::Choice;
 use super::counters::add;
@@ -225,8 +226,8 @@ impl Attempt<'_> {
         Ok(going)
     }
 
-    /// Waits until every lane has ended; gives back the indices of the durable chunks, at least a quorum of them. Once there is a
-    /// quorum, lanes whose disk is not up are waited for no longer.
+    /// Waits until every lane has ended; gives back the indices of the durable chunks, at least a quorum of them. Once
+    /// there is a quorum, lanes whose disk is not up are waited for no longer.
     async fn settle(&self, lanes: Vec<Lane>, failed: &mut Vec<DiskId>) -> Result<Vec<u8>, AttemptError> {
         let quorum = self.choice.quorum();
         let mut durable = Vec::with_capacity(lanes.len());

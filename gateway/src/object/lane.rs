@@ -1,6 +1,7 @@
 //! One chunk's way onto its disk: a task that begins it, sends its units as they come, and finishes it.
 //!
-//! Every step has a deadline, so a lane always ends; when it ends early its queue closes and the extent goes on without it.
+//! Every step has a deadline, so a lane always ends; when it ends early its queue closes and the extent goes on without
+//! it.
 
 use crate::disks::{DiskHealth, Disks};
 use bytes::Bytes;
@@ -75,8 +76,8 @@ impl Lane {
         Lane { index, disk, queue: None, task }
     }
 
-    /// Hands the next unit over; waits while the lane is behind. False when the lane has ended, or when it is behind, its disk is
-    /// not up and `spare` says that the extent can do without it.
+    /// Hands the next unit over; waits while the lane is behind. False when the lane has ended, or when it is behind,
+    /// its disk is not up and `spare` says that the extent can do without it.
     pub(super) async fn send(&self, unit: Bytes, disks: &Disks, spare: bool) -> bool {
         self.deliver(Message::Unit(unit), disks, spare).await
     }

@@ -1,7 +1,7 @@
 //! A range of a payload as a stream: [`ObjectStore::read`].
 //!
-//! The range is cut into windows of whole stripes; one is given out while the next is fetched. Healthy windows are slices of the
-//! blocks as they came from the disks: nothing is copied.
+//! The range is cut into windows of whole stripes; one is given out while the next is fetched. Healthy windows are
+//! slices of the blocks as they came from the disks: nothing is copied.
 
 use super::fetch::{fetch, Avoid, Wanted};
 use super::{check_extent, ObjectStore};
@@ -67,8 +67,8 @@ pub enum ReadError {
 }
 
 impl ObjectStore {
-    /// The bytes `range` of a payload, exactly and verified. Nothing is asked of the disks before the reader is polled or
-    /// [opened](ObjectReader::open).
+    /// The bytes `range` of a payload, exactly and verified. Nothing is asked of the disks before the reader is polled
+    /// or [opened](ObjectReader::open).
     pub fn read(&self, data: &ObjectData, range: Range<u64>) -> ObjectReader {
         let mut reader = ObjectReader {
             store: self.clone(),

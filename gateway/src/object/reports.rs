@@ -17,7 +17,8 @@ const ONCE_PER: Duration = Duration::from_secs(60);
 pub struct Report {
     /// The chunk.
     pub chunk: ChunkRef,
-    /// The shard that owns the extent, where a good chunk told; None: ask all of them, those that do not own it ignore it.
+    /// The shard that owns the extent, where a good chunk told; None: ask all of them, those that do not own it ignore
+    /// it.
     pub owner: Option<ShardId>,
 }
 

@@ -1,8 +1,8 @@
 //! Chunks between "durable on disks" and "named by a committed record".
 //!
-//! Chunks whose commit never came are deleted in the background, so that a broken upload leaves nothing behind. The one mistake
-//! to avoid is the other way round: deleting chunks of a commit that did happen. So whoever sends the commit first says
-//! [`Staged::committing`]: from then on a dropped future (a client that hung up) leaves the chunks alone.
+//! Chunks whose commit never came are deleted in the background, so that a broken upload leaves nothing behind. The one
+//! mistake to avoid is the other way round: deleting chunks of a commit that did happen. So whoever sends the commit
+//! first says [`Staged::committing`]: from then on a dropped future (a client that hung up) leaves the chunks alone.
 
 use super::counters::{add, ObjectCounters};
 use crate::disks::{DiskHealth, Disks};
@@ -48,7 +48,8 @@ pub struct Staged {
 }
 
 impl Staged {
-    /// The commit is about to be sent: from now on, dropping this deletes nothing, because the commit may have happened.
+    /// The commit is about to be sent: from now on, dropping this deletes nothing, because the commit may have
+    /// happened.
     pub fn committing(&mut self) {
         self.uncommitted.armed = false;
     }
@@ -147,7 +148,8 @@ impl Cleaner {
 async fn clean(disks: &Disks, counters: &ObjectCounters, batch: Batch) {
     for writers in &batch.writers {
         writers.close();
-        // A writer that outlives this may leave its chunk behind: an orphan, which costs space until the sweep, never data.
+        // A writer that outlives this may leave its chunk behind: an orphan, which costs space until the sweep, never
+        // data.
         let _ = tokio::time::timeout(WRITERS_DEADLINE, writers.wait()).await;
     }
     let mut by_disk: BTreeMap<DiskId, Vec<ChunkId>> = BTreeMap::new();

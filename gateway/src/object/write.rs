@@ -18,7 +18,8 @@ use std::pin::Pin;
 /// Attempts to write one extent, each without the disks that failed the ones before.
 const ATTEMPTS: u32 = 3;
 
-/// Why a payload could not be staged. Nothing of it stays on the disks, apart from what the background cleaning still has to reach.
+/// Why a payload could not be staged. Nothing of it stays on the disks, apart from what the background cleaning still
+/// has to reach.
 #[derive(Debug, thiserror::Error)]
 pub enum StageError {
     /// The body failed; this is its own error, untouched.
@@ -50,11 +51,13 @@ pub enum StageError {
 }
 
 impl ObjectStore {
-    /// Brings a payload of exactly `len_bytes` onto disks, or into memory when it is short enough to ride in the record. When it
-    /// returns, at least K+1 chunks of every extent are durable; the others are named in [`Staged::missing`].
+    /// Brings a payload of exactly `len_bytes` onto disks, or into memory when it is short enough to ride in the
+    /// record. When it returns, at least K+1 chunks of every extent are durable; the others are named in
+    /// [`Staged::missing`].
     ///
-    /// The body is polled to its end before any last chunk is finished, so an error at its end (a wrong digest) leaves nothing behind.
-    /// Memory: three stripes, and [`replay_bytes`](super::ObjectSettings::replay_bytes), whatever the length.
+    /// The body is polled to its end before any last chunk is finished, so an error at its end (a wrong digest) leaves
+    /// nothing behind. Memory: three stripes, and [`replay_bytes`](super::ObjectSettings::replay_bytes), whatever the
+    /// length.
     ///
     /// # Errors
     /// See [`StageError`]. On an error, and when the future is dropped, written chunks are deleted in the background.
@@ -71,8 +74,8 @@ impl ObjectStore {
         self.stage_within(self.settings().inline_limit_bytes, scheme, owner, len_bytes, body).await
     }
 
-    /// As [`ObjectStore::stage`], for a part of a multipart upload: never inline unless empty, because parts become one object by
-    /// joining their extents.
+    /// As [`ObjectStore::stage`], for a part of a multipart upload: never inline unless empty, because parts become one
+    /// object by joining their extents.
     ///
     /// # Errors
     /// As [`ObjectStore::stage`].
@@ -134,8 +137,8 @@ impl ObjectStore {
         Ok(Staged { data: ObjectData::Extents(extents), missing, size_bytes: len_bytes, uncommitted })
     }
 
-    /// Writes one extent; while its payload so far is still in memory, disks that fail are replaced by another group or a
-    /// narrower extent.
+    /// Writes one extent; while its payload so far is still in memory, disks that fail are replaced by another group or
+    /// a narrower extent.
     #[allow(clippy::too_many_arguments)] // all of it is the state of one upload
     async fn write_extent<S>(
         &self,

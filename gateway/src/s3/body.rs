@@ -38,7 +38,8 @@ pub(super) enum RequestBodyError {
 /// Bytes of the last, empty chunk of signed chunks: `0;chunk-signature=`, 64 hex digits, two line ends.
 const LAST_CHUNK_BYTES: usize = 18 + 64 + 4;
 
-/// Watches that signed chunks end in their empty one. s3s takes an end after any whole chunk for the end, once the length fits.
+/// Watches that signed chunks end in their empty one. s3s takes an end after any whole chunk for the end, once the
+/// length fits.
 #[derive(Default)]
 struct LastChunk {
     tail: Vec<u8>,
@@ -59,7 +60,8 @@ impl LastChunk {
     }
 }
 
-/// The socket's end of a request body. It outlives the request's handling, so that what a refused client still sends can be drained.
+/// The socket's end of a request body. It outlives the request's handling, so that what a refused client still sends
+/// can be drained.
 pub(super) struct Wire {
     incoming: Mutex<Option<Incoming>>,
     polled: AtomicBool,
@@ -201,7 +203,8 @@ impl http_body::Body for RequestBody {
     }
 }
 
-/// Makes a stream shareable by reference, as s3s wants its bodies; it is only ever polled through `&mut`, so the lock is never taken.
+/// Makes a stream shareable by reference, as s3s wants its bodies; it is only ever polled through `&mut`, so the lock
+/// is never taken.
 pub(super) struct SyncStream<T>(Mutex<BoxStream<'static, T>>);
 
 impl<T> SyncStream<T> {
@@ -219,8 +222,9 @@ impl<T> Stream for SyncStream<T> {
     }
 }
 
-/// The payload of a GET: frames of the object reader passed on untouched, with the exact length. A stream that is shorter or longer
-/// than its length ends in an error, which breaks the connection: a client never takes a cut object for a whole one.
+/// The payload of a GET: frames of the object reader passed on untouched, with the exact length. A stream that is
+/// shorter or longer than its length ends in an error, which breaks the connection: a client never takes a cut object
+/// for a whole one.
 pub(super) struct ExactBody {
     frames: SyncStream<Result<Bytes, ReadError>>,
     left_bytes: u64,

@@ -1,5 +1,5 @@
-//! Verbs that clients use to find out what a server can do: ACLs, versioning, lock, lifecycle and the like. What is not configured
-//! answers with the code of exactly that sub-resource, as S3 does.
+//! Verbs that clients use to find out what a server can do: ACLs, versioning, lock, lifecycle and the like. What is not
+//! configured answers with the code of exactly that sub-resource, as S3 does.
 
 use super::access::account_text;
 use super::context::S3Context;

@@ -37,7 +37,8 @@ pub(super) fn parse_name(text: &str) -> S3Result<ChecksumAlgorithm> {
     })
 }
 
-/// Whether a multipart checksum of that algorithm may cover the whole object, the parts' sums, or which of both when nothing is said.
+/// Whether a multipart checksum of that algorithm may cover the whole object, the parts' sums, or which of both when
+/// nothing is said.
 ///
 /// # Errors
 /// InvalidRequest for a combination that cannot be.
@@ -177,8 +178,8 @@ impl Promised {
     /// The one checksum of an object's body.
     ///
     /// # Errors
-    /// InvalidRequest when there are several, when the algorithm named by x-amz-sdk-checksum-algorithm is another one, or when one is
-    /// named and none comes.
+    /// InvalidRequest when there are several, when the algorithm named by x-amz-sdk-checksum-algorithm is another one,
+    /// or when one is named and none comes.
     pub(super) fn algorithm(&self, headers: &HeaderMap) -> S3Result<Option<ChecksumAlgorithm>> {
         let several = || {
             s3_error!(
@@ -263,7 +264,8 @@ pub(super) struct SumCheck {
 }
 
 impl SumCheck {
-    /// Begins; None when the headers promise nothing. `of_body`: x-amz-checksum-* speak of this body, and not of an object.
+    /// Begins; None when the headers promise nothing. `of_body`: x-amz-checksum-* speak of this body, and not of an
+    /// object.
     ///
     /// # Errors
     /// As [`Promised::from_headers`]; a trailer cannot be checked here and is refused.

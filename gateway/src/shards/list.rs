@@ -1,7 +1,8 @@
 //! Listings over all shards: each shard gives its keys in order, and the pages are merged by byte order.
 //!
-//! Every shard holds about as much of a bucket as any other, so each is first asked for a little more than its fair share; one whose
-//! page runs out before the answer is full is asked for the next. The merge itself ([`merge`]) knows nothing of shards or keys.
+//! Every shard holds about as much of a bucket as any other, so each is first asked for a little more than its fair
+//! share; one whose page runs out before the answer is full is asked for the next. The merge itself ([`merge`]) knows
+//! nothing of shards or keys.
 
 use super::buckets::odd_answer;
 use super::{ShardError, Shards};
@@ -50,11 +51,12 @@ pub struct PartPage {
 }
 
 impl Shards {
-    /// Current objects of a bucket in byte order; keys that contain `delimiter` after `prefix` are folded into common prefixes.
-    /// `limit`: up to 1,000; 0 gives an empty page.
+    /// Current objects of a bucket in byte order; keys that contain `delimiter` after `prefix` are folded into common
+    /// prefixes. `limit`: up to 1,000; 0 gives an empty page.
     ///
     /// # Errors
-    /// [`ShardError::BucketFenced`], or a shard does not answer: a listing is whole or fails, it never leaves a shard out.
+    /// [`ShardError::BucketFenced`], or a shard does not answer: a listing is whole or fails, it never leaves a shard
+    /// out.
     pub async fn list_objects(
         &self,
         bucket: BucketId,
@@ -158,9 +160,9 @@ struct Source<T, K> {
     more: bool,
 }
 
-/// Merges `sources` ordered sequences up to `limit` items; items of equal keys count as one. `fetch(source, after, want)` gives the
-/// source's next page, of at most `want` items, and whether there is more; a page that is empty ends its source.
-/// Returns the items and whether there is more.
+/// Merges `sources` ordered sequences up to `limit` items; items of equal keys count as one. `fetch(source, after,
+/// want)` gives the source's next page, of at most `want` items, and whether there is more; a page that is empty ends
+/// its source. Returns the items and whether there is more.
 pub(super) async fn merge<T, K, E, F>(
     sources: usize,
     limit: usize,

@@ -1,5 +1,5 @@
-//! Payloads on disks, end to end over real connections: disk nodes are in-process servers with their chunks in memory and faults
-//! on demand.
+//! Payloads on disks, end to end over real connections: disk nodes are in-process servers with their chunks in memory
+//! and faults on demand.
 //!
 //! - [`node`]: such a disk node; [`cluster`]: some of them, a map, and an object store on top;
 //! - [`write`], [`read`]: what staging and reading promise;

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::plan::usable;
 use super::{ChunkSet, CodecError, Kernel, Plan, MAX_K, MAX_M};
 
-/// Plans kept per codec. A plan takes microseconds to make and some kilobytes to keep; a cluster in trouble shows as many loss
-/// patterns at once as it has placement groups with lost disks, mostly the same few.
+/// Plans kept per codec. A plan takes microseconds to make and some kilobytes to keep; a cluster in trouble shows as
+/// many loss patterns at once as it has placement groups with lost disks, mostly the same few.
 const CACHED_PLANS: usize = 256;
 
 /// np16 for one scheme's K and M. Cheap to clone; clones share the cache of plans.
@@ -61,10 +61,11 @@ impl Codec {
         self.shared.kernel
     }
 
-    /// Computes the M coding units of one stripe, or of the same byte range of all its units. `data` holds the K data units
-    /// in order, `coding` receives chunks K to K+M-1 and is overwritten.
+    /// Computes the M coding units of one stripe, or of the same byte range of all its units. `data` holds the K data
+    /// units in order, `coding` receives chunks K to K+M-1 and is overwritten.
     ///
-    /// One even length for all; multiples of [`UNIT_ALIGN_BYTES`](super::UNIT_ALIGN_BYTES) are fastest. Addresses need no alignment.
+    /// One even length for all; multiples of [`UNIT_ALIGN_BYTES`](super::UNIT_ALIGN_BYTES) are fastest. Addresses need
+    /// no alignment.
     ///
     /// Errors: [`CodecError::UnitCount`] and [`CodecError::UnitLength`], before any output is touched.
     pub fn encode(&self, data: &[&[u8]], coding: &mut [&mut [u8]]) -> Result<(), CodecError> {
@@ -72,8 +73,8 @@ impl Codec {
         self.shared.encode.apply(data, coding)
     }
 
-    /// How to compute the `wanted` chunks, data or coding, from the `present` ones. Reads data chunks in preference to coding
-    /// chunks; a wanted chunk that is present stands for itself, at the cost of a copy. Plans are cached.
+    /// How to compute the `wanted` chunks, data or coding, from the `present` ones. Reads data chunks in preference to
+    /// coding chunks; a wanted chunk that is present stands for itself, at the cost of a copy. Plans are cached.
     ///
     /// Errors: [`CodecError::NotEnough`] for fewer than K present; [`CodecError::ChunkIndex`] for an index outside K+M.
     pub fn plan(&self, present: ChunkSet, wanted: ChunkSet) -> Result<Arc<Plan>, CodecError> {

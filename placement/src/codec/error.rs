@@ -2,8 +2,8 @@
 
 use thiserror::Error;
 
-/// Why a codec could not be made, planned or applied. Apart from [`CodecError::NotEnough`], which a reader meets when too many
-/// disks are gone, every variant is a fault of the caller, of the settings, or of the build.
+/// Why a codec could not be made, planned or applied. Apart from [`CodecError::NotEnough`], which a reader meets when
+/// too many disks are gone, every variant is a fault of the caller, of the settings, or of the build.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum CodecError {
     /// K or M is outside what np16 is defined for.

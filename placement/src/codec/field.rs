@@ -4,10 +4,10 @@
 //! 16-bit value stands for the b-th basis element. Addition is XOR. In this basis the values 0 to 255 are closed under
 //! multiplication: they are the field GF(2^8), and every constant np16 ever multiplies by is one of them.
 //!
-//! With `s = hi * 256 + lo`, a product of a symbol and such a constant splits into two products of bytes, once the symbol
-//! has been *twisted*: `twist(hi, lo) = (hi, lo ^ t(hi))`, with t linear over bits. `c * s` is
-//! `twist(c * hi, c * (lo ^ t(hi)))`, and twisting twice is doing nothing. So a kernel twists every source once, works on
-//! single bytes, and twists every output once.
+//! With `s = hi * 256 + lo`, a product of a symbol and such a constant splits into two products of bytes, once the
+//! symbol has been *twisted*: `twist(hi, lo) = (hi, lo ^ t(hi))`, with t linear over bits. `c * s` is `twist(c * hi, c
+//! * (lo ^ t(hi)))`, and twisting twice is doing nothing. So a kernel twists every source once, works on single bytes,
+//! and twists every output once.
 
 use std::sync::LazyLock;
 
@@ -20,7 +20,8 @@ pub const CANTOR_BASIS: [u16; 16] =
 
 /// `to_cantor` of the single-bit polynomials, by Gauss-Jordan elimination of the basis.
 const CANTOR_OF_BIT: [u16; 16] = {
-    // Pairs (polynomial form, Cantor form) stay equal as elements through every step; at the end the first are single bits.
+    // Pairs (polynomial form, Cantor form) stay equal as elements through every step; at the end the first are single
+    // bits.
     let mut poly = CANTOR_BASIS;
     let mut cantor = [0u16; 16];
     let mut i = 0;
@@ -156,8 +157,8 @@ pub const fn bit_matrix(images: [u8; 8]) -> u64 {
     matrix
 }
 
-/// A linear map of bytes, given by the images of single bits, as two tables of 16: images of the low nibble, then images
-/// of the high nibble.
+/// A linear map of bytes, given by the images of single bits, as two tables of 16: images of the low nibble, then
+/// images of the high nibble.
 pub const fn nibble_tables(images: [u8; 8]) -> [u8; 32] {
     let mut tables = [0u8; 32];
     let mut at = 0;

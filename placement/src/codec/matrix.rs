@@ -1,12 +1,12 @@
 //! The coding matrix, read out of the crate that defines the code.
 //!
-//! The code of size `k_code` (K rounded up to a power of two) takes `k_code` symbols to any number of coding symbols, and
-//! it is linear: encoding the j-th unit vector gives column j. Row p does not depend on how many rows are asked for, so M can
-//! be raised later and old coding chunks stay what they were. A K that is no power of two uses the first K columns: the
-//! others would multiply data that is absent, which is zero.
+//! The code of size `k_code` (K rounded up to a power of two) takes `k_code` symbols to any number of coding symbols,
+//! and it is linear: encoding the j-th unit vector gives column j. Row p does not depend on how many rows are asked
+//! for, so M can be raised later and old coding chunks stay what they were. A K that is no power of two uses the first
+//! K columns: the others would multiply data that is absent, which is zero.
 //!
-//! **Invariant:** the matrix hashes to the value pinned here, or no codec is made. Chunks on disk outlive the version of the
-//! crate, so a crate that computes another code must not get as far as coding one byte.
+//! **Invariant:** the matrix hashes to the value pinned here, or no codec is made. Chunks on disk outlive the version
+//! of the crate, so a crate that computes another code must not get as far as coding one byte.
 
 use std::sync::OnceLock;
 
@@ -34,8 +34,8 @@ pub struct Generator {
 impl Generator {
     /// The matrix that serves `k` data chunks, 1 to [`MAX_K`].
     ///
-    /// Errors: [`CodecError::Scheme`] for another `k`; [`CodecError::Broken`] when the crate gives another matrix than the
-    /// pinned one.
+    /// Errors: [`CodecError::Scheme`] for another `k`; [`CodecError::Broken`] when the crate gives another matrix than
+    /// the pinned one.
     pub fn for_k(k: u8) -> Result<&'static Self, CodecError> {
         static BY_SIZE: [OnceLock<Result<Generator, CodecError>>; SIZES] = [const { OnceLock::new() }; SIZES];
         if k == 0 || k > MAX_K {

@@ -1,16 +1,18 @@
 //! np16: the erasure codec. Pure values in, bytes out; no I/O, no async.
 //!
-//! The crate `reed-solomon-novelpoly` defines the code, and this folder makes it fast: the code is linear, so it equals a
-//! small matrix that is read out of the crate once and applied to whole units by SIMD kernels. `docs/formats/codec-np16.md`
-//! says the same for someone who writes another implementation.
+//! The crate `reed-solomon-novelpoly` defines the code, and this folder makes it fast: the code is linear, so it equals
+//! a small matrix that is read out of the crate once and applied to whole units by SIMD kernels.
+//! `docs/formats/codec-np16.md` says the same for someone who writes another implementation.
 //!
 //! Reading order:
 //! - `field.rs`: the byte field GF(2^8), the twist between stored symbols and field bytes;
 //! - `matrix.rs`: the coding matrix from the crate, held against pinned hashes;
-//! - `plan.rs`, [`Plan`]: from "these chunks are present, those are wanted" to one row of byte constants per wanted chunk;
+//! - `plan.rs`, [`Plan`]: from "these chunks are present, those are wanted" to one row of byte constants per wanted
+//!   chunk;
 //! - [`kernel`]: the same row arithmetic once per CPU family, chosen at run time, byte-identical;
 //! - `coder.rs`, [`Codec`]: the door for callers; [`self_test()`], run by every daemon before it touches data;
-//! - [`reference`](mod@reference): the crate itself on Granary's chunk layout: slow, the oracle of the self-test and of the tests.
+//! - [`reference`](mod@reference): the crate itself on Granary's chunk layout: slow, the oracle of the self-test and of
+//!   the tests.
 //!
 //! ```
 //! use granary_placement::codec::{ChunkSet, Codec};
@@ -60,8 +62,8 @@ pub const MAX_M: u8 = 16;
 /// The largest number of chunks of a scheme, data and coding.
 pub const MAX_CHUNKS: usize = MAX_K as usize + MAX_M as usize;
 
-// All evaluation points of the code are below k_code + M, with k_code at most MAX_K. Below 256 they lie in the byte field,
-// and so does every constant of every matrix and inverse. The kernels rest on this.
+// All evaluation points of the code are below k_code + M, with k_code at most MAX_K. Below 256 they lie in the byte
+// field, and so does every constant of every matrix and inverse. The kernels rest on this.
 const _: () = assert!(MAX_CHUNKS <= 256 && MAX_K.is_power_of_two());
 
 /// The unit of a stripe that carries `len_bytes` of payload over `k` data chunks: `len_bytes / k` rounded up to

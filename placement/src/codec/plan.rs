@@ -1,9 +1,10 @@
 //! From "these chunks are present, those are wanted" to rows of byte constants, and their use on bytes.
 //!
-//! Of the present chunks a plan reads the data chunks, and as many coding chunks as data chunks are missing. Write D for
-//! the data present, E for the missing, C for the coding chunks read, and G for the coding matrix by its parts. Then
-//! `C = G_CD * D + G_CE * E`, so `E = inverse(G_CE) * (C + G_CD * D)`: only a square as small as the loss is inverted. A wanted
-//! coding chunk is its row of G with E replaced by that, so it is rebuilt in one step, without rebuilding data first.
+//! Of the present chunks a plan reads the data chunks, and as many coding chunks as data chunks are missing. Write D
+//! for the data present, E for the missing, C for the coding chunks read, and G for the coding matrix by its parts.
+//! Then `C = G_CD * D + G_CE * E`, so `E = inverse(G_CE) * (C + G_CD * D)`: only a square as small as the loss is
+//! inverted. A wanted coding chunk is its row of G with E replaced by that, so it is rebuilt in one step, without
+//! rebuilding data first.
 
 use super::field::{invert, multiply};
 use super::kernel::{Kernel, RowBlock, ROWS_AT_ONCE};
@@ -34,8 +35,8 @@ impl Plan {
         &self.wanted
     }
 
-    /// Computes the wanted bytes of one byte range: `sources` holds that range of the chunks [`Plan::sources`] names, `out`
-    /// receives that range of the chunks [`Plan::wanted`] names, overwriting whatever was there.
+    /// Computes the wanted bytes of one byte range: `sources` holds that range of the chunks [`Plan::sources`] names,
+    /// `out` receives that range of the chunks [`Plan::wanted`] names, overwriting whatever was there.
     ///
     /// The range starts at an even offset within a unit and has even length; multiples of [`UNIT_ALIGN_BYTES`] are
     /// fastest. Addresses need no alignment. **Every source must have passed its checksum.**
@@ -115,8 +116,8 @@ fn check_lengths(role: &'static str, lengths: impl Iterator<Item = usize>, neede
     Ok(())
 }
 
-/// The part of `present` that a plan reads: data chunks first, coding chunks to make up K, and the wanted chunks that are
-/// present, which stand for themselves. Two losses with the same usable part share one plan.
+/// The part of `present` that a plan reads: data chunks first, coding chunks to make up K, and the wanted chunks that
+/// are present, which stand for themselves. Two losses with the same usable part share one plan.
 ///
 /// Errors: [`CodecError::ChunkIndex`] for an index outside K+M; [`CodecError::NotEnough`] for fewer than K chunks.
 pub(super) fn usable(k: u8, m: u8, present: ChunkSet, wanted: ChunkSet) -> Result<ChunkSet, CodecError> {

@@ -1,8 +1,8 @@
-//! The crate `reed-solomon-novelpoly` on Granary's chunk layout: the definition of np16, hundreds of times slower than the
-//! kernels. For the self-test, for tests and for the benchmark; never on the path of a request.
+//! The crate `reed-solomon-novelpoly` on Granary's chunk layout: the definition of np16, hundreds of times slower than
+//! the kernels. For the self-test, for tests and for the benchmark; never on the path of a request.
 //!
-//! The crate wants a power of two of data units, interleaved symbol by symbol. Here absent data units are zeros, and what
-//! comes out is laid back into one unit per chunk. Never hand the crate another K: it rounds down without a word.
+//! The crate wants a power of two of data units, interleaved symbol by symbol. Here absent data units are zeros, and
+//! what comes out is laid back into one unit per chunk. Never hand the crate another K: it rounds down without a word.
 
 use reed_solomon_novelpoly::{CodeParams, ReedSolomon, WrappedShard};
 

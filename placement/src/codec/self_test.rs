@@ -10,8 +10,8 @@ const LEN_BYTES: usize = 3 * 128 + 54;
 
 /// Encodes, loses M chunks, rebuilds them, and compares with the crate at each step. Takes a few milliseconds.
 ///
-/// Every daemon calls this before it touches data and stops on an error: [`CodecError::Kernel`] when the environment names a
-/// kernel that does not run here, [`CodecError::Broken`] when the bytes differ.
+/// Every daemon calls this before it touches data and stops on an error: [`CodecError::Kernel`] when the environment
+/// names a kernel that does not run here, [`CodecError::Broken`] when the bytes differ.
 pub fn self_test() -> Result<(), CodecError> {
     let kernel = Kernel::chosen()?;
     SCHEMES.iter().try_for_each(|&(k, m)| test_scheme(k, m, kernel))

@@ -1,7 +1,8 @@
 //! What one cluster map has that another has not.
 //!
-//! A map of 10,000 disks has 500,000 slots, and most changes touch few of them: peers that have the map before are sent the
-//! difference. It names what it was made from, so it can only be applied to that, and what comes out is validated like any map.
+//! A map of 10,000 disks has 500,000 slots, and most changes touch few of them: peers that have the map before are sent
+//! the difference. It names what it was made from, so it can only be applied to that, and what comes out is validated
+//! like any map.
 
 use super::{ClusterMap, Disk, GroupSlot, MapError, PlacementGroup, ShardReplicas, SlotRange};
 use crate::id::{ClusterId, DiskId, Epoch, PlacementGroupId, ShardId, HASH_SLOTS};
@@ -96,8 +97,8 @@ pub fn diff(old: &ClusterMap, new: &ClusterMap) -> MapDiff {
 /// The map that `diff` leads to from `old`, validated.
 ///
 /// # Errors
-/// [`MapError::DiffBase`] when the difference was made from another map; [`MapError::Diff`] when it does not fit `old`; the first rule
-/// that the result breaks.
+/// [`MapError::DiffBase`] when the difference was made from another map; [`MapError::Diff`] when it does not fit `old`;
+/// the first rule that the result breaks.
 pub fn apply_diff(old: &ClusterMap, diff: &MapDiff) -> Result<ClusterMap, MapError> {
     if diff.cluster_id != old.cluster_id {
         return Err(MapError::Diff("is of another cluster"));

@@ -1,7 +1,7 @@
 //! The cluster map: disks, domains, weights, states, roles, schemes, placement groups and shard replicas.
 //!
-//! One value, versioned by epoch, owned by the root shard; everyone else holds a copy and asks for a newer one when a peer
-//! names a higher epoch. A map is checked by [`ClusterMap::validate`] before it is committed and after it is read.
+//! One value, versioned by epoch, owned by the root shard; everyone else holds a copy and asks for a newer one when a
+//! peer names a higher epoch. A map is checked by [`ClusterMap::validate`] before it is committed and after it is read.
 
 mod diff;
 mod validate;
@@ -57,7 +57,8 @@ pub struct Disk {
     pub address: String,
     /// Where it stands.
     pub location: Location,
-    /// Share of the data it is to hold, relative to the other disks; by convention its capacity in GiB. Zero takes none.
+    /// Share of the data it is to hold, relative to the other disks; by convention its capacity in GiB. Zero takes
+    /// none.
     pub weight: u32,
     /// What it does.
     pub roles: Roles,
@@ -91,8 +92,8 @@ impl GroupSlot {
         GroupSlot { current, previous: None }
     }
 
-    /// Gives the slot to another disk. A slot that is on its way already keeps its `previous`: that one holds the chunks from before
-    /// the move, and what only the disk between the two holds is rebuilt.
+    /// Gives the slot to another disk. A slot that is on its way already keeps its `previous`: that one holds the
+    /// chunks from before the move, and what only the disk between the two holds is rebuilt.
     pub fn give_to(&mut self, disk: DiskId) {
         if disk != self.current {
             self.previous.get_or_insert(self.current);
@@ -141,7 +142,8 @@ pub struct ClusterMap {
     pub groups: BTreeMap<PlacementGroupId, PlacementGroup>,
     /// Replicas by shard number; the first is the root shard, the others hold objects.
     pub shards: Vec<ShardReplicas>,
-    /// Which object shard owns which hash slots: ranges in order, the first from slot 0, neighbours of different shards.
+    /// Which object shard owns which hash slots: ranges in order, the first from slot 0, neighbours of different
+    /// shards.
     pub slot_shards: Vec<SlotRange>,
 }
 

@@ -241,8 +241,8 @@ pub enum MapError {
 }
 
 impl ClusterMap {
-    /// Checks every rule; docs/formats/cluster-map.md lists them. A map passes here before it is committed and after it is
-    /// read. How evenly slots are shared is no rule: rebalancing sees to it.
+    /// Checks every rule; docs/formats/cluster-map.md lists them. A map passes here before it is committed and after it
+    /// is read. How evenly slots are shared is no rule: rebalancing sees to it.
     ///
     /// A replica may be on a disk that is out, when no other disk could take it over; the shard lives on its majority.
     ///

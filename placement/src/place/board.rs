@@ -1,4 +1,5 @@
-//! Groups on disks while a layout is being made: who holds what, how far each disk is from its target, and what may move.
+//! Groups on disks while a layout is being made: who holds what, how far each disk is from its target, and what may
+//! move.
 //!
 //! All search is by the tree and by the slots of single disks: nothing here looks at every pair of disks.
 

@@ -1,9 +1,10 @@
 //! A fresh layout: groups are dealt down the tree of failure domains.
 //!
 //! Each node deals the chunks of a group to its children. A child whose share is 2.4 gets two of every group, and a
-//! third of four groups in ten: those extras are tickets, and the k-th ticket of a child falls due at a random moment of
-//! its k-th turn. A group takes the tickets that are due first. So every group holds the share of every domain rounded
-//! down or up, totals come out within about one of the target, and who meets whom is well mixed, whatever the weights.
+//! third of four groups in ten: those extras are tickets, and the k-th ticket of a child falls due at a random moment
+//! of its k-th turn. A group takes the tickets that are due first. So every group holds the share of every domain
+//! rounded down or up, totals come out within about one of the target, and who meets whom is well mixed, whatever the
+//! weights.
 
 use super::board::Board;
 use super::tree::{mix, Tree};
@@ -17,7 +18,8 @@ pub(super) struct Dealer<'t> {
     fraction: Vec<f64>,
     /// Tickets used so far.
     used: Vec<u64>,
-    /// Under each node, the next ticket of each child: when it falls due (bits of a positive float sort as the float), whose.
+    /// Under each node, the next ticket of each child: when it falls due (bits of a positive float sort as the float),
+    /// whose.
     tickets: Vec<BTreeSet<(u64, usize)>>,
     /// Under each node, the children with a sure part.
     certain: Vec<Vec<usize>>,
@@ -52,7 +54,8 @@ impl<'t> Dealer<'t> {
         }
     }
 
-    /// Deals `group` of the board. Slots that floating-point error leaves without a disk stay vacant, to be filled after.
+    /// Deals `group` of the board. Slots that floating-point error leaves without a disk stay vacant, to be filled
+    /// after.
     pub fn deal(&mut self, board: &mut Board<'_>, group: usize, width: usize) {
         let mut disks = Vec::with_capacity(width);
         self.deal_under(0, width, &mut disks);

@@ -73,14 +73,15 @@ pub fn lay_out(map: &ClusterMap, scheme_name: &str, groups_per_disk: u32) -> Res
 ///
 /// # Errors
 /// [`PlaceError::TooFewDisks`] or [`PlaceError::NoRoom`] when the disks left cannot keep a scheme that has groups: the
-/// change is refused as a whole. [`PlaceError::MovesUnderWay`] when they only cannot because disks that chunks are still moving
-/// away from may not take other slots of the same groups. [`PlaceError::Map`] when the map breaks a rule that moving slots does not repair.
+/// change is refused as a whole. [`PlaceError::MovesUnderWay`] when they only cannot because disks that chunks are
+/// still moving away from may not take other slots of the same groups. [`PlaceError::Map`] when the map breaks a rule
+/// that moving slots does not repair.
 pub fn rebalance(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
     settle_all(map, Allowance::Few)
 }
 
-/// Like [`rebalance`], but moves as many slots as it takes to have as few chunks of a group in one zone, rack and server
-/// as the shares allow. For an operator after growth: [`rebalance`] mends only what it can for a few moves more.
+/// Like [`rebalance`], but moves as many slots as it takes to have as few chunks of a group in one zone, rack and
+/// server as the shares allow. For an operator after growth: [`rebalance`] mends only what it can for a few moves more.
 ///
 /// # Errors
 /// Those of [`rebalance`].
@@ -109,8 +110,8 @@ fn settle_all(map: &ClusterMap, allowance: Allowance) -> Result<ClusterMap, Plac
 }
 
 /// The map at the next epoch with a new disk in the place of `old`: same location, weight, roles and slots under a new
-/// id, and the same address unless another is given. `old` is out of service; its slots name it as `previous` until the new
-/// disk has everything.
+/// id, and the same address unless another is given. `old` is out of service; its slots name it as `previous` until the
+/// new disk has everything.
 ///
 /// # Errors
 /// [`PlaceError::NoSuchDisk`], [`PlaceError::AlreadyOut`]; [`PlaceError::Map`] when the new UUID or address is taken.
@@ -213,8 +214,8 @@ fn settle_groups(
     true
 }
 
-/// Gives a group's slots these disks. Which slot gets which does not matter to the rules, so that no disk changes its slot: what
-/// lies on it stays where it is, and no slot's `previous` is another's `current`.
+/// Gives a group's slots these disks. Which slot gets which does not matter to the rules, so that no disk changes its
+/// slot: what lies on it stays where it is, and no slot's `previous` is another's `current`.
 fn deal_to_slots(slots: &mut [GroupSlot], disks: &[DiskId]) {
     let mut joining = disks.to_vec();
     let mut leaving = Vec::new();

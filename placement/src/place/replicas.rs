@@ -1,7 +1,8 @@
 //! Which metadata disks hold which shard.
 //!
-//! Other than chunks, replicas are spread first and evened out second: a shard lives as long as a majority of its members,
-//! and shards are small beside the data, so the metadata disk of a small zone may hold more of them than its share.
+//! Other than chunks, replicas are spread first and evened out second: a shard lives as long as a majority of its
+//! members, and shards are small beside the data, so the metadata disk of a small zone may hold more of them than its
+//! share.
 
 use super::board::{Band, Board};
 use super::deal::Dealer;
@@ -106,7 +107,8 @@ fn items(map: &ClusterMap) -> Vec<Item<'_>> {
     holders.map(|disk| Item { id: disk.id, location: &disk.location, weight: 1 }).collect()
 }
 
-/// The tree of metadata disks, with the tightest limits per zone, then rack, then server, that leave room for `members`.
+/// The tree of metadata disks, with the tightest limits per zone, then rack, then server, that leave room for
+/// `members`.
 fn spread_tree(map: &ClusterMap, members: usize) -> Tree {
     let items = items(map);
     let tightest = |with: &dyn Fn(usize) -> Caps| {

@@ -1,7 +1,7 @@
 //! From a board that breaks rules to one that keeps them, with as few moves as that takes.
 //!
-//! 1. Slots that break the scheme's own limits are vacated, and every vacant slot is filled ([`Board::fill`]). That always
-//!    succeeds: the limits are a laminar matroid, so a group that keeps them can be extended to full width.
+//! 1. Slots that break the scheme's own limits are vacated, and every vacant slot is filled ([`Board::fill`]). That
+//!    always succeeds: the limits are a laminar matroid, so a group that keeps them can be extended to full width.
 //! 2. Disks far from their target are brought to it by single moves; where no single move is legal, by a short chain.
 //! 3. Groups that crowd a domain more than the shares demand are spread, within a small allowance of extra moves.
 
@@ -13,7 +13,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 const CHAIN_MOVES: usize = 4;
 const CHAIN_MOVES_OF_MOVED: usize = 16;
 
-/// Legality checks that all chain searches of one settling may spend: bounds the time on topologies that allow no better.
+/// Legality checks that all chain searches of one settling may spend: bounds the time on topologies that allow no
+/// better.
 const CHAIN_CHECKS: u64 = 20_000_000;
 
 /// Extra moves per hundred that are needed: to keep groups spread, and to bring a disk nearer to its target than its
@@ -110,8 +111,8 @@ impl Board<'_> {
         Some(vacant.len())
     }
 
-    /// Slots are filled one after the other, so the last ones may find only full disks open to them: lets the slots that
-    /// have moved change places.
+    /// Slots are filled one after the other, so the last ones may find only full disks open to them: lets the slots
+    /// that have moved change places.
     fn rearrange_moved(&mut self, purse: &mut Purse) {
         let leaves: Vec<usize> = self.tree.leaves().collect();
         // Rather a crowded domain than a move more: crowding is mended below when there are moves to spare.
@@ -259,9 +260,9 @@ impl Board<'_> {
         })
     }
 
-    /// Brings one slot to `start` (`pull`) or away from it, if need be through other disks, whose loads stay as they are.
-    /// Breadth first, so by the fewest moves; each move of a chain is in another group, so each is still legal when its
-    /// turn comes. Returns false when there is no chain.
+    /// Brings one slot to `start` (`pull`) or away from it, if need be through other disks, whose loads stay as they
+    /// are. Breadth first, so by the fewest moves; each move of a chain is in another group, so each is still legal
+    /// when its turn comes. Returns false when there is no chain.
     fn chain(&mut self, start: usize, pull: bool, search: Search, purse: &mut Purse) -> bool {
         let longest = match (search.through, search.limits) {
             (Through::Moved, _) => CHAIN_MOVES_OF_MOVED,

@@ -1,7 +1,8 @@
 //! The tree of failure domains, and how many chunks of an average group each part of it is to hold.
 //!
-//! Depth 0 is the cluster, then zone, rack, server, disk. Nodes stand in preorder, so the subtree of node `v` is the range
-//! `v..end(v)`: "is this disk in that rack" is two comparisons, and sums over subtrees are one pass from the back.
+//! Depth 0 is the cluster, then zone, rack, server, disk. Nodes stand in preorder, so the subtree of node `v` is the
+//! range `v..end(v)`: "is this disk in that rack" is two comparisons, and sums over subtrees are one pass from the
+//! back.
 
 use crate::id::DiskId;
 use crate::map::Location;
@@ -135,8 +136,8 @@ impl Tree {
         self.nodes.iter().filter(|node| node.depth == depth).count()
     }
 
-    /// The most chunks of one group that the tree can take. The caps are nested, so they form a laminar matroid: a group
-    /// that keeps them and is shorter than this can always be extended, whatever it holds already.
+    /// The most chunks of one group that the tree can take. The caps are nested, so they form a laminar matroid: a
+    /// group that keeps them and is shorter than this can always be extended, whatever it holds already.
     pub fn room(&self) -> usize {
         self.room_under(&self.caps)
     }
@@ -146,7 +147,8 @@ impl Tree {
     /// Fair means max-min fair: shares are proportional to weights, but a disk takes at most one chunk of a group and a
     /// domain at most its cap; what those cannot take goes to the others by weight. Then, level by level from the zones
     /// down, a share just above a whole number is lowered to it if every disk stays fair enough ([`fair_range`]) when
-    /// its share of all `groups` is rounded: one disk more in one of two racks is no reason to put four of six chunks there.
+    /// its share of all `groups` is rounded: one disk more in one of two racks is no reason to put four of six chunks
+    /// there.
     pub fn shares(&self, width: usize, groups: usize) -> Shares {
         let fair = self.solve(width, &self.caps);
         let mut quota = fair.clone();

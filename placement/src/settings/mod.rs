@@ -10,7 +10,10 @@
 //!
 //! let setting = find("heal.interval").unwrap();
 //! assert_eq!(setting.parse("90s").unwrap(), Value::Time(Duration::from_secs(90)));
-//! assert_eq!(find("heal.intervall").unwrap_err().to_string(), "there is no setting `heal.intervall`; did you mean `heal.interval`?");
+//! assert_eq!(
+//!     find("heal.intervall").unwrap_err().to_string(),
+//!     "there is no setting `heal.intervall`; did you mean `heal.interval`?"
+//! );
 //! ```
 
 pub mod table;

@@ -1,8 +1,8 @@
-//! What an operator gave for the settings, and where: the command line counts before the environment, that before a file, that before
-//! the default.
+//! What an operator gave for the settings, and where: the command line counts before the environment, that before a
+//! file, that before the default.
 //!
-//! A file or the environment may serve all programs of a machine: what another program reads is checked and otherwise left alone. The
-//! command line is for one program, which refuses what it would not read.
+//! A file or the environment may serve all programs of a machine: what another program reads is checked and otherwise
+//! left alone. The command line is for one program, which refuses what it would not read.
 
 use super::{cut, find, nearest, Scope, Setting, SettingError, Value, TABLE};
 use serde::{Deserialize, Serialize};
@@ -204,8 +204,8 @@ impl Values {
             .collect()
     }
 
-    /// The same values with those of the root shard. What this build does not know, or cannot read, stays at its default and is
-    /// answered: a newer build may have set it.
+    /// The same values with those of the root shard. What this build does not know, or cannot read, stays at its
+    /// default and is answered: a newer build may have set it.
     pub fn with_cluster(&self, cluster: &BTreeMap<String, String>) -> (Values, Vec<SettingError>) {
         let mut values = self.clone();
         let mut unknown = Vec::new();

@@ -5,7 +5,8 @@
 
 use granary_placement::codec::{ChunkSet, Codec};
 
-/// A seed of its own for every run, or the one in `GRANARY_TEST_SEED`, to replay a failure. Failing assertions print it.
+/// A seed of its own for every run, or the one in `GRANARY_TEST_SEED`, to replay a failure. Failing assertions print
+/// it.
 pub fn seed() -> u64 {
     if let Ok(text) = std::env::var("GRANARY_TEST_SEED") {
         return text.parse().unwrap();

@@ -69,8 +69,8 @@ impl Network {
     }
 }
 
-/// Fewest slots that must change their disk so that `changed` keeps the scheme and every disk holds its fair share within
-/// 5 % or rounding. None when no layout does all that.
+/// Fewest slots that must change their disk so that `changed` keeps the scheme and every disk holds its fair share
+/// within 5 % or rounding. None when no layout does all that.
 pub fn fewest_moves(changed: &ClusterMap) -> Option<usize> {
     // Dearer than any number of moves, so that fairness comes first.
     const UNFAIR: i64 = 1_000_000;

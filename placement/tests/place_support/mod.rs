@@ -206,8 +206,8 @@ pub fn broken_rule(map: &ClusterMap) -> Option<String> {
     None
 }
 
-/// Max-min fair shares of a group by progressive filling: all disks rise by weight; at each step the first disk or domain
-/// to fill up stops rising. None when the cluster has no room for a group.
+/// Max-min fair shares of a group by progressive filling: all disks rise by weight; at each step the first disk or
+/// domain to fill up stops rising. None when the cluster has no room for a group.
 pub fn fair_shares(map: &ClusterMap, scheme: &Scheme) -> Option<BTreeMap<DiskId, f64>> {
     let mut share: BTreeMap<DiskId, f64> = BTreeMap::new();
     let mut rising: Vec<&Disk> = map.disks.values().filter(|disk| takes_slots(disk)).collect();
@@ -291,7 +291,8 @@ pub fn naive_group_exists(map: &ClusterMap, scheme: &Scheme) -> bool {
     })
 }
 
-/// A random cluster: up to `limits` zones, racks a zone, servers a rack, disks a server; weights as a real one has them.
+/// A random cluster: up to `limits` zones, racks a zone, servers a rack, disks a server; weights as a real one has
+/// them.
 pub fn random_disks(random: &mut Random, limits: [u64; 4]) -> Vec<NewDisk> {
     let mixed = random.below(2) == 0;
     let mut all = Vec::new();

@@ -7,12 +7,13 @@
 //! server -> client  verdict  u8
 //! ```
 //!
-//! Numbers are big-endian. The transcript is the client's hello and the first 44 bytes of the server's (all but its proof). A
-//! proof is HMAC-SHA256 under the cluster secret over a label of its role and the transcript; so is each direction's session key.
-//! Both nonces are fresh, so no proof and no key is ever good for a second connection; the label keeps an end from being handed
-//! its own proof. The first 12 bytes of either hello never change their meaning, so that ends of different versions can say so:
-//! `older` is how many versions before the highest an end speaks as well. Both ends use the highest version that both speak; since the
-//! transcript holds both ranges, nobody between them can talk them into an older one.
+//! Numbers are big-endian. The transcript is the client's hello and the first 44 bytes of the server's (all but its
+//! proof). A proof is HMAC-SHA256 under the cluster secret over a label of its role and the transcript; so is each
+//! direction's session key. Both nonces are fresh, so no proof and no key is ever good for a second connection; the
+//! label keeps an end from being handed its own proof. The first 12 bytes of either hello never change their meaning,
+//! so that ends of different versions can say so: `older` is how many versions before the highest an end speaks as
+//! well. Both ends use the highest version that both speak; since the transcript holds both ranges, nobody between them
+//! can talk them into an older one.
 
 use crate::error::{AuthError, LinkError};
 use granary_placement::id::ClusterId;
@@ -26,7 +27,8 @@ use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// Versions that this build speaks of everything said between nodes: handshake, chunk requests, frames, and the messages inside them.
+/// Versions that this build speaks of everything said between nodes: handshake, chunk requests, frames, and the
+/// messages inside them.
 ///
 /// 1: the first.
 pub const PROTOCOL_VERSIONS: VersionRange = VersionRange { min: 1, max: 1 };

@@ -7,8 +7,8 @@ use tokio::io::{duplex, DuplexStream};
 
 const SECRET: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
-// Computed with another implementation of HMAC from the description at the top of `auth.rs`: secret and cluster id as in `known`,
-// client nonce 11 11 .., server nonce 22 22 .. .
+// Computed with another implementation of HMAC from the description at the top of `auth.rs`: secret and cluster id as
+// in `known`, client nonce 11 11 .., server nonce 22 22 .. .
 const CLIENT_HELLO: &str =
     "6772616e6172790000010200070707070707070707070707070707071111111111111111111111111111111111111111111111111111111111111111";
 const SERVER_HELLO: &str = "6772616e61727900000100002222222222222222222222222222222222222222222222222222222222222222bab138f272a26e8ae472912ccde8359cbeb69ade9f24536d8ffc0210e53bed6f";

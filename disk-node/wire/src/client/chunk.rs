@@ -115,7 +115,8 @@ fn taken_early() -> ChunkError {
     LinkError::Protocol("the node took a chunk before it had all of it".to_owned()).into()
 }
 
-/// Streams one chunk to a node. Dropped before [`ChunkWriter::finish`], it closes the connection and the node forgets the chunk.
+/// Streams one chunk to a node. Dropped before [`ChunkWriter::finish`], it closes the connection and the node forgets
+/// the chunk.
 pub struct ChunkWriter {
     id: ChunkId,
     spec: ChunkSpec,
@@ -191,8 +192,8 @@ impl ChunkWriter {
     /// Takes the next bytes of the payload; waits while the node is behind. Checksums are made on the way.
     ///
     /// # Errors
-    /// What the node refused the chunk for, or [`ChunkError::Link`]; [`ChunkError::Rejected`] for more bytes than announced.
-    /// After an error every further call gives the same one.
+    /// What the node refused the chunk for, or [`ChunkError::Link`]; [`ChunkError::Rejected`] for more bytes than
+    /// announced. After an error every further call gives the same one.
     pub async fn write(&mut self, data: Bytes) -> Result<(), ChunkError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
@@ -274,8 +275,8 @@ impl ChunkWriter {
     /// Sends the checksums and waits until the node has the chunk durably.
     ///
     /// # Errors
-    /// As [`ChunkWriter::write`]; [`ChunkError::Rejected`] for fewer bytes than announced; [`ChunkError::Corrupt`] when the bytes
-    /// were damaged on the way. After [`ChunkError::Link`] the chunk may be there or not.
+    /// As [`ChunkWriter::write`]; [`ChunkError::Rejected`] for fewer bytes than announced; [`ChunkError::Corrupt`] when
+    /// the bytes were damaged on the way. After [`ChunkError::Link`] the chunk may be there or not.
     pub async fn finish(mut self) -> Result<(), ChunkError> {
         if let Some(error) = self.failed.take() {
             return Err(error);
@@ -388,7 +389,8 @@ fn parse_table(bytes: &[u8]) -> Vec<u32> {
     bytes.as_chunks::<4>().0.iter().map(|crc| u32::from_be_bytes(*crc)).collect()
 }
 
-/// Cuts a body that comes in pieces of any size into parts of known sizes; copies only parts that lie in more than one piece.
+/// Cuts a body that comes in pieces of any size into parts of known sizes; copies only parts that lie in more than one
+/// piece.
 struct Assembler {
     sizes: std::vec::IntoIter<usize>,
     need: usize,

@@ -113,7 +113,8 @@ async fn a_server_that_falls_silent_fails_in_time() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_without_the_right_code_is_not_believed() {
-    // Success for everybody, said by somebody between the ends who has no keys; then by the server, but to another request.
+    // Success for everybody, said by somebody between the ends who has no keys; then by the server, but to another
+    // request.
     for counter in [None, Some(1)] {
         let client = against(quick(), move |mut stream| async move {
             let (_, session) = server_handshake(&mut stream, &credentials(), PROTOCOL_VERSIONS, [1; 32]).await.unwrap();

@@ -4,9 +4,9 @@
 //! length u32 | request id u64 | kind u8 | body | MAC 16
 //! ```
 //!
-//! Numbers are big-endian; the length counts all that follows it. The MAC is the first half of HMAC-SHA256, under the session key
-//! of the direction, over a label, the number of frames sent before in this direction (u64), and the frame up to the MAC. So a
-//! frame that was altered, dropped, repeated or put in another order ends the connection.
+//! Numbers are big-endian; the length counts all that follows it. The MAC is the first half of HMAC-SHA256, under the
+//! session key of the direction, over a label, the number of frames sent before in this direction (u64), and the frame
+//! up to the MAC. So a frame that was altered, dropped, repeated or put in another order ends the connection.
 
 use crate::auth::{same, MacKey};
 use crate::error::{AuthError, LinkError};
@@ -94,8 +94,8 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         self.last_read
     }
 
-    /// The next frame; None when the peer closed the connection between two frames. Waits for ever for the first byte of a
-    /// frame, and `stall` for each further part of it. May be dropped and called again.
+    /// The next frame; None when the peer closed the connection between two frames. Waits for ever for the first byte
+    /// of a frame, and `stall` for each further part of it. May be dropped and called again.
     ///
     /// # Errors
     /// Any error ends the connection.
@@ -177,7 +177,8 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         FrameWriter { stream, key, counter: 0, buffer: BytesMut::new() }
     }
 
-    /// Writes a frame; a small one only into the buffer. Not to be dropped half way: the rest of the connection depends on it.
+    /// Writes a frame; a small one only into the buffer. Not to be dropped half way: the rest of the connection depends
+    /// on it.
     ///
     /// # Errors
     /// [`LinkError::TooLarge`] leaves the connection as it was; any other ends it.

@@ -1,9 +1,10 @@
 //! Heads of chunk requests and answers: paths, queries, error codes, and the codes that authenticate them.
 //!
-//! A request carries `x-granary-mac`: HMAC-SHA256 under the client's session key over a label, the number of requests before it on
-//! the connection (u64), method, path with query (each with its length, u32, before it) and content length (u64; all ones for
-//! none), and `x-granary-lease` with its length if the request has one. An answer carries one under the server's session key over a label, the same number, status (u16), `x-granary-answer`
-//! (with its length) and content length. The counters are not sent: each end counts, so nothing can be repeated or reordered.
+//! A request carries `x-granary-mac`: HMAC-SHA256 under the client's session key over a label, the number of requests
+//! before it on the connection (u64), method, path with query (each with its length, u32, before it) and content length
+//! (u64; all ones for none), and `x-granary-lease` with its length if the request has one. An answer carries one under
+//! the server's session key over a label, the same number, status (u16), `x-granary-answer` (with its length) and
+//! content length. The counters are not sent: each end counts, so nothing can be repeated or reordered.
 
 use crate::auth::{same, MacKey};
 use crate::chunk::{block_count, ChunkId, ChunkSpec, MAX_CHUNK_BYTES};
@@ -80,7 +81,8 @@ pub(crate) fn mac_matches(headers: &HeaderMap, expected: &[u8; 32]) -> bool {
     hex::decode_to_slice(header.as_bytes(), &mut sent).is_ok() && same(&sent, expected)
 }
 
-/// A lease stamp as the text of a header: the epoch, and the task's name in hexadecimal digits, because it may have any bytes.
+/// A lease stamp as the text of a header: the epoch, and the task's name in hexadecimal digits, because it may have any
+/// bytes.
 pub(crate) fn lease_text(lease: &LeaseStamp) -> String {
     format!("{} {}", lease.epoch, hex::encode(&lease.task))
 }

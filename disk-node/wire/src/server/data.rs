@@ -29,8 +29,8 @@ use tokio::time::timeout;
 const MAX_HEAD_BYTES: usize = 16 * 1024;
 const MAX_HEADERS: usize = 32;
 
-/// How long the rest of a refused body is read. Closing a socket that has unread bytes resets the connection, and the reset can
-/// overtake the refusal; a sender that hears the refusal stops by itself.
+/// How long the rest of a refused body is read. Closing a socket that has unread bytes resets the connection, and the
+/// reset can overtake the refusal; a sender that hears the refusal stops by itself.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Serves one connection to its end.
@@ -188,7 +188,8 @@ impl Requests {
         }
     }
 
-    /// Passes the payload to a sink as it comes, then the checksum table. On any error the sink is dropped, which undoes it.
+    /// Passes the payload to a sink as it comes, then the checksum table. On any error the sink is dropped, which
+    /// undoes it.
     async fn put(
         &self,
         id: ChunkId,
@@ -225,7 +226,8 @@ impl Requests {
     }
 }
 
-/// Are these the blocks that were asked for? A service that is wrong here must not be believed by the other side either.
+/// Are these the blocks that were asked for? A service that is wrong here must not be believed by the other side
+/// either.
 fn check_blocks(first: u32, blocks: u32, found: &ChunkBlocks) -> Result<(), &'static str> {
     let total = block_count(found.spec.len_bytes);
     let wanted = total.saturating_sub(first.into()).min(blocks.into());

@@ -1,9 +1,9 @@
 //! Blocks of one extent, from whichever disks can give them.
 //!
-//! The code is linear and works byte by byte, so block b of any chunk follows from block b of any K others: a window of an extent
-//! is a grid of cells, one row per chunk, one column per 64 KiB block, and every column is settled on its own. Cells are read from
-//! the disks that the payload lies on; where one is missing, corrupt, refused or late, its column is topped up to K cells from other
-//! disks and decoded. A cell whose checksum failed is an absent cell.
+//! The code is linear and works byte by byte, so block b of any chunk follows from block b of any K others: a window of
+//! an extent is a grid of cells, one row per chunk, one column per 64 KiB block, and every column is settled on its
+//! own. Cells are read from the disks that the payload lies on; where one is missing, corrupt, refused or late, its
+//! column is topped up to K cells from other disks and decoded. A cell whose checksum failed is an absent cell.
 //!
 //! [`fetch`] serves readers and the healer alike.
 
@@ -57,8 +57,8 @@ struct ReadDone {
 /// Gets the wanted blocks, read or decoded. Chunks in `exclude` are not read.
 ///
 /// # Errors
-/// [`ReadError::Lost`] when fewer than K chunks have a wanted block for certain, [`ReadError::Unreachable`] when it may be more but
-/// they do not answer, [`ReadError::BadRecord`], [`ReadError::Codec`].
+/// [`ReadError::Lost`] when fewer than K chunks have a wanted block for certain, [`ReadError::Unreachable`] when it may
+/// be more but they do not answer, [`ReadError::BadRecord`], [`ReadError::Codec`].
 pub async fn fetch(
     store: &ObjectStore,
     extent: &ExtentRef,
@@ -177,7 +177,8 @@ impl Fetch<'_> {
         }
     }
 
-    /// How little is to be expected of a chunk's disk: 0 it answers, 1 doubtful, 2 it does not answer or was trouble just now.
+    /// How little is to be expected of a chunk's disk: 0 it answers, 1 doubtful, 2 it does not answer or was trouble
+    /// just now.
     fn rank(&self, chunk: u8) -> u8 {
         let Some(disk) = disk_of(&self.map, self.extent, chunk) else { return 3 };
         let trouble =

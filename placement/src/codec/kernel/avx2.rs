@@ -36,8 +36,8 @@ fn pass<const R: usize>(tables: &[[u8; 32]], sources: &[&[u8]], out: &mut [&mut 
         let mut sums = [[_mm256_setzero_si256(); 2]; R];
         let mut table = tables.as_ptr();
         for source in &addresses.sources[..addresses.count] {
-            // SAFETY: `checked` saw `len_bytes` at every source, a multiple of COLUMN_BYTES, so `at` has 64 bytes there;
-            // and R tables per source, which `table` steps through in that order.
+            // SAFETY: `checked` saw `len_bytes` at every source, a multiple of COLUMN_BYTES, so `at` has 64 bytes
+            // there; and R tables per source, which `table` steps through in that order.
             unsafe {
                 let x0 = twister.twist(_mm256_loadu_si256(source.add(at).cast()));
                 let x1 = twister.twist(_mm256_loadu_si256(source.add(at).add(32).cast()));

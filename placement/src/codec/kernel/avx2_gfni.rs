@@ -36,8 +36,8 @@ fn pass<const R: usize>(matrices: &[u64], sources: &[&[u8]], out: &mut [&mut [u8
         let mut sums = [[_mm256_setzero_si256(); 2]; R];
         let mut matrix = matrices.as_ptr();
         for source in &addresses.sources[..addresses.count] {
-            // SAFETY: `checked` saw `len_bytes` at every source, a multiple of COLUMN_BYTES, so `at` has 64 bytes there;
-            // and R matrices per source, which `matrix` steps through in that order.
+            // SAFETY: `checked` saw `len_bytes` at every source, a multiple of COLUMN_BYTES, so `at` has 64 bytes
+            // there; and R matrices per source, which `matrix` steps through in that order.
             unsafe {
                 let x0 = twist(_mm256_loadu_si256(source.add(at).cast()), twister);
                 let x1 = twist(_mm256_loadu_si256(source.add(at).add(32).cast()), twister);

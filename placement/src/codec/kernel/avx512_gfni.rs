@@ -37,8 +37,8 @@ fn pass<const R: usize>(matrices: &[u64], sources: &[&[u8]], out: &mut [&mut [u8
         let mut matrix = matrices.as_ptr();
         let mut sources = addresses.sources[..addresses.count].chunks_exact(2);
         for pair in &mut sources {
-            // SAFETY: `checked` saw `len_bytes` at every source, a multiple of COLUMN_BYTES, so `at` has 128 bytes there;
-            // and R matrices per source, which `matrix` steps through in that order.
+            // SAFETY: `checked` saw `len_bytes` at every source, a multiple of COLUMN_BYTES, so `at` has 128 bytes
+            // there; and R matrices per source, which `matrix` steps through in that order.
             unsafe {
                 let [x0, x1] = load(pair[0].add(at), twister);
                 let [y0, y1] = load(pair[1].add(at), twister);

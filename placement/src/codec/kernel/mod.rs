@@ -1,11 +1,12 @@
 //! Row arithmetic, once per CPU family: `out[r] = sum over j of constant[r][j] * source[j]`, symbol by symbol.
 //!
-//! All kernels give the same bytes, so the choice among them is no matter of format. Each works on columns: it takes one or
-//! two vectors from every source in turn, twists them once (see `field.rs`), and keeps the sums of up to
-//! `ROWS_AT_ONCE` output rows in registers until the last source. Sources are read once per block of rows, outputs written once.
+//! All kernels give the same bytes, so the choice among them is no matter of format. Each works on columns: it takes
+//! one or two vectors from every source in turn, twists them once (see `field.rs`), and keeps the sums of up to
+//! `ROWS_AT_ONCE` output rows in registers until the last source. Sources are read once per block of rows, outputs
+//! written once.
 //!
-//! **Invariant:** `unsafe` in this crate is in the files of this folder only, and each kernel's `run` is safe to call: it
-//! asserts that the CPU has the instructions and that every slice holds the bytes it is about to touch.
+//! **Invariant:** `unsafe` in this crate is in the files of this folder only, and each kernel's `run` is safe to call:
+//! it asserts that the CPU has the instructions and that every slice holds the bytes it is about to touch.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -101,7 +102,8 @@ impl Kernel {
     /// The kernel that codecs use unless told otherwise: the one named by [`KERNEL_VARIABLE`], or the fastest.
     ///
     /// Errors: [`CodecError::Kernel`] when the variable names no kernel that runs here. Daemons stop on it at start, in
-    /// [`self_test`](super::self_test()); whoever goes on regardless gets the fastest kernel, which gives the same bytes.
+    /// [`self_test`](super::self_test()); whoever goes on regardless gets the fastest kernel, which gives the same
+    /// bytes.
     pub fn chosen() -> Result<Self, CodecError> {
         static CHOSEN: OnceLock<Result<Kernel, CodecError>> = OnceLock::new();
         CHOSEN
@@ -154,8 +156,8 @@ enum Tables {
 }
 
 impl RowBlock {
-    /// `rows[r][j]` is the constant of output r and source j. 1 to [`ROWS_AT_ONCE`] rows of one length; `kernel` must be
-    /// available.
+    /// `rows[r][j]` is the constant of output r and source j. 1 to [`ROWS_AT_ONCE`] rows of one length; `kernel` must
+    /// be available.
     pub(super) fn new(kernel: Kernel, rows: &[Vec<u8>]) -> Self {
         let sources = rows.first().map_or(0, Vec::len);
         assert!((1..=ROWS_AT_ONCE).contains(&rows.len()) && sources <= MAX_CHUNKS);
@@ -177,8 +179,8 @@ impl RowBlock {
         self.rows
     }
 
-    /// Overwrites the first `len_bytes` of every output. `len_bytes` is a multiple of [`UNIT_ALIGN_BYTES`]; one output per
-    /// row, one source per column, all of at least `len_bytes`.
+    /// Overwrites the first `len_bytes` of every output. `len_bytes` is a multiple of [`UNIT_ALIGN_BYTES`]; one output
+    /// per row, one source per column, all of at least `len_bytes`.
     ///
     /// Panics when that does not hold, before a byte is touched: [`super::Plan::apply`] has checked what callers give.
     pub(super) fn run(&self, sources: &[&[u8]], out: &mut [&mut [u8]], len_bytes: usize) {
@@ -203,8 +205,8 @@ impl RowBlock {
     }
 }
 
-/// The addresses of one pass, in the form all vector kernels walk them: fixed arrays, so that the inner loop has no slice
-/// to check.
+/// The addresses of one pass, in the form all vector kernels walk them: fixed arrays, so that the inner loop has no
+/// slice to check.
 #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
 struct Addresses<const R: usize> {
     sources: [*const u8; MAX_CHUNKS],
@@ -214,8 +216,8 @@ struct Addresses<const R: usize> {
 
 #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
 impl<const R: usize> Addresses<R> {
-    /// Panics unless there are R outputs, at most [`MAX_CHUNKS`] sources, R tables per source, `len_bytes` in every slice, and
-    /// a whole number of column blocks: afterwards a kernel may read and write `len_bytes` at every address.
+    /// Panics unless there are R outputs, at most [`MAX_CHUNKS`] sources, R tables per source, `len_bytes` in every
+    /// slice, and a whole number of column blocks: afterwards a kernel may read and write `len_bytes` at every address.
     fn checked(tables: usize, sources: &[&[u8]], out: &mut [&mut [u8]], len_bytes: usize) -> Self {
         assert!(len_bytes.is_multiple_of(UNIT_ALIGN_BYTES) && sources.len() <= MAX_CHUNKS);
         assert!(out.len() == R && tables == R * sources.len());

@@ -37,8 +37,8 @@ fn pass<const R: usize>(tables: &[[u8; 32]], sources: &[&[u8]], out: &mut [&mut 
         let mut sums = [[vdupq_n_u8(0); 2]; R];
         let mut table = tables.as_ptr();
         for source in &addresses.sources[..addresses.count] {
-            // SAFETY: `checked` saw `len_bytes` at every source, a multiple of COLUMN_BYTES, so `at` has 32 bytes there;
-            // and R tables per source, which `table` steps through in that order.
+            // SAFETY: `checked` saw `len_bytes` at every source, a multiple of COLUMN_BYTES, so `at` has 32 bytes
+            // there; and R tables per source, which `table` steps through in that order.
             unsafe {
                 let x0 = twister.twist(vld1q_u8(source.add(at)));
                 let x1 = twister.twist(vld1q_u8(source.add(at).add(16)));
