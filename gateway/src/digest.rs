@@ -113,8 +113,8 @@ fn crc_bytes(algorithm: ChecksumAlgorithm, value: u64) -> Vec<u8> {
     bytes.iter().skip(bytes.len() - sum_bytes(algorithm)).copied().collect()
 }
 
-/// The CRC of all bytes from the CRCs and lengths of consecutive pieces. None when the algorithm is no CRC, or a value has the
-/// wrong length.
+/// The CRC of all bytes from the CRCs and lengths of consecutive pieces. None when the algorithm is no CRC, or a value
+/// has the wrong length.
 pub fn combine_crc<'a>(
     algorithm: ChecksumAlgorithm,
     pieces: impl IntoIterator<Item = (&'a [u8], u64)>,
@@ -145,7 +145,8 @@ pub fn composite<'a>(algorithm: ChecksumAlgorithm, parts: impl IntoIterator<Item
     digester.finish().sum(algorithm).map(<[u8]>::to_vec).unwrap_or_default()
 }
 
-/// The ETag of a multipart object: hex MD5 of the parts' binary MD5s, a dash, their number. None when an ETag is no hex MD5.
+/// The ETag of a multipart object: hex MD5 of the parts' binary MD5s, a dash, their number. None when an ETag is no hex
+/// MD5.
 pub fn multipart_etag<'a>(part_etags: impl IntoIterator<Item = &'a str>) -> Option<String> {
     let mut md5 = Md5::new();
     let mut parts = 0u32;

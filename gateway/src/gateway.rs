@@ -15,7 +15,7 @@ use crate::disks::{DiskSettings, Disks};
 use crate::heal::{HealSettings, Healer};
 use crate::metrics::{MetricError, Metrics};
 use crate::object::{ObjectSettings, ObjectStore};
-use crate::s3::{self, Live, S3Context, S3Settings};
+use crate::s3::{self, S3Context, S3Settings};
 use crate::settings::{RootCredentials, Secret, DRAIN};
 use crate::shards::Shards;
 use futures::future::BoxFuture;
@@ -179,8 +179,7 @@ impl Gateway {
         let mut confirmed = self.shards.confirmed();
         let stop = self.stops[S3].clone();
         let serving = self.serving.clone();
-        let backend = Live::new(self.shards.clone(), self.store.clone());
-        let context = S3Context::new(Arc::new(backend), self.s3.clone());
+        let context = S3Context::new(self.shards.clone(), self.store.clone(), self.s3.clone());
         self.tasks[S3].spawn(async move {
             let known = async { confirmed.wait_for(|confirmed| *confirmed).await.is_ok() };
             tokio::select! {

@@ -1,14 +1,17 @@
 //! Who may come in: keys, and the checks of a signed request that s3s leaves to us.
 
+use super::call::Caller;
+use super::context::S3Context;
 use super::error;
 use super::request::RequestInfo;
+use super::verbs::{verb, BodyKind};
 use async_trait::async_trait;
 use granary_meta::record::AccountId;
 use http::{HeaderMap, Uri};
 use s3s::access::{S3Access, S3AccessContext};
 use s3s::auth::{S3Auth, SecretKey};
 use s3s::{s3_error, S3Result};
-use std::collections::HashMap;
+use std::sync::Arc;
 
 /// An access key: its secret, and the account it acts for.
 #[derive(Clone)]
@@ -31,36 +34,36 @@ pub(super) fn account_text(account: AccountId) -> String {
 }
 
 /// Finds secrets by access key.
-pub(super) struct Keys(pub(super) HashMap<String, AccessKey>);
+pub(super) struct Keys(pub(super) Arc<S3Context>);
 
 #[async_trait]
 impl S3Auth for Keys {
     async fn get_secret_key(&self, access_key: &str) -> S3Result<SecretKey> {
-        match self.0.get(access_key) {
+        match self.0.settings.keys.get(access_key) {
             Some(key) => Ok(SecretKey::from(key.secret.clone())),
             None => Err(s3_error!(InvalidAccessKeyId)),
         }
     }
 }
 
-/// Verbs whose body is an object: verified by their own code. All other bodies are XML.
-const OBJECT_BODIES: [&str; 2] = ["PutObject", "UploadPart"];
-
 /// Checks a request after its signature: nothing of it has been acted on yet.
-pub(super) struct Gate {
-    pub(super) owner: AccountId,
+pub(super) struct AccessCheck {
+    pub(super) cx: Arc<S3Context>,
     /// Only this verb may pass; see [`super::service`].
     pub(super) only: Option<&'static str>,
 }
 
 #[async_trait]
-impl S3Access for Gate {
+impl S3Access for AccessCheck {
     async fn check(&self, cx: &mut S3AccessContext<'_>) -> S3Result<()> {
-        if cx.credentials().is_none() {
+        let Some(access_key_id) = cx.credentials().map(|credentials| credentials.access_key.clone()) else {
             return Err(s3_error!(AccessDenied, "Anonymous access is not allowed."));
-        }
-        let verb = verb_name(cx.s3_op().name());
-        if self.only.is_some_and(|only| only != verb) {
+        };
+        let Some(account) = self.cx.settings.keys.get(&access_key_id).map(|key| key.account) else {
+            return Err(s3_error!(InvalidAccessKeyId));
+        };
+        let verb = verb(cx.s3_op().name());
+        if self.only.is_some_and(|only| only != verb.name()) {
             return Err(s3_error!(AuthorizationHeaderMalformed));
         }
         host_is_signed(cx.headers(), cx.uri())?;
@@ -68,10 +71,11 @@ impl S3Access for Gate {
             return Err(s3_error!(InvalidToken, "This server gives out no session tokens."));
         }
         refuse_headers(cx.headers())?;
-        let owner = account_text(self.owner);
+        // An account uses its own buckets only, so whoever expects another owner cannot be right.
+        let owner = account_text(account);
         for header in ["x-amz-expected-bucket-owner", "x-amz-source-expected-bucket-owner"] {
             if cx.headers().get(header).is_some_and(|value| value.as_bytes() != owner.as_bytes()) {
-                return Err(s3_error!(AccessDenied, "The bucket belongs to another account."));
+                return Err(error::other_owner());
             }
         }
         if cx.s3_path().get_object_key().is_some_and(|key| key.contains('\0')) {
@@ -81,61 +85,19 @@ impl S3Access for Gate {
         let Some(info) = RequestInfo::of(cx.extensions_mut()).cloned() else {
             return Err(error::internal("a request came around the service"));
         };
-        if !OBJECT_BODIES.contains(&verb) {
-            // On a completion the checksum headers are those of the object that it makes.
-            info.verify_xml(&headers, verb != "CompleteMultipartUpload")?;
+        match verb.body {
+            BodyKind::Xml => info.verify_xml(&headers, true)?,
+            BodyKind::XmlOfObject => info.verify_xml(&headers, false)?,
+            BodyKind::Payload => {}
         }
-        info.authorised(verb);
+        let request_id = info.id.clone();
+        info.authorised(verb.name(), Caller { account, access_key_id, request_id });
         Ok(())
     }
 }
 
-/// s3s hands the verb's name out with the life of the request; the log wants it longer.
-fn verb_name(verb: &str) -> &'static str {
-    const VERBS: [&str; 38] = [
-        "AbortMultipartUpload",
-        "CompleteMultipartUpload",
-        "CopyObject",
-        "CreateBucket",
-        "CreateMultipartUpload",
-        "DeleteBucket",
-        "DeleteObject",
-        "DeleteObjectTagging",
-        "DeleteObjects",
-        "GetBucketAcl",
-        "GetBucketCors",
-        "GetBucketEncryption",
-        "GetBucketLifecycleConfiguration",
-        "GetBucketLocation",
-        "GetBucketPolicy",
-        "GetBucketTagging",
-        "GetBucketVersioning",
-        "GetObject",
-        "GetObjectAcl",
-        "GetObjectAttributes",
-        "GetObjectLockConfiguration",
-        "GetObjectTagging",
-        "HeadBucket",
-        "HeadObject",
-        "ListBuckets",
-        "ListMultipartUploads",
-        "ListObjectVersions",
-        "ListObjects",
-        "ListObjectsV2",
-        "ListParts",
-        "PutBucketAcl",
-        "PutBucketVersioning",
-        "PutObject",
-        "PutObjectAcl",
-        "PutObjectTagging",
-        "UploadPart",
-        "UploadPartCopy",
-        "GetBucketLogging",
-    ];
-    VERBS.iter().find(|have| **have == verb).copied().unwrap_or("other")
-}
-
-/// `host` must be among the signed headers: s3s does not look, and a request for one host must not be replayed at another.
+/// `host` must be among the signed headers: s3s does not look, and a request for one host must not be replayed at
+/// another.
 fn host_is_signed(headers: &HeaderMap, uri: &Uri) -> S3Result<()> {
     let unsigned = || s3_error!(AccessDenied, "The host header must be among the signed headers.");
     let list = match headers.get(http::header::AUTHORIZATION) {
@@ -145,12 +107,9 @@ fn host_is_signed(headers: &HeaderMap, uri: &Uri) -> S3Result<()> {
             rest.split([',', ' ']).next().unwrap_or_default().to_owned()
         }
         None => {
-            let query = uri.query().unwrap_or_default();
-            let list = query.split('&').find_map(|pair| {
-                let (name, value) = pair.split_once('=')?;
-                name.eq_ignore_ascii_case("x-amz-signedheaders").then_some(value)
-            });
-            list.ok_or_else(unsigned)?.replace("%3B", ";").replace("%3b", ";")
+            let query = form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes());
+            let mut lists = query.filter(|(name, _)| name.eq_ignore_ascii_case("x-amz-signedheaders"));
+            lists.next().ok_or_else(unsigned)?.1.into_owned()
         }
     };
     if list.split(';').any(|name| name.eq_ignore_ascii_case("host")) {
@@ -160,11 +119,9 @@ fn host_is_signed(headers: &HeaderMap, uri: &Uri) -> S3Result<()> {
     }
 }
 
-fn query_has(uri: &Uri, name: &str) -> bool {
-    uri.query()
-        .unwrap_or_default()
-        .split('&')
-        .any(|pair| pair.split('=').next().is_some_and(|have| have.eq_ignore_ascii_case(name)))
+/// Whether a query has a parameter of that name, however its letters are written.
+pub(super) fn query_has(uri: &Uri, name: &str) -> bool {
+    form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()).any(|(have, _)| have.eq_ignore_ascii_case(name))
 }
 
 /// Headers that ask for something we do not do, and that would change what is stored, are refused, never ignored.

@@ -1,9 +1,9 @@
 //! Verbs on buckets: create, head, list, delete, location.
 
 use super::access::account_text;
-use super::backend::{Created, Removed};
-use super::context::S3Context;
+use super::call::Call;
 use super::error;
+use crate::shards::buckets::{Created, Removed};
 use s3s::dto::{
     Bucket, BucketLocationConstraint, CreateBucketInput, CreateBucketOutput, DeleteBucketInput, DeleteBucketOutput,
     GetBucketLocationInput, GetBucketLocationOutput, HeadBucketInput, HeadBucketOutput, ListBucketsInput,
@@ -11,7 +11,6 @@ use s3s::dto::{
 };
 use s3s::path::check_bucket_name;
 use s3s::{s3_error, S3Request, S3Response, S3Result};
-use std::sync::Arc;
 
 /// Region that S3 does not name in its answers.
 const UNNAMED_REGION: &str = "us-east-1";
@@ -22,14 +21,14 @@ const MAX_BUCKETS: usize = 10_000;
 
 /// Makes a bucket.
 pub(super) async fn create_bucket(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<CreateBucketInput>,
 ) -> S3Result<S3Response<CreateBucketOutput>> {
     let input = req.input;
     if !check_bucket_name(&input.bucket) {
         return Err(s3_error!(InvalidBucketName));
     }
-    let region = cx.settings.region.as_str();
+    let region = call.cx.settings.region.as_str();
     if let Some(asked) =
         input.create_bucket_configuration.as_ref().and_then(|config| config.location_constraint.as_ref())
     {
@@ -41,12 +40,12 @@ pub(super) async fn create_bucket(
         }
     }
     let location = Some(format!("/{}", input.bucket));
-    match cx.backend.create_bucket(&input.bucket, cx.owner).await.map_err(error::backend)? {
+    match call.cx.shards.create_bucket(&input.bucket, call.caller.account).await.map_err(error::command)? {
         Created::New(_) => {}
         Created::Exists(bucket) if bucket.deleting => {
             return Err(s3_error!(OperationAborted, "The bucket of this name is being deleted."));
         }
-        Created::Exists(bucket) if bucket.owner != cx.owner => return Err(s3_error!(BucketAlreadyExists)),
+        Created::Exists(bucket) if bucket.owner != call.caller.account => return Err(s3_error!(BucketAlreadyExists)),
         // As S3 does: making one's own bucket again is harmless where it all began, and an error elsewhere.
         Created::Exists(_) if region == UNNAMED_REGION => {}
         Created::Exists(_) => return Err(s3_error!(BucketAlreadyOwnedByYou)),
@@ -56,29 +55,29 @@ pub(super) async fn create_bucket(
 
 /// Does a bucket exist, and in which region?
 pub(super) async fn head_bucket(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<HeadBucketInput>,
 ) -> S3Result<S3Response<HeadBucketOutput>> {
-    let bucket = cx.bucket_now(&req.input.bucket).await?;
+    let bucket = call.bucket_now(&req.input.bucket).await?;
     if bucket.deleting {
         return Err(s3_error!(NoSuchBucket));
     }
-    Ok(S3Response::new(HeadBucketOutput { bucket_region: Some(cx.settings.region.clone()), ..Default::default() }))
+    Ok(S3Response::new(HeadBucketOutput { bucket_region: Some(call.cx.settings.region.clone()), ..Default::default() }))
 }
 
 /// The region of a bucket; empty for the first of all regions.
 pub(super) async fn get_bucket_location(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<GetBucketLocationInput>,
 ) -> S3Result<S3Response<GetBucketLocationOutput>> {
-    cx.bucket_now(&req.input.bucket).await?;
-    let region = Some(cx.settings.region.clone()).filter(|region| region != UNNAMED_REGION);
+    call.bucket_now(&req.input.bucket).await?;
+    let region = Some(call.cx.settings.region.clone()).filter(|region| region != UNNAMED_REGION);
     Ok(S3Response::new(GetBucketLocationOutput { location_constraint: region.map(BucketLocationConstraint::from) }))
 }
 
-/// All buckets, in order of name.
+/// The buckets of the caller, in order of name.
 pub(super) async fn list_buckets(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<ListBucketsInput>,
 ) -> S3Result<S3Response<ListBucketsOutput>> {
     let input = req.input;
@@ -94,9 +93,9 @@ pub(super) async fn list_buckets(
     let mut buckets = Vec::new();
     let mut continuation_token = None;
     'pages: loop {
-        let (page, more) = cx.backend.list_buckets(&after, QUERY_BUCKETS).await.map_err(error::backend)?;
-        for bucket in page {
-            if bucket.name.starts_with(&prefix) {
+        let page = call.cx.shards.list_buckets(&after, QUERY_BUCKETS).await.map_err(error::query)?;
+        for bucket in page.buckets {
+            if bucket.owner == call.caller.account && bucket.name.starts_with(&prefix) {
                 if buckets.len() == most {
                     continuation_token = Some(after);
                     break 'pages;
@@ -104,32 +103,35 @@ pub(super) async fn list_buckets(
                 buckets.push(Bucket {
                     name: Some(bucket.name.clone()),
                     creation_date: Some(super::meta::timestamp(bucket.created_ms)),
-                    bucket_region: Some(cx.settings.region.clone()),
+                    bucket_region: Some(call.cx.settings.region.clone()),
                     ..Default::default()
                 });
             }
             after = bucket.name;
         }
-        if !more {
+        if !page.more {
             break;
         }
     }
-    let owner = Some(Owner { id: Some(account_text(cx.owner)), display_name: None });
+    let owner = Some(Owner { id: Some(account_text(call.caller.account)), display_name: None });
     Ok(S3Response::new(ListBucketsOutput { buckets: Some(buckets), owner, continuation_token, prefix: input.prefix }))
 }
 
 /// Deletes an empty bucket.
 pub(super) async fn delete_bucket(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<DeleteBucketInput>,
 ) -> S3Result<S3Response<DeleteBucketOutput>> {
     let name = req.input.bucket;
-    let cx = cx.clone();
-    // On a task of its own: a client that goes away must not leave the bucket half deleted.
-    let removed = tokio::spawn(async move { cx.backend.delete_bucket(&name).await }).await.map_err(error::internal)?;
-    match removed.map_err(error::backend)? {
+    let call = call.clone();
+    // In a task of its own: a client that goes away must not leave the bucket half deleted.
+    let removed = tokio::spawn(async move { call.cx.shards.delete_bucket(&name, call.caller.account).await })
+        .await
+        .map_err(error::internal)?;
+    match removed.map_err(error::command)? {
         Removed::Done => Ok(S3Response::new(DeleteBucketOutput::default())),
         Removed::NoSuchBucket => Err(s3_error!(NoSuchBucket)),
         Removed::NotEmpty => Err(s3_error!(BucketNotEmpty)),
+        Removed::OtherOwner => Err(error::other_owner()),
     }
 }

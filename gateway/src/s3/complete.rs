@@ -1,8 +1,9 @@
 //! CompleteMultipartUpload: parts become an object.
 
-use super::context::S3Context;
+use super::call::Call;
+use super::checksums::{self, get_checksum, put_checksum};
+use super::commit::settle;
 use super::multipart::{parse_upload, MAX_PARTS};
-use super::sums::{self, get_sum, put_sum};
 use super::{error, meta, put};
 use crate::digest;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -14,7 +15,6 @@ use granary_meta::record::{
 use granary_meta::{Answer, Command, Query, Reply};
 use s3s::dto::{CompleteMultipartUploadInput, CompleteMultipartUploadOutput, CompletedPart, ETag};
 use s3s::{s3_error, S3Error, S3Request, S3Response, S3Result};
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Smallest part but the last, in bytes.
@@ -23,18 +23,19 @@ const MIN_PART_BYTES: u64 = 5 * 1024 * 1024;
 const MAX_OBJECT_BYTES: u64 = MAX_PARTS as u64 * put::MAX_PUT_BYTES;
 /// Parts asked for at a time.
 const QUERY_PARTS: u32 = 1000;
-/// A completion that takes longer answers 200 at once, with white space until the result follows, so that no client gives up waiting.
+/// A completion that takes longer answers 200 at once, with white space until the result follows, so that no client
+/// gives up waiting.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Completes an upload. Repeated with the same parts it gives the same answer.
 pub(super) async fn complete_multipart_upload(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<CompleteMultipartUploadInput>,
 ) -> S3Result<S3Response<CompleteMultipartUploadOutput>> {
-    let cx = cx.clone();
+    let call = call.clone();
     let input = req.input;
     meta::check_key(&input.key)?;
-    let mut task = tokio::spawn(async move { complete(&cx, input).await });
+    let mut task = tokio::spawn(async move { complete(&call, input).await });
     match tokio::time::timeout(PATIENCE, &mut task).await {
         Ok(outcome) => Ok(S3Response::new(outcome.map_err(error::internal)??)),
         Err(_) => {
@@ -72,7 +73,7 @@ fn named_parts(input: &CompleteMultipartUploadInput) -> S3Result<Vec<(u16, Strin
 
 /// All parts of an upload. None when it does not exist (any more).
 async fn stored_parts(
-    cx: &S3Context,
+    call: &Call,
     bucket: &str,
     key: &str,
     upload: UploadId,
@@ -87,7 +88,7 @@ async fn stored_parts(
             after,
             limit: QUERY_PARTS,
         };
-        match cx.ask(bucket, key, query).await? {
+        match call.ask(bucket, key, query).await? {
             (bucket, Answer::Parts { upload, parts, more }) => {
                 // A page that does not advance would loop for ever.
                 let more = more && !parts.is_empty();
@@ -102,14 +103,14 @@ async fn stored_parts(
     }
 }
 
-async fn complete(cx: &Arc<S3Context>, input: CompleteMultipartUploadInput) -> S3Result<CompleteMultipartUploadOutput> {
+async fn complete(call: &Call, input: CompleteMultipartUploadInput) -> S3Result<CompleteMultipartUploadOutput> {
     let upload = parse_upload(&input.upload_id)?;
     let conditions = meta::write_conditions(input.if_match.as_ref(), input.if_none_match.as_ref())?;
     let named = named_parts(&input)?;
     let parts: Vec<(u16, String)> = named.iter().map(|(number, etag, _)| (*number, etag.clone())).collect();
 
-    let Some((bucket, record, stored)) = stored_parts(cx, &input.bucket, &input.key, upload).await? else {
-        return again(cx, &input, upload, &parts).await;
+    let Some((bucket, record, stored)) = stored_parts(call, &input.bucket, &input.key, upload).await? else {
+        return again(call, &input, upload, &parts).await;
     };
     let chosen = choose(&named, &stored, record.checksum)?;
     let size_bytes = check_sizes(&chosen, input.mpu_object_size)?;
@@ -141,27 +142,28 @@ async fn complete(cx: &Arc<S3Context>, input: CompleteMultipartUploadInput) -> S
         owner: record.owner,
         data: ObjectData::Extents(Vec::new()),
     };
-    let command = Command::CompleteUpload {
+    let (key, named) = (input.key.clone(), parts.clone());
+    let command = move |bucket: &BucketRecord| Command::CompleteUpload {
         bucket: bucket.id,
-        key: input.key.clone(),
+        key: key.clone(),
         upload,
-        parts: parts.clone(),
-        record: object,
-        conditions,
+        parts: named.clone(),
+        record: object.clone(),
+        conditions: conditions.clone(),
         rule_epoch: bucket.rule.epoch,
     };
     let accepted = |reply: &Reply| matches!(reply, Reply::Put { .. } | Reply::NoSuchUpload);
-    let etag = match put::settle(cx, bucket, input.key.clone(), command, None, accepted).await? {
+    let etag = match settle(call, bucket, input.key.clone(), command, None, accepted).await? {
         Reply::Put { etag, .. } => etag,
         // Another completion was faster.
-        Reply::NoSuchUpload => return again(cx, &input, upload, &parts).await,
+        Reply::NoSuchUpload => return again(call, &input, upload, &parts).await,
         other => return Err(error::reply(other)),
     };
-    cx.forget_upload(upload);
+    call.forget_upload(upload);
     let mut output = answer(&input, etag);
     if let Some(checksum) = &checksum {
-        put_sum!(output, checksum.algorithm, sums::text(checksum, chosen.len()));
-        output.checksum_type = Some(sums::kind_name(checksum.kind).to_owned().into());
+        put_checksum!(output, checksum.algorithm, checksums::text(checksum, chosen.len()));
+        output.checksum_type = Some(checksums::kind_name(checksum.kind).to_owned().into());
     }
     Ok(output)
 }
@@ -176,15 +178,16 @@ fn answer(input: &CompleteMultipartUploadInput, etag: String) -> CompleteMultipa
     }
 }
 
-/// The upload is gone. Completed with these very parts, it gets its answer again: the first one may have been lost on its way.
+/// The upload is gone. Completed with these very parts, it gets its answer again: the first one may have been lost on
+/// its way.
 async fn again(
-    cx: &S3Context,
+    call: &Call,
     input: &CompleteMultipartUploadInput,
     upload: UploadId,
     parts: &[(u16, String)],
 ) -> S3Result<CompleteMultipartUploadOutput> {
     let query = |bucket: &BucketRecord| Query::CompletedUpload { bucket: bucket.id, key: input.key.clone(), upload };
-    match cx.ask(&input.bucket, &input.key, query).await? {
+    match call.ask(&input.bucket, &input.key, query).await? {
         (_, Answer::Completed { etag, parts: completed, .. }) if completed == parts => Ok(answer(input, etag)),
         (_, Answer::Completed { .. } | Answer::NoSuchUpload) => Err(error::no_such_upload()),
         (_, other) => Err(error::answer(other)),
@@ -207,7 +210,7 @@ fn choose<'a>(
             let differs = |text: &str| {
                 BASE64.decode(text).map_or(true, |value| have.algorithm == algorithm && value != have.value)
             };
-            if get_sum!(part, algorithm).is_some_and(differs) {
+            if get_checksum!(part, algorithm).is_some_and(differs) {
                 return Err(invalid(*number));
             }
         }
@@ -253,14 +256,14 @@ fn whole_checksum(parts: &[&PartRecord], asked: Option<(ChecksumAlgorithm, Check
 /// The checksum of the object that the client sent along must be the one we found.
 fn check_promise(input: &CompleteMultipartUploadInput, found: Option<&Checksum>, parts: usize) -> S3Result<()> {
     let bad = |algorithm| -> S3Error {
-        s3_error!(BadDigest, "The {} you specified did not match the calculated checksum.", sums::name(algorithm))
+        s3_error!(BadDigest, "The {} you specified did not match the calculated checksum.", checksums::name(algorithm))
     };
     if let (Some(kind), Some(found)) = (&input.checksum_type, found) {
-        if kind.as_str() != sums::kind_name(found.kind) {
+        if kind.as_str() != checksums::kind_name(found.kind) {
             return Err(s3_error!(
                 InvalidRequest,
                 "The upload was created using the {} checksum mode. The complete request must use the same checksum mode.",
-                sums::kind_name(found.kind)
+                checksums::kind_name(found.kind)
             ));
         }
     }
@@ -271,16 +274,16 @@ fn check_promise(input: &CompleteMultipartUploadInput, found: Option<&Checksum>,
         ChecksumAlgorithm::Sha1,
         ChecksumAlgorithm::Sha256,
     ] {
-        let Some(sent) = get_sum!(input, algorithm) else { continue };
+        let Some(sent) = get_checksum!(input, algorithm) else { continue };
         let Some(found) = found.filter(|found| found.algorithm == algorithm) else {
             return Err(s3_error!(
                 InvalidRequest,
                 "The upload has no {} checksum to compare with.",
-                sums::name(algorithm)
+                checksums::name(algorithm)
             ));
         };
         // The number of parts may be left off a composite one.
-        if sent != sums::text(found, parts) && sent != BASE64.encode(&found.value) {
+        if sent != checksums::text(found, parts) && sent != BASE64.encode(&found.value) {
             return Err(bad(algorithm));
         }
     }

@@ -1,25 +1,25 @@
 //! CopyObject, and the reading of a copy's source that it shares with UploadPartCopy.
 
-use super::backend::{ReadError, StageError, StageSpec, StagedPayload};
-use super::context::S3Context;
+use super::call::Call;
+use super::checksums::{self, put_checksum};
+use super::commit::{commit, stage, StageSpec};
 use super::get::{self, ReadConditions, Verdict};
-use super::intake::{self, Intake};
-use super::put::{self, DEFAULT_ALGORITHM, MAX_PUT_BYTES};
-use super::sums::{self, put_sum};
+use super::put::{DEFAULT_ALGORITHM, MAX_PUT_BYTES};
+use super::upload_body::Source;
 use super::{error, meta};
 use crate::digest::Digests;
+use crate::object::Staged;
 use granary_meta::record::{BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectRecord, VersionSeq};
 use s3s::dto::{CopyObjectInput, CopyObjectOutput, CopyObjectResult, CopySource, ETag};
 use s3s::{s3_error, S3Request, S3Response, S3Result};
 use std::ops::Range;
-use std::sync::{Arc, PoisonError};
 
 /// Finds the source of a copy and decides its conditions.
 ///
 /// # Errors
 /// NoSuchBucket, NoSuchKey, NoSuchVersion, PreconditionFailed, InvalidArgument.
 pub(super) async fn find_source(
-    cx: &S3Context,
+    call: &Call,
     source: &CopySource,
     conditions: &ReadConditions<'_>,
 ) -> S3Result<(BucketRecord, String, Box<ObjectRecord>)> {
@@ -29,7 +29,7 @@ pub(super) async fn find_source(
             "Copy Source must mention the source bucket and key: sourcebucket/sourcekey"
         ));
     };
-    let (bucket, record) = get::find(cx, bucket, key, get::pick(version_id.as_deref())?).await?;
+    let (bucket, record) = get::find(call, bucket, key, get::pick(version_id.as_deref())?).await?;
     match conditions.decide(&record.etag, record.modified_ms) {
         Verdict::Go => Ok((bucket, key.to_string(), record)),
         Verdict::Failed | Verdict::NotModified => Err(s3_error!(PreconditionFailed)),
@@ -41,27 +41,16 @@ pub(super) async fn find_source(
 /// # Errors
 /// 5xx: the source cannot be read, or the payload not stored.
 pub(super) async fn stage_copy(
-    cx: &S3Context,
+    call: &Call,
     source: &ObjectRecord,
     range: Range<u64>,
     spec: StageSpec<'_>,
     algorithm: ChecksumAlgorithm,
-) -> S3Result<(Box<dyn StagedPayload>, Digests)> {
+) -> S3Result<(Staged, Digests)> {
     let whole = range.start == 0 && range.end == source.size_bytes;
-    let (stream, read_error) = intake::copy_source(cx.backend.read(&source.data, range));
-    let (body, verdict) = Intake::start(stream, spec.len_bytes, &[algorithm]);
-    let staged = match cx.backend.stage(spec, body).await {
-        Ok(staged) => staged,
-        Err(StageError::Body) => {
-            let cause = read_error.lock().unwrap_or_else(PoisonError::into_inner).take();
-            return Err(error::read(
-                cause.unwrap_or_else(|| ReadError::Internal("a copy's source has the wrong length".to_owned())),
-            ));
-        }
-        Err(cause) => return Err(error::stage(cause)),
-    };
-    let digests = verdict.digests()?;
-    // What was read must be what was once written: a copy never launders a wrong payload into a fresh ETag.
+    let bytes = Source::of_object(call.cx.objects.read(&source.data, range));
+    let (staged, digests) = stage(call, spec, bytes, algorithm).await?;
+    // What was read must be what was once written: a copy must not give a wrong payload a fresh ETag.
     if whole && !source.etag.contains('-') && source.etag != hex::encode(digests.md5) {
         return Err(error::internal("the source of a copy does not have the MD5 of its ETag"));
     }
@@ -70,7 +59,7 @@ pub(super) async fn stage_copy(
 
 /// Copies an object, also onto itself.
 pub(super) async fn copy_object(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<CopyObjectInput>,
 ) -> S3Result<S3Response<CopyObjectOutput>> {
     let S3Request { input, headers, .. } = req;
@@ -87,17 +76,17 @@ pub(super) async fn copy_object(
         Some("REPLACE") => true,
         Some(_) => return Err(s3_error!(InvalidArgument, "Unknown tagging directive.")),
     };
-    let given = meta::read(&headers, |name| cx.backend.has_scheme(name))?;
-    let asked = input.checksum_algorithm.as_ref().map(|name| sums::parse_name(name.as_str())).transpose()?;
+    let given = meta::read(&headers, |name| call.cx.has_scheme(name))?;
+    let asked = input.checksum_algorithm.as_ref().map(|name| checksums::parse_name(name.as_str())).transpose()?;
 
-    let bucket = cx.bucket(&input.bucket).await?;
+    let bucket = call.bucket(&input.bucket).await?;
     let source_conditions = ReadConditions {
         if_match: input.copy_source_if_match.as_ref(),
         if_none_match: input.copy_source_if_none_match.as_ref(),
         if_modified_since: input.copy_source_if_modified_since.as_ref(),
         if_unmodified_since: input.copy_source_if_unmodified_since.as_ref(),
     };
-    let (source_bucket, source_key, source) = find_source(cx, &input.copy_source, &source_conditions).await?;
+    let (source_bucket, source_key, source) = find_source(call, &input.copy_source, &source_conditions).await?;
     if source.size_bytes > MAX_PUT_BYTES {
         return Err(s3_error!(
             InvalidRequest,
@@ -120,9 +109,9 @@ pub(super) async fn copy_object(
 
     let algorithm = asked.or(source.checksum.as_ref().map(|checksum| checksum.algorithm)).unwrap_or(DEFAULT_ALGORITHM);
     let len_bytes = source.size_bytes;
-    let spec =
-        StageSpec { scheme: meta::scheme_of(&object_meta), bucket: bucket.id, key: &key, len_bytes, inline: true };
-    let (staged, digests) = stage_copy(cx, &source, 0..len_bytes, spec, algorithm).await?;
+    let scheme = meta::scheme_of(&object_meta);
+    let spec = StageSpec { scheme, bucket: bucket.id, key: &key, len_bytes, is_part: false };
+    let (staged, digests) = stage_copy(call, &source, 0..len_bytes, spec, algorithm).await?;
 
     let checksum = digests.sum(algorithm).map(|value| Checksum {
         algorithm,
@@ -141,18 +130,18 @@ pub(super) async fn copy_object(
         checksum: checksum.clone(),
         part_checksums: Vec::new(),
         meta: object_meta,
-        owner: cx.owner,
-        data: staged.data(),
+        owner: call.caller.account,
+        data: staged.data.clone(),
     };
-    let etag = put::commit(cx, bucket, key, record, conditions, staged).await?;
+    let etag = commit(call, bucket, key, record, conditions, staged).await?;
     let mut result = CopyObjectResult {
         e_tag: Some(ETag::Strong(etag)),
         last_modified: Some(meta::timestamp(modified_ms)),
         ..Default::default()
     };
     if let Some(checksum) = checksum {
-        put_sum!(result, checksum.algorithm, sums::text(&checksum, 0));
-        result.checksum_type = Some(sums::kind_name(checksum.kind).to_owned().into());
+        put_checksum!(result, checksum.algorithm, checksums::text(&checksum, 0));
+        result.checksum_type = Some(checksums::kind_name(checksum.kind).to_owned().into());
     }
     Ok(S3Response::new(CopyObjectOutput { copy_object_result: Some(result), ..Default::default() }))
 }

@@ -1,7 +1,8 @@
 //! DeleteObject and DeleteObjects.
 
-use super::context::S3Context;
-use super::{error, get, meta, put};
+use super::call::Call;
+use super::commit::settle;
+use super::{error, get, meta};
 use futures::StreamExt;
 use granary_meta::record::BucketRecord;
 use granary_meta::{Command, Conditions, Reply, VersionPick};
@@ -9,7 +10,6 @@ use s3s::dto::{
     DeleteObjectInput, DeleteObjectOutput, DeleteObjectsInput, DeleteObjectsOutput, DeletedObject, ObjectIdentifier,
 };
 use s3s::{s3_error, S3Request, S3Response, S3Result};
-use std::sync::Arc;
 
 /// Most keys of one DeleteObjects.
 const MAX_KEYS: usize = 1000;
@@ -18,7 +18,7 @@ const PARALLEL: usize = 32;
 
 /// Deletes an object; one that is not there counts as deleted.
 pub(super) async fn delete_object(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<DeleteObjectInput>,
 ) -> S3Result<S3Response<DeleteObjectOutput>> {
     let input = req.input;
@@ -26,13 +26,13 @@ pub(super) async fn delete_object(
         return Err(error::not_implemented("A delete on the condition of a size or a time"));
     }
     let conditions = meta::write_conditions(input.if_match.as_ref(), None)?;
-    let bucket = cx.bucket(&input.bucket).await?;
-    delete(cx, bucket, input.key, input.version_id.as_deref(), conditions).await?;
+    let bucket = call.bucket(&input.bucket).await?;
+    delete(call, bucket, input.key, input.version_id.as_deref(), conditions).await?;
     Ok(S3Response::new(DeleteObjectOutput::default()))
 }
 
 async fn delete(
-    cx: &Arc<S3Context>,
+    call: &Call,
     bucket: BucketRecord,
     key: String,
     version: Option<&str>,
@@ -44,20 +44,21 @@ async fn delete(
         Ok(version) => version,
         Err(_) => return Err(s3_error!(InvalidArgument, "Invalid version id specified")),
     };
-    let command = Command::DeleteObject {
+    let named = key.clone();
+    let command = move |bucket: &BucketRecord| Command::DeleteObject {
         bucket: bucket.id,
-        key: key.clone(),
+        key: named.clone(),
         version,
-        conditions,
+        conditions: conditions.clone(),
         rule_epoch: bucket.rule.epoch,
     };
-    put::settle(cx, bucket, key, command, None, |reply| matches!(reply, Reply::Deleted { .. })).await?;
+    settle(call, bucket, key, command, None, |reply| matches!(reply, Reply::Deleted { .. })).await?;
     Ok(())
 }
 
 /// Deletes up to 1,000 objects. Errors of single keys are told inside a 200.
 pub(super) async fn delete_objects(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<DeleteObjectsInput>,
 ) -> S3Result<S3Response<DeleteObjectsOutput>> {
     let input = req.input;
@@ -65,7 +66,7 @@ pub(super) async fn delete_objects(
     if input.delete.objects.is_empty() || input.delete.objects.len() > MAX_KEYS {
         return Err(s3_error!(MalformedXML));
     }
-    let bucket = cx.bucket_now(&input.bucket).await?;
+    let bucket = call.bucket_now(&input.bucket).await?;
     let one = |object: ObjectIdentifier| {
         let bucket = bucket.clone();
         async move {
@@ -77,7 +78,7 @@ pub(super) async fn delete_objects(
             let outcome = if unsupported {
                 Err(error::not_implemented("A delete on the condition of a size or a time"))
             } else {
-                delete(cx, bucket, object.key.clone(), object.version_id.as_deref(), conditions).await
+                delete(call, bucket, object.key.clone(), object.version_id.as_deref(), conditions).await
             };
             (object, outcome)
         }

@@ -1,6 +1,8 @@
-//! The one edge where anything becomes an S3 error code.
+//! The one place where anything becomes an S3 error code.
 
-use super::backend::{BackendError, ReadError, StageError};
+use super::upload_body::BodyFault;
+use crate::object::{ReadError, StageError};
+use crate::shards::ShardError;
 use granary_meta::{Answer, Reply};
 use http::StatusCode;
 use s3s::{s3_error, S3Error, S3ErrorCode};
@@ -28,51 +30,79 @@ pub(super) fn internal(cause: impl std::fmt::Display) -> S3Error {
     s3_error!(InternalError)
 }
 
+/// A bucket that the caller may not use.
+pub(super) fn other_owner() -> S3Error {
+    s3_error!(AccessDenied, "The bucket belongs to another account.")
+}
+
 /// An upload id that is not, or not any more.
 pub(super) fn no_such_upload() -> S3Error {
     s3_error!(NoSuchUpload)
 }
 
-/// A shard gave no answer.
-pub(super) fn backend(error: BackendError) -> S3Error {
-    match error {
-        BackendError::Unavailable(cause) => {
-            tracing::warn!(%cause, "a shard is not available");
-            unavailable("The metadata of this object is not available at the moment.")
-        }
-        BackendError::OutcomeUnknown(cause) => {
-            tracing::warn!(%cause, "the outcome of a command is not known");
-            unavailable("It is not known whether the request took effect.")
-        }
-        BackendError::Refused(cause) => internal(cause),
+/// A command got no reply.
+pub(super) fn command(error: ShardError) -> S3Error {
+    if error.outcome_unknown() {
+        tracing::warn!(cause = %error, "the outcome of a command is not known");
+        return unavailable("It is not known whether the request took effect.");
     }
+    query(error)
 }
 
-/// A payload was not staged, for another reason than its body (see [`super::intake::BodyFault`] for those).
-pub(super) fn stage(error: StageError) -> S3Error {
+/// A query got no answer.
+pub(super) fn query(error: ShardError) -> S3Error {
+    if matches!(error, ShardError::Refused { .. } | ShardError::Garbled { .. }) {
+        return internal(error);
+    }
+    tracing::warn!(cause = %error, "a shard is not available");
+    unavailable("The metadata of this object is not available at the moment.")
+}
+
+/// A payload was not staged. `disks_are_full`: see [`super::context::S3Context::disks_are_full`].
+pub(super) fn stage(error: StageError, disks_are_full: bool) -> S3Error {
     match error {
-        StageError::Body => s3_error!(IncompleteBody),
+        StageError::Body(cause) => match cause.downcast::<BodyFault>() {
+            Ok(fault) => (*fault).into(),
+            Err(cause) => internal(cause),
+        },
+        StageError::TooShort { .. } | StageError::TooLong { .. } => s3_error!(IncompleteBody),
+        StageError::Unavailable(cause) if disks_are_full => {
+            tracing::error!(%cause, "no space left");
+            custom("InsufficientStorage", StatusCode::INSUFFICIENT_STORAGE, "There is no space left for this object.")
+        }
         StageError::Unavailable(cause) => {
             tracing::warn!(%cause, "a payload cannot be stored now");
             unavailable("Too few disks take writes at the moment.")
         }
-        StageError::Full(cause) => {
-            tracing::error!(%cause, "no space left");
-            custom("InsufficientStorage", StatusCode::INSUFFICIENT_STORAGE, "There is no space left for this object.")
-        }
-        StageError::Internal(cause) => internal(cause),
+        other => internal(other),
     }
 }
 
 /// A payload cannot be read, and no byte has left yet.
 pub(super) fn read(error: ReadError) -> S3Error {
     match error {
-        ReadError::Unavailable(cause) => {
-            tracing::error!(%cause, "a payload cannot be read now");
+        ReadError::Lost { .. } | ReadError::Unreachable { .. } => {
+            tracing::error!(cause = %error, "a payload cannot be read now");
             unavailable("Too few disks that hold this object answer at the moment.")
         }
-        ReadError::Internal(cause) => internal(cause),
+        other => internal(other),
     }
+}
+
+/// Whether a reply means for certain that a write was not applied.
+pub(super) fn is_refusal(reply: &Reply) -> bool {
+    matches!(
+        reply,
+        Reply::NoSuchBucket
+            | Reply::NoSuchKey
+            | Reply::PreconditionFailed
+            | Reply::NoSuchUpload
+            | Reply::InvalidPart { .. }
+            | Reply::BucketFenced
+            | Reply::StaleRule { .. }
+            | Reply::RuleBehind { .. }
+            | Reply::Refused(_)
+    )
 }
 
 /// A reply that refuses a write, or one that makes no sense here.

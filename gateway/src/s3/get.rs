@@ -1,12 +1,9 @@
 //! GetObject, HeadObject, GetObjectAttributes, GetObjectTagging: reading one object.
 
-use super::body::ExactBody;
-use super::context::S3Context;
-use super::error;
-use super::meta;
-use super::sums::{self, put_sum};
-use futures::stream::BoxStream;
-use futures::StreamExt;
+use super::call::Call;
+use super::checksums::{self, put_checksum};
+use super::response_body::ExactBody;
+use super::{error, meta};
 use granary_meta::record::{BucketRecord, ChecksumKind, ObjectRecord};
 use granary_meta::{Answer, Query, VersionPick};
 use http::{header, HeaderMap, HeaderValue, StatusCode};
@@ -16,7 +13,6 @@ use s3s::dto::{
 };
 use s3s::{s3_error, S3Error, S3ErrorCode, S3Request, S3Response, S3Result};
 use std::ops::Range;
-use std::sync::Arc;
 
 /// The version a request names; buckets have no versions but the null one.
 ///
@@ -35,14 +31,14 @@ pub(super) fn pick(version_id: Option<&str>) -> S3Result<VersionPick> {
 /// # Errors
 /// NoSuchBucket, NoSuchKey, 503.
 pub(super) async fn find(
-    cx: &S3Context,
+    call: &Call,
     bucket: &str,
     key: &str,
     version: VersionPick,
 ) -> S3Result<(BucketRecord, Box<ObjectRecord>)> {
     meta::check_key(key)?;
     let query = |bucket: &BucketRecord| Query::GetObject { bucket: bucket.id, key: key.to_owned(), version };
-    match cx.ask(bucket, key, query).await? {
+    match call.ask(bucket, key, query).await? {
         (_, Answer::Object(record)) if record.delete_marker => Err(s3_error!(NoSuchKey)),
         (bucket, Answer::Object(record)) => Ok((bucket, record)),
         (_, other) => Err(error::answer(other)),
@@ -111,9 +107,9 @@ fn not_modified(record: &ObjectRecord) -> S3Error {
     error
 }
 
-/// The piece of an object a request asks for.
+/// The range of an object that a request asks for.
 #[derive(Debug, PartialEq, Eq)]
-struct Piece {
+struct ServedRange {
     range: Range<u64>,
     partial: bool,
     parts: Option<i32>,
@@ -130,19 +126,19 @@ fn invalid_range(size: u64) -> S3Error {
     error
 }
 
-fn piece(record: &ObjectRecord, range: Option<&dto::Range>, part_number: Option<i32>) -> S3Result<Piece> {
+fn served_range(record: &ObjectRecord, range: Option<&dto::Range>, part_number: Option<i32>) -> S3Result<ServedRange> {
     let size = record.size_bytes;
     match (range, part_number) {
         (Some(_), Some(_)) => {
             Err(s3_error!(InvalidRequest, "Cannot specify both Range header and partNumber query parameter"))
         }
-        (None, None) => Ok(Piece { range: 0..size, partial: false, parts: None }),
+        (None, None) => Ok(ServedRange { range: 0..size, partial: false, parts: None }),
         (Some(range), None) => {
             if size == 0 {
                 return Err(invalid_range(size));
             }
             let range = range.check(size).map_err(|_| invalid_range(size))?;
-            Ok(Piece { range, partial: true, parts: None })
+            Ok(ServedRange { range, partial: true, parts: None })
         }
         (None, Some(number)) => {
             let missing = || {
@@ -157,7 +153,7 @@ fn piece(record: &ObjectRecord, range: Option<&dto::Range>, part_number: Option<
             })?;
             if record.part_sizes.is_empty() {
                 return if index == 0 {
-                    Ok(Piece { range: 0..size, partial: size > 0, parts: None })
+                    Ok(ServedRange { range: 0..size, partial: size > 0, parts: None })
                 } else {
                     Err(missing())
                 };
@@ -165,7 +161,7 @@ fn piece(record: &ObjectRecord, range: Option<&dto::Range>, part_number: Option<
             let len = *record.part_sizes.get(index).ok_or_else(missing)?;
             let begin: u64 = record.part_sizes.iter().take(index).sum();
             let parts = i32::try_from(record.part_sizes.len()).ok();
-            Ok(Piece { range: begin..begin + len, partial: size > 0 && len > 0, parts })
+            Ok(ServedRange { range: begin..begin + len, partial: size > 0 && len > 0, parts })
         }
     }
 }
@@ -184,8 +180,8 @@ fn range_still_holds(headers: &HeaderMap, record: &ObjectRecord) -> bool {
 
 /// Fills what GET and HEAD have in common.
 macro_rules! describe {
-    ($output:ident, $record:expr, $piece:expr, $with_checksum:expr) => {{
-        let (record, piece) = ($record, $piece);
+    ($output:ident, $record:expr, $served:expr, $with_checksum:expr) => {{
+        let (record, served) = ($record, $served);
         let own = |name: &str| meta::kept(&record.meta, name).map(str::to_owned);
         $output {
             accept_ranges: Some("bytes".to_owned()),
@@ -193,19 +189,19 @@ macro_rules! describe {
             content_disposition: own("content-disposition"),
             content_encoding: own("content-encoding"),
             content_language: own("content-language"),
-            content_length: i64::try_from(piece.range.end - piece.range.start).ok(),
-            content_range: piece.partial.then(|| {
-                format!("bytes {}-{}/{}", piece.range.start, piece.range.end.saturating_sub(1), record.size_bytes)
+            content_length: i64::try_from(served.range.end - served.range.start).ok(),
+            content_range: served.partial.then(|| {
+                format!("bytes {}-{}/{}", served.range.start, served.range.end.saturating_sub(1), record.size_bytes)
             }),
             content_type: Some(own("content-type").unwrap_or_else(|| "binary/octet-stream".to_owned())),
             e_tag: Some(ETag::Strong(record.etag.clone())),
             expires: own("expires"),
             last_modified: Some(meta::timestamp(record.modified_ms)),
-            parts_count: piece.parts,
+            parts_count: served.parts,
             storage_class: meta::scheme_of(&record.meta).map(|name| name.to_owned().into()),
             tag_count: i32::try_from(record.meta.tags.len()).ok().filter(|count| *count > 0),
             website_redirect_location: own("x-amz-website-redirect-location"),
-            ..with_checksum!($output, record, !piece.partial && $with_checksum)
+            ..with_checksum!($output, record, !served.partial && $with_checksum)
         }
     }};
 }
@@ -214,20 +210,17 @@ macro_rules! with_checksum {
     ($output:ident, $record:expr, $wanted:expr) => {{
         let mut output = $output::default();
         if let (Some(checksum), true) = (&$record.checksum, $wanted) {
-            put_sum!(output, checksum.algorithm, sums::text(checksum, $record.part_sizes.len()));
-            output.checksum_type = Some(sums::kind_name(checksum.kind).to_owned().into());
+            put_checksum!(output, checksum.algorithm, checksums::text(checksum, $record.part_sizes.len()));
+            output.checksum_type = Some(checksums::kind_name(checksum.kind).to_owned().into());
         }
         output
     }};
 }
 
 /// Reads an object, or a range of it.
-pub(super) async fn get_object(
-    cx: &Arc<S3Context>,
-    req: S3Request<GetObjectInput>,
-) -> S3Result<S3Response<GetObjectOutput>> {
+pub(super) async fn get_object(call: &Call, req: S3Request<GetObjectInput>) -> S3Result<S3Response<GetObjectOutput>> {
     let S3Request { input, headers, .. } = req;
-    let (_, record) = find(cx, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
+    let (_, record) = find(call, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
     let conditions = ReadConditions {
         if_match: input.if_match.as_ref(),
         if_none_match: input.if_none_match.as_ref(),
@@ -236,36 +229,27 @@ pub(super) async fn get_object(
     };
     conditions.check(&record)?;
     let range = input.range.as_ref().filter(|_| range_still_holds(&headers, &record));
-    let piece = piece(&record, range, input.part_number)?;
-    let len_bytes = piece.range.end - piece.range.start;
+    let served = served_range(&record, range, input.part_number)?;
+    let len_bytes = served.range.end - served.range.start;
 
-    // The first frame is awaited before the status is sent: an object that cannot be read is a 5xx, not a 200 that breaks off.
-    let mut frames: BoxStream<'static, _> = if len_bytes == 0 {
-        futures::stream::empty().boxed()
-    } else {
-        cx.backend.read(&record.data, piece.range.clone())
-    };
-    if len_bytes > 0 {
-        match frames.next().await {
-            Some(Ok(first)) => frames = futures::stream::iter([Ok(first)]).chain(frames).boxed(),
-            Some(Err(cause)) => return Err(error::read(cause)),
-            None => return Err(error::internal("the payload of an object is empty")),
-        }
-    }
+    // The first bytes are fetched before the status is sent: an object that cannot be read is a 5xx, not a 200 that
+    // breaks off.
+    let mut reader = call.cx.objects.read(&record.data, served.range.clone());
+    reader.open().await.map_err(error::read)?;
 
-    let mut output = describe!(GetObjectOutput, &record, &piece, input.checksum_mode.is_some());
-    let body: s3s::stream::DynByteStream = Box::pin(ExactBody::new(frames, len_bytes));
+    let mut output = describe!(GetObjectOutput, &record, &served, input.checksum_mode.is_some());
+    let body: s3s::stream::DynByteStream = Box::pin(ExactBody::new(reader, len_bytes));
     output.body = Some(body.into());
     Ok(S3Response::with_headers(output, meta::user_headers(&record.meta)))
 }
 
 /// Describes an object.
 pub(super) async fn head_object(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<HeadObjectInput>,
 ) -> S3Result<S3Response<HeadObjectOutput>> {
     let S3Request { input, headers, .. } = req;
-    let (_, record) = find(cx, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
+    let (_, record) = find(call, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
     let conditions = ReadConditions {
         if_match: input.if_match.as_ref(),
         if_none_match: input.if_none_match.as_ref(),
@@ -274,8 +258,8 @@ pub(super) async fn head_object(
     };
     conditions.check(&record)?;
     let range = input.range.as_ref().filter(|_| range_still_holds(&headers, &record));
-    let piece = piece(&record, range, input.part_number)?;
-    let mut output = describe!(HeadObjectOutput, &record, &piece, input.checksum_mode.is_some());
+    let served = served_range(&record, range, input.part_number)?;
+    let mut output = describe!(HeadObjectOutput, &record, &served, input.checksum_mode.is_some());
     let replace = |own: &mut Option<String>, asked: Option<String>| {
         if asked.is_some() {
             *own = asked;
@@ -291,11 +275,11 @@ pub(super) async fn head_object(
 
 /// Describes an object in XML.
 pub(super) async fn get_object_attributes(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<GetObjectAttributesInput>,
 ) -> S3Result<S3Response<GetObjectAttributesOutput>> {
     let input = req.input;
-    let (_, record) = find(cx, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
+    let (_, record) = find(call, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
     // The names come as one list or as several headers.
     let wants = |name: &str| {
         input.object_attributes.iter().any(|asked| asked.as_str().split(',').any(|asked| asked.trim() == name))
@@ -313,10 +297,10 @@ pub(super) async fn get_object_attributes(
     }
     if let (Some(checksum), true) = (&record.checksum, wants(ObjectAttributes::CHECKSUM)) {
         let mut sum = dto::Checksum {
-            checksum_type: Some(sums::kind_name(checksum.kind).to_owned().into()),
+            checksum_type: Some(checksums::kind_name(checksum.kind).to_owned().into()),
             ..Default::default()
         };
-        put_sum!(sum, checksum.algorithm, sums::text(checksum, record.part_sizes.len()));
+        put_checksum!(sum, checksum.algorithm, checksums::text(checksum, record.part_sizes.len()));
         output.checksum = Some(sum);
     }
     if wants(ObjectAttributes::OBJECT_PARTS) && !record.part_sizes.is_empty() {
@@ -349,7 +333,7 @@ fn attribute_parts(
                 kind: ChecksumKind::FullObject,
                 value: value.clone(),
             };
-            put_sum!(part, checksum.algorithm, sums::text(&whole, 0));
+            put_checksum!(part, checksum.algorithm, checksums::text(&whole, 0));
         }
         parts.push(part);
     }
@@ -366,11 +350,11 @@ fn attribute_parts(
 
 /// The tags an object was uploaded with.
 pub(super) async fn get_object_tagging(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<GetObjectTaggingInput>,
 ) -> S3Result<S3Response<GetObjectTaggingOutput>> {
     let input = req.input;
-    let (_, record) = find(cx, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
+    let (_, record) = find(call, &input.bucket, &input.key, pick(input.version_id.as_deref())?).await?;
     let tag_set = record
         .meta
         .tags

@@ -1,22 +1,24 @@
 //! ListObjects and ListObjectsV2: pages of keys in the order of their raw bytes.
 
 use super::access::account_text;
-use super::backend::ListingPage;
-use super::context::S3Context;
-use super::sums;
-use super::{error, meta};
+use super::call::Call;
+use super::{checksums, error, meta};
+use crate::shards::list::Page as ListingPage;
+use crate::shards::ShardError;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use base64::Engine;
 use granary_meta::{ListFrom, ListItem, ObjectSummary};
+use percent_encoding::{utf8_percent_encode, AsciiSet, NON_ALPHANUMERIC};
 use s3s::dto::{
     CommonPrefix, ETag, EncodingType, ListObjectsInput, ListObjectsOutput, ListObjectsV2Input, ListObjectsV2Output,
     Object, Owner,
 };
 use s3s::{s3_error, S3Request, S3Response, S3Result};
-use std::sync::Arc;
 
 /// Most keys of one page, and the page when none is asked for.
 pub(super) const MAX_KEYS: i32 = 1000;
+/// What [`url_encode`] encodes.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~').remove(b'/');
 /// First byte of a continuation token: its version.
 const TOKEN_VERSION: u8 = 1;
 
@@ -32,26 +34,10 @@ pub(super) fn wants_url(encoding: Option<&EncodingType>) -> S3Result<bool> {
     }
 }
 
-/// Percent-encodes all but unreserved characters and the slash. A space becomes `%20`, which clients that read `+` as a space and
-/// clients that do not both understand.
+/// Percent-encodes all but unreserved characters and the slash. A space becomes `%20`, which clients that read `+` as a
+/// space and clients that do not both understand.
 pub(super) fn url_encode(text: &str) -> String {
-    let mut encoded = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' | b'/' => {
-                encoded.push(char::from(byte))
-            }
-            byte => {
-                const DIGITS: [char; 16] =
-                    ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'A', 'B', 'C', 'D', 'E', 'F'];
-                let digit = |nibble: u8| DIGITS.get(usize::from(nibble)).copied().unwrap_or('0');
-                encoded.push('%');
-                encoded.push(digit(byte >> 4));
-                encoded.push(digit(byte & 15));
-            }
-        }
-    }
-    encoded
+    utf8_percent_encode(text, ENCODED).to_string()
 }
 
 /// The page size to use for one asked for.
@@ -86,25 +72,24 @@ fn position_of(token: &str) -> S3Result<String> {
 }
 
 async fn page(
-    cx: &S3Context,
+    call: &Call,
     bucket: &str,
     prefix: &str,
     delimiter: &str,
     from: ListFrom,
     limit: i32,
 ) -> S3Result<ListingPage> {
-    let mut bucket = cx.bucket(bucket).await?;
+    let mut bucket = call.bucket(bucket).await?;
     let mut tries = 0;
     loop {
         // An empty page is asked for with a limit of one, so that a bucket that is gone is noticed.
         let limit = u32::try_from(limit.max(1)).unwrap_or(1);
-        let found =
-            cx.backend.list_objects(bucket.id, prefix, delimiter, from.clone(), limit).await.map_err(error::backend)?;
-        if let Some(found) = found {
-            return Ok(found);
+        match call.cx.shards.list_objects(bucket.id, prefix, delimiter, from.clone(), limit).await {
+            Ok(page) => return Ok(page),
+            Err(ShardError::BucketFenced) => tries += 1,
+            Err(cause) => return Err(error::query(cause)),
         }
-        tries += 1;
-        bucket = cx.after_fence(bucket, tries).await?;
+        bucket = call.after_fence(&bucket, tries).await?;
     }
 }
 
@@ -129,7 +114,7 @@ impl Page {
 }
 
 async fn collect(
-    cx: &S3Context,
+    call: &Call,
     bucket: &str,
     (prefix, delimiter): (&str, &str),
     from: ListFrom,
@@ -137,7 +122,7 @@ async fn collect(
     url: bool,
     with_owner: bool,
 ) -> S3Result<Page> {
-    let (items, more) = page(cx, bucket, prefix, delimiter, from, max_keys).await?;
+    let ListingPage { items, more } = page(call, bucket, prefix, delimiter, from, max_keys).await?;
     let mut page = Page { contents: Vec::new(), prefixes: Vec::new(), truncated: false, last: None, url };
     if max_keys == 0 {
         return Ok(page);
@@ -174,8 +159,8 @@ fn object_of(object: ObjectSummary, key: String, with_owner: bool) -> Object {
         last_modified: Some(meta::timestamp(object.modified_ms)),
         storage_class: Some(class.into()),
         owner: with_owner.then(|| Owner { id: Some(account_text(object.owner)), display_name: None }),
-        checksum_algorithm: object.checksum.map(|(algorithm, _)| vec![sums::name(algorithm).to_owned().into()]),
-        checksum_type: object.checksum.map(|(_, kind)| sums::kind_name(kind).to_owned().into()),
+        checksum_algorithm: object.checksum.map(|(algorithm, _)| vec![checksums::name(algorithm).to_owned().into()]),
+        checksum_type: object.checksum.map(|(_, kind)| checksums::kind_name(kind).to_owned().into()),
         ..Default::default()
     }
 }
@@ -189,7 +174,7 @@ fn from(position: Option<String>) -> ListFrom {
 
 /// Version 1: goes on after a marker, which the client makes from the last key.
 pub(super) async fn list_objects(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<ListObjectsInput>,
 ) -> S3Result<S3Response<ListObjectsOutput>> {
     let input = req.input;
@@ -198,7 +183,7 @@ pub(super) async fn list_objects(
     let (prefix, delimiter) = (input.prefix.unwrap_or_default(), input.delimiter.unwrap_or_default());
     let marker = input.marker.unwrap_or_default();
     let page =
-        collect(cx, &input.bucket, (&prefix, &delimiter), from(Some(marker.clone())), max_keys, url, true).await?;
+        collect(call, &input.bucket, (&prefix, &delimiter), from(Some(marker.clone())), max_keys, url, true).await?;
     // NextMarker only under a delimiter: without one the last key says it.
     let next_marker =
         page.last.clone().filter(|_| page.truncated && !delimiter.is_empty()).map(|last| page.encode(last));
@@ -220,7 +205,7 @@ pub(super) async fn list_objects(
 
 /// Version 2: goes on after an opaque token, or starts after a key.
 pub(super) async fn list_objects_v2(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<ListObjectsV2Input>,
 ) -> S3Result<S3Response<ListObjectsV2Output>> {
     let input = req.input;
@@ -232,7 +217,7 @@ pub(super) async fn list_objects_v2(
         None => input.start_after.clone(),
     };
     let owner = input.fetch_owner.unwrap_or(false);
-    let page = collect(cx, &input.bucket, (&prefix, &delimiter), from(position), max_keys, url, owner).await?;
+    let page = collect(call, &input.bucket, (&prefix, &delimiter), from(position), max_keys, url, owner).await?;
     let next_continuation_token = page.last.as_deref().filter(|_| page.truncated).map(token_of);
     let output = ListObjectsV2Output {
         name: Some(input.bucket),

@@ -1,11 +1,13 @@
 //! What a client says about an object beside its bytes, read from headers and written back to them.
 //!
-//! Values are taken from the raw headers: s3s would decode and re-encode user metadata, and they must come back byte for byte.
+//! Values are taken from the raw headers: s3s would decode and re-encode user metadata, and they must come back byte
+//! for byte.
 
 use super::error;
 use granary_meta::record::ObjectMeta;
 use granary_meta::Conditions;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use percent_encoding::percent_decode_str;
 use s3s::dto::{ETagCondition, Timestamp};
 use s3s::{s3_error, S3Result};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -153,9 +155,10 @@ fn tags(headers: &HeaderMap) -> S3Result<Vec<(String, String)>> {
     };
     let text = value.to_str().map_err(|_| bad())?;
     let mut tags: Vec<(String, String)> = Vec::new();
-    for pair in text.split('&').filter(|pair| !pair.is_empty()) {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let (key, value) = (form_decode(key).ok_or_else(bad)?, form_decode(value).ok_or_else(bad)?);
+    if !is_form(text) {
+        return Err(bad());
+    }
+    for (key, value) in form_urlencoded::parse(text.as_bytes()).into_owned() {
         if key.is_empty() || key.chars().count() > TAG_KEY_CHARS || value.chars().count() > TAG_VALUE_CHARS {
             return Err(s3_error!(InvalidTag));
         }
@@ -170,20 +173,12 @@ fn tags(headers: &HeaderMap) -> S3Result<Vec<(String, String)>> {
     Ok(tags)
 }
 
-fn form_decode(text: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        bytes.push(match byte {
-            b'+' => b' ',
-            b'%' => {
-                let digits = [rest.next()?, rest.next()?];
-                u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?
-            }
-            byte => byte,
-        });
-    }
-    String::from_utf8(bytes).ok()
+/// Whether a form decodes without loss. The decoder itself takes a broken escape for text, and replaces what is not
+/// UTF-8.
+fn is_form(text: &str) -> bool {
+    let is_escape =
+        |rest: &str| rest.as_bytes().get(..2).is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit));
+    text.split('%').skip(1).all(is_escape) && percent_decode_str(text).decode_utf8().is_ok()
 }
 
 /// A kept header by name.
@@ -279,7 +274,10 @@ mod tests {
         let tags = |text| tags(&headers(&[("x-amz-tagging", text)]));
         assert_eq!(tags("a=1&b+c=%2F").unwrap(), [("a".into(), "1".into()), ("b c".into(), "/".into())]);
         assert!(tags("a=1&a=2").is_err());
-        assert!(tags("a=%zz").is_err());
+        assert_eq!(tags("%C3%A4%EF%BF%BD=1").unwrap(), [("ä\u{fffd}".into(), "1".into())]);
+        for bad in ["a=%zz", "a=%", "a=%2", "a=%+1", "a=%C3", "a%C3=%A4", "%ff=1"] {
+            assert!(tags(bad).is_err(), "{bad}");
+        }
         assert!(tags(&(0..11).map(|i| format!("k{i}=v")).collect::<Vec<_>>().join("&")).is_err());
     }
 }

@@ -1,16 +1,19 @@
 //! Multipart uploads but for their completion: create, parts, copied parts, abort, and the two listings.
 
 use super::access::account_text;
-use super::backend::{StageError, StageSpec, StagedPayload, UploadsAfter};
-use super::context::S3Context;
+use super::call::Call;
+use super::checksums::{self, put_checksum, PromisedChecksums};
+use super::commit::{settle, stage, StageSpec};
 use super::copy;
 use super::get::ReadConditions;
-use super::intake::{Intake, Source};
 use super::list::{self, url_encode};
 use super::put::{self, DEFAULT_ALGORITHM, MAX_PUT_BYTES};
-use super::sums::{self, put_sum, Promised};
+use super::upload_body::Source;
 use super::{error, meta};
 use crate::digest::Digests;
+use crate::object::Staged;
+use crate::shards::list::ListedUpload;
+use crate::shards::ShardError;
 use granary_meta::record::{
     BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, PartRecord, UploadId, UploadRecord,
 };
@@ -23,7 +26,6 @@ use s3s::dto::{
 };
 use s3s::{s3_error, S3Request, S3Response, S3Result};
 use std::ops::Range;
-use std::sync::Arc;
 
 /// Highest part number.
 pub(super) const MAX_PARTS: u16 = 10_000;
@@ -56,17 +58,17 @@ fn part_number(number: i32) -> S3Result<u16> {
 
 /// Begins an upload.
 pub(super) async fn create_multipart_upload(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<CreateMultipartUploadInput>,
 ) -> S3Result<S3Response<CreateMultipartUploadOutput>> {
     let S3Request { input, headers, .. } = req;
     meta::check_key(&input.key)?;
-    let object_meta = meta::read(&headers, |name| cx.backend.has_scheme(name))?;
+    let object_meta = meta::read(&headers, |name| call.cx.has_scheme(name))?;
     let kind = input.checksum_type.as_ref().map(|kind| kind.as_str());
     let checksum = match &input.checksum_algorithm {
         Some(name) => {
-            let algorithm = sums::parse_name(name.as_str())?;
-            Some((algorithm, sums::kind_of(algorithm, kind)?))
+            let algorithm = checksums::parse_name(name.as_str())?;
+            Some((algorithm, checksums::kind_of(algorithm, kind)?))
         }
         None if kind.is_some() => {
             return Err(s3_error!(
@@ -79,35 +81,37 @@ pub(super) async fn create_multipart_upload(
     let mut id = [0u8; 16];
     getrandom::fill(&mut id).map_err(error::internal)?;
     let upload = UploadId(id);
-    let record = UploadRecord { initiated_ms: meta::now_ms(), meta: object_meta, checksum, owner: cx.owner };
-    let bucket = cx.bucket(&input.bucket).await?;
-    let command = Command::CreateUpload {
+    let record = UploadRecord { initiated_ms: meta::now_ms(), meta: object_meta, checksum, owner: call.caller.account };
+    let bucket = call.bucket(&input.bucket).await?;
+    let key = input.key.clone();
+    let command = move |bucket: &BucketRecord| Command::CreateUpload {
         bucket: bucket.id,
-        key: input.key.clone(),
+        key: key.clone(),
         upload,
-        record,
+        record: record.clone(),
         rule_epoch: bucket.rule.epoch,
     };
-    put::settle(cx, bucket, input.key.clone(), command, None, |reply| matches!(reply, Reply::Done)).await?;
+    settle(call, bucket, input.key.clone(), command, None, |reply| matches!(reply, Reply::Done)).await?;
     let output = CreateMultipartUploadOutput {
         bucket: Some(input.bucket),
         key: meta::xml_key(&input.key),
         upload_id: Some(upload_text(upload)),
-        checksum_algorithm: checksum.map(|(algorithm, _)| sums::name(algorithm).to_owned().into()),
-        checksum_type: checksum.map(|(_, kind)| sums::kind_name(kind).to_owned().into()),
+        checksum_algorithm: checksum.map(|(algorithm, _)| checksums::name(algorithm).to_owned().into()),
+        checksum_type: checksum.map(|(_, kind)| checksums::kind_name(kind).to_owned().into()),
         ..Default::default()
     };
     Ok(S3Response::new(output))
 }
 
-/// The algorithm a part is summed with: the upload's, else the part's own, else ours, so that the object gets a checksum anyway.
+/// The algorithm a part is summed with: the upload's, else the part's own, else ours, so that the object gets a
+/// checksum anyway.
 fn part_algorithm(upload: &UploadRecord, sent: Option<ChecksumAlgorithm>) -> S3Result<ChecksumAlgorithm> {
     match (upload.checksum, sent) {
         (Some((named, _)), Some(sent)) if named != sent => Err(s3_error!(
             InvalidRequest,
             "Checksum Type mismatch occurred, expected checksum Type: {}, actual checksum Type: {}",
-            sums::name(named).to_ascii_lowercase(),
-            sums::name(sent).to_ascii_lowercase()
+            checksums::name(named).to_ascii_lowercase(),
+            checksums::name(sent).to_ascii_lowercase()
         )),
         (Some((named, _)), _) => Ok(named),
         (None, Some(sent)) => Ok(sent),
@@ -124,12 +128,12 @@ struct PartOf {
 }
 
 async fn commit_part(
-    cx: &Arc<S3Context>,
+    call: &Call,
     of: PartOf,
     size_bytes: u64,
     algorithm: ChecksumAlgorithm,
     digests: &Digests,
-    staged: Box<dyn StagedPayload>,
+    staged: Staged,
 ) -> S3Result<PartRecord> {
     let checksum = digests.sum(algorithm).map(|value| Checksum {
         algorithm,
@@ -142,61 +146,52 @@ async fn commit_part(
         etag: hex::encode(digests.md5),
         modified_ms: meta::now_ms(),
         checksum,
-        data: staged.data(),
+        data: staged.data.clone(),
     };
-    let command = Command::PutPart {
-        bucket: of.bucket.id,
-        key: of.key.clone(),
-        upload: of.upload,
-        part: part.clone(),
-        missing: staged.missing(),
-        rule_epoch: of.bucket.rule.epoch,
+    let PartOf { bucket, key, upload, .. } = of;
+    let (named, sent, missing) = (key.clone(), part.clone(), staged.missing.clone());
+    let command = move |bucket: &BucketRecord| Command::PutPart {
+        bucket: bucket.id,
+        key: named.clone(),
+        upload,
+        part: sent.clone(),
+        missing: missing.clone(),
+        rule_epoch: bucket.rule.epoch,
     };
-    put::settle(cx, of.bucket, of.key, command, Some(staged), |reply| matches!(reply, Reply::Done)).await?;
+    settle(call, bucket, key, command, Some(staged), |reply| matches!(reply, Reply::Done)).await?;
     Ok(part)
 }
 
 /// Stores a part; the last one of a number wins.
 pub(super) async fn upload_part(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<UploadPartInput>,
 ) -> S3Result<S3Response<UploadPartOutput>> {
     let S3Request { input, headers, trailing_headers, .. } = req;
     meta::check_key(&input.key)?;
     let number = part_number(input.part_number)?;
     let upload = parse_upload(&input.upload_id)?;
-    let promised = Promised::from_headers(&headers)?;
+    let promised = PromisedChecksums::from_headers(&headers)?;
     let sent = promised.algorithm(&headers)?;
     let len_bytes = put::body_len(input.content_length)?;
 
-    let mut source = Source::new(input.body);
-    source.kick();
-    let (bucket, record) = cx.upload(&input.bucket, &input.key, upload).await?;
+    let mut source = Source::of_request(input.body);
+    source.send_continue();
+    let (bucket, record) = call.upload(&input.bucket, &input.key, upload).await?;
     let algorithm = part_algorithm(&record, sent)?;
 
-    let (body, verdict) = Intake::start(source, len_bytes, &[algorithm]);
-    let spec = StageSpec {
-        scheme: meta::scheme_of(&record.meta),
-        bucket: bucket.id,
-        key: &input.key,
-        len_bytes,
-        inline: false,
-    };
-    let staged = match cx.backend.stage(spec, body).await {
-        Ok(staged) => staged,
-        Err(StageError::Body) => return Err(verdict.fault().unwrap_or_else(|| error::stage(StageError::Body))),
-        Err(cause) => return Err(error::stage(cause)),
-    };
-    let digests = verdict.digests()?;
+    let scheme = meta::scheme_of(&record.meta);
+    let spec = StageSpec { scheme, bucket: bucket.id, key: &input.key, len_bytes, is_part: true };
+    let (staged, digests) = stage(call, spec, source, algorithm).await?;
     promised.verify(&digests, trailing_headers.as_ref())?;
     let part =
-        commit_part(cx, PartOf { bucket, key: input.key, upload, number }, len_bytes, algorithm, &digests, staged)
+        commit_part(call, PartOf { bucket, key: input.key, upload, number }, len_bytes, algorithm, &digests, staged)
             .await?;
 
     let mut output = UploadPartOutput { e_tag: Some(ETag::Strong(part.etag)), ..Default::default() };
-    // Ours alone is kept quiet: the client did not ask for it, and it need not be the kind it expects.
+    // A checksum of our own choice is not shown: the client did not ask for it, and may expect another kind.
     if let (Some(checksum), true) = (&part.checksum, sent.is_some() || record.checksum.is_some()) {
-        put_sum!(output, checksum.algorithm, sums::text(checksum, 0));
+        put_checksum!(output, checksum.algorithm, checksums::text(checksum, 0));
     }
     Ok(S3Response::new(output))
 }
@@ -225,21 +220,21 @@ fn copy_range(text: Option<&str>, size: u64) -> S3Result<Range<u64>> {
 
 /// Stores a part that is a range of another object.
 pub(super) async fn upload_part_copy(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<UploadPartCopyInput>,
 ) -> S3Result<S3Response<UploadPartCopyOutput>> {
     let input = req.input;
     meta::check_key(&input.key)?;
     let number = part_number(input.part_number)?;
     let upload = parse_upload(&input.upload_id)?;
-    let (bucket, record) = cx.upload(&input.bucket, &input.key, upload).await?;
+    let (bucket, record) = call.upload(&input.bucket, &input.key, upload).await?;
     let conditions = ReadConditions {
         if_match: input.copy_source_if_match.as_ref(),
         if_none_match: input.copy_source_if_none_match.as_ref(),
         if_modified_since: input.copy_source_if_modified_since.as_ref(),
         if_unmodified_since: input.copy_source_if_unmodified_since.as_ref(),
     };
-    let (_, _, source) = copy::find_source(cx, &input.copy_source, &conditions).await?;
+    let (_, _, source) = copy::find_source(call, &input.copy_source, &conditions).await?;
     let range = copy_range(input.copy_source_range.as_deref(), source.size_bytes)?;
     let len_bytes = range.end - range.start;
     if len_bytes > MAX_PUT_BYTES {
@@ -249,16 +244,11 @@ pub(super) async fn upload_part_copy(
         ));
     }
     let algorithm = part_algorithm(&record, None)?;
-    let spec = StageSpec {
-        scheme: meta::scheme_of(&record.meta),
-        bucket: bucket.id,
-        key: &input.key,
-        len_bytes,
-        inline: false,
-    };
-    let (staged, digests) = copy::stage_copy(cx, &source, range, spec, algorithm).await?;
+    let scheme = meta::scheme_of(&record.meta);
+    let spec = StageSpec { scheme, bucket: bucket.id, key: &input.key, len_bytes, is_part: true };
+    let (staged, digests) = copy::stage_copy(call, &source, range, spec, algorithm).await?;
     let part =
-        commit_part(cx, PartOf { bucket, key: input.key, upload, number }, len_bytes, algorithm, &digests, staged)
+        commit_part(call, PartOf { bucket, key: input.key, upload, number }, len_bytes, algorithm, &digests, staged)
             .await?;
 
     let mut result = CopyPartResult {
@@ -267,14 +257,14 @@ pub(super) async fn upload_part_copy(
         ..Default::default()
     };
     if let (Some(checksum), true) = (&part.checksum, record.checksum.is_some()) {
-        put_sum!(result, checksum.algorithm, sums::text(checksum, 0));
+        put_checksum!(result, checksum.algorithm, checksums::text(checksum, 0));
     }
     Ok(S3Response::new(UploadPartCopyOutput { copy_part_result: Some(result), ..Default::default() }))
 }
 
 /// Gives an upload up; its parts become garbage.
 pub(super) async fn abort_multipart_upload(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<AbortMultipartUploadInput>,
 ) -> S3Result<S3Response<AbortMultipartUploadOutput>> {
     let input = req.input;
@@ -283,18 +273,16 @@ pub(super) async fn abort_multipart_upload(
         return Err(error::not_implemented("An abort on the condition of a time"));
     }
     let upload = parse_upload(&input.upload_id)?;
-    let bucket = cx.bucket(&input.bucket).await?;
-    let command = Command::AbortUpload { bucket: bucket.id, key: input.key.clone(), upload };
-    cx.forget_upload(upload);
-    put::settle(cx, bucket, input.key, command, None, |reply| matches!(reply, Reply::Done)).await?;
+    let bucket = call.bucket(&input.bucket).await?;
+    let key = input.key.clone();
+    let command = move |bucket: &BucketRecord| Command::AbortUpload { bucket: bucket.id, key: key.clone(), upload };
+    call.forget_upload(upload);
+    settle(call, bucket, input.key, command, None, |reply| matches!(reply, Reply::Done)).await?;
     Ok(S3Response::new(AbortMultipartUploadOutput::default()))
 }
 
 /// The parts of an upload, in order of their numbers.
-pub(super) async fn list_parts(
-    cx: &Arc<S3Context>,
-    req: S3Request<ListPartsInput>,
-) -> S3Result<S3Response<ListPartsOutput>> {
+pub(super) async fn list_parts(call: &Call, req: S3Request<ListPartsInput>) -> S3Result<S3Response<ListPartsOutput>> {
     let input = req.input;
     meta::check_key(&input.key)?;
     let upload = parse_upload(&input.upload_id)?;
@@ -304,7 +292,7 @@ pub(super) async fn list_parts(
     let limit = u32::try_from(max_parts.max(1)).unwrap_or(1);
     let query =
         |bucket: &BucketRecord| Query::ListParts { bucket: bucket.id, key: input.key.clone(), upload, after, limit };
-    let (record, mut parts, more) = match cx.ask(&input.bucket, &input.key, query).await? {
+    let (record, mut parts, more) = match call.ask(&input.bucket, &input.key, query).await? {
         (_, Answer::Parts { upload, parts, more }) => (upload, parts, more),
         (_, other) => return Err(error::answer(other)),
     };
@@ -323,7 +311,7 @@ pub(super) async fn list_parts(
                 ..Default::default()
             };
             if let (Some(checksum), true) = (&part.checksum, record.checksum.is_some()) {
-                put_sum!(out, checksum.algorithm, sums::text(checksum, 0));
+                put_checksum!(out, checksum.algorithm, checksums::text(checksum, 0));
             }
             out
         })
@@ -339,8 +327,8 @@ pub(super) async fn list_parts(
         is_truncated: Some(more && max_parts > 0),
         parts: Some(parts),
         storage_class: Some(meta::scheme_of(&record.meta).unwrap_or("STANDARD").to_owned().into()),
-        checksum_algorithm: record.checksum.map(|(algorithm, _)| sums::name(algorithm).to_owned().into()),
-        checksum_type: record.checksum.map(|(_, kind)| sums::kind_name(kind).to_owned().into()),
+        checksum_algorithm: record.checksum.map(|(algorithm, _)| checksums::name(algorithm).to_owned().into()),
+        checksum_type: record.checksum.map(|(_, kind)| checksums::kind_name(kind).to_owned().into()),
         owner: Some(Owner { id: Some(owner.clone()), display_name: None }),
         initiator: Some(Initiator { id: Some(owner), display_name: None }),
         ..Default::default()
@@ -348,30 +336,30 @@ pub(super) async fn list_parts(
     Ok(S3Response::new(output))
 }
 
-type UploadItem = (String, UploadId, UploadRecord);
+/// Where a listing of uploads goes on: after this upload of the key, or after all uploads of it.
+type UploadsAfter = Option<(String, Option<UploadId>)>;
 
 /// The next uploads in order of (key, id), and whether there are more.
 async fn next_uploads(
-    cx: &S3Context,
+    call: &Call,
     bucket: &mut BucketRecord,
     prefix: &str,
     after: UploadsAfter,
-) -> S3Result<(Vec<UploadItem>, bool)> {
+) -> S3Result<(Vec<ListedUpload>, bool)> {
     let mut tries = 0;
     loop {
-        let page =
-            cx.backend.list_uploads(bucket.id, prefix, after.clone(), QUERY_UPLOADS).await.map_err(error::backend)?;
-        if let Some(page) = page {
-            return Ok(page);
+        match call.cx.shards.list_uploads(bucket.id, prefix, after.clone(), QUERY_UPLOADS).await {
+            Ok(page) => return Ok((page.uploads, page.more)),
+            Err(ShardError::BucketFenced) => tries += 1,
+            Err(cause) => return Err(error::query(cause)),
         }
-        tries += 1;
-        *bucket = cx.after_fence(bucket.clone(), tries).await?;
+        *bucket = call.after_fence(bucket, tries).await?;
     }
 }
 
 /// Uploads in progress, in order of key and id.
 pub(super) async fn list_multipart_uploads(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<ListMultipartUploadsInput>,
 ) -> S3Result<S3Response<ListMultipartUploadsOutput>> {
     let input = req.input;
@@ -380,13 +368,14 @@ pub(super) async fn list_multipart_uploads(
     let most = usize::try_from(max_uploads).unwrap_or(0);
     let (prefix, delimiter) = (input.prefix.unwrap_or_default(), input.delimiter.unwrap_or_default());
     let key_marker = input.key_marker.unwrap_or_default();
-    // An upload id counts only beside a key, and one that is none of ours is after nothing in particular: the key's end.
+    // An upload id counts only beside a key, and one that is none of ours is after nothing in particular: the key's
+    // end.
     let id_marker =
         input.upload_id_marker.as_deref().filter(|text| !text.is_empty()).and_then(|text| parse_upload(text).ok());
     let mut after = (!key_marker.is_empty()).then(|| (key_marker.clone(), id_marker));
-    let mut bucket = cx.bucket_now(&input.bucket).await?;
+    let mut bucket = call.bucket_now(&input.bucket).await?;
 
-    let (mut uploads, mut prefixes): (Vec<UploadItem>, Vec<String>) = (Vec::new(), Vec::new());
+    let (mut uploads, mut prefixes): (Vec<ListedUpload>, Vec<String>) = (Vec::new(), Vec::new());
     let skipped = |key: &str, prefixes: &[String]| {
         let marker_prefix = !delimiter.is_empty()
             && !key_marker.is_empty()
@@ -400,7 +389,7 @@ pub(super) async fn list_multipart_uploads(
         if most == 0 {
             break;
         }
-        let (page, more) = next_uploads(cx, &mut bucket, &prefix, after.clone()).await?;
+        let (page, more) = next_uploads(call, &mut bucket, &prefix, after.clone()).await?;
         for (key, id, record) in page {
             after = Some((key.clone(), Some(id)));
             if skipped(&key, &prefixes) {
@@ -437,16 +426,15 @@ pub(super) async fn list_multipart_uploads(
 
     url |= !uploads.iter().map(|(key, ..)| key).chain(&prefixes).all(|text| meta::fits_xml(text));
     let encode = |text: &str| if url { url_encode(text) } else { text.to_owned() };
-    let owner = account_text(cx.owner);
-    let one = |(key, id, record): &UploadItem| MultipartUpload {
+    let one = |(key, id, record): &ListedUpload| MultipartUpload {
         key: Some(encode(key)),
         upload_id: Some(upload_text(*id)),
         initiated: Some(meta::timestamp(record.initiated_ms)),
         storage_class: Some(meta::scheme_of(&record.meta).unwrap_or("STANDARD").to_owned().into()),
-        checksum_algorithm: record.checksum.map(|(algorithm, _)| sums::name(algorithm).to_owned().into()),
-        checksum_type: record.checksum.map(|(_, kind)| sums::kind_name(kind).to_owned().into()),
-        owner: Some(Owner { id: Some(owner.clone()), display_name: None }),
-        initiator: Some(Initiator { id: Some(owner.clone()), display_name: None }),
+        checksum_algorithm: record.checksum.map(|(algorithm, _)| checksums::name(algorithm).to_owned().into()),
+        checksum_type: record.checksum.map(|(_, kind)| checksums::kind_name(kind).to_owned().into()),
+        owner: Some(Owner { id: Some(account_text(record.owner)), display_name: None }),
+        initiator: Some(Initiator { id: Some(account_text(record.owner)), display_name: None }),
     };
     let next = last.filter(|_| truncated);
     let output = ListMultipartUploadsOutput {

@@ -1,6 +1,7 @@
 //! What is known of one request: its ids, what was found out on its way, and the line it leaves in the log.
 
-use super::sums::SumCheck;
+use super::call::Caller;
+use super::checksums::BodyCheck;
 use crate::metrics::Metrics;
 use http::{Extensions, HeaderMap, Method};
 use s3s::S3Error;
@@ -20,12 +21,12 @@ pub(super) struct RequestInfo {
     method: Method,
     path: String,
     began: Instant,
-    /// Name of the verb; set when the request was authorised, so "is set" means "is authorised".
-    verb: OnceLock<&'static str>,
+    /// The verb's name and who signed; set once the request has passed the access check.
+    authorised: OnceLock<(&'static str, Arc<Caller>)>,
     /// A verb began its work: the body of an XML verb came whole and well.
     entered: AtomicBool,
     received_bytes: AtomicU64,
-    check: Mutex<Option<SumCheck>>,
+    check: Mutex<Option<BodyCheck>>,
     body_fault: Mutex<Option<S3Error>>,
     metrics: Option<Metrics>,
 }
@@ -63,7 +64,7 @@ impl RequestInfo {
             method,
             path: path.get(..end).unwrap_or_default().to_owned(),
             began: Instant::now(),
-            verb: OnceLock::new(),
+            authorised: OnceLock::new(),
             entered: AtomicBool::new(false),
             received_bytes: AtomicU64::new(0),
             check: Mutex::new(None),
@@ -77,21 +78,20 @@ impl RequestInfo {
         extensions.get::<Arc<RequestInfo>>()
     }
 
-    /// The request was authorised for a verb.
-    pub(super) fn authorised(&self, verb: &'static str) {
-        let _ = self.verb.set(verb);
+    /// The request has passed the access check of a verb. Only the first call counts.
+    pub(super) fn authorised(&self, verb: &'static str, caller: Caller) {
+        let _ = self.authorised.set((verb, Arc::new(caller)));
     }
 
     /// Was it authorised?
     pub(super) fn is_authorised(&self) -> bool {
-        self.verb.get().is_some()
+        self.authorised.get().is_some()
     }
 
-    /// A verb begins.
-    pub(super) fn enter(extensions: &Extensions) {
-        if let Some(info) = RequestInfo::of(extensions) {
-            info.entered.store(true, Ordering::Relaxed);
-        }
+    /// A verb begins. Gives who signed the request; None when it has passed no access check.
+    pub(super) fn enter(&self) -> Option<Arc<Caller>> {
+        self.entered.store(true, Ordering::Relaxed);
+        self.authorised.get().map(|(_, caller)| caller.clone())
     }
 
     /// Did a verb begin?
@@ -99,21 +99,22 @@ impl RequestInfo {
         self.entered.load(Ordering::Relaxed)
     }
 
-    /// The body is XML: sums in its headers are to be verified as it is read. `of_body`: see [`SumCheck::begin`].
+    /// The body is XML: checksums in the headers are verified as it is read. `of_body`: see [`BodyCheck::begin`].
     ///
     /// # Errors
-    /// Malformed sums.
+    /// Malformed checksums.
     pub(super) fn verify_xml(&self, headers: &HeaderMap, of_body: bool) -> Result<(), S3Error> {
-        *self.check.lock().unwrap_or_else(PoisonError::into_inner) = SumCheck::begin(headers, of_body)?;
+        *self.check.lock().unwrap_or_else(PoisonError::into_inner) = BodyCheck::begin(headers, of_body)?;
         Ok(())
     }
 
     /// What to verify the body with.
-    pub(super) fn xml_check(&self) -> Option<SumCheck> {
+    pub(super) fn xml_check(&self) -> Option<BodyCheck> {
         self.check.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Why the body of an XML verb was refused. s3s answers such a body with 500; the service puts this error in its place.
+    /// Why the body of an XML verb was refused. s3s answers such a body with 500; the service puts this error in its
+    /// place.
     pub(super) fn set_body_fault(&self, error: S3Error) {
         *self.body_fault.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
     }
@@ -131,7 +132,10 @@ impl RequestInfo {
     /// The request's line in the log. Called once, when its last byte was sent or its connection broke.
     /// Counts it too.
     pub(super) fn log(&self, status: u16, code: &str, sent_bytes: u64, whole: bool) {
-        let verb = self.verb.get().copied().unwrap_or("-");
+        let (verb, access_key_id) = match self.authorised.get() {
+            Some((verb, caller)) => (*verb, caller.access_key_id.as_str()),
+            None => ("-", "-"),
+        };
         let ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let received_bytes = self.received_bytes.load(Ordering::Relaxed);
         if let Some(metrics) = &self.metrics {
@@ -141,13 +145,13 @@ impl RequestInfo {
         }
         if status >= 500 || !whole {
             tracing::warn!(
-                target: "granary::s3", id = %self.id, verb, method = %self.method, path = ?self.path, status, code, received_bytes,
-                sent_bytes, whole, ms, "request"
+                target: "granary::s3", id = %self.id, access_key_id, verb, method = %self.method, path = ?self.path, status, code,
+                received_bytes, sent_bytes, whole, ms, "request"
             );
         } else {
             tracing::debug!(
-                target: "granary::s3", id = %self.id, verb, method = %self.method, path = ?self.path, status, code, received_bytes,
-                sent_bytes, whole, ms, "request"
+                target: "granary::s3", id = %self.id, access_key_id, verb, method = %self.method, path = ?self.path, status, code,
+                received_bytes, sent_bytes, whole, ms, "request"
             );
         }
     }

@@ -1,7 +1,7 @@
 //! The listener: connections in, bounded in number and in time, and a stop that lets requests finish.
 
 use super::context::S3Context;
-use super::service::{Front, S3SetupError};
+use super::service::{FrontEnd, S3SetupError};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -36,7 +36,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// # Errors
 /// [`S3SetupError`] before anything is served.
 pub async fn serve(listener: TcpListener, cx: Arc<S3Context>, stop: CancellationToken) -> Result<(), S3SetupError> {
-    let front = Front::new(cx.clone())?;
+    let front = FrontEnd::new(cx.clone())?;
     let served = Arc::new(Semaphore::new(cx.settings.max_connections));
     let held = Arc::new(Semaphore::new(cx.settings.max_connections.saturating_add(REFUSED_CONNECTIONS)));
     let tasks = TaskTracker::new();
@@ -77,7 +77,7 @@ pub async fn serve(listener: TcpListener, cx: Arc<S3Context>, stop: Cancellation
     Ok(())
 }
 
-async fn connection(stream: TcpStream, front: Front, cx: Arc<S3Context>, refuse_all: bool, stop: CancellationToken) {
+async fn connection(stream: TcpStream, front: FrontEnd, cx: Arc<S3Context>, refuse_all: bool, stop: CancellationToken) {
     // Without it the last segment of an answer waits for the client's acknowledgement.
     if let Err(cause) = stream.set_nodelay(true) {
         tracing::debug!(%cause, "a connection went away at once");
@@ -103,8 +103,8 @@ async fn connection(stream: TcpStream, front: Front, cx: Arc<S3Context>, refuse_
     });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
-        // hyper's clock also runs while a kept-alive connection is silent, so it is the idle limit here; a head that has begun and
-        // does not end is the business of `Guarded`.
+        // hyper's clock also runs while a kept-alive connection is silent, so it is the idle limit here; a head that
+        // has begun and does not end is the business of `Guarded`.
         .header_read_timeout(cx.settings.keep_alive)
         .max_headers(MAX_HEADERS)
         .max_buf_size(BUFFER_BYTES)

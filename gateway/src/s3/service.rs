@@ -1,17 +1,18 @@
 //! Around s3s: what happens to every request before and after its verb.
 //!
-//! Before: bounds, and requests that are refused whatever they ask. After: ids on the answer and in its error, errors that s3s
-//! cannot tell apart put right, the unread rest of a body drained, the line in the log.
+//! Before: bounds, and requests that are refused whatever they ask. After: ids on the answer and in its error, errors
+//! that s3s cannot tell apart put right, the unread rest of a body drained, the line in the log.
 
-use super::access::{Gate, Keys};
-use super::body::{RequestBody, Wire};
+use super::access::{query_has, AccessCheck, Keys};
 use super::context::S3Context;
 use super::error;
 use super::request::RequestInfo;
+use super::request_body::{RequestBody, Socket};
+use super::upload_body::BodyFault;
 use super::verbs::Verbs;
 use bytes::Bytes;
 use futures::FutureExt;
-use http::{header, HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
+use http::{header, HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -26,7 +27,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Largest chunk of a signed aws-chunked body: it is buffered whole before its signature is checked. The largest seen from clients is 1 MiB.
+/// Largest chunk of a signed aws-chunked body: it is buffered whole before its signature is checked. The largest seen
+/// from clients is 1 MiB.
 const MAX_SIGNED_CHUNK_BYTES: usize = 4 * 1024 * 1024;
 /// Most header bytes of a request.
 const MAX_HEADER_BYTES: usize = 32 * 1024;
@@ -55,7 +57,7 @@ pub enum S3SetupError {
 
 /// The S3 front end as an HTTP service; cheap to clone.
 #[derive(Clone)]
-pub(super) struct Front {
+pub(super) struct FrontEnd {
     service: S3Service,
     /// The same for clients that do not know the region yet: they ask for it signed for us-east-1.
     location: Option<S3Service>,
@@ -82,8 +84,8 @@ fn build(cx: &Arc<S3Context>, region: &str, only: Option<&'static str>) -> Resul
     config.operation_id_routing = false;
     let mut builder = S3ServiceBuilder::new(Verbs(cx.clone()));
     builder.set_config(Arc::new(StaticConfigProvider::new(Arc::new(config))));
-    builder.set_auth(Keys(cx.settings.keys.clone()));
-    builder.set_access(Gate { owner: cx.owner, only });
+    builder.set_auth(Keys(cx.clone()));
+    builder.set_access(AccessCheck { cx: cx.clone(), only });
     if let Some(domain) = &cx.settings.base_domain {
         let host = SingleDomain::new(domain).map_err(|_| S3SetupError::Domain(domain.clone()))?;
         builder.set_host(host.with_cname_fallback(false));
@@ -91,12 +93,12 @@ fn build(cx: &Arc<S3Context>, region: &str, only: Option<&'static str>) -> Resul
     Ok(builder.build())
 }
 
-impl Front {
+impl FrontEnd {
     /// Builds the front end.
     ///
     /// # Errors
     /// Settings that cannot be.
-    pub(super) fn new(cx: Arc<S3Context>) -> Result<Front, S3SetupError> {
+    pub(super) fn new(cx: Arc<S3Context>) -> Result<FrontEnd, S3SetupError> {
         let keys = &cx.settings.keys;
         if keys.is_empty() || keys.iter().any(|(id, key)| id.is_empty() || key.secret.is_empty()) {
             return Err(S3SetupError::NoKeys);
@@ -106,7 +108,7 @@ impl Front {
         let location =
             if region == FIRST_REGION { None } else { Some(build(&cx, FIRST_REGION, Some("GetBucketLocation"))?) };
         let requests = Arc::new(Semaphore::new(cx.settings.max_requests));
-        Ok(Front { service, location, cx, requests })
+        Ok(FrontEnd { service, location, cx, requests })
     }
 
     /// Answers one request. `refuse_all` is set on connections beyond the bound.
@@ -116,11 +118,11 @@ impl Front {
         let permit = if refuse_all { None } else { self.requests.clone().try_acquire_owned().ok() };
         let expects_continue = request.headers().contains_key(header::EXPECT);
         let (parts, incoming) = request.into_parts();
-        let wire = Wire::new(incoming);
+        let socket = Socket::new(incoming);
 
         let mut response = if permit.is_none() {
             refusal(s3_error!(SlowDown), head)
-        } else if let Err(error) = check_head(&parts.method, &parts.headers, parts.uri.query()) {
+        } else if let Err(error) = check_head(&parts.method, &parts.headers, &parts.uri) {
             refusal(error, head)
         } else {
             let service = self.service_for(&parts);
@@ -128,7 +130,8 @@ impl Front {
                 .headers
                 .get("x-amz-content-sha256")
                 .is_some_and(|mode| mode == "STREAMING-AWS4-HMAC-SHA256-PAYLOAD");
-            let body = RequestBody::new(wire.clone(), info.clone(), self.cx.settings.body_idle_timeout, signed_chunks);
+            let body =
+                RequestBody::new(socket.clone(), info.clone(), self.cx.settings.body_idle_timeout, signed_chunks);
             let mut request = Request::from_parts(parts, Body::http_body(body));
             request.extensions_mut().insert(info.clone());
             match AssertUnwindSafe(service.call(request)).catch_unwind().await {
@@ -138,9 +141,9 @@ impl Front {
             }
         };
         if response.status() == StatusCode::INTERNAL_SERVER_ERROR && info.is_authorised() && !info.has_entered() {
-            // Between authorisation and verb there is only the reading of an XML body, and s3s has one answer for all that can go
-            // wrong there.
-            let cause = info.take_body_fault().unwrap_or_else(|| super::intake::BodyFault::ContentSha256.into());
+            // Between authorisation and verb there is only the reading of an XML body, and s3s has one answer for all
+            // that can go wrong there.
+            let cause = info.take_body_fault().unwrap_or_else(|| BodyFault::ContentSha256.into());
             response = refusal(cause, head);
         }
         if head && response.status() == StatusCode::OK && response.headers().contains_key(header::CONTENT_RANGE) {
@@ -154,7 +157,7 @@ impl Front {
             }
         }
         response.headers_mut().insert(header::SERVER, HeaderValue::from_static("Granary"));
-        if refuse_all || !drained(&wire, expects_continue).await {
+        if refuse_all || !drained(&socket, expects_continue).await {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         let status = response.status().as_u16();
@@ -164,8 +167,9 @@ impl Front {
     /// A request for a bucket's location may be signed for us-east-1; its signature is verified all the same.
     fn service_for(&self, parts: &http::request::Parts) -> &S3Service {
         let Some(location) = &self.location else { return &self.service };
+        let query = parts.uri.query().unwrap_or_default();
         let asks = parts.method == Method::GET
-            && parts.uri.query().unwrap_or_default().split('&').any(|pair| pair == "location" || pair == "location=");
+            && form_urlencoded::parse(query.as_bytes()).any(|(name, value)| name == "location" && value.is_empty());
         let scope = parts.headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
         if asks && scope.contains("/us-east-1/s3/") {
             location
@@ -219,7 +223,7 @@ fn refusal(error: S3Error, head: bool) -> Response<Body> {
 }
 
 /// Requests that are refused whatever they ask.
-fn check_head(method: &Method, headers: &HeaderMap, query: Option<&str>) -> Result<(), S3Error> {
+fn check_head(method: &Method, headers: &HeaderMap, uri: &Uri) -> Result<(), S3Error> {
     let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
     if bytes > MAX_HEADER_BYTES {
         let message = "Your request header section exceeds the maximum allowed size.";
@@ -235,10 +239,7 @@ fn check_head(method: &Method, headers: &HeaderMap, query: Option<&str>) -> Resu
         return Err(error::not_implemented("Upload by an HTML form"));
     }
     let authorizations = headers.get_all(header::AUTHORIZATION).iter().count();
-    let signed_query = query
-        .unwrap_or_default()
-        .split('&')
-        .any(|pair| pair.split('=').next().is_some_and(|n| n.eq_ignore_ascii_case("x-amz-signature")));
+    let signed_query = query_has(uri, "x-amz-signature");
     if authorizations > 1 || (authorizations == 1 && signed_query) {
         return Err(s3_error!(InvalidArgument, "Only one auth mechanism allowed; only the X-Amz-Algorithm query parameter, Signature query string parameter or the Authorization header should be specified"));
     }
@@ -259,9 +260,9 @@ async fn drain(body: &mut Incoming, most: usize) -> bool {
 }
 
 /// Deals with the unread rest of a body. False: the connection must be closed after the answer.
-async fn drained(wire: &Wire, expects_continue: bool) -> bool {
-    let Some(mut rest) = wire.take_rest() else { return true };
-    if expects_continue && !wire.was_polled() {
+async fn drained(socket: &Socket, expects_continue: bool) -> bool {
+    let Some(mut rest) = socket.take_rest() else { return true };
+    if expects_continue && !socket.was_polled() {
         // The client still waits for a word: the answer is it, and no body will come.
         return false;
     }

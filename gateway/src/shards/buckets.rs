@@ -7,9 +7,10 @@
 //!
 //! A crash leaves the mark and some fences; the next DeleteBucket, or a CreateBucket of the name, begins at 1 again.
 //!
-//! Gateways know nothing of each other, so two may delete one bucket at once, and their commands may arrive late. The attempt's
-//! number keeps them apart: it rises with every step 1, a shard refuses commands of attempts below the highest it saw, and the root
-//! shard ends only the last attempt it handed out. So a name is removed only while every fence its deletion counted on is up.
+//! Gateways know nothing of each other, so two may delete one bucket at once, and their commands may arrive late. The
+//! attempt's number keeps them apart: it rises with every step 1, a shard refuses commands of attempts below the
+//! highest it saw, and the root shard ends only the last attempt it handed out. So a name is removed only while every
+//! fence its deletion counted on is up.
 
 use super::{ShardError, Shards};
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -23,7 +24,8 @@ use std::time::Duration;
 /// Most buckets remembered by name.
 const CACHE_BUCKETS: usize = 10_000;
 
-/// Most attempts of one DeleteBucket. Each but the first follows one of another gateway that took over and then broke off.
+/// Most attempts of one DeleteBucket. Each but the first follows one of another gateway that took over and then broke
+/// off.
 const MAX_ATTEMPTS: usize = 3;
 
 /// What CreateBucket came to.
@@ -44,6 +46,8 @@ pub enum Removed {
     NoSuchBucket,
     /// It holds objects, versions or uploads.
     NotEmpty,
+    /// It belongs to another account.
+    OtherOwner,
 }
 
 /// A page of buckets.
@@ -55,8 +59,8 @@ pub struct BucketPage {
     pub more: bool,
 }
 
-/// Buckets by name. Only what exists is remembered: that a name is free may change at any time, while a bucket that was deleted
-/// answers for itself by its fences.
+/// Buckets by name. Only what exists is remembered: that a name is free may change at any time, while a bucket that was
+/// deleted answers for itself by its fences.
 #[derive(Default)]
 pub(super) struct BucketCache {
     by_name: RwLock<HashMap<String, BucketRecord>>,
@@ -92,9 +96,9 @@ impl BucketCache {
 }
 
 impl Shards {
-    /// The bucket of that name, from memory when it was seen before. For requests that go on to an object shard: that shard answers
-    /// BucketFenced when the bucket is gone, and the caller then takes [`Shards::fresh_bucket`] and tries once more.
-    /// A bucket that is being deleted comes back with `deleting` set.
+    /// The bucket of that name, from memory when it was seen before. For requests that go on to an object shard: that
+    /// shard answers BucketFenced when the bucket is gone, and the caller then takes [`Shards::fresh_bucket`] and tries
+    /// once more. A bucket that is being deleted comes back with `deleting` set.
     ///
     /// # Errors
     /// The root shard does not answer.
@@ -105,9 +109,10 @@ impl Shards {
         }
     }
 
-    /// The bucket of that name as the root shard has it now. For requests on the bucket itself, and after BucketFenced. While it is
-    /// being deleted this waits some seconds for the end of that; if it comes back with `deleting` set all the same, the deletion was
-    /// broken off: the sensible answer is 409 OperationAborted, and the next DeleteBucket finishes it.
+    /// The bucket of that name as the root shard has it now. For requests on the bucket itself, and after BucketFenced.
+    /// While it is being deleted this waits some seconds for the end of that; if it comes back with `deleting` set all
+    /// the same, the deletion was broken off: the sensible answer is 409 OperationAborted, and the next DeleteBucket
+    /// finishes it.
     ///
     /// # Errors
     /// The root shard does not answer.
@@ -149,7 +154,7 @@ impl Shards {
                 // Either somebody is at it, and we wait our turn, or it was broken off, and we finish it.
                 match self.delete_known(&bucket).await? {
                     Removed::NotEmpty => Ok(Created::Exists(BucketRecord { deleting: false, ..bucket })),
-                    Removed::Done | Removed::NoSuchBucket => self.create_once(name, owner).await,
+                    Removed::Done | Removed::NoSuchBucket | Removed::OtherOwner => self.create_once(name, owner).await,
                 }
             }
             created => Ok(created),
@@ -157,7 +162,7 @@ impl Shards {
     }
 
     async fn create_once(&self, name: &str, owner: AccountId) -> Result<Created, ShardError> {
-        match self.command(ShardId::ROOT, Command::CreateBucket { name: name.to_owned(), owner }).await? {
+        match self.command_by(owner, ShardId::ROOT, Command::CreateBucket { name: name.to_owned(), owner }).await? {
             Reply::Bucket(bucket) => {
                 self.inner.buckets.put(&bucket);
                 Ok(Created::New(bucket))
@@ -167,12 +172,33 @@ impl Shards {
         }
     }
 
-    /// Deletes a bucket if it is empty: no objects, no versions, no uploads in any shard.
+    /// Brings a bucket's rule to the shard of a key that has not heard of it yet (RuleBehind). Done when it has this
+    /// rule or a later one.
     ///
     /// # Errors
-    /// A shard does not answer. The bucket is then marked and perhaps fenced in part; deleting it again goes on from there.
-    pub async fn delete_bucket(&self, name: &str) -> Result<Removed, ShardError> {
+    /// The shard does not answer.
+    pub async fn push_bucket_rule(
+        &self,
+        account: AccountId,
+        bucket: &BucketRecord,
+        key: &str,
+    ) -> Result<(), ShardError> {
+        let shard = self.shard_of(bucket.id, key)?;
+        let command = Command::SetBucketRule { bucket: bucket.id, rule: bucket.rule };
+        match self.command_by(account, shard, command).await? {
+            Reply::Done | Reply::StaleRule { .. } => Ok(()),
+            other => Err(odd_reply(shard, &other)),
+        }
+    }
+
+    /// Deletes a bucket of that owner if it is empty: no objects, no versions, no uploads in any shard.
+    ///
+    /// # Errors
+    /// A shard does not answer. The bucket is then marked and perhaps fenced in part; deleting it again goes on from
+    /// there.
+    pub async fn delete_bucket(&self, name: &str, owner: AccountId) -> Result<Removed, ShardError> {
         match self.look_up(name).await? {
+            Some(bucket) if bucket.owner != owner => Ok(Removed::OtherOwner),
             Some(bucket) => self.delete_known(&bucket).await,
             None => {
                 self.inner.buckets.forget(name);
@@ -195,8 +221,8 @@ impl Shards {
             if let Some(removed) = removed {
                 return Ok(removed);
             }
-            // The attempt that took over began after ours, so what it saw is an answer to this call too. Given time to end, it leaves
-            // its mark only if it was broken off.
+            // The attempt that took over began after ours, so what it saw is an answer to this call too. Given time to
+            // end, it leaves its mark only if it was broken off.
             match self.fresh_bucket(&bucket.name).await? {
                 Some(now) if now.id == bucket.id && now.deleting => {}
                 Some(now) if now.id == bucket.id => return Ok(Removed::NotEmpty),
@@ -211,13 +237,13 @@ impl Shards {
     async fn attempt_delete(&self, bucket: &BucketRecord) -> Result<Option<Removed>, ShardError> {
         let id = bucket.id;
         let begin = Command::BeginDeleteBucket { name: bucket.name.clone(), bucket: id };
-        let attempt = match self.command(ShardId::ROOT, begin).await? {
+        let attempt = match self.command_by(bucket.owner, ShardId::ROOT, begin).await? {
             Reply::Bucket(marked) => marked.delete_attempt,
             Reply::NoSuchBucket => return Ok(Some(Removed::NoSuchBucket)),
             other => return Err(odd_reply(ShardId::ROOT, &other)),
         };
         let (mut empty, mut stale) = (true, false);
-        for (shard, reply) in self.on_all_shards(|| Command::FenceBucket { bucket: id, attempt }).await? {
+        for (shard, reply) in self.on_all_shards(bucket.owner, || Command::FenceBucket { bucket: id, attempt }).await? {
             match reply {
                 Reply::Fenced { empty: empty_here } => empty &= empty_here,
                 Reply::StaleAttempt { .. } => stale = true,
@@ -228,16 +254,18 @@ impl Shards {
             return Ok(None);
         }
         if !empty {
-            // Everywhere, not only where this attempt set the fence: one that was broken off may have set others. Where a later
-            // attempt was, it sees to the fence.
-            for (shard, reply) in self.on_all_shards(|| Command::UnfenceBucket { bucket: id, attempt }).await? {
+            // Everywhere, not only where this attempt set the fence: one that was broken off may have set others. Where
+            // a later attempt was, it sees to the fence.
+            for (shard, reply) in
+                self.on_all_shards(bucket.owner, || Command::UnfenceBucket { bucket: id, attempt }).await?
+            {
                 if !matches!(reply, Reply::Done | Reply::StaleAttempt { .. }) {
                     return Err(odd_reply(shard, &reply));
                 }
             }
         }
         let end = Command::EndDeleteBucket { name: bucket.name.clone(), bucket: id, attempt, remove: empty };
-        match self.command(ShardId::ROOT, end).await? {
+        match self.command_by(bucket.owner, ShardId::ROOT, end).await? {
             Reply::Done if empty => Ok(Some(Removed::Done)),
             Reply::StaleAttempt { .. } if empty => Ok(None),
             // With a later attempt under way the mark is that one's to take back.
@@ -256,12 +284,18 @@ impl Shards {
     }
 
     /// The same command on every object shard, in parallel; fails when any does not answer, after all have been heard.
-    async fn on_all_shards(&self, command: impl Fn() -> Command) -> Result<Vec<(ShardId, Reply)>, ShardError> {
+    async fn on_all_shards(
+        &self,
+        account: AccountId,
+        command: impl Fn() -> Command,
+    ) -> Result<Vec<(ShardId, Reply)>, ShardError> {
         let mut running: FuturesUnordered<_> = self
             .object_shards()
             .into_iter()
             .map(|shard| (shard, command()))
-            .map(|(shard, command)| async move { self.command(shard, command).await.map(|reply| (shard, reply)) })
+            .map(|(shard, command)| async move {
+                self.command_by(account, shard, command).await.map(|reply| (shard, reply))
+            })
             .collect();
         let mut replies = Vec::new();
         let mut failed = None;

@@ -1,7 +1,7 @@
 //! The way to the metadata shards.
 //!
-//! [`Shards`] knows which disk leads which shard, goes elsewhere when it does not, and asks until an answer comes or the deadline
-//! passes, always under the same request id, so that a command is applied once however often it was sent.
+//! [`Shards`] knows which disk leads which shard, goes elsewhere when it does not, and asks until an answer comes or
+//! the deadline passes, always under the same request id, so that a command is applied once however often it was sent.
 //!
 //! - this file: one request to one shard, and the object helpers on it;
 //! - [`buckets`]: buckets: cache, making, and deleting behind fences;
@@ -9,8 +9,8 @@
 //! - [`map_watch`]: the cluster map, kept up to date here and on the disk nodes;
 //! - [`peers`]: the seam to the disk nodes, which tests replace.
 //!
-//! **Invariant:** a stale leader, member list or bucket in a cache costs a round trip, never a wrong answer: leaders answer for
-//! themselves, bucket ids are never used again, and a bucket's shards refuse everything once it is fenced.
+//! **Invariant:** a stale leader, member list or bucket in a cache costs a round trip, never a wrong answer: leaders
+//! answer for themselves, bucket ids are never used again, and a bucket's shards refuse everything once it is fenced.
 
 pub mod buckets;
 pub mod list;
@@ -39,7 +39,8 @@ use tokio::time::Instant;
 pub struct Timing {
     /// How long a request to a shard is tried in all.
     pub deadline: Duration,
-    /// How long one attempt may take. Longer than an election, so that a busy leader is not deserted; short enough that a hung one is.
+    /// How long one attempt may take. Longer than an election, so that a busy leader is not deserted; short enough that
+    /// a hung one is.
     pub attempt: Duration,
     /// How long a member that did not answer is left alone within one request.
     pub silence: Duration,
@@ -84,6 +85,14 @@ pub enum ShardError {
     /// The bucket was fenced in a shard: it is being deleted, or is gone. Look its name up again.
     #[error("the bucket is being deleted or gone")]
     BucketFenced,
+    /// An answer came, and this build makes no sense of it. A command may have been applied.
+    #[error("shard {shard} gave an answer that makes no sense here: {why}")]
+    Garbled {
+        /// Which shard.
+        shard: ShardId,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The shard calls the request senseless; a mistake on our side. A command was not applied.
     #[error("shard {shard} refused: {why}")]
     Refused {
@@ -97,7 +106,7 @@ pub enum ShardError {
 impl ShardError {
     /// May the command have been applied although there was no answer?
     pub fn outcome_unknown(&self) -> bool {
-        matches!(self, ShardError::Unavailable { .. })
+        matches!(self, ShardError::Unavailable { .. } | ShardError::Garbled { .. })
     }
 }
 
@@ -122,8 +131,8 @@ struct Inner {
 }
 
 impl Shards {
-    /// Shards behind `peers`. `map` holds the map given at start (bootstrap file) and is where newer maps are published; its receivers
-    /// were handed to `peers` beforehand.
+    /// Shards behind `peers`. `map` holds the map given at start (bootstrap file) and is where newer maps are
+    /// published; its receivers were handed to `peers` beforehand.
     pub fn new(peers: Arc<dyn Peers>, map: watch::Sender<Option<Arc<ClusterMap>>>, metrics: Metrics) -> Shards {
         Shards::with_timing(peers, map, metrics, Timing::default())
     }
@@ -190,32 +199,26 @@ impl Shards {
         (1..=count).map(ShardId).collect()
     }
 
-    /// Applies a command to a shard, exactly once if it answers. Refusals of the state machine that callers act on come back as
-    /// replies.
+    /// Applies a command of the gateway itself to a shard, exactly once if it answers. Refusals of the state machine
+    /// that callers act on come back as replies.
     ///
     /// # Errors
-    /// [`ShardError::Unavailable`] with unknown outcome; the others before anything was applied.
+    /// [`ShardError::outcome_unknown`] tells whether the command may have been applied all the same.
     pub async fn command(&self, shard: ShardId, command: Command) -> Result<Reply, ShardError> {
-        let request_id = random_id().map_err(|why| ShardError::Refused { shard, why })?;
-        self.command_as(shard, request_id, command).await
+        self.command_by(AccountId::ROOT, shard, command).await
     }
 
-    /// As [`Shards::command`], under a request id of the caller, who may send the same command again later.
+    /// As [`Shards::command`], on behalf of an account.
     ///
     /// # Errors
     /// As [`Shards::command`].
-    pub async fn command_as(
-        &self,
-        shard: ShardId,
-        request_id: [u8; 16],
-        command: Command,
-    ) -> Result<Reply, ShardError> {
-        let request =
-            ShardRequest::Command(MetaRequest { request_id, now_ms: now_ms(), account: AccountId::ROOT, command });
+    pub async fn command_by(&self, account: AccountId, shard: ShardId, command: Command) -> Result<Reply, ShardError> {
+        let request_id = random_id().map_err(|why| ShardError::Refused { shard, why })?;
+        let request = ShardRequest::Command(MetaRequest { request_id, now_ms: now_ms(), account, command });
         match self.timed("command", shard, &request).await? {
             ShardResponse::Reply(Reply::Refused(why)) => Err(ShardError::Refused { shard, why }),
             ShardResponse::Reply(reply) => Ok(reply),
-            ShardResponse::Answer(_) => Err(ShardError::Refused { shard, why: "an answer to a command".to_owned() }),
+            ShardResponse::Answer(_) => Err(ShardError::Garbled { shard, why: "an answer to a command".to_owned() }),
         }
     }
 
@@ -227,16 +230,22 @@ impl Shards {
         match self.timed("query", shard, &ShardRequest::Query(query)).await? {
             ShardResponse::Answer(Answer::Refused(why)) => Err(ShardError::Refused { shard, why }),
             ShardResponse::Answer(answer) => Ok(answer),
-            ShardResponse::Reply(_) => Err(ShardError::Refused { shard, why: "a reply to a query".to_owned() }),
+            ShardResponse::Reply(_) => Err(ShardError::Garbled { shard, why: "a reply to a query".to_owned() }),
         }
     }
 
-    /// [`Shards::command`] on the shard that owns the key.
+    /// [`Shards::command_by`] on the shard that owns the key.
     ///
     /// # Errors
     /// As [`Shards::command`].
-    pub async fn command_for(&self, bucket: BucketId, key: &str, command: Command) -> Result<Reply, ShardError> {
-        self.command(self.shard_of(bucket, key)?, command).await
+    pub async fn command_for(
+        &self,
+        account: AccountId,
+        bucket: BucketId,
+        key: &str,
+        command: Command,
+    ) -> Result<Reply, ShardError> {
+        self.command_by(account, self.shard_of(bucket, key)?, command).await
     }
 
     /// [`Shards::query`] on the shard that owns the key.
@@ -261,17 +270,19 @@ impl Shards {
 
     async fn timed(&self, kind: &str, shard: ShardId, request: &ShardRequest) -> Result<ShardResponse, ShardError> {
         let begun = Instant::now();
-        let refused = |error: BadBytes| ShardError::Refused { shard, why: error.to_string() };
         let result = match request.encode() {
             Ok(request) => self.ask(shard, ControlRequest::Shard { shard, request }).await,
-            Err(error) => Err(refused(error)),
+            Err(error) => Err(ShardError::Refused { shard, why: error.to_string() }),
         };
+        // The request was taken: whatever is wrong with its answer, a command may have been applied.
+        let garbled = |error: BadBytes| ShardError::Garbled { shard, why: error.to_string() };
         let result = result.and_then(|response| match response {
-            ControlResponse::Shard(bytes) => ShardResponse::decode(&bytes).map_err(refused),
-            other => Err(ShardError::Refused { shard, why: unexpected(&other) }),
+            ControlResponse::Shard(bytes) => ShardResponse::decode(&bytes).map_err(garbled),
+            other => Err(ShardError::Garbled { shard, why: unexpected(&other) }),
         });
         let name = match &result {
             Ok(_) => "ok",
+            Err(ShardError::Garbled { .. }) => "garbled",
             Err(error) if error.outcome_unknown() => "unavailable",
             Err(_) => "refused",
         };
@@ -280,15 +291,19 @@ impl Shards {
         result
     }
 
-    /// Asks the leader; looks for it among the members when it is not where it was. The request goes out unchanged each time.
+    /// Asks the leader; looks for it among the members when it is not where it was. The request goes out unchanged each
+    /// time.
     async fn ask(&self, shard: ShardId, request: ControlRequest) -> Result<ControlResponse, ShardError> {
         let deadline = Instant::now() + self.inner.timing.deadline;
         let mut pause = self.inner.timing.first_pause;
         // Members asked since the last pause: each is asked once, then all are given time to elect.
         let mut asked: BTreeSet<DiskId> = BTreeSet::new();
-        // Members that did not answer at all, and until when they are left alone: a hung leader is still named by the others.
+        // Members that did not answer at all, and until when they are left alone: a hung leader is still named by the
+        // others.
         let mut silent: BTreeMap<DiskId, Instant> = BTreeMap::new();
         let mut hint = self.leader(shard);
+        // An attempt that was not clearly turned away may have been applied, whatever is answered to a later one.
+        let mut in_doubt = false;
         loop {
             let map = self.current_map().ok_or(ShardError::NoMap(shard))?;
             let members = map.shards.get(usize::from(shard.0)).map(|replicas| replicas.members.as_slice());
@@ -308,6 +323,9 @@ impl Shards {
             let outcome = self.inner.peers.control(target, request.clone(), left.min(self.inner.timing.attempt)).await;
             let (reason, detail) = match outcome {
                 Ok(ControlResponse::Error(error)) => match error {
+                    ControlError::BadRequest(detail) if in_doubt => {
+                        return Err(ShardError::Unavailable { shard, detail })
+                    }
                     ControlError::BadRequest(why) => return Err(ShardError::Refused { shard, why }),
                     // No answers to a request for a shard.
                     ControlError::EpochMismatch { .. } | ControlError::StaleLease { .. } => {
@@ -337,6 +355,7 @@ impl Shards {
                     ("link", format!("disk {target}: {detail}"))
                 }
             };
+            in_doubt |= matches!(reason, "link" | "unavailable");
             self.inner.metrics.shard_retries.with_label_values(&[reason]).inc();
             if self.leader(shard) == Some(target) {
                 self.set_leader(shard, None);

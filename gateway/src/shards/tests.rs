@@ -57,7 +57,7 @@ fn put_command(bucket: BucketId, key: &str) -> Command {
 }
 
 async fn put(shards: &Shards, bucket: BucketId, key: &str) -> Result<Reply, ShardError> {
-    shards.command_for(bucket, key, put_command(bucket, key)).await
+    shards.command_for(AccountId::ROOT, bucket, key, put_command(bucket, key)).await
 }
 
 #[tokio::test]
@@ -204,15 +204,15 @@ async fn a_bucket_is_deleted_only_when_empty_and_its_name_is_free_again_under_a_
     let (fake, shards) = cluster();
     let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
     put(&shards, bucket.id, "k").await.unwrap();
-    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::NotEmpty);
+    assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::NotEmpty);
     assert!(fake.state.lock().unwrap().fences.is_empty());
     assert_eq!(put(&shards, bucket.id, "k2").await.unwrap(), Reply::Done);
 
     fake.state.lock().unwrap().keys.clear();
-    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::Done);
+    assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::Done);
     assert_eq!(put(&shards, bucket.id, "k3").await.unwrap(), Reply::BucketFenced);
     assert_eq!(shards.get_bucket("b").await.unwrap(), None);
-    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::NoSuchBucket);
+    assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::NoSuchBucket);
     let Created::New(again) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
     assert_ne!(again.id, bucket.id);
 }
@@ -233,7 +233,7 @@ async fn a_deletion_that_was_broken_off_is_finished_by_the_next_one_or_by_create
             let Created::New(again) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
             assert_ne!(again.id, bucket.id);
         } else {
-            assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::Done);
+            assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::Done);
         }
         assert_eq!(fake.state.lock().unwrap().fences.len(), OBJECT_SHARDS);
     }
@@ -255,7 +255,7 @@ async fn a_late_unfence_of_one_deletion_leaves_the_fences_of_the_next() {
     let shard = shards.shard_of(bucket.id, "k").unwrap();
     fake.state.lock().unwrap().before_end =
         vec![(shard, Command::UnfenceBucket { bucket: bucket.id, attempt }), (shard, put_command(bucket.id, "k"))];
-    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::Done);
+    assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::Done);
     let state = fake.state.lock().unwrap();
     assert!(state.keys.values().all(BTreeSet::is_empty), "an acknowledged upload lies in a deleted bucket");
     assert_eq!(state.fences.len(), OBJECT_SHARDS);
@@ -274,7 +274,7 @@ async fn a_deletion_that_was_taken_over_does_not_remove_what_the_other_found_not
         (shard, put_command(id, "k")),
         (ShardId::ROOT, Command::EndDeleteBucket { name: "b".into(), bucket: id, attempt: 2, remove: false }),
     ];
-    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::NotEmpty);
+    assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::NotEmpty);
     let state = fake.state.lock().unwrap();
     assert_eq!(state.keys[&(shard, id.0)].len(), 1);
     assert_eq!(state.buckets["b"], BucketRecord { delete_attempt: 2, ..bucket });
@@ -288,7 +288,7 @@ async fn a_deletion_that_was_taken_over_goes_on_when_the_other_is_broken_off() {
         (ShardId::ROOT, Command::BeginDeleteBucket { name: "b".into(), bucket: bucket.id }),
         (ShardId(2), Command::FenceBucket { bucket: bucket.id, attempt: 2 }),
     ];
-    assert_eq!(shards.delete_bucket("b").await.unwrap(), Removed::Done);
+    assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::Done);
     let state = fake.state.lock().unwrap();
     let removals: Vec<u64> = state
         .applied
@@ -310,7 +310,7 @@ async fn of_deletions_by_several_gateways_one_removes_the_bucket() {
         shards.create_bucket("b", AccountId::ROOT).await.unwrap();
         let deletes = (0..3).map(|_| {
             let gateway = another_gateway(&fake);
-            async move { gateway.delete_bucket("b").await.unwrap() }
+            async move { gateway.delete_bucket("b", AccountId::ROOT).await.unwrap() }
         });
         let mut removed = futures::future::join_all(deletes).await;
         removed.sort_by_key(|removed| *removed != Removed::Done);
@@ -330,7 +330,7 @@ async fn no_acknowledged_put_is_lost_in_a_race_with_deletions() {
         // Two in one gateway, which take turns, and one in another.
         let deletes = [shards.clone(), shards.clone(), another_gateway(&fake)]
             .into_iter()
-            .map(|shards| tokio::spawn(async move { shards.delete_bucket("b").await.unwrap() }));
+            .map(|shards| tokio::spawn(async move { shards.delete_bucket("b", AccountId::ROOT).await.unwrap() }));
         let (puts, deletes): (Vec<_>, Vec<_>) = (puts.collect(), deletes.collect());
         let puts = futures::future::try_join_all(puts).await.unwrap();
         let deletes = futures::future::try_join_all(deletes).await.unwrap();

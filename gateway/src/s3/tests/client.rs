@@ -1,6 +1,6 @@
 //! A client that signs by itself and writes its bytes by hand, so that it can also lie.
 
-use crate::s3::tests::memory::Memory;
+use super::cluster::Cluster;
 use crate::s3::{serve, S3Context, S3Settings};
 use base64::engine::general_purpose::STANDARD as BASE64;
 use base64::Engine;
@@ -320,9 +320,9 @@ impl Got {
     }
 }
 
-/// A server over [`Memory`], on loopback.
+/// A gateway over a [`Cluster`], on loopback.
 pub struct Scene {
-    pub memory: Arc<Memory>,
+    pub cluster: Arc<Cluster>,
     pub address: SocketAddr,
     stop: CancellationToken,
 }
@@ -339,18 +339,26 @@ impl Scene {
     }
 
     pub async fn with(change: impl FnOnce(&mut S3Settings)) -> Scene {
-        let memory = Arc::new(Memory::default());
+        let scene = Scene::over(Cluster::start().await, change).await;
+        scene.ask(Ask::new("PUT", "/bucket")).await.ok();
+        scene
+    }
+
+    /// One more gateway over the same cluster, with empty caches.
+    pub async fn another(&self) -> Scene {
+        Scene::over(self.cluster.clone(), |_| {}).await
+    }
+
+    async fn over(cluster: Arc<Cluster>, change: impl FnOnce(&mut S3Settings)) -> Scene {
         let mut settings = S3Settings::new(REGION, ACCESS, SECRET);
         settings.base_domain = Some("s3.test".to_owned());
         change(&mut settings);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let cx = S3Context::new(memory.clone(), settings);
+        let cx = S3Context::new(cluster.more_shards(), cluster.objects.clone(), settings);
         tokio::spawn(serve(listener, cx, stop.clone()));
-        let scene = Scene { memory, address, stop };
-        scene.ask(Ask::new("PUT", "/bucket")).await.ok();
-        scene
+        Scene { cluster, address, stop }
     }
 
     pub fn host(&self) -> String {

@@ -39,8 +39,9 @@ async fn send_head(scene: &Scene, ask: Ask) -> (TcpStream, Vec<u8>, Vec<u8>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_waiting_client_gets_its_100_after_authorisation_and_before_any_lookup() {
-    let scene = Scene::new().await;
-    scene.memory.lookup_delay_ms.store(3000, Ordering::SeqCst);
+    // This gateway has to look the bucket up: it was made through another.
+    let scene = Scene::new().await.another().await;
+    scene.cluster.peers.delay_ms.store(3000, Ordering::SeqCst);
     let put = || Ask::new("PUT", "/bucket/k").header("expect", "100-continue").body(vec![1u8; 100_000]);
     let began = Instant::now();
     let (mut stream, body, _) = send_head(&scene, put()).await;
@@ -48,7 +49,7 @@ async fn a_waiting_client_gets_its_100_after_authorisation_and_before_any_lookup
     stream.read_exact(&mut interim).await.unwrap();
     assert_eq!(&interim, b"HTTP/1.1 100 Continue\r\n\r\n");
     assert!(began.elapsed() < Duration::from_millis(2000), "the 100 waited for a lookup");
-    scene.memory.lookup_delay_ms.store(0, Ordering::SeqCst);
+    scene.cluster.peers.delay_ms.store(0, Ordering::SeqCst);
     stream.write_all(&body).await.unwrap();
     assert_eq!(read_answer(&mut stream, false).await.status, 200);
 
@@ -96,7 +97,7 @@ async fn one_connection_serves_many_requests() {
 #[tokio::test(flavor = "multi_thread")]
 async fn beyond_a_bound_requests_are_told_to_slow_down() {
     let scene = Scene::with(|settings| settings.max_requests = 1).await;
-    scene.memory.lookup_delay_ms.store(500, Ordering::SeqCst);
+    scene.cluster.peers.delay_ms.store(500, Ordering::SeqCst);
     let slow = scene.ask(Ask::new("PUT", "/bucket/a").body("x"));
     let refused = async {
         tokio::time::sleep(Duration::from_millis(150)).await;
@@ -130,7 +131,7 @@ async fn slow_heads_and_slow_bodies_are_cut_off() {
     stream.write_all(&body[..50_000]).await.unwrap();
     let got = tokio::time::timeout(Duration::from_secs(5), read_answer(&mut stream, false)).await.unwrap();
     got.expect(400, "RequestTimeout");
-    assert_eq!(scene.memory.objects(), 0);
+    assert_eq!(scene.cluster.object_count().await, 0);
     // A connection that is merely silent is left alone that long.
     let mut idle = TcpStream::connect(scene.address).await.unwrap();
     tokio::time::sleep(Duration::from_millis(900)).await;
@@ -145,7 +146,7 @@ async fn an_upload_that_breaks_off_stores_nothing() {
     stream.write_all(&body[..2_000_000]).await.unwrap();
     drop(stream);
     tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(scene.memory.objects(), 0);
+    assert_eq!(scene.cluster.object_count().await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -180,5 +181,5 @@ async fn malformed_requests_get_a_4xx() {
         .ask(Ask::new("POST", "/bucket").header("content-type", "multipart/form-data; boundary=x").body("x"))
         .await
         .expect(501, "NotImplemented");
-    assert_eq!(scene.memory.objects(), 0);
+    assert_eq!(scene.cluster.object_count().await, 0);
 }

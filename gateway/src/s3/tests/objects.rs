@@ -1,5 +1,7 @@
 use super::client::{b64, encode, md5_hex, Ask, Got, Scene};
+use bytes::Bytes;
 use granary_meta::record::ChecksumAlgorithm;
+use granary_meta::{Answer, Reply, ShardResponse};
 use std::sync::atomic::Ordering;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -38,10 +40,10 @@ async fn every_legal_key_comes_back_as_it_went() {
     ];
     for key in keys {
         scene.put(key, key.as_bytes()).await;
-        assert_eq!(scene.memory.object("bucket", key).unwrap().0, key.as_bytes(), "{key:?}");
+        assert_eq!(scene.cluster.object("bucket", key).await.0, key.as_bytes(), "{key:?}");
         assert_eq!(scene.get(key).await.ok().body, key.as_bytes(), "{key:?}");
     }
-    assert_eq!(scene.memory.objects(), keys.len());
+    assert_eq!(scene.cluster.object_count().await, keys.len() as u64);
     // Both ways to write a character in a path name one key: the path that was verified is the path that is used.
     let mut raw = Ask::new("GET", "/bucket/a+b");
     raw.path = "/bucket/a+b".to_owned();
@@ -59,7 +61,7 @@ async fn every_legal_key_comes_back_as_it_went() {
     for key in keys {
         scene.ask(Ask::new("DELETE", &format!("/bucket/{key}"))).await.expect(204, "");
     }
-    assert_eq!(scene.memory.objects(), 0);
+    assert_eq!(scene.cluster.object_count().await, 0);
 
     scene.ask(Ask::new("PUT", &format!("/bucket/{long}k")).body("x")).await.expect(400, "KeyTooLongError");
     scene.ask(Ask::new("PUT", "/bucket/a\0b").body("x")).await.expect(400, "InvalidArgument");
@@ -69,7 +71,7 @@ async fn every_legal_key_comes_back_as_it_went() {
     for name in ["UPPER", "a", "has_underscore", "192.168.0.1", "-dash", "dots..dots", "xn--a"] {
         scene.ask(Ask::new("PUT", &format!("/{name}"))).await.expect(400, "InvalidBucketName");
     }
-    assert_eq!(scene.memory.objects(), 0);
+    assert_eq!(scene.cluster.object_count().await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -125,7 +127,7 @@ async fn ranges_agree_with_the_bytes() {
 async fn conditions_of_reads_and_writes_hold() {
     let scene = Scene::new().await;
     let etag = scene.put("k", b"one").await.header("etag").unwrap();
-    scene.memory.touch("bucket", "k", 1_700_000_000_500); // Tue, 14 Nov 2023 22:13:20 GMT
+    scene.cluster.touch("bucket", "k", 1_700_000_000_500).await; // Tue, 14 Nov 2023 22:13:20 GMT
     let get = |name: &str, value: &str| scene.ask(Ask::new("GET", "/bucket/k").header(name, value));
     get("if-match", &etag).await.ok();
     get("if-match", etag.trim_matches('"')).await.ok();
@@ -214,7 +216,7 @@ async fn headers_and_metadata_come_back() {
     refuse("x-amz-object-lock-mode", "COMPLIANCE").await.expect(400, "InvalidRequest");
     refuse("x-amz-expected-bucket-owner", "000000000002").await.expect(403, "AccessDenied");
     refuse("x-amz-meta-a", &"x".repeat(2048)).await.expect(400, "MetadataTooLarge");
-    assert_eq!(scene.memory.objects(), 1);
+    assert_eq!(scene.cluster.object_count().await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -283,7 +285,7 @@ async fn a_batch_deletes_with_any_sum_or_none() {
         let request = sums.iter().fold(ask(&body), |ask, (name, value)| ask.header(name, value));
         let got = scene.ask(request).await.ok();
         assert_eq!(got.all("Key"), ["a", "never-there"], "{sums:?}: {}", got.text());
-        assert_eq!(scene.memory.objects(), 0);
+        assert_eq!(scene.cluster.object_count().await, 0);
     }
     scene.put("a", b"x").await;
     scene.ask(ask(&body).header("content-md5", &md5("other"))).await.expect(400, "BadDigest");
@@ -295,7 +297,7 @@ async fn a_batch_deletes_with_any_sum_or_none() {
     let (mut wire, _) = ask(&body).signed(&scene.host());
     *wire.last_mut().unwrap() = b' ';
     scene.raw(&wire, false).await.expect(400, "XAmzContentSHA256Mismatch");
-    assert_eq!(scene.memory.objects(), 1, "nothing was deleted by a body that is not the signed one");
+    assert_eq!(scene.cluster.object_count().await, 1, "nothing was deleted by a body that is not the signed one");
 
     let quiet = scene.ask(ask(&delete_body(&["a"], true))).await.ok();
     assert_eq!(quiet.all("Key"), Vec::<String>::new());
@@ -316,16 +318,38 @@ async fn a_batch_deletes_with_any_sum_or_none() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_answer_never_deletes_what_may_be_committed() {
     let scene = Scene::new().await;
-    scene.memory.lose_answers.store(1, Ordering::SeqCst);
-    scene.ask(Ask::new("PUT", "/bucket/k").body("x")).await.expect(503, "ServiceUnavailable");
-    let fates = &scene.memory.fates;
-    assert_eq!((fates.unknown.load(Ordering::SeqCst), fates.deleted.load(Ordering::SeqCst)), (1, 0));
-    assert_eq!(scene.get("k").await.ok().body, b"x");
+    let cluster = &scene.cluster;
+    let (one, two) = (vec![1u8; 100_000], vec![2u8; 100_000]);
+    cluster.peers.lose_answers.store(true, Ordering::SeqCst);
+    scene.ask(Ask::new("PUT", "/bucket/k").body(one.clone())).await.expect(503, "ServiceUnavailable");
+    cluster.peers.lose_answers.store(false, Ordering::SeqCst);
+    assert_eq!((cluster.dropped_chunks(), cluster.chunk_count()), (0, 3));
+    assert!(scene.get("k").await.ok().body == one);
     scene
-        .ask(Ask::new("PUT", "/bucket/k").header("if-none-match", "*").body("y"))
+        .ask(Ask::new("PUT", "/bucket/k").header("if-none-match", "*").body(two))
         .await
         .expect(412, "PreconditionFailed");
-    assert_eq!(fates.deleted.load(Ordering::SeqCst), 1, "what was surely refused goes");
+    assert_eq!(cluster.dropped_chunks(), 3, "what was surely refused goes");
+    cluster.until_chunks(3).await;
+    assert!(scene.get("k").await.ok().body == one);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_that_makes_no_sense_never_deletes_what_may_be_committed() {
+    let scene = Scene::new().await;
+    let cluster = &scene.cluster;
+    let garbled = |reply: Option<Bytes>| *cluster.peers.garbled_reply.lock().unwrap() = reply;
+    let odd = ShardResponse::Reply(Reply::Done).encode().unwrap();
+    let answer = ShardResponse::Answer(Answer::NoSuchKey).encode().unwrap();
+    for (count, reply) in [odd, answer, Bytes::from_static(b"\xff of a later version")].into_iter().enumerate() {
+        let (key, body) = (format!("k{count}"), vec![count as u8; 100_000]);
+        garbled(Some(reply));
+        let got = scene.ask(Ask::new("PUT", &format!("/bucket/{key}")).body(body.clone())).await;
+        assert!(got.status >= 500, "{}", got.text());
+        garbled(None);
+        assert_eq!((cluster.dropped_chunks(), cluster.chunk_count()), (0, 3 * (count + 1)));
+        assert!(scene.get(&key).await.ok().body == body);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

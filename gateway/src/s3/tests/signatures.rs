@@ -1,6 +1,5 @@
 use super::client::{b64, md5_hex, now, sum, Ask, Scene, SECRET};
 use granary_meta::record::ChecksumAlgorithm;
-use std::sync::atomic::Ordering;
 
 const CRC32: &str = "x-amz-checksum-crc32";
 
@@ -14,33 +13,33 @@ async fn every_payload_mode_stores_the_same_bytes() {
     for len in [0, 1, 1000, 200_000, 2_500_000] {
         let body = data(len);
         let host = scene.host();
-        let check = |mode: &str| {
-            let (stored, record) = scene.memory.object("bucket", "k").unwrap();
+        let check = async |mode: &str| {
+            let (stored, record) = scene.cluster.object("bucket", "k").await;
             assert!(stored == body, "{mode}, {len} bytes");
             assert_eq!(record.etag, md5_hex(&body), "{mode}");
             assert!(!record.meta.headers.iter().any(|(name, _)| name == "content-encoding"), "{mode}");
         };
         scene.put("k", &body).await;
-        check("hex");
+        check("hex").await;
         scene.ask(Ask::new("PUT", "/bucket/k").body(body.clone()).payload("UNSIGNED-PAYLOAD")).await.ok();
-        check("unsigned");
+        check("unsigned").await;
         scene.raw(&Ask::new("PUT", "/bucket/k").presigned(&host, 60, &[]), false).await.ok();
         scene.raw(&Ask::new("PUT", "/bucket/k").body(body.clone()).presigned(&host, 60, &[]), false).await.ok();
-        check("presigned");
+        check("presigned").await;
         scene.raw(&Ask::new("PUT", "/bucket/k").chunked(&host, &body, 65_536, None), false).await.ok();
-        check("signed chunks");
+        check("signed chunks").await;
         let crc = sum(ChecksumAlgorithm::Crc32c, &body);
         let trailer = ("x-amz-checksum-crc32c", crc.as_str());
         let got =
             scene.raw(&Ask::new("PUT", "/bucket/k").chunked(&host, &body, 1 << 20, Some(trailer)), false).await.ok();
-        check("signed chunks and trailer");
+        check("signed chunks and trailer").await;
         assert_eq!(got.header("x-amz-checksum-crc32c"), Some(crc.clone()));
         let got =
             scene.raw(&Ask::new("PUT", "/bucket/k").unsigned_trailer(&host, &body, trailer, true), false).await.ok();
-        check("unsigned frames and trailer");
+        check("unsigned frames and trailer").await;
         assert_eq!(got.header("x-amz-checksum-crc32c"), Some(crc));
     }
-    assert_eq!(scene.memory.fates.unknown.load(Ordering::SeqCst), 0);
+    assert_eq!(scene.cluster.dropped_chunks(), 0, "everything was committed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -101,7 +100,7 @@ async fn bad_signatures_are_refused_and_store_nothing() {
         .raw(text.replacen("X-Amz-Expires=60", "X-Amz-Expires=6000", 1).as_bytes(), false)
         .await
         .expect(403, "SignatureDoesNotMatch");
-    assert_eq!(scene.memory.objects(), 0);
+    assert_eq!(scene.cluster.object_count().await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -160,8 +159,8 @@ async fn broken_frames_and_trailers_store_nothing() {
         ask().payload("UNSIGNED-PAYLOAD").header("transfer-encoding", "chunked").body(&b"1\r\nx\r\n0\r\n\r\n"[..]);
     no_length.send_length = false;
     scene.ask(no_length).await.expect(411, "MissingContentLength");
-    assert_eq!(scene.memory.objects(), 0);
-    assert_eq!(scene.memory.fates.committed.load(Ordering::SeqCst), 0);
+    assert_eq!(scene.cluster.object_count().await, 0);
+    scene.cluster.until_chunks(0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

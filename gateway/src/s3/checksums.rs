@@ -1,4 +1,5 @@
-//! Sums that clients send and get back: Content-MD5, x-amz-checksum-*, and the trailer that brings one at the end.
+//! Checksums that clients send and get back: Content-MD5, x-amz-checksum-*, and the trailer that brings one at the end
+//! of a body.
 
 use super::error;
 use crate::digest::{self, Digester, Digests, MD5_BYTES};
@@ -37,8 +38,8 @@ pub(super) fn parse_name(text: &str) -> S3Result<ChecksumAlgorithm> {
     })
 }
 
-/// Whether a multipart checksum of that algorithm may cover the whole object, the parts' sums, or which of both when
-/// nothing is said.
+/// Whether a multipart checksum of that algorithm may cover the whole object, the parts' checksums, or which of both
+/// when nothing is said.
 ///
 /// # Errors
 /// InvalidRequest for a combination that cannot be.
@@ -80,7 +81,7 @@ pub(super) fn text(checksum: &Checksum, parts: usize) -> String {
 }
 
 /// Sets the field of the checksum's algorithm in an s3s output.
-macro_rules! put_sum {
+macro_rules! put_checksum {
     ($out:expr, $algorithm:expr, $text:expr) => {{
         let text = Some($text);
         match $algorithm {
@@ -92,10 +93,10 @@ macro_rules! put_sum {
         }
     }};
 }
-pub(super) use put_sum;
+pub(super) use put_checksum;
 
 /// Reads the field of an algorithm in an s3s input.
-macro_rules! get_sum {
+macro_rules! get_checksum {
     ($input:expr, $algorithm:expr) => {
         match $algorithm {
             granary_meta::record::ChecksumAlgorithm::Crc32 => $input.checksum_crc32.as_deref(),
@@ -106,13 +107,13 @@ macro_rules! get_sum {
         }
     };
 }
-pub(super) use get_sum;
+pub(super) use get_checksum;
 
-/// The sums a client promised for a body.
+/// The checksums that a client promised for a body.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Promised {
+pub(super) struct PromisedChecksums {
     md5: Option<[u8; MD5_BYTES]>,
-    sums: Vec<(ChecksumAlgorithm, Vec<u8>)>,
+    checksums: Vec<(ChecksumAlgorithm, Vec<u8>)>,
     /// Comes in a trailer.
     trailer: Option<ChecksumAlgorithm>,
 }
@@ -136,13 +137,13 @@ fn promised_md5(headers: &HeaderMap) -> S3Result<Option<[u8; MD5_BYTES]>> {
     raw.map(Some).ok_or_else(|| s3_error!(InvalidDigest))
 }
 
-impl Promised {
+impl PromisedChecksums {
     /// Reads Content-MD5, x-amz-checksum-* and x-amz-trailer.
     ///
     /// # Errors
     /// InvalidDigest for a malformed MD5, InvalidRequest for a malformed, unknown or ambiguous checksum.
-    pub(super) fn from_headers(headers: &HeaderMap) -> S3Result<Promised> {
-        let mut promised = Promised { md5: promised_md5(headers)?, ..Promised::default() };
+    pub(super) fn from_headers(headers: &HeaderMap) -> S3Result<PromisedChecksums> {
+        let mut promised = PromisedChecksums { md5: promised_md5(headers)?, ..PromisedChecksums::default() };
         for header in headers.keys() {
             let Some(end) = header.as_str().strip_prefix(PREFIX) else { continue };
             if matches!(end, "algorithm" | "mode" | "type") {
@@ -152,7 +153,7 @@ impl Promised {
                 return Err(parse_name(end).err().unwrap_or_else(|| s3_error!(InvalidRequest)));
             };
             let text = single(headers, header.as_str())?.unwrap_or_default();
-            promised.sums.push((*algorithm, decode(*algorithm, text)?));
+            promised.checksums.push((*algorithm, decode(*algorithm, text)?));
         }
         if let Some(trailer) = single(headers, "x-amz-trailer")? {
             let names: Vec<&str> = trailer.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
@@ -187,7 +188,7 @@ impl Promised {
                 "Expecting a single x-amz-checksum- header. Multiple checksum Types are not allowed."
             )
         };
-        let mut all = self.sums.iter().map(|(algorithm, _)| *algorithm).chain(self.trailer);
+        let mut all = self.checksums.iter().map(|(algorithm, _)| *algorithm).chain(self.trailer);
         let found = all.next();
         if all.next().is_some() {
             return Err(several());
@@ -210,18 +211,18 @@ impl Promised {
 
     /// Is there anything to verify?
     pub(super) fn is_empty(&self) -> bool {
-        self.md5.is_none() && self.sums.is_empty() && self.trailer.is_none()
+        self.md5.is_none() && self.checksums.is_empty() && self.trailer.is_none()
     }
 
-    /// Compares what was promised with what came. Only here a body becomes a good one.
+    /// Compares what was promised with what came. A body counts as good only after this.
     ///
     /// # Errors
-    /// BadDigest when a sum differs, InvalidRequest when the trailer that was announced is missing or malformed.
+    /// BadDigest when one differs, InvalidRequest when the trailer that was announced is missing or malformed.
     pub(super) fn verify(&self, digests: &Digests, trailers: Option<&TrailingHeaders>) -> S3Result<()> {
         if self.md5.is_some_and(|md5| md5 != digests.md5) {
             return Err(s3_error!(BadDigest, "The Content-MD5 you specified did not match what we received."));
         }
-        for (algorithm, value) in &self.sums {
+        for (algorithm, value) in &self.checksums {
             compare(*algorithm, value, digests)?;
         }
         if let Some(algorithm) = self.trailer {
@@ -257,23 +258,23 @@ fn compare(algorithm: ChecksumAlgorithm, value: &[u8], digests: &Digests) -> S3R
     }
 }
 
-/// Verifies the sums of a body that is read as a whole: the XML of a verb.
-pub(super) struct SumCheck {
-    promised: Promised,
+/// Verifies the checksums of the XML body of a verb while it is read.
+pub(super) struct BodyCheck {
+    promised: PromisedChecksums,
     digester: Digester,
 }
 
-impl SumCheck {
+impl BodyCheck {
     /// Begins; None when the headers promise nothing. `of_body`: x-amz-checksum-* speak of this body, and not of an
     /// object.
     ///
     /// # Errors
-    /// As [`Promised::from_headers`]; a trailer cannot be checked here and is refused.
-    pub(super) fn begin(headers: &HeaderMap, of_body: bool) -> S3Result<Option<SumCheck>> {
+    /// As [`PromisedChecksums::from_headers`]; a trailer cannot be checked here and is refused.
+    pub(super) fn begin(headers: &HeaderMap, of_body: bool) -> S3Result<Option<BodyCheck>> {
         let promised = if of_body {
-            Promised::from_headers(headers)?
+            PromisedChecksums::from_headers(headers)?
         } else {
-            Promised { md5: promised_md5(headers)?, ..Promised::default() }
+            PromisedChecksums { md5: promised_md5(headers)?, ..PromisedChecksums::default() }
         };
         if promised.trailer.is_some() {
             return Err(error::not_implemented("A trailing checksum on a request that is not an object upload"));
@@ -281,8 +282,8 @@ impl SumCheck {
         if promised.is_empty() {
             return Ok(None);
         }
-        let algorithms: Vec<_> = promised.sums.iter().map(|(algorithm, _)| *algorithm).collect();
-        Ok(Some(SumCheck { promised, digester: Digester::new(&algorithms) }))
+        let algorithms: Vec<_> = promised.checksums.iter().map(|(algorithm, _)| *algorithm).collect();
+        Ok(Some(BodyCheck { promised, digester: Digester::new(&algorithms) }))
     }
 
     /// Takes the next bytes.

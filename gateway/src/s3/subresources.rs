@@ -2,7 +2,7 @@
 //! configured answers with the code of exactly that sub-resource, as S3 does.
 
 use super::access::account_text;
-use super::context::S3Context;
+use super::call::Call;
 use super::error;
 use super::get;
 use http::StatusCode;
@@ -12,18 +12,17 @@ use s3s::dto::{
     PutObjectAclInput, PutObjectAclOutput, Type,
 };
 use s3s::{s3_error, S3Error, S3Request, S3Response, S3Result};
-use std::sync::Arc;
 
-fn owner(cx: &S3Context) -> Owner {
-    Owner { id: Some(account_text(cx.owner)), display_name: None }
+fn owner(call: &Call) -> Owner {
+    Owner { id: Some(account_text(call.caller.account)), display_name: None }
 }
 
 /// The only ACL there is: the owner may do everything.
-fn grants(cx: &S3Context) -> Vec<Grant> {
+fn grants(call: &Call) -> Vec<Grant> {
     let grantee = Grantee {
         display_name: None,
         email_address: None,
-        id: Some(account_text(cx.owner)),
+        id: Some(account_text(call.caller.account)),
         type_: Type::from_static(Type::CANONICAL_USER),
         uri: None,
     };
@@ -31,9 +30,9 @@ fn grants(cx: &S3Context) -> Vec<Grant> {
 }
 
 /// A policy in the body of a PUT must be the one there is.
-fn check_policy(cx: &S3Context, policy: Option<&AccessControlPolicy>) -> S3Result<()> {
+fn check_policy(call: &Call, policy: Option<&AccessControlPolicy>) -> S3Result<()> {
     let Some(policy) = policy else { return Ok(()) };
-    let own = account_text(cx.owner);
+    let own = account_text(call.caller.account);
     let fine = policy.grants.iter().flatten().all(|grant| {
         grant.grantee.as_ref().is_some_and(|grantee| grantee.id.as_deref() == Some(own.as_str()))
             && grant.permission.as_ref().is_some_and(|permission| permission.as_str() == Permission::FULL_CONTROL)
@@ -47,51 +46,51 @@ fn check_policy(cx: &S3Context, policy: Option<&AccessControlPolicy>) -> S3Resul
 
 /// The ACL of a bucket.
 pub(super) async fn get_bucket_acl(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<GetBucketAclInput>,
 ) -> S3Result<S3Response<GetBucketAclOutput>> {
-    cx.bucket_now(&req.input.bucket).await?;
-    Ok(S3Response::new(GetBucketAclOutput { grants: Some(grants(cx)), owner: Some(owner(cx)) }))
+    call.bucket_now(&req.input.bucket).await?;
+    Ok(S3Response::new(GetBucketAclOutput { grants: Some(grants(call)), owner: Some(owner(call)) }))
 }
 
 /// Takes the ACL there is; canned ones in headers were checked at the gate.
 pub(super) async fn put_bucket_acl(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<PutBucketAclInput>,
 ) -> S3Result<S3Response<PutBucketAclOutput>> {
-    cx.bucket_now(&req.input.bucket).await?;
-    check_policy(cx, req.input.access_control_policy.as_ref())?;
+    call.bucket_now(&req.input.bucket).await?;
+    check_policy(call, req.input.access_control_policy.as_ref())?;
     Ok(S3Response::new(PutBucketAclOutput::default()))
 }
 
 /// The ACL of an object.
 pub(super) async fn get_object_acl(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<GetObjectAclInput>,
 ) -> S3Result<S3Response<GetObjectAclOutput>> {
     let input = req.input;
-    get::find(cx, &input.bucket, &input.key, get::pick(input.version_id.as_deref())?).await?;
-    let output = GetObjectAclOutput { grants: Some(grants(cx)), owner: Some(owner(cx)), ..Default::default() };
+    get::find(call, &input.bucket, &input.key, get::pick(input.version_id.as_deref())?).await?;
+    let output = GetObjectAclOutput { grants: Some(grants(call)), owner: Some(owner(call)), ..Default::default() };
     Ok(S3Response::new(output))
 }
 
 /// Takes the ACL there is.
 pub(super) async fn put_object_acl(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<PutObjectAclInput>,
 ) -> S3Result<S3Response<PutObjectAclOutput>> {
     let input = req.input;
-    get::find(cx, &input.bucket, &input.key, get::pick(input.version_id.as_deref())?).await?;
-    check_policy(cx, input.access_control_policy.as_ref())?;
+    get::find(call, &input.bucket, &input.key, get::pick(input.version_id.as_deref())?).await?;
+    check_policy(call, input.access_control_policy.as_ref())?;
     Ok(S3Response::new(PutObjectAclOutput::default()))
 }
 
 /// Versioning was never switched on.
 pub(super) async fn get_bucket_versioning(
-    cx: &Arc<S3Context>,
+    call: &Call,
     req: S3Request<GetBucketVersioningInput>,
 ) -> S3Result<S3Response<GetBucketVersioningOutput>> {
-    cx.bucket_now(&req.input.bucket).await?;
+    call.bucket_now(&req.input.bucket).await?;
     Ok(S3Response::new(GetBucketVersioningOutput::default()))
 }
 
@@ -99,8 +98,8 @@ pub(super) async fn get_bucket_versioning(
 ///
 /// # Errors
 /// Always: NoSuchBucket, or the code of the sub-resource.
-pub(super) async fn absent<T>(cx: &S3Context, bucket: &str, error: impl FnOnce() -> S3Error) -> S3Result<T> {
-    cx.bucket_now(bucket).await?;
+pub(super) async fn absent<T>(call: &Call, bucket: &str, error: impl FnOnce() -> S3Error) -> S3Result<T> {
+    call.bucket_now(bucket).await?;
     Err(error())
 }
 

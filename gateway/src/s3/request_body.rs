@@ -1,15 +1,10 @@
-//! Bodies at the edge: what comes off the socket, and what goes onto it.
+//! The body of a request as it comes off the socket, before s3s reads it.
 
-use super::backend::ReadError;
+use super::checksums::BodyCheck;
 use super::request::RequestInfo;
-use super::sums::SumCheck;
 use bytes::Bytes;
-use futures::stream::BoxStream;
-use futures::Stream;
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
-use s3s::stream::{ByteStream, RemainingLength};
-use s3s::StdError;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,13 +13,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::{Instant, Sleep};
 
-/// Why a request's body broke off on the wire.
+/// Why a request's body broke off on the socket.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RequestBodyError {
     /// No byte for too long.
     #[error("no byte of the body came for too long")]
     Idle,
-    /// A sum in the headers does not fit (bodies of XML verbs only; those of objects are checked by their verbs).
+    /// A checksum in the headers does not fit. XML bodies only: payloads are verified by their verbs.
     #[error("{0}")]
     Checksum(String),
     /// Signed chunks without the last one.
@@ -62,15 +57,15 @@ impl LastChunk {
 
 /// The socket's end of a request body. It outlives the request's handling, so that what a refused client still sends
 /// can be drained.
-pub(super) struct Wire {
+pub(super) struct Socket {
     incoming: Mutex<Option<Incoming>>,
     polled: AtomicBool,
 }
 
-impl Wire {
+impl Socket {
     /// Holds the body of a request.
-    pub(super) fn new(incoming: Incoming) -> Arc<Wire> {
-        Arc::new(Wire { incoming: Mutex::new(Some(incoming)), polled: AtomicBool::new(false) })
+    pub(super) fn new(incoming: Incoming) -> Arc<Socket> {
+        Arc::new(Socket { incoming: Mutex::new(Some(incoming)), polled: AtomicBool::new(false) })
     }
 
     /// Did anyone ask for bytes? If not, a client that waits for `100 Continue` sends none.
@@ -84,13 +79,13 @@ impl Wire {
     }
 }
 
-/// A request body on its way into s3s: bounded in idle time, and verified against its sums when a verb takes XML.
+/// A request body on its way into s3s: bounded in idle time, and verified against its checksums when it is XML.
 pub(super) struct RequestBody {
-    wire: Arc<Wire>,
+    socket: Arc<Socket>,
     info: Arc<RequestInfo>,
     idle_limit: Duration,
     idle: Option<Pin<Box<Sleep>>>,
-    check: Option<SumCheck>,
+    check: Option<BodyCheck>,
     last_chunk: Option<LastChunk>,
     started: bool,
     over: bool,
@@ -99,13 +94,13 @@ pub(super) struct RequestBody {
 impl RequestBody {
     /// Wraps a body; `idle_limit` is the longest wait for its next byte, `signed_chunks` how it is framed.
     pub(super) fn new(
-        wire: Arc<Wire>,
+        socket: Arc<Socket>,
         info: Arc<RequestInfo>,
         idle_limit: Duration,
         signed_chunks: bool,
     ) -> RequestBody {
         let last_chunk = signed_chunks.then(LastChunk::default);
-        RequestBody { wire, info, idle_limit, idle: None, check: None, last_chunk, started: false, over: false }
+        RequestBody { socket, info, idle_limit, idle: None, check: None, last_chunk, started: false, over: false }
     }
 
     fn fail(&mut self, error: RequestBodyError) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
@@ -137,10 +132,10 @@ impl http_body::Body for RequestBody {
         if !self.started {
             // Routing and authorisation are done by the first poll, so it is known whether the body is XML.
             self.started = true;
-            self.wire.polled.store(true, Ordering::Relaxed);
+            self.socket.polled.store(true, Ordering::Relaxed);
             self.check = self.info.xml_check();
         }
-        let polled = match self.wire.incoming.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        let polled = match self.socket.incoming.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             Some(incoming) => Pin::new(incoming).poll_frame(cx),
             None => Poll::Ready(None),
         };
@@ -166,7 +161,7 @@ impl http_body::Body for RequestBody {
             Poll::Ready(None) if self.last_chunk.as_ref().is_some_and(|last_chunk| !last_chunk.is_there()) => {
                 self.fail(RequestBodyError::NoLastChunk)
             }
-            Poll::Ready(None) => match self.check.take().map_or(Ok(()), SumCheck::verify) {
+            Poll::Ready(None) => match self.check.take().map_or(Ok(()), BodyCheck::verify) {
                 Ok(()) => {
                     self.over = true;
                     Poll::Ready(None)
@@ -181,9 +176,9 @@ impl http_body::Body for RequestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        // An empty body with a sum still has to be verified, so its end must be polled.
+        // An empty body with a checksum still has to be verified, so its end must be polled.
         let at_end = self
-            .wire
+            .socket
             .incoming
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -193,76 +188,12 @@ impl http_body::Body for RequestBody {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.wire
+        self.socket
             .incoming
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .as_ref()
             .map(Incoming::size_hint)
             .unwrap_or_default()
-    }
-}
-
-/// Makes a stream shareable by reference, as s3s wants its bodies; it is only ever polled through `&mut`, so the lock
-/// is never taken.
-pub(super) struct SyncStream<T>(Mutex<BoxStream<'static, T>>);
-
-impl<T> SyncStream<T> {
-    /// Wraps a stream.
-    pub(super) fn new(stream: BoxStream<'static, T>) -> SyncStream<T> {
-        SyncStream(Mutex::new(stream))
-    }
-}
-
-impl<T> Stream for SyncStream<T> {
-    type Item = T;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<T>> {
-        self.0.get_mut().unwrap_or_else(PoisonError::into_inner).as_mut().poll_next(cx)
-    }
-}
-
-/// The payload of a GET: frames of the object reader passed on untouched, with the exact length. A stream that is
-/// shorter or longer than its length ends in an error, which breaks the connection: a client never takes a cut object
-/// for a whole one.
-pub(super) struct ExactBody {
-    frames: SyncStream<Result<Bytes, ReadError>>,
-    left_bytes: u64,
-}
-
-impl ExactBody {
-    /// Wraps a stream of exactly `len_bytes`.
-    pub(super) fn new(frames: BoxStream<'static, Result<Bytes, ReadError>>, len_bytes: u64) -> ExactBody {
-        ExactBody { frames: SyncStream::new(frames), left_bytes: len_bytes }
-    }
-}
-
-impl Stream for ExactBody {
-    type Item = Result<Bytes, StdError>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if self.left_bytes == 0 {
-            return Poll::Ready(None);
-        }
-        let wrong_length = || ReadError::Internal("a payload has another length than its record says".to_owned());
-        let item = match std::task::ready!(Pin::new(&mut self.frames).poll_next(cx)) {
-            Some(Ok(frame)) => match self.left_bytes.checked_sub(frame.len() as u64) {
-                Some(left) => {
-                    self.left_bytes = left;
-                    return Poll::Ready(Some(Ok(frame)));
-                }
-                None => wrong_length(),
-            },
-            Some(Err(cause)) => cause,
-            None => wrong_length(),
-        };
-        tracing::error!(cause = %item, "a payload breaks off after its headers were sent");
-        Poll::Ready(Some(Err(Box::new(item))))
-    }
-}
-
-impl ByteStream for ExactBody {
-    fn remaining_length(&self) -> RemainingLength {
-        RemainingLength::new_exact(usize::try_from(self.left_bytes).unwrap_or(usize::MAX))
     }
 }
