@@ -191,6 +191,15 @@ impl Node {
             ControlRequest::Raft { shard, from, message } => {
                 ControlResponse::Raft(self.roles.raft(shard, from, message).await?)
             }
+            ControlRequest::RaftBatch { from, messages } => {
+                if messages.len() > MAX_CHUNKS {
+                    return Err(ControlError::BadRequest(format!("{} Raft messages in a batch", messages.len())));
+                }
+                ControlResponse::RaftBatch(self.roles.raft_batch(from, messages).await)
+            }
+            ControlRequest::LinkBeat { from, message } => {
+                ControlResponse::LinkBeat(self.roles.link_beat(from, message).await?)
+            }
             ControlRequest::InitShard { shard, members } => {
                 self.roles.init_shard(shard, members).await?;
                 ControlResponse::Done

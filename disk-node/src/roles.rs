@@ -9,8 +9,8 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
 use granary_placement::id::{DiskId, ShardId};
-pub use granary_replica::MetaError; // for the errors of `serve`
 use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportError};
+pub use granary_replica::{MetaCounters, MetaError}; // for metrics and the errors of `serve`
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
 use granary_wire::LinkError;
 use std::path::PathBuf;
@@ -39,6 +39,33 @@ pub struct Roles {
 /// Carries Raft messages over the control connections.
 struct Transport(Arc<Peers>);
 
+impl Transport {
+    /// Asks disk `to`; `take` picks the expected answer out.
+    fn ask<T: Send + 'static>(
+        &self,
+        to: DiskId,
+        request: ControlRequest,
+        deadline: Duration,
+        take: fn(ControlResponse) -> Option<T>,
+    ) -> BoxFuture<'static, Result<T, TransportError>> {
+        let peers = self.0.clone();
+        async move {
+            let client = peers
+                .client(to)
+                .ok_or_else(|| TransportError::Unreachable(format!("disk {to} has no known address")))?;
+            match client.control(request, deadline).await {
+                Ok(ControlResponse::Error(error)) => Err(TransportError::Refused(error.to_string())),
+                Ok(answer) => {
+                    take(answer).ok_or_else(|| TransportError::Refused("an answer to another question".to_owned()))
+                }
+                Err(LinkError::Timeout) => Err(TransportError::Timeout),
+                Err(error) => Err(TransportError::Unreachable(error.to_string())),
+            }
+        }
+        .boxed()
+    }
+}
+
 impl PeerTransport for Transport {
     fn raft(
         &self,
@@ -47,20 +74,42 @@ impl PeerTransport for Transport {
         message: Bytes,
         deadline: Duration,
     ) -> BoxFuture<'static, Result<Bytes, TransportError>> {
-        let peers = self.0.clone();
-        async move {
-            let client = peers
-                .client(to)
-                .ok_or_else(|| TransportError::Unreachable(format!("disk {to} has no known address")))?;
-            match client.control(ControlRequest::Raft { shard, from: peers.me(), message }, deadline).await {
-                Ok(ControlResponse::Raft(answer)) => Ok(answer),
-                Ok(ControlResponse::Error(error)) => Err(TransportError::Refused(error.to_string())),
-                Ok(_) => Err(TransportError::Refused("an answer to another question".to_owned())),
-                Err(LinkError::Timeout) => Err(TransportError::Timeout),
-                Err(error) => Err(TransportError::Unreachable(error.to_string())),
-            }
-        }
-        .boxed()
+        let request = ControlRequest::Raft { shard, from: self.0.me(), message };
+        self.ask(to, request, deadline, |answer| match answer {
+            ControlResponse::Raft(answer) => Some(answer),
+            _ => None,
+        })
+    }
+
+    fn raft_batch(
+        &self,
+        to: DiskId,
+        messages: Vec<(ShardId, Bytes)>,
+        deadline: Duration,
+    ) -> BoxFuture<'static, Result<Vec<Result<Bytes, TransportError>>, TransportError>> {
+        let request = ControlRequest::RaftBatch { from: self.0.me(), messages };
+        self.ask(to, request, deadline, |answer| match answer {
+            ControlResponse::RaftBatch(answers) => Some(
+                answers
+                    .into_iter()
+                    .map(|answer| answer.map_err(|error| TransportError::Refused(error.to_string())))
+                    .collect(),
+            ),
+            _ => None,
+        })
+    }
+
+    fn link_beat(
+        &self,
+        to: DiskId,
+        message: Bytes,
+        deadline: Duration,
+    ) -> BoxFuture<'static, Result<Bytes, TransportError>> {
+        let request = ControlRequest::LinkBeat { from: self.0.me(), message };
+        self.ask(to, request, deadline, |answer| match answer {
+            ControlResponse::LinkBeat(answer) => Some(answer),
+            _ => None,
+        })
     }
 }
 
@@ -184,6 +233,25 @@ impl Roles {
     /// As there.
     pub async fn raft(&self, shard: ShardId, from: DiskId, message: Bytes) -> Result<Bytes, ControlError> {
         self.host_for_new(shard).await?.raft(shard, from, message).await
+    }
+
+    /// Answers each message as [`Roles::raft`] does.
+    pub async fn raft_batch(&self, from: DiskId, messages: Vec<(ShardId, Bytes)>) -> Vec<Result<Bytes, ControlError>> {
+        let answers = messages.into_iter().map(|(shard, message)| self.raft(shard, from, message));
+        futures::future::join_all(answers).await
+    }
+
+    /// See [`MetaHost::link_beat`].
+    ///
+    /// # Errors
+    /// As there; NoSuchShard when no replica is here.
+    pub async fn link_beat(&self, from: DiskId, message: Bytes) -> Result<Bytes, ControlError> {
+        self.host(ShardId::ROOT)?.link_beat(from, &message)
+    }
+
+    /// What the replicas here did since they were opened; None when there are none.
+    pub fn counters(&self) -> Option<MetaCounters> {
+        self.host.get().map(MetaHost::counters)
     }
 
     /// See [`MetaHost::init_shard`].

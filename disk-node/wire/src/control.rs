@@ -62,6 +62,21 @@ pub enum ControlRequest {
     /// Here is what changed in the map. Answers Done when it led to a newer map or the node has one at least as new; EpochMismatch
     /// when the node has another map than the one it was made from: it is then offered the whole.
     OfferMapDiff(Box<MapDiff>),
+    /// Heartbeats of several shards, each as in Raft, that were due at about the same time. Answers RaftBatch.
+    RaftBatch {
+        /// Who sends them.
+        from: DiskId,
+        /// Which shard each is for, and the message; at most 1,000.
+        messages: Vec<(ShardId, Bytes)>,
+    },
+    /// The heartbeat of the link between two metadata disks, which stands for those of all shards that sleep; the body is
+    /// granary-replica's own. Answers LinkBeat.
+    LinkBeat {
+        /// Who sends it.
+        from: DiskId,
+        /// The message.
+        message: Bytes,
+    },
 }
 
 /// The answer of a disk node.
@@ -94,6 +109,10 @@ pub enum ControlResponse {
     Shards(Vec<ShardStatus>),
     /// It could not be done.
     Error(ControlError),
+    /// The answer to each message, in the order they came.
+    RaftBatch(Vec<Result<Bytes, ControlError>>),
+    /// The other end's heartbeat of the link.
+    LinkBeat(Bytes),
 }
 
 /// Why a request could not be done.

@@ -112,6 +112,8 @@ fn requests() -> Vec<ControlRequest> {
         ControlRequest::GetMap,
         ControlRequest::ShardStatus,
         ControlRequest::OfferMapDiff(Box::new(map_diff())),
+        ControlRequest::RaftBatch { from: DiskId(2), messages: vec![(ShardId(3), Bytes::from_static(b"raft"))] },
+        ControlRequest::LinkBeat { from: DiskId(2), message: Bytes::from_static(b"beat") },
     ]
 }
 
@@ -138,6 +140,8 @@ fn responses() -> Vec<ControlResponse> {
         ControlResponse::Map(Some(Box::new(map()))),
         ControlResponse::Shards(vec![shard_status()]),
         ControlResponse::Error(ControlError::Overloaded),
+        ControlResponse::RaftBatch(vec![Ok(Bytes::from_static(b"raft")), Err(ControlError::NoSuchShard(ShardId(3)))]),
+        ControlResponse::LinkBeat(Bytes::from_static(b"beat")),
     ]
 }
 

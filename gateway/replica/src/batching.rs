@@ -1,4 +1,4 @@
-//! The two lanes into a shard: proposals share log entries, reads share read barriers.
+//! The two queues into a shard: proposals share log entries, reads share read barriers.
 //!
 //! - Proposals: a task takes what waits, up to a number and a size, into one log entry. A few entries are under way at a time, so a lone
 //!   command goes at once, and under load the next entry fills while those are replicated.
@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Most requests that wait in a lane; more are told Overloaded.
+/// Most requests that wait in a queue; more are told Overloaded.
 const QUEUE: usize = 1_024;
 /// Most requests of one log entry.
 const BATCH_REQUESTS: usize = 64;
@@ -26,9 +26,9 @@ pub const MAX_REQUEST_BYTES: usize = 6 * 1024 * 1024;
 /// Entries of a shard under way at a time.
 const IN_FLIGHT: usize = 4;
 
-/// What the lanes of a disk did since they began.
+/// What the batchers of a disk did since they began.
 #[derive(Debug, Default)]
-pub struct LaneCounters {
+pub struct BatchCounters {
     /// Requests taken.
     pub requests: AtomicU64,
     /// Log entries they became.
@@ -47,13 +47,13 @@ struct Proposal {
 
 type ReadTicket = oneshot::Sender<Result<(), ControlError>>;
 
-/// A running replica and its lanes.
-pub struct Lanes {
+/// A running replica and the queues into it.
+pub struct Batcher {
     /// The replica.
     pub replica: Arc<Replica>,
     proposals: mpsc::Sender<Proposal>,
     reads: mpsc::Sender<ReadTicket>,
-    /// Ends the lanes.
+    /// Ends its tasks.
     pub stop: CancellationToken,
 }
 
@@ -68,19 +68,19 @@ fn full<T>(error: mpsc::error::TrySendError<T>) -> ControlError {
     }
 }
 
-impl Lanes {
-    /// Starts the lanes of a replica.
+impl Batcher {
+    /// Starts the tasks that empty the queues.
     pub fn start(
         replica: Arc<Replica>,
-        counters: Arc<LaneCounters>,
+        counters: Arc<BatchCounters>,
         tasks: &TaskTracker,
         stop: CancellationToken,
-    ) -> Lanes {
+    ) -> Batcher {
         let (proposals, proposed) = mpsc::channel(QUEUE);
         let (reads, asked) = mpsc::channel(QUEUE);
         tasks.spawn(propose(replica.clone(), proposed, counters.clone(), stop.clone(), tasks.clone()));
         tasks.spawn(serve_reads(replica.clone(), asked, counters, stop.clone()));
-        Lanes { replica, proposals, reads, stop }
+        Batcher { replica, proposals, reads, stop }
     }
 
     /// Puts a request through the log.
@@ -111,7 +111,7 @@ impl Lanes {
 async fn propose(
     replica: Arc<Replica>,
     mut queue: mpsc::Receiver<Proposal>,
-    counters: Arc<LaneCounters>,
+    counters: Arc<BatchCounters>,
     stop: CancellationToken,
     tasks: TaskTracker,
 ) {
@@ -190,7 +190,7 @@ async fn put_through(replica: &Replica, batch: Vec<Proposal>) {
 async fn serve_reads(
     replica: Arc<Replica>,
     mut queue: mpsc::Receiver<ReadTicket>,
-    counters: Arc<LaneCounters>,
+    counters: Arc<BatchCounters>,
     stop: CancellationToken,
 ) {
     loop {

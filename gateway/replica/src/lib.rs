@@ -4,20 +4,24 @@
 //! 1. [`store`] (RocksDB's door), [`writer`] (group commit), [`snapshot`]: what is durable when.
 //! 2. [`log`] and [`raft`] (openraft's doors), [`message`]: the log, the replica, the words between replicas.
 //! 3. [`batching`], [`host`]: commands and reads that share their rounds, and [`MetaHost`], which a disk node holds.
+//! 4. [`sleep`]: shards that nobody uses stop their timers.
 //!
 //! What a 200 rests on: a command is acknowledged after a majority of disks synced it in their Raft logs ([`writer`]), in the order of
 //! that log; the state is only a cache of it up to the last flush ([`store`]).
 
 pub mod batching;
+pub mod counters;
 pub mod fatal;
 pub mod host;
 pub mod log;
 pub mod message;
 pub mod raft;
+pub mod sleep;
 pub mod snapshot;
 pub mod store;
 pub mod writer;
 
-pub use host::{HostConfig, MetaCounters, MetaError, MetaHost};
+pub use counters::MetaCounters;
+pub use host::{HostConfig, MetaError, MetaHost};
 pub use raft::network::{PeerTransport, TransportError};
 pub use raft::Timing;

@@ -4,6 +4,7 @@
 use bytes::Bytes;
 use granary_meta::codec::Record;
 use granary_meta::message::{decode_versioned, encode_versioned, BadBytes};
+use granary_placement::id::ShardId;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 pub const MESSAGE_VERSION: u8 = 1;
 /// Version of log entries. Version 1: the first.
 pub const ENTRY_VERSION: u8 = 1;
+
 /// A leader's or candidate's claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WireVote {
@@ -87,7 +89,7 @@ pub enum PeerRequest {
         /// What the leader has committed.
         committed: Option<WireLogId>,
     },
-    /// RequestVote, or its rehearsal.
+    /// RequestVote, or PreVote.
     Vote {
         /// The candidate.
         vote: WireVote,
@@ -95,8 +97,8 @@ pub enum PeerRequest {
         last: Option<WireLogId>,
         /// It was asked to by the leader.
         transfer: bool,
-        /// Only ask: no term changes.
-        rehearsal: bool,
+        /// PreVote: only ask whether the vote would be given; no term changes.
+        pre_vote: bool,
     },
     /// The leader hands over.
     Transfer {
@@ -157,6 +159,27 @@ pub enum PeerResponse {
     },
     /// It could not be done.
     Failed(String),
+}
+
+/// A shard that sleeps, or is to: its leader sends no Raft heartbeats for it, and its followers hold no elections while the link to the
+/// leader's disk is alive and says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Asleep {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Term of its leader.
+    pub term: u64,
+    /// Last index of its log, applied everywhere.
+    pub index: u64,
+}
+
+/// The heartbeat of the link between two disks, both ways: the disk with the lower id sends one, the other answers with its own.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct LinkBeat {
+    /// Shards that the sender leads, that have nothing to do, and of which the receiver holds a replica.
+    pub asleep: Vec<Asleep>,
+    /// Those of the receiver's last such list whose replica at the sender sleeps too.
+    pub agreed: Vec<Asleep>,
 }
 
 /// A message's bytes: version, postcard.

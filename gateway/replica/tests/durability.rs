@@ -187,7 +187,7 @@ async fn a_vote_is_not_given_twice_across_a_crash() {
         vote: WireVote { term: 5, node, committed: false },
         last: None,
         transfer: false,
-        rehearsal: false,
+        pre_vote: false,
     };
     let PeerResponse::Voted { granted: true, .. } = ask(&host, 3, &vote(3)).await else { panic!("no vote") };
     copy_dir(&cluster.path(1), &cluster.path(8));

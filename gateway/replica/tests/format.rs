@@ -71,7 +71,7 @@ fn log_entries_and_messages_lie_as_they_did_in_version_1() {
         vote: WireVote { term: 9, node: 2, committed: false },
         last: Some(WireLogId { term: 8, node: 1, index: 77 }),
         transfer: false,
-        rehearsal: true,
+        pre_vote: true,
     };
     let lines = format!("{}\n{}\n", hex::encode(bytes), hex::encode(encode_message(&vote).unwrap()));
     assert_golden("log-v1.txt", &lines);

@@ -1,11 +1,14 @@
 //! The Raft library's door: its types, and one shard's replica behind ours. Beside `log.rs` the only place that knows openraft.
 //!
 //! - [`machine`]: the state machine; applies entries to the state database.
-//! - [`network`]: messages to other replicas.
+//! - [`network`]: messages to other replicas; [`heartbeats`]: those of several shards together.
+//! - `rest`: a shard that sleeps stops its timers.
 //! - here: types, their conversions, and [`Replica`]: propose, read barrier, incoming messages, members.
 
+pub mod heartbeats;
 pub mod machine;
 pub mod network;
+mod rest;
 
 use crate::log::ShardLog;
 use crate::message::{
@@ -22,10 +25,12 @@ use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest, VoteRequest};
 use openraft::{EntryPayload, Membership, ReadPolicy, ServerState, SnapshotPolicy, StoredMembership};
+use rest::RestState;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Requests of one log entry, decoded, and their bytes as they travel and lie on disk. Cheap to clone.
@@ -154,7 +159,7 @@ fn members_from_applied(applied: &AppliedState) -> Members {
     Members::new(applied.membership_at.map(log_id_from_wire), membership_from_wire(applied.membership.clone()))
 }
 
-/// How fast a shard beats and gives up.
+/// Timers of a shard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Timing {
     /// Between heartbeats of a leader, in milliseconds.
@@ -169,6 +174,21 @@ pub struct Timing {
     pub snapshot_entries: u64,
     /// Log entries kept behind a snapshot for replicas that lag a little.
     pub keep_entries: u64,
+    /// A shard whose log has not grown for so long stops its timers, in milliseconds; 0: never.
+    pub sleep_after_ms: u64,
+}
+
+impl Timing {
+    /// How long a heartbeat waits for those of other shards to the same disk.
+    pub fn heartbeat_window(&self) -> Duration {
+        Duration::from_millis(self.heartbeat_ms / 5)
+    }
+
+    /// Between two heartbeats of a link. A link without one for twice as long is lost, so that what its disk led has a new leader as
+    /// soon as if its shards had been awake.
+    pub fn link_beat(&self) -> Duration {
+        Duration::from_millis(self.election_min_ms / 2)
+    }
 }
 
 impl Default for Timing {
@@ -180,6 +200,7 @@ impl Default for Timing {
             request_ms: 10_000,
             snapshot_entries: 5_000,
             keep_entries: 1_000,
+            sleep_after_ms: 10_000,
         }
     }
 }
@@ -218,6 +239,26 @@ pub struct Replica {
     raft: openraft::Raft<TypeConfig, Machine>,
     incoming: tokio::sync::Mutex<Option<network::IncomingSnapshot>>,
     peers: Arc<Peers>,
+    rest: Mutex<RestState>,
+    /// Read barriers under way.
+    barriers: Arc<AtomicUsize>,
+}
+
+/// While it lives, heartbeats of the replica's shard wait for no others.
+struct Urgent<'a>(&'a Replica);
+
+impl Urgent<'_> {
+    fn new(replica: &Replica) -> Urgent<'_> {
+        replica.barriers.fetch_add(1, Ordering::SeqCst);
+        replica.peers.heartbeats.hurry(replica.shard);
+        Urgent(replica)
+    }
+}
+
+impl Drop for Urgent<'_> {
+    fn drop(&mut self) {
+        self.0.barriers.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 fn leader_of(node: Option<u64>) -> Option<DiskId> {
@@ -237,9 +278,11 @@ impl Replica {
         let shard = machine.shard;
         let config = raft_config(shard, &timing)?;
         let me = u64::from(peers.me.0);
-        let links = PeerLinks { shard, peers: peers.clone() };
+        let barriers = Arc::<AtomicUsize>::default();
+        let links = PeerLinks { shard, peers: peers.clone(), barriers: barriers.clone() };
         let raft = openraft::Raft::new(me, config, links, log, machine).await.map_err(|error| error.to_string())?;
-        Ok(Replica { shard, me, timing, raft, incoming: tokio::sync::Mutex::new(None), peers })
+        let incoming = tokio::sync::Mutex::new(None);
+        Ok(Replica { shard, me, timing, raft, incoming, peers, rest: RestState::awake(), barriers })
     }
 
     fn deadline(&self) -> Duration {
@@ -260,7 +303,7 @@ impl Replica {
     }
 
     /// Stands for election at once when this is the only voter, instead of waiting for a leader that cannot be.
-    pub async fn elect_if_alone(&self) {
+    pub async fn elect_if_sole_voter(&self) {
         let alone = {
             let metrics = self.raft.metrics();
             let voters: Vec<u64> = metrics.borrow_watched().membership_config.voter_ids().collect();
@@ -276,6 +319,7 @@ impl Replica {
     /// # Errors
     /// NotLeader when it was not proposed; Unavailable when its outcome is not known.
     pub async fn propose(&self, batch: Batch) -> Result<Vec<Reply>, ControlError> {
+        self.wake_for_command();
         match tokio::time::timeout(self.deadline(), self.raft.client_write(batch)).await {
             Err(_) => Err(unavailable("no majority answered in time")),
             Ok(Ok(written)) => Ok(written.data.0),
@@ -286,11 +330,13 @@ impl Replica {
         }
     }
 
-    /// Returns when this replica, confirmed as leader by a majority, has applied all that was committed when it was called.
+    /// Returns when this replica, confirmed as leader by a majority, has applied all that was committed when it was called. It does not
+    /// wake a shard: the majority is asked now, whether timers run or not.
     ///
     /// # Errors
     /// NotLeader or Unavailable.
     pub async fn read_barrier(&self) -> Result<(), ControlError> {
+        let _urgent = Urgent::new(self);
         match tokio::time::timeout(self.deadline(), self.raft.ensure_linearizable(ReadPolicy::ReadIndex)).await {
             Err(_) => Err(unavailable("no majority answered in time")),
             Ok(Ok(_)) => Ok(()),
@@ -304,8 +350,13 @@ impl Replica {
     /// Answers a message of another replica.
     pub async fn handle(&self, from: DiskId, request: PeerRequest) -> PeerResponse {
         let failed = |error: String| PeerResponse::Failed(error);
+        match &request {
+            PeerRequest::Append { .. } | PeerRequest::Vote { pre_vote: true, .. } | PeerRequest::Members => {}
+            _ => self.wake("a message"),
+        }
         match request {
             PeerRequest::Append { vote, previous, entries, committed } => {
+                let has_entries = !entries.is_empty();
                 let entries: Result<Vec<Entry>, BadBytes> = entries.into_iter().map(entry_from_wire).collect();
                 let entries = match entries {
                     Ok(entries) => entries,
@@ -317,7 +368,10 @@ impl Replica {
                     entries,
                     leader_commit: committed.map(log_id_from_wire),
                 };
-                match self.raft.append_entries(rpc).await {
+                let answer = self.raft.append_entries(rpc).await;
+                // Only now: the append renewed the leader's lease, so a timer that starts again does not find it run out.
+                self.wake_after_append(vote.term, vote.node, has_entries);
+                match answer {
                     Ok(AppendEntriesResponse::Success) => PeerResponse::Appended,
                     Ok(AppendEntriesResponse::PartialSuccess(to)) => {
                         PeerResponse::AppendedTo(to.as_ref().map(log_id_to_wire))
@@ -327,10 +381,10 @@ impl Replica {
                     Err(error) => failed(error.to_string()),
                 }
             }
-            PeerRequest::Vote { vote, last, transfer, rehearsal } => {
+            PeerRequest::Vote { vote, last, transfer, pre_vote } => {
                 let mut rpc = VoteRequest::<TypeConfig>::new(vote_from_wire(vote), last.map(log_id_from_wire));
                 rpc.leadership_transfer = transfer;
-                let answer = if rehearsal { self.raft.pre_vote(rpc).await } else { self.raft.vote(rpc).await };
+                let answer = if pre_vote { self.raft.pre_vote(rpc).await } else { self.raft.vote(rpc).await };
                 match answer {
                     Ok(answer) => PeerResponse::Voted {
                         vote: vote_to_wire(&answer.vote),
@@ -412,6 +466,7 @@ impl Replica {
         if voters == wanted && nodes == wanted {
             return Ok(true);
         }
+        self.wake_for_command();
         for new in wanted.difference(&nodes) {
             tracing::info!(shard = %self.shard, disk = new, "adding a replica as learner");
             self.raft.add_learner(*new, (), false).await.map_err(|error| error.to_string())?;
@@ -433,7 +488,7 @@ impl Replica {
     ///
     /// A leader of this library keeps every entry that a voter has not acknowledged, also for one that is dead; its followers do not. So
     /// while a disk is dead the leaders take turns: the next one begins with a short log, and this one purges as a follower.
-    pub async fn hand_over_long_log(&self) {
+    pub async fn transfer_leadership_if_log_is_long(&self) {
         let limit = 4 * (self.timing.snapshot_entries + self.timing.keep_entries);
         let to = {
             let metrics = self.raft.metrics();

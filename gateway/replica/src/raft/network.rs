@@ -1,5 +1,6 @@
 //! Messages to other replicas, over whatever carries them, and snapshot files in pieces both ways.
 
+use super::heartbeats::Heartbeats;
 use super::machine::SnapshotSource;
 use super::{entry_to_wire, log_id_from_wire, log_id_to_wire, vote_from_wire, vote_to_wire, TypeConfig};
 use crate::message::{decode_message, encode_message, AppliedState, PeerRequest, PeerResponse};
@@ -16,7 +17,7 @@ use openraft::raft::{
 use openraft::{OptionalSend, Snapshot};
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -51,6 +52,22 @@ pub trait PeerTransport: Send + Sync + 'static {
         message: Bytes,
         deadline: Duration,
     ) -> BoxFuture<'static, Result<Bytes, TransportError>>;
+
+    /// Sends messages to several replicas on disk `to` and gives the answer of each, in that order.
+    fn raft_batch(
+        &self,
+        to: DiskId,
+        messages: Vec<(ShardId, Bytes)>,
+        deadline: Duration,
+    ) -> BoxFuture<'static, Result<Vec<Result<Bytes, TransportError>>, TransportError>>;
+
+    /// Sends the heartbeat of the link to disk `to` and gives the other end's.
+    fn link_beat(
+        &self,
+        to: DiskId,
+        message: Bytes,
+        deadline: Duration,
+    ) -> BoxFuture<'static, Result<Bytes, TransportError>>;
 }
 
 /// What all replicas of a disk share to talk to others.
@@ -67,6 +84,8 @@ pub struct Peers {
     pub sending: Semaphore,
     /// How long AppendEntries and votes may take.
     pub message_deadline: Duration,
+    /// Sends heartbeats.
+    pub heartbeats: Arc<Heartbeats>,
 }
 
 impl Peers {
@@ -94,6 +113,8 @@ pub struct PeerLinks {
     pub shard: ShardId,
     /// Shared by all shards.
     pub peers: Arc<Peers>,
+    /// Read barriers of the shard under way: its heartbeats are urgent.
+    pub barriers: Arc<AtomicUsize>,
 }
 
 /// The way to one other replica.
@@ -101,15 +122,27 @@ pub struct PeerLink {
     shard: ShardId,
     to: DiskId,
     peers: Arc<Peers>,
+    /// Given for a link that carries heartbeats only: how many read barriers wait for them.
+    heartbeats_for: Option<Arc<AtomicUsize>>,
+}
+
+impl PeerLinks {
+    fn link(&self, target: u64, heartbeats_for: Option<Arc<AtomicUsize>>) -> PeerLink {
+        // A node id that is no disk id cannot come from our membership; disk 0 is nobody and cannot be reached.
+        let to = DiskId(u32::try_from(target).unwrap_or(0));
+        PeerLink { shard: self.shard, to, peers: self.peers.clone(), heartbeats_for }
+    }
 }
 
 impl RaftNetworkFactory<TypeConfig> for PeerLinks {
     type Network = PeerLink;
 
     async fn new_client(&mut self, target: u64, _node: &()) -> PeerLink {
-        // A node id that is no disk id cannot come from our membership; disk 0 is nobody and cannot be reached.
-        let to = DiskId(u32::try_from(target).unwrap_or(0));
-        PeerLink { shard: self.shard, to, peers: self.peers.clone() }
+        self.link(target, None)
+    }
+
+    async fn new_heartbeat_client(&mut self, target: u64, _node: &()) -> PeerLink {
+        self.link(target, Some(self.barriers.clone()))
     }
 }
 
@@ -135,16 +168,24 @@ impl PeerLink {
         self.peers.ask(self.to, self.shard, request, self.peers.message_deadline).await.map_err(rpc_error)
     }
 
+    async fn heartbeat(&self, request: &PeerRequest, barriers: &AtomicUsize) -> Result<PeerResponse, TransportError> {
+        let refused = |error: granary_meta::BadBytes| TransportError::Refused(error.to_string());
+        let message = encode_message(request).map_err(refused)?;
+        let urgent = || barriers.load(Ordering::SeqCst) > 0;
+        let answer = self.peers.heartbeats.send(self.to, self.shard, message, urgent).await?;
+        decode_message(&answer).map_err(refused)
+    }
+
     async fn request_vote(
         &self,
         rpc: VoteRequest<TypeConfig>,
-        rehearsal: bool,
+        pre_vote: bool,
     ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
         let request = PeerRequest::Vote {
             vote: vote_to_wire(&rpc.vote),
             last: rpc.last_log_id.as_ref().map(log_id_to_wire),
             transfer: rpc.leadership_transfer,
-            rehearsal,
+            pre_vote,
         };
         match self.ask(&request).await? {
             PeerResponse::Voted { vote, granted, last } => {
@@ -229,7 +270,11 @@ impl RaftNetworkV2<TypeConfig> for PeerLink {
             entries: rpc.entries.iter().map(entry_to_wire).collect(),
             committed: rpc.leader_commit.as_ref().map(log_id_to_wire),
         };
-        match self.ask(&request).await? {
+        let answer = match &self.heartbeats_for {
+            Some(barriers) if rpc.entries.is_empty() => self.heartbeat(&request, barriers).await.map_err(rpc_error),
+            _ => self.ask(&request).await,
+        };
+        match answer? {
             PeerResponse::Appended => Ok(AppendEntriesResponse::Success),
             PeerResponse::AppendedTo(to) => Ok(AppendEntriesResponse::PartialSuccess(to.map(log_id_from_wire))),
             PeerResponse::Conflict => Ok(AppendEntriesResponse::Conflict),

@@ -9,15 +9,17 @@ use granary_placement::map::{ClusterMap, Disk, DiskState, Location, Roles, Shard
 use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportError};
 use granary_wire::control::ControlError;
 use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 /// The network: who runs, and which directions are cut.
 #[derive(Default)]
 pub struct Network {
-    hosts: Mutex<BTreeMap<DiskId, MetaHost>>,
+    hosts: Mutex<BTreeMap<DiskId, (MetaHost, Handle)>>,
     cut: Mutex<BTreeSet<(DiskId, DiskId)>>,
 }
 
@@ -49,6 +51,36 @@ pub struct Wire {
     pub network: Arc<Network>,
 }
 
+impl Wire {
+    /// Asks the host of disk `to`, if the network lets the question there and the answer back.
+    fn ask<T, F>(
+        &self,
+        to: DiskId,
+        ask: impl FnOnce(MetaHost, DiskId) -> F + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, TransportError>>
+    where
+        F: Future<Output = Result<T, ControlError>> + Send + 'static,
+        T: Send + 'static,
+    {
+        let (me, network) = (self.me, self.network.clone());
+        Box::pin(async move {
+            let is_cut = |from, to| network.cut.lock().unwrap().contains(&(from, to));
+            if is_cut(me, to) {
+                return Err(TransportError::Unreachable("cut".to_owned()));
+            }
+            let host = network.hosts.lock().unwrap().get(&to).cloned();
+            let (host, runtime) = host.ok_or_else(|| TransportError::Unreachable("down".to_owned()))?;
+            // What it starts for the question belongs to the one who is asked.
+            let answer = runtime.spawn(ask(host, me)).await.map_err(|_| TransportError::Timeout)?;
+            let answer = answer.map_err(|error| TransportError::Refused(error.to_string()))?;
+            if is_cut(to, me) {
+                return Err(TransportError::Timeout);
+            }
+            Ok(answer)
+        })
+    }
+}
+
 impl PeerTransport for Wire {
     fn raft(
         &self,
@@ -57,21 +89,29 @@ impl PeerTransport for Wire {
         message: Bytes,
         _deadline: Duration,
     ) -> BoxFuture<'static, Result<Bytes, TransportError>> {
-        let (me, network) = (self.me, self.network.clone());
-        Box::pin(async move {
-            let is_cut = |from, to| network.cut.lock().unwrap().contains(&(from, to));
-            if is_cut(me, to) {
-                return Err(TransportError::Unreachable("cut".to_owned()));
-            }
-            let host = network.hosts.lock().unwrap().get(&to).cloned();
-            let host = host.ok_or_else(|| TransportError::Unreachable("down".to_owned()))?;
-            let answer =
-                host.raft(shard, me, message).await.map_err(|error| TransportError::Refused(error.to_string()))?;
-            if is_cut(to, me) {
-                return Err(TransportError::Timeout);
-            }
-            Ok(answer)
+        self.ask(to, move |host, me| async move { host.raft(shard, me, message).await })
+    }
+
+    fn raft_batch(
+        &self,
+        to: DiskId,
+        messages: Vec<(ShardId, Bytes)>,
+        _deadline: Duration,
+    ) -> BoxFuture<'static, Result<Vec<Result<Bytes, TransportError>>, TransportError>> {
+        self.ask(to, move |host, me| async move {
+            let answers = messages.into_iter().map(|(shard, message)| host.raft(shard, me, message));
+            let answers = futures::future::join_all(answers).await;
+            Ok(answers.into_iter().map(|answer| answer.map_err(|e| TransportError::Refused(e.to_string()))).collect())
         })
+    }
+
+    fn link_beat(
+        &self,
+        to: DiskId,
+        message: Bytes,
+        _deadline: Duration,
+    ) -> BoxFuture<'static, Result<Bytes, TransportError>> {
+        self.ask(to, move |host, me| async move { host.link_beat(me, &message) })
     }
 }
 
@@ -83,6 +123,7 @@ pub fn fast() -> Timing {
         request_ms: 2_000,
         snapshot_entries: 40,
         keep_entries: 10,
+        sleep_after_ms: 500,
     }
 }
 
@@ -141,13 +182,19 @@ impl Cluster {
     }
 
     pub async fn start(&self, id: u32) -> MetaHost {
+        self.start_on(id, &Handle::current()).await
+    }
+
+    /// Starts a host whose tasks run in that runtime.
+    pub async fn start_on(&self, id: u32, runtime: &Handle) -> MetaHost {
         let me = DiskId(id);
         let config = HostConfig { dir: self.path(id), disk: me, timing: self.timing.clone() };
         let fatal = self.fatal.clone();
         let wire = Arc::new(Wire { me, network: self.network.clone() });
         let on_fatal = Arc::new(move |why| fatal.lock().unwrap().push(why));
-        let host = MetaHost::open(config, wire, self.map.subscribe(), on_fatal).await.unwrap();
-        self.network.hosts.lock().unwrap().insert(me, host.clone());
+        let opening = MetaHost::open(config, wire, self.map.subscribe(), on_fatal);
+        let host = runtime.spawn(opening).await.unwrap().unwrap();
+        self.network.hosts.lock().unwrap().insert(me, (host.clone(), runtime.clone()));
         host
     }
 
@@ -158,13 +205,13 @@ impl Cluster {
     }
 
     pub fn host(&self, id: u32) -> MetaHost {
-        self.network.hosts.lock().unwrap().get(&DiskId(id)).cloned().unwrap()
+        self.network.hosts.lock().unwrap().get(&DiskId(id)).cloned().unwrap().0
     }
 
     /// Takes a host off the network and ends it.
     pub async fn stop(&self, id: u32) {
         let host = self.network.hosts.lock().unwrap().remove(&DiskId(id));
-        if let Some(host) = host {
+        if let Some((host, _)) = host {
             host.shutdown().await;
         }
     }
@@ -177,7 +224,7 @@ impl Cluster {
     }
 
     fn running(&self) -> Vec<(DiskId, MetaHost)> {
-        self.network.hosts.lock().unwrap().iter().map(|(id, host)| (*id, host.clone())).collect()
+        self.network.hosts.lock().unwrap().iter().map(|(id, (host, _))| (*id, host.clone())).collect()
     }
 
     /// Who leads, asked by a linearizable read.
@@ -262,9 +309,19 @@ impl Cluster {
         hashes.pop_first().unwrap()
     }
 
+    /// Waits until every replica of these disks sleeps.
+    pub async fn asleep(&self, ids: &[u32], replicas_each: u64) {
+        let until = Instant::now() + Duration::from_secs(30);
+        while !ids.iter().all(|id| self.host(*id).counters().replicas_asleep == replicas_each) {
+            assert!(Instant::now() < until, "no sleep: {:?}", self.statuses());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     pub async fn init(&self, shard: ShardId, ids: &[u32]) {
         let members: Vec<DiskId> = ids.iter().map(|id| DiskId(*id)).collect();
-        self.host(ids[0]).init_shard(shard, members).await.unwrap();
+        let (host, runtime) = self.network.hosts.lock().unwrap().get(&DiskId(ids[0])).cloned().unwrap();
+        runtime.spawn(async move { host.init_shard(shard, members).await }).await.unwrap().unwrap();
     }
 }
 

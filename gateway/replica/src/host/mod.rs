@@ -8,13 +8,19 @@
 //! A replica that the map does not name any more is stopped once the shard's leader, asked by it, says that it is no member. Its data
 //! stays; should the map name this disk again, it begins from there.
 
-use crate::batching::{LaneCounters, Lanes};
+mod links;
+mod reconcile;
+
+use crate::batching::{BatchCounters, Batcher};
+use crate::counters::MetaCounters;
 use crate::fatal::{Fatal, OnFatal};
 use crate::log::ShardLog;
 use crate::message::{decode_message, encode_message, DiskIdentity, PeerRequest, PeerResponse};
+use crate::raft::heartbeats::Heartbeats;
 use crate::raft::machine::{blocking, ApplyCounters, Machine, MapSender};
 use crate::raft::network::{PeerTransport, Peers};
 use crate::raft::{Replica, Timing};
+use crate::sleep::{Facts, Rest, SleepTiming};
 use crate::snapshot;
 use crate::store::{LogDb, LogWrite, StateDb};
 use crate::writer::LogWriter;
@@ -27,6 +33,7 @@ use granary_meta::{Answer, MetaRequest, Query, Reply, ShardRequest, ShardRespons
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_wire::control::{ControlError, ShardStatus};
+use links::Links;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,12 +44,6 @@ use tokio::sync::{watch, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// How often members are compared with the map.
-const RECONCILE_EVERY: Duration = Duration::from_millis(500);
-/// How many of those rounds pass between two questions of a replica that the map does not name.
-const ASK_EVERY_ROUNDS: u64 = 10;
-/// How long such a question may take.
-const ASK_DEADLINE: Duration = Duration::from_secs(3);
 /// How long a stop waits for what holds the databases.
 const STOP_WAIT: Duration = Duration::from_secs(10);
 
@@ -82,35 +83,8 @@ pub enum MetaError {
     },
 }
 
-/// What the replicas of a disk did since they were opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct MetaCounters {
-    /// Commands taken.
-    pub commands: u64,
-    /// Log entries they became.
-    pub proposals: u64,
-    /// Queries taken.
-    pub queries: u64,
-    /// Read barriers (rounds of heartbeats) they shared.
-    pub read_barriers: u64,
-    /// Syncs of the Raft log.
-    pub log_syncs: u64,
-    /// Appends, votes, truncations and purges those made durable; divided by `log_syncs`: the effect of group commit.
-    pub log_writes: u64,
-    /// Bytes written to the Raft log.
-    pub log_bytes: u64,
-    /// Log entries applied.
-    pub entries_applied: u64,
-    /// Requests in them.
-    pub requests_applied: u64,
-    /// Batches written to the state database.
-    pub apply_batches: u64,
-    /// Snapshots installed.
-    pub snapshots_installed: u64,
-}
-
-enum Slot {
-    Running(Arc<Lanes>),
+enum ReplicaState {
+    Running(Arc<Batcher>),
     /// Its data cannot be used; the reason.
     Broken(String),
     /// It is no member any more.
@@ -127,11 +101,12 @@ struct Inner {
     peers: Arc<Peers>,
     map: watch::Receiver<Option<Arc<ClusterMap>>>,
     root_map: MapSender,
-    slots: Mutex<BTreeMap<ShardId, Slot>>,
+    replicas: Mutex<BTreeMap<ShardId, ReplicaState>>,
     /// One replica is opened at a time.
     opening: tokio::sync::Mutex<()>,
     applies: Arc<ApplyCounters>,
-    lanes: Arc<LaneCounters>,
+    batches: Arc<BatchCounters>,
+    links: Links,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -203,7 +178,7 @@ impl MetaHost {
     /// [`MetaError`].
     pub async fn open(
         config: HostConfig,
-        peers: Arc<dyn PeerTransport>,
+        transport: Arc<dyn PeerTransport>,
         map: watch::Receiver<Option<Arc<ClusterMap>>>,
         on_fatal: OnFatal,
     ) -> Result<MetaHost, MetaError> {
@@ -228,14 +203,20 @@ impl MetaHost {
         let opened =
             tokio::task::spawn_blocking(open).await.map_err(|error| std::io::Error::other(error.to_string()))?;
         let (log, state, writer, thread, replicas) = opened?;
+        let message_deadline = Duration::from_millis(config.timing.election_min_ms);
         let peers = Arc::new(Peers {
             me: config.disk,
-            transport: peers,
+            transport: transport.clone(),
             snapshot_dir,
             transfers: AtomicU64::new(1),
             sending: Semaphore::new(1),
-            message_deadline: Duration::from_millis(config.timing.election_min_ms),
+            heartbeats: Heartbeats::new(transport.clone(), config.timing.heartbeat_window(), message_deadline),
+            message_deadline,
         });
+        let sleep = SleepTiming {
+            after: Duration::from_millis(config.timing.sleep_after_ms),
+            lost: config.timing.link_beat() * 2,
+        };
         let inner = Arc::new(Inner {
             config,
             state,
@@ -246,10 +227,11 @@ impl MetaHost {
             peers,
             map,
             root_map: watch::Sender::new(None),
-            slots: Mutex::default(),
+            replicas: Mutex::default(),
             opening: tokio::sync::Mutex::new(()),
             applies: Arc::default(),
-            lanes: Arc::default(),
+            batches: Arc::default(),
+            links: Links::new(sleep),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -259,25 +241,28 @@ impl MetaHost {
                 tracing::error!(%shard, %error, "replica stays stopped");
             }
         }
-        host.inner.tasks.spawn(reconcile_members(host.clone()));
+        host.inner.tasks.spawn(reconcile::run(host.clone()));
+        if host.inner.config.timing.sleep_after_ms > 0 {
+            host.inner.tasks.spawn(links::run(host.clone()));
+        }
         Ok(host)
     }
 
     /// The running replica of a shard.
-    fn lanes(&self, shard: ShardId) -> Result<Arc<Lanes>, ControlError> {
+    fn batcher(&self, shard: ShardId) -> Result<Arc<Batcher>, ControlError> {
         self.inner.fatal.check().map_err(ControlError::Disk)?;
-        match lock(&self.inner.slots).get(&shard) {
-            Some(Slot::Running(lanes)) => Ok(lanes.clone()),
-            Some(Slot::Broken(why)) => Err(ControlError::Disk(why.clone())),
-            Some(Slot::Removed) | None => Err(ControlError::NoSuchShard(shard)),
+        match lock(&self.inner.replicas).get(&shard) {
+            Some(ReplicaState::Running(batcher)) => Ok(batcher.clone()),
+            Some(ReplicaState::Broken(why)) => Err(ControlError::Disk(why.clone())),
+            Some(ReplicaState::Removed) | None => Err(ControlError::NoSuchShard(shard)),
         }
     }
 
     /// The running replica of a shard; made, empty, when there is none.
-    async fn open_replica(&self, shard: ShardId) -> Result<Arc<Lanes>, ControlError> {
+    async fn open_replica(&self, shard: ShardId) -> Result<Arc<Batcher>, ControlError> {
         let inner = &self.inner;
         let _one = inner.opening.lock().await;
-        match self.lanes(shard) {
+        match self.batcher(shard) {
             Err(ControlError::NoSuchShard(_)) => {}
             known => return known,
         }
@@ -300,17 +285,17 @@ impl MetaHost {
             Ok(Err(error)) => Err(error.to_string()),
             Err(error) => Err(error.to_string()),
         };
-        let slot = match opened {
+        let replica = match opened {
             Ok(replica) => {
                 let replica = Arc::new(replica);
-                replica.elect_if_alone().await;
-                let lanes = Lanes::start(replica, inner.lanes.clone(), &inner.tasks, inner.stop.child_token());
-                Slot::Running(Arc::new(lanes))
+                replica.elect_if_sole_voter().await;
+                let batcher = Batcher::start(replica, inner.batches.clone(), &inner.tasks, inner.stop.child_token());
+                ReplicaState::Running(Arc::new(batcher))
             }
-            Err(why) => Slot::Broken(why),
+            Err(why) => ReplicaState::Broken(why),
         };
-        lock(&inner.slots).insert(shard, slot);
-        self.lanes(shard)
+        lock(&inner.replicas).insert(shard, replica);
+        self.batcher(shard)
     }
 
     /// Makes this disk the first of a new shard with these members, itself among them. Repeated, it does nothing.
@@ -324,8 +309,8 @@ impl MetaHost {
                 self.inner.config.disk
             )));
         }
-        let lanes = self.open_replica(shard).await?;
-        lanes.replica.initialize(&members).await
+        let batcher = self.open_replica(shard).await?;
+        batcher.replica.initialize(&members).await
     }
 
     /// Does what the bytes of a [`ShardRequest`] ask, and gives the bytes of the [`ShardResponse`].
@@ -346,7 +331,7 @@ impl MetaHost {
     /// [`ControlError`]. After Unavailable the command may have been applied: retry it under the same request id.
     pub async fn command(&self, shard: ShardId, request: MetaRequest) -> Result<Reply, ControlError> {
         check_level(&request.command).map_err(ControlError::BadRequest)?;
-        self.lanes(shard)?.command(request).await
+        self.batcher(shard)?.command(request).await
     }
 
     /// Answers a query from a state that includes every command acknowledged before this call.
@@ -354,7 +339,7 @@ impl MetaHost {
     /// # Errors
     /// [`ControlError`].
     pub async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, ControlError> {
-        self.lanes(shard)?.read_barrier().await?;
+        self.batcher(shard)?.read_barrier().await?;
         let state = &self.inner.state;
         // A point read is mostly in memory; a scan may wait for the disk and makes room for other tasks first.
         let answer = match &query {
@@ -388,7 +373,7 @@ impl MetaHost {
     /// NoSuchShard; BadRequest for bytes that are no message; Disk.
     pub async fn raft(&self, shard: ShardId, from: DiskId, message: Bytes) -> Result<Bytes, ControlError> {
         let request: PeerRequest = decode_message(&message).map_err(bad_request)?;
-        let lanes = match self.lanes(shard) {
+        let batcher = match self.batcher(shard) {
             Err(ControlError::NoSuchShard(_)) if request != PeerRequest::Members && shard.0 != u16::MAX => {
                 if self.newest_map().is_some_and(|map| !self.named_by(&map, shard)) {
                     return Err(ControlError::NoSuchShard(shard));
@@ -397,8 +382,31 @@ impl MetaHost {
             }
             known => known?,
         };
-        let response: PeerResponse = lanes.replica.handle(from, request).await;
+        let response: PeerResponse = batcher.replica.handle(from, request).await;
         encode_message(&response).map_err(bad_request)
+    }
+
+    /// The running replicas.
+    fn running(&self) -> Vec<(ShardId, Arc<Batcher>)> {
+        let running = |(shard, replica): (&ShardId, &ReplicaState)| match replica {
+            ReplicaState::Running(batcher) => Some((*shard, batcher.clone())),
+            _ => None,
+        };
+        lock(&self.inner.replicas).iter().filter_map(running).collect()
+    }
+
+    fn facts(&self) -> Vec<Facts> {
+        self.running().iter().map(|(_, batcher)| batcher.replica.facts()).collect()
+    }
+
+    /// Takes the heartbeat of the link to another disk, authenticated by the caller, and gives this end's. See [`crate::sleep`].
+    ///
+    /// # Errors
+    /// BadRequest for bytes that are no heartbeat; Disk when this disk failed.
+    pub fn link_beat(&self, from: DiskId, message: &[u8]) -> Result<Bytes, ControlError> {
+        self.inner.fatal.check().map_err(ControlError::Disk)?;
+        let beat = decode_message(message).map_err(bad_request)?;
+        encode_message(&links::answer(self, from, &beat)).map_err(bad_request)
     }
 
     /// How the replicas here stand.
@@ -412,12 +420,12 @@ impl MetaHost {
             applied_index: 0,
             voters: Vec::new(),
         };
-        lock(&self.inner.slots)
+        lock(&self.inner.replicas)
             .iter()
-            .filter_map(|(shard, slot)| match slot {
-                Slot::Running(lanes) => Some(lanes.replica.status()),
-                Slot::Broken(_) => Some(stopped(*shard)),
-                Slot::Removed => None,
+            .filter_map(|(shard, replica)| match replica {
+                ReplicaState::Running(batcher) => Some(batcher.replica.status()),
+                ReplicaState::Broken(_) => Some(stopped(*shard)),
+                ReplicaState::Removed => None,
             })
             .collect()
     }
@@ -430,13 +438,14 @@ impl MetaHost {
     /// What the replicas did since they were opened.
     pub fn counters(&self) -> MetaCounters {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let (lanes, applies) = (&self.inner.lanes, &self.inner.applies);
+        let (batches, applies) = (&self.inner.batches, &self.inner.applies);
         let writer = lock(&self.inner.writer).as_ref().map(|writer| writer.counters.clone()).unwrap_or_default();
+        let heartbeats = &self.inner.peers.heartbeats.counters;
         MetaCounters {
-            commands: read(&lanes.requests),
-            proposals: read(&lanes.entries),
-            queries: read(&lanes.reads),
-            read_barriers: read(&lanes.barriers),
+            commands: read(&batches.requests),
+            proposals: read(&batches.entries),
+            queries: read(&batches.reads),
+            read_barriers: read(&batches.barriers),
             log_syncs: read(&writer.syncs),
             log_writes: read(&writer.jobs),
             log_bytes: read(&writer.bytes),
@@ -444,6 +453,10 @@ impl MetaHost {
             requests_applied: read(&applies.requests),
             apply_batches: read(&applies.batches),
             snapshots_installed: read(&applies.installs),
+            heartbeats: read(&heartbeats.heartbeats),
+            heartbeat_messages: read(&heartbeats.messages),
+            link_beats: read(&self.inner.links.beats),
+            replicas_asleep: self.facts().iter().filter(|facts| facts.rest != Rest::Awake).count() as u64,
         }
     }
 
@@ -463,7 +476,7 @@ impl MetaHost {
     /// # Errors
     /// NoSuchShard; Disk.
     pub async fn snapshot_shard(&self, shard: ShardId) -> Result<(), ControlError> {
-        self.lanes(shard)?.replica.trigger_snapshot().await;
+        self.batcher(shard)?.replica.trigger_snapshot().await;
         Ok(())
     }
 
@@ -471,15 +484,15 @@ impl MetaHost {
     pub async fn shutdown(&self) {
         let inner = &self.inner;
         inner.stop.cancel();
-        let running: Vec<Arc<Lanes>> = {
-            let slots = std::mem::take(&mut *lock(&inner.slots));
-            slots
+        let running: Vec<Arc<Batcher>> = {
+            let replicas = std::mem::take(&mut *lock(&inner.replicas));
+            replicas
                 .into_values()
-                .filter_map(|slot| if let Slot::Running(lanes) = slot { Some(lanes) } else { None })
+                .filter_map(|replica| if let ReplicaState::Running(batcher) = replica { Some(batcher) } else { None })
                 .collect()
         };
-        for lanes in &running {
-            lanes.replica.shutdown().await;
+        for batcher in &running {
+            batcher.replica.shutdown().await;
         }
         drop(running);
         inner.tasks.close();
@@ -496,69 +509,6 @@ impl MetaHost {
             while !thread.is_finished() && tokio::time::Instant::now() < until {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
-        }
-    }
-}
-
-/// Keeps the members of led shards as the map says, stops replicas that are no members any more, and keeps logs short. Ends with the host.
-async fn reconcile_members(host: MetaHost) {
-    let stop = host.inner.stop.clone();
-    let mut round = 0u64;
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(RECONCILE_EVERY) => {}
-        }
-        round += 1;
-        let map = host.newest_map();
-        let running: Vec<(ShardId, Arc<Lanes>)> = {
-            let slots = lock(&host.inner.slots);
-            let running = |(shard, slot): (&ShardId, &Slot)| match slot {
-                Slot::Running(lanes) => Some((*shard, lanes.clone())),
-                _ => None,
-            };
-            slots.iter().filter_map(running).collect()
-        };
-        for (shard, lanes) in running {
-            let work = async {
-                lanes.replica.hand_over_long_log().await;
-                if let Some(map) = &map {
-                    reconcile_shard(&host, map, shard, &lanes, round).await;
-                }
-            };
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = work => {}
-            }
-        }
-    }
-}
-
-async fn reconcile_shard(host: &MetaHost, map: &ClusterMap, shard: ShardId, lanes: &Lanes, round: u64) {
-    let Some(wanted) = map.shards.get(usize::from(shard.0)) else { return };
-    if lanes.replica.is_leader() {
-        let step = lanes.replica.reconcile(&wanted.members);
-        match tokio::time::timeout(Duration::from_secs(5), step).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => tracing::warn!(%shard, %error, "members not changed yet"),
-            Err(_) => tracing::warn!(%shard, "changing members takes long"),
-        }
-        return;
-    }
-    if host.named_by(map, shard) || !round.is_multiple_of(ASK_EVERY_ROUNDS) {
-        return;
-    }
-    let me = host.inner.config.disk;
-    for member in &wanted.members {
-        let answer = host.inner.peers.ask(*member, shard, &PeerRequest::Members, ASK_DEADLINE).await;
-        if let Ok(PeerResponse::Members { leads: true, membership }) = answer {
-            if !membership.nodes.is_empty() && !membership.nodes.contains(&u64::from(me.0)) {
-                tracing::info!(%shard, "this replica is no member any more; stopping it, its data stays");
-                lanes.stop.cancel();
-                lanes.replica.shutdown().await;
-                lock(&host.inner.slots).insert(shard, Slot::Removed);
-            }
-            return;
         }
     }
 }
