@@ -3,10 +3,12 @@
 //! One module per subcommand; this file only hands over to them.
 //! - [`codec`]: the erasure codec by kernel, beside other crates, in one run;
 //! - [`floor`]: the CPU-seconds that a PUT and a GET cannot avoid, step by step;
+//! - [`idle`]: the CPU time of a cluster that nobody uses;
 //! - [`load`]: PUT and GET against an S3 endpoint, with the CPU-seconds of every process.
 
 mod codec;
 mod floor;
+mod idle;
 mod load;
 
 use std::error::Error;
@@ -27,6 +29,8 @@ enum Command {
     Codec(codec::Args),
     /// CPU-seconds per GiB that a PUT and a GET cannot avoid, each step measured alone
     Floor(floor::Args),
+    /// CPU time of a cluster that nobody uses
+    Idle(idle::Args),
     /// PUT and GET against an S3 endpoint or a fresh embedded cluster, with CPU-seconds of every process
     Load(load::Args),
 }
@@ -35,6 +39,7 @@ fn main() -> ExitCode {
     let done: Result<(), Box<dyn Error>> = match Cli::parse().command {
         Command::Codec(args) => codec::run(&args),
         Command::Floor(args) => floor::run(&args),
+        Command::Idle(args) => idle::run(&args),
         Command::Load(args) => load::run(&args),
     };
     match done {

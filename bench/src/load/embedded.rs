@@ -51,12 +51,8 @@ impl Drop for Own {
 /// Not exactly one of --embedded, --cluster and --endpoint; keys missing; the cluster does not start.
 pub fn target(args: &Args) -> Result<Target, Box<dyn Error>> {
     match (args.embedded, &args.cluster, &args.endpoint) {
-        (true, None, None) => start(args),
-        (false, Some(dir), None) => {
-            let (access_key, secret_key) = keys_of(dir)?;
-            let (endpoint, processes) = describe(dir)?;
-            Ok(Target { endpoint, access_key, secret_key, processes, _own: None })
-        }
+        (true, None, None) => start(args.disks, &args.scheme, args.scratch.as_deref()),
+        (false, Some(dir), None) => running(dir),
         (false, None, Some(endpoint)) => Ok(Target {
             endpoint: endpoint.clone(),
             access_key: std::env::var("AWS_ACCESS_KEY_ID").map_err(|_| "AWS_ACCESS_KEY_ID is not set")?,
@@ -68,19 +64,33 @@ pub fn target(args: &Args) -> Result<Target, Box<dyn Error>> {
     }
 }
 
-fn start(args: &Args) -> Result<Target, Box<dyn Error>> {
+/// The cluster of a running `granary dev`.
+///
+/// # Errors
+/// Its folder does not say what is needed.
+pub fn running(dir: &Path) -> Result<Target, Box<dyn Error>> {
+    let (access_key, secret_key) = keys_of(dir)?;
+    let (endpoint, processes) = describe(dir)?;
+    Ok(Target { endpoint, access_key, secret_key, processes, _own: None })
+}
+
+/// Starts a fresh cluster in a folder of its own below `scratch`, and waits until it is ready.
+///
+/// # Errors
+/// It does not start.
+pub fn start(disks: u32, scheme: &str, scratch: Option<&Path>) -> Result<Target, Box<dyn Error>> {
     let granary = std::env::current_exe()?.with_file_name("granary");
     if !granary.exists() {
         return Err(format!("{} is not built; `make build` builds it", granary.display()).into());
     }
-    let base = args.scratch.clone().unwrap_or_else(std::env::temp_dir);
+    let base = scratch.map_or_else(std::env::temp_dir, Path::to_path_buf);
     let folder = base.join(format!("granary-bench-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;
     let dir = folder.join("cluster");
     let (s3, admin) = (free_port()?, free_port()?);
     let log = std::fs::File::create(folder.join("granary.log"))?;
     let child = Command::new(granary)
-        .args(["dev", "--disks", &args.disks.to_string(), "--scheme", &args.scheme])
+        .args(["dev", "--disks", &disks.to_string(), "--scheme", scheme])
         .args(["--s3", &format!("127.0.0.1:{s3}"), "--admin", &format!("127.0.0.1:{admin}")])
         .arg("--dir")
         .arg(&dir)

@@ -7,8 +7,8 @@
 //!
 //! Read in this order: [`run`], [`Phase`] (one verb at one size), [`cpu`] (where CPU-seconds come from), [`embedded`].
 
-mod cpu;
-mod embedded;
+pub mod cpu;
+pub mod embedded;
 
 use bytes::Bytes;
 use clap::{Parser, ValueEnum};
