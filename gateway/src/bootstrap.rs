@@ -1,16 +1,20 @@
 //! Forms a cluster from disk nodes that run and know nothing of each other yet.
 //!
-//! Every step can be repeated, so a forming that was broken off anywhere is simply done again:
+//! What the cluster is to be stands in its first map ([`first_map`](crate::ops::form::first_map)). Every step can be repeated, so a
+//! forming that was broken off anywhere is simply done again:
+//! 0. every disk node is asked who it is ([`check_disks`]), unless whoever forms the cluster has formatted the disks itself;
 //! 1. every disk node is offered the map, from which it learns its peers' addresses;
 //! 2. the first member of each shard is told to begin it with all its members;
 //! 3. the root shard is given the map. From now on the cluster knows itself.
 
-use crate::shards::map_watch::MapSet;
-use crate::shards::{jitter, ShardError, Shards};
+use crate::disks::Disks;
+use crate::ops::commit::{commit_first, CommitError, FormedOtherwise};
+use crate::shards::{jitter, Shards};
 use futures::stream::{self, StreamExt, TryStreamExt};
-use granary_placement::id::{DiskId, Epoch, ShardId};
-use granary_placement::map::ClusterMap;
+use granary_placement::id::{DiskId, ShardId};
+use granary_placement::map::{ClusterMap, Disk};
 use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::error::LinkError;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -37,16 +41,68 @@ pub enum FormError {
     #[error("shard {0} has no members in the map")]
     NoMembers(ShardId),
     /// The root shard does not take the map.
-    #[error("the root shard did not take the map: {0}")]
-    Root(#[from] ShardError),
-    /// The disks form another cluster, or one that is further on.
-    #[error("the cluster has a map of epoch {current} already, this one has {ours}")]
-    Conflict {
-        /// Epoch in force.
-        current: Epoch,
-        /// Epoch of the map given.
-        ours: Epoch,
+    #[error(transparent)]
+    Map(#[from] CommitError<FormedOtherwise>),
+    /// The map and the clients disagree.
+    #[error("disk {0} is not in the cluster map")]
+    NotInMap(DiskId),
+    /// A disk node is not what the configuration says, or does not answer.
+    #[error("disk {disk} at {address}: {why}; nothing was changed")]
+    Mistaken {
+        /// Which.
+        disk: DiskId,
+        /// Where.
+        address: String,
+        /// What is wrong.
+        why: String,
     },
+}
+
+/// Asks every disk node who it is before any is told anything: a node keeps the first map it takes, so one wrong line of the
+/// configuration must not reach the others. Waits for nodes that do not answer yet.
+///
+/// # Errors
+/// [`FormError::NotInMap`], [`FormError::Mistaken`]; nothing was changed.
+pub async fn check_disks(disks: &Disks, map: &ClusterMap) -> Result<(), FormError> {
+    let deadline = Instant::now() + DEADLINE;
+    let checks = map.disks.values().map(|disk| check_disk(disks, map, disk, deadline));
+    stream::iter(checks).buffer_unordered(AT_ONCE).try_collect().await
+}
+
+async fn check_disk(disks: &Disks, map: &ClusterMap, disk: &Disk, deadline: Instant) -> Result<(), FormError> {
+    let (id, uuid) = (disk.id, disk.uuid);
+    loop {
+        let client = disks.client(id).ok_or(FormError::NotInMap(id))?;
+        let failed = |why: String| FormError::Mistaken { disk: id, address: client.address().to_owned(), why };
+        let known = match client.control(ControlRequest::Status, ATTEMPT).await {
+            Ok(ControlResponse::Status(found)) if found.uuid != uuid || found.disk.is_some_and(|found| found != id) => {
+                let number = found.disk.map_or_else(|| "no number".to_owned(), |disk| disk.to_string());
+                let why = format!("the configuration says {uuid} there, but it is disk {number} ({})", found.uuid);
+                return Err(failed(why));
+            }
+            Ok(ControlResponse::Status(found)) if found.epoch < map.epoch => return Ok(()),
+            Ok(ControlResponse::Status(found)) if found.epoch > map.epoch => {
+                return Err(failed(format!("it belongs to a formed cluster already (map epoch {})", found.epoch)));
+            }
+            // The same epoch: fine if an earlier attempt was broken off, and nothing else.
+            Ok(ControlResponse::Status(_)) => client.control(ControlRequest::GetMap, ATTEMPT).await,
+            other => other,
+        };
+        let why = match known {
+            Ok(ControlResponse::Map(Some(known))) if *known == *map => return Ok(()),
+            Ok(ControlResponse::Map(_)) => {
+                let why = "it has taken another map of this cluster already: give the same configuration as then, or format anew";
+                return Err(failed(why.to_owned()));
+            }
+            Ok(other) => format!("an answer of another kind: {other:?}"),
+            Err(LinkError::Auth(error)) => return Err(failed(LinkError::Auth(error).to_string())),
+            Err(error) => error.to_string(),
+        };
+        if Instant::now() + PAUSE >= deadline {
+            return Err(failed(why));
+        }
+        tokio::time::sleep(jitter(PAUSE)).await;
+    }
 }
 
 /// Forms the cluster of that map, or finishes forming it.
@@ -71,12 +127,7 @@ pub async fn form(shards: &Shards, map: &ClusterMap) -> Result<(), FormError> {
     }
     stream::iter(begins).buffer_unordered(AT_ONCE).try_collect::<Vec<()>>().await?;
 
-    match shards.set_map(map.clone()).await? {
-        MapSet::Done => Ok(()),
-        // Formed before, and perhaps changed since: the root shard's map is the one that counts.
-        MapSet::Conflict { current } if current >= map.epoch => Ok(()),
-        MapSet::Conflict { current } => Err(FormError::Conflict { current, ours: map.epoch }),
-    }
+    Ok(commit_first(shards, map).await?)
 }
 
 async fn insist(

@@ -7,7 +7,8 @@
 //!    [`heal`]: repair, garbage, census;
 //! 4. [`s3`]: the S3 front end over both, and [`digest`], the checksums it makes;
 //! 5. [`gateway`]: one gateway put together, from start to drain; [`bootstrap`] forms a new cluster;
-//! 6. [`admin`]: health, metrics, status page and the admin API; [`cli`]: the `granary` command on top of it;
+//! 6. [`ops`]: changes of the cluster map, pure, and how they are committed;
+//!    [`admin`]: health, metrics, status page and the admin API; [`cli`]: the `granary` command on top of it;
 //! 7. [`dev`]: a whole cluster on one machine, for `granary dev`.
 
 pub mod admin;
@@ -21,6 +22,7 @@ pub mod heal;
 pub mod logging;
 pub mod metrics;
 pub mod object;
+pub mod ops;
 pub mod s3;
 pub mod settings;
 pub mod shards;

@@ -1,13 +1,14 @@
 //! What operators ask for and change: one function per request of [`api`](super::api).
 
 use super::api::{ApiError, Census, DiskAct, DiskChanged, ErrorCode};
-use super::api::{GetMap, GetStatus, ReplaceDisk, RunCensus, StartDisk, Status, StopDisk};
+use super::api::{DrainDisk, GetMap, GetStatus, ReplaceDisk, RunCensus, StartDisk, Status, StopDisk, WeighDisk};
 use super::{AdminContext, LocalDisks};
-use crate::shards::map_watch::MapSet;
+use crate::ops::{self, ChangeError, CommitError, Committed, Replacement};
 use futures::future::BoxFuture;
-use granary_placement::id::{DiskId, DiskUuid, Epoch};
-use granary_placement::map::ClusterMap;
-use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_placement::id::DiskId;
+use granary_placement::map::{ClusterMap, DiskState};
+use granary_placement::place::PlaceError;
+use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,10 +44,53 @@ pub(super) async fn replace_disk(context: Arc<AdminContext>, call: ReplaceDisk) 
         let why = "name the new disk by the UUID on its label (--uuid): this gateway runs no disk nodes itself";
         return Err(ApiError::new(ErrorCode::BadRequest, why));
     };
-    let done = replace(&context, call.disk, uuid, call.address).await;
-    tracing::info!(disk = call.disk.0, result = ?done, "admin request to replace a disk");
-    let epoch = done.map_err(|why| ApiError::new(ErrorCode::Conflict, why))?;
-    Ok(DiskChanged { disk: call.disk, done: DiskAct::Replace, epoch: Some(epoch) })
+    let mut new = Replacement { old: call.disk, uuid, number: None, address: call.address };
+    // What makes no sense is refused before anybody is asked.
+    let map = context.shards.current_map().ok_or_else(no_map)?;
+    ops::replace(&map, &new).map_err(refused)?;
+    new.number = Some(number_of_new(&context, &map, &new).await?);
+    change(&context, call.disk, DiskAct::Replace, |map| ops::replace(map, &new)).await
+}
+
+pub(super) async fn drain_disk(context: Arc<AdminContext>, call: DrainDisk) -> Result<DiskChanged, ApiError> {
+    let mut changed = change(&context, call.disk, DiskAct::Drain, |map| ops::drain(map, call.disk)).await?;
+    let state = |map: &ClusterMap| map.disk(call.disk).map(|disk| disk.state);
+    if context.shards.current_map().is_some_and(|map| state(&map) == Some(DiskState::Out)) {
+        changed.done = DiskAct::Out;
+    }
+    Ok(changed)
+}
+
+pub(super) async fn weigh_disk(context: Arc<AdminContext>, call: WeighDisk) -> Result<DiskChanged, ApiError> {
+    change(&context, call.disk, DiskAct::Weight, |map| ops::set_weight(map, call.disk, call.weight)).await
+}
+
+/// Commits a change of the cluster map; shard leaders and the healer do the rest.
+async fn change(
+    context: &AdminContext,
+    disk: DiskId,
+    act: DiskAct,
+    change: impl Fn(&ClusterMap) -> Result<ClusterMap, ChangeError>,
+) -> Result<DiskChanged, ApiError> {
+    let result = ops::commit(&context.shards, change).await;
+    let said = result.as_ref().map(|committed| committed.after.epoch);
+    tracing::info!(disk = disk.0, ?act, result = ?said, "admin request to change the cluster map");
+    match result {
+        Ok(Committed { after, .. }) => {
+            Ok(DiskChanged { disk, done: act, epoch: Some(after.epoch), slots_moving: ops::slots_moving(&after) })
+        }
+        Err(CommitError::Refused(why)) => Err(refused(why)),
+        Err(error @ CommitError::Root(_)) => Err(ApiError::new(ErrorCode::Unavailable, error)),
+        Err(error @ CommitError::Restless) => Err(ApiError::new(ErrorCode::Conflict, error)),
+    }
+}
+
+fn refused(why: ChangeError) -> ApiError {
+    let code = match &why {
+        ChangeError::Place(PlaceError::NoSuchDisk(_)) => ErrorCode::NotFound,
+        _ => ErrorCode::Conflict,
+    };
+    ApiError::new(code, why)
 }
 
 /// An act of `granary dev` on one of its own disk nodes.
@@ -63,61 +107,40 @@ async fn local(
     let done = run(local.as_ref()).await;
     tracing::info!(disk = disk.0, ?act, result = ?done, "admin request for a disk node");
     done.map_err(|why| ApiError::new(ErrorCode::Conflict, why))?;
-    Ok(DiskChanged { disk, done: act, epoch: None })
+    Ok(DiskChanged { disk, done: act, epoch: None, slots_moving: 0 })
 }
 
-/// Gives the slots and replicas of a disk to a new one; the shard leaders and the healer do the rest.
-async fn replace(
-    context: &AdminContext,
-    old: DiskId,
-    uuid: DiskUuid,
-    address: Option<String>,
-) -> Result<Epoch, String> {
-    for _ in 0..5 {
-        context.shards.refresh_map().await.map_err(|error| error.to_string())?;
-        let map = context.shards.current_map().ok_or("no cluster map yet")?;
-        let (next, id) = granary_placement::place::replace_disk(&map, old, uuid, address.clone())
-            .map_err(|error| error.to_string())?;
-        check_new(context, &map, (old, id), uuid, address.as_deref()).await?;
-        let epoch = next.epoch;
-        match context.shards.set_map(next).await.map_err(|error| error.to_string())? {
-            MapSet::Done => return Ok(epoch),
-            MapSet::Conflict { .. } => {}
-        }
-    }
-    Err("the cluster map changes all the time; try again".to_owned())
-}
-
-/// Is the new disk's node there, with the number that the map will give it? Asked before the map changes: afterwards the old disk is
-/// gone for good, and a wrong label would leave its place empty.
-async fn check_new(
-    context: &AdminContext,
-    map: &ClusterMap,
-    (old, id): (DiskId, DiskId),
-    uuid: DiskUuid,
-    address: Option<&str>,
-) -> Result<(), String> {
-    let client = match (address, context.disks.client(old)) {
+/// The number on the label of the new disk, told by its node. Asked before the map changes: afterwards the old disk is gone for good,
+/// and a wrong label would leave its place empty. The change itself compares it with the number that the map will give.
+async fn number_of_new(context: &AdminContext, map: &ClusterMap, new: &Replacement) -> Result<DiskId, ApiError> {
+    let conflict = |why: String| ApiError::new(ErrorCode::Conflict, why);
+    let next = ops::new_disk_id(map);
+    let client = match (&new.address, context.disks.client(new.old)) {
         (Some(address), _) => context.disks.client_at(address),
         (None, Some(client)) => client,
-        (None, None) => return Err(format!("the address of disk {old} is not known; name the new disk's")),
+        (None, None) => {
+            return Err(conflict(format!("the address of disk {} is not known; name the new disk's", new.old)))
+        }
     };
-    let format = format!("granary-disk-node format --dir DIR --cluster {} --disk {id}", map.cluster_id);
+    let (address, uuid) = (client.address(), new.uuid);
+    let format = format!("granary-disk-node format --dir DIR --cluster {} --disk {next}", map.cluster_id);
     match client.control(ControlRequest::Status, NEW_DISK).await {
-        Ok(ControlResponse::Status(status)) if status.uuid == uuid && status.disk == Some(id) => Ok(()),
+        Ok(ControlResponse::Status(NodeStatus { disk: Some(disk), uuid: found, .. }))
+            if found == uuid && disk == next =>
+        {
+            Ok(disk)
+        }
         Ok(ControlResponse::Status(status)) => {
             let number = status.disk.map_or_else(|| "without a number".to_owned(), |disk| disk.to_string());
-            Err(format!(
-                "the node at {} serves disk {number} ({}), but the new one must be disk {id} ({uuid}): `{format}`",
-                client.address(),
-                status.uuid,
-            ))
+            let found = status.uuid;
+            Err(conflict(format!(
+                "the node at {address} serves disk {number} ({found}), but the new one must be disk {next} ({uuid}): `{format}`"
+            )))
         }
-        Ok(other) => Err(format!("the node at {} does not tell which disk it serves: {other:?}", client.address())),
-        Err(error) => Err(format!(
-            "the new disk's node does not answer at {}: {error}; `{format}`, then start it there",
-            client.address()
-        )),
+        Ok(other) => Err(conflict(format!("the node at {address} does not tell which disk it serves: {other:?}"))),
+        Err(error) => Err(conflict(format!(
+            "the new disk's node does not answer at {address}: {error}; `{format}`, then start it there"
+        ))),
     }
 }
 

@@ -10,6 +10,7 @@
 //! | [`GetMap`] | `GET /v1/map` | the [`ClusterMap`] |
 //! | [`RunCensus`] | `POST /v1/census` | [`Census`] |
 //! | [`ReplaceDisk`] | `POST /v1/disks/{disk}/replace` | [`DiskChanged`] |
+//! | [`DrainDisk`], [`WeighDisk`] | `POST /v1/disks/{disk}/drain`, `.../weight` | [`DiskChanged`] |
 //! | [`StartDisk`], [`StopDisk`] | `POST /v1/disks/{disk}/start`, `.../stop` | [`DiskChanged`] |
 //!
 //! `GET /readyz`, which needs no token, answers with [`Readiness`].
@@ -119,6 +120,13 @@ disk_calls! {
         #[serde(default)]
         pub address: Option<String>,
     } -> DiskChanged;
+    /// Take a disk out of service in order: its slots and replicas go to other disks. Asked again once it is empty, it is out.
+    "/v1/disks/{disk}/drain" DrainDisk {} -> DiskChanged;
+    /// Give a disk another share of the data.
+    "/v1/disks/{disk}/weight" WeighDisk {
+        /// The new weight, relative to the other disks.
+        pub weight: u32,
+    } -> DiskChanged;
     /// Start the node of a disk; `granary dev` only.
     "/v1/disks/{disk}/start" StartDisk {} -> DiskChanged;
     /// Stop the node of a disk; `granary dev` only.
@@ -135,6 +143,9 @@ pub struct DiskChanged {
     /// Epoch of the cluster map that says so; None when no map changed.
     #[serde(default)]
     pub epoch: Option<Epoch>,
+    /// Slots of placement groups in that map whose chunks are on their way to another disk.
+    #[serde(default)]
+    pub slots_moving: usize,
 }
 
 /// What can be done to a disk.
@@ -147,6 +158,15 @@ pub enum DiskAct {
     Stop,
     /// A new disk took its place.
     Replace,
+    /// Its slots go to other disks.
+    Drain,
+    /// It was empty and is out of service.
+    Out,
+    /// It has another share of the data.
+    Weight,
+    /// A word of a later release.
+    #[serde(other)]
+    Unknown,
 }
 
 /// Why a request was refused, or not done.
@@ -355,6 +375,12 @@ pub struct DiskRow {
     pub weight: u32,
     /// What it does.
     pub roles: Vec<Role>,
+    /// Slots of placement groups whose chunks it holds or is being given.
+    #[serde(default)]
+    pub slots: usize,
+    /// Slots whose chunks are on their way from it to another disk.
+    #[serde(default)]
+    pub slots_leaving: usize,
     /// Whether it answers.
     pub health: Health,
     /// Size of its file system, in bytes.

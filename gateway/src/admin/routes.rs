@@ -65,6 +65,8 @@ pub(super) fn router(context: Shared, limits: &RequestLimits) -> Router {
     let listings = on(listings, acts::status);
     let listings = on(listings, acts::map);
     let quick = on(Router::new(), acts::replace_disk);
+    let quick = on(quick, acts::drain_disk);
+    let quick = on(quick, acts::weigh_disk);
     let quick = on(quick, acts::start_disk);
     let quick = on(quick, acts::stop_disk);
     // A census reads every chunk and takes as long as it takes.

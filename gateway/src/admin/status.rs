@@ -81,6 +81,7 @@ pub async fn collect(sources: Sources, out: watch::Sender<Arc<Status>>, stop: Ca
 async fn quick(shards: &Shards, disks: &Disks, map: &ClusterMap) -> Status {
     let views: BTreeMap<DiskId, _> = disks.view().into_iter().map(|view| (view.id, view)).collect();
     let serving = || map.disks.values().filter(|disk| disk.state != DiskState::Out);
+    let slots = || map.groups.values().flat_map(|group| &group.slots);
     let rows = serving().map(|disk| {
         let view = views.get(&disk.id);
         let status = view.and_then(|view| view.status.as_ref());
@@ -91,6 +92,8 @@ async fn quick(shards: &Shards, disks: &Disks, map: &ClusterMap) -> Status {
             location: format!("{}/{}/{}", disk.location.zone, disk.location.rack, disk.location.server),
             state: disk.state,
             weight: disk.weight,
+            slots: slots().filter(|slot| slot.current == disk.id).count(),
+            slots_leaving: slots().filter(|slot| slot.previous == Some(disk.id)).count(),
             roles: [(Role::Storage, disk.roles.storage), (Role::Metadata, disk.roles.metadata)]
                 .into_iter()
                 .filter_map(|(role, has)| has.then_some(role))

@@ -3,7 +3,8 @@
 use super::http::call;
 use super::output::{print, print_json};
 use crate::admin::api::{
-    Call, Census, DiskRow, GetMap, GetStatus, Health, ReplaceDisk, RunCensus, StartDisk, Status, StopDisk,
+    Call, Census, DiskAct, DiskRow, DrainDisk, GetMap, GetStatus, Health, ReplaceDisk, RunCensus, StartDisk, Status,
+    StopDisk, WeighDisk,
 };
 use crate::admin::page::bytes;
 use crate::dev::layout::read_json;
@@ -80,6 +81,22 @@ pub(crate) enum DiskVerb {
         #[arg(long)]
         yes: bool,
     },
+    /// Take a disk out of service: its data moves to other disks. Repeat it to see how far that is, and to end it.
+    Drain {
+        /// Number of the disk.
+        id: DiskId,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Give a disk another share of the data, relative to the other disks.
+    Weight {
+        /// Number of the disk.
+        id: DiskId,
+        /// The new weight; by convention its capacity in GiB. 0 takes no data.
+        weight: u32,
+        #[command(flatten)]
+        target: Target,
+    },
     /// Start a disk node of `granary dev`.
     Start {
         /// Number of the disk.
@@ -138,6 +155,21 @@ pub(crate) async fn run(verb: AdminVerb) -> Done {
             target.ask(&ReplaceDisk { disk: id, uuid, address }, QUICK).await?;
             let next = "`granary status` shows the repair, `granary census` proves it";
             print(|out| writeln!(out, "disk {id} is replaced; {next}"))?;
+        }
+        AdminVerb::Disk(DiskVerb::Drain { id, target }) => {
+            let changed = target.ask(&DrainDisk { disk: id }, QUICK).await?;
+            print(|out| match changed.done {
+                DiskAct::Out => writeln!(out, "disk {id} was empty and is out of service; its node can be stopped"),
+                _ => writeln!(
+                    out,
+                    "disk {id} is draining; {} slots are moving, see `granary status`",
+                    changed.slots_moving
+                ),
+            })?;
+        }
+        AdminVerb::Disk(DiskVerb::Weight { id, weight, target }) => {
+            let changed = target.ask(&WeighDisk { disk: id, weight }, QUICK).await?;
+            print(|out| writeln!(out, "disk {id} has the weight {weight}; {} slots are moving", changed.slots_moving))?;
         }
         AdminVerb::Disk(DiskVerb::Start { id, target }) => {
             target.ask(&StartDisk { disk: id }, QUICK).await?;
@@ -199,6 +231,9 @@ fn write_status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     write_disks(out, &status.disks)?;
     for disk in status.disks.iter().filter(|disk| disk.health != Health::Up) {
         writeln!(out, "disk {} is {}: {}", disk.disk, disk.health, disk.last_error.as_deref().unwrap_or("-"))?;
+    }
+    for disk in status.disks.iter().filter(|disk| disk.slots_leaving > 0) {
+        writeln!(out, "disk {} gives {} slots to other disks", disk.disk, disk.slots_leaving)?;
     }
     let led = status.shards.iter().filter(|shard| shard.leader.is_some()).count();
     writeln!(out, "shards with a leader: {led} of {}", status.shards.len())?;

@@ -15,8 +15,8 @@
 
 use super::layout::{disk_at, free_addresses, is_free, random16, write_json, Layout, LayoutError, Slot};
 use crate::metrics::Metrics;
-use crate::shards::map_watch::MapSet;
-use crate::shards::{ShardError, Shards};
+use crate::ops::{self, CommitError, Replacement};
+use crate::shards::Shards;
 use granary_placement::id::{ClusterId, DiskId, DiskUuid};
 use granary_placement::map::ClusterMap;
 use granary_placement::place::{replace_disk, PlaceError};
@@ -225,26 +225,24 @@ impl Readier {
 
     /// Gives the new disk, formatted already, the slots of the lost one.
     async fn install(&self, dir: &Path, map: &ClusterMap, lost: DiskId, uuid: DiskUuid) -> Result<(), ReadyError> {
-        let (next, new) = replace_disk(map, lost, uuid, None)?;
+        let new = ops::new_disk_id(map);
         // The new disk listens where the old one did, also when that is not where the map says.
         let mut addresses = self.layout.read_addresses()?;
         if let Some(address) = addresses.remove(&lost) {
             addresses.insert(new, address);
             write_json(&self.layout.file("addresses.json"), &addresses)?;
         }
-        match self.shards.set_map(next).await {
-            Ok(MapSet::Done) => {
+        let replacement = Replacement { old: lost, uuid, number: Some(new), address: None };
+        match ops::commit(&self.shards, |map| ops::replace(map, &replacement)).await {
+            Ok(_) => {
                 tracing::info!(lost = lost.0, new = new.0, dir = %dir.display(), "the new disk is in the cluster map");
                 Ok(())
             }
-            Ok(MapSet::Conflict { current }) => {
-                tracing::info!(epoch = current.0, "the cluster map changed meanwhile; looking again");
+            Err(CommitError::Refused(why)) => {
+                tracing::info!(%why, "the cluster map changed meanwhile; looking again");
                 Ok(())
             }
-            Err(error @ (ShardError::Unavailable { .. } | ShardError::NoMap(_))) => {
-                Err(ReadyError::Root(error.to_string()))
-            }
-            Err(error) => Err(ReadyError::Root(format!("the map was refused: {error}"))),
+            Err(error) => Err(ReadyError::Root(error.to_string())),
         }
     }
 

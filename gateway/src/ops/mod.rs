@@ -1,0 +1,14 @@
+//! What operators and the healer do to the cluster map.
+//!
+//! - [`change`]: pure functions from a map to the next one: replace, drain, weigh, end a move;
+//! - [`form`]: the description of a new cluster becomes its first map;
+//! - [`commit`]: the one way in which a change becomes the map of the root shard.
+//!
+//! Nothing here moves data. A map whose slots name a `previous` disk is what the healer works from.
+
+pub mod change;
+pub mod commit;
+pub mod form;
+
+pub use change::{drain, finish_moves, new_disk_id, replace, set_weight, slots_moving, ChangeError, Replacement};
+pub use commit::{commit, CommitError, Committed, MapStore};
