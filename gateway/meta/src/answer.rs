@@ -25,7 +25,8 @@ fn load<T: Record, K: Kv + ?Sized>(kv: &K, key: &[u8]) -> Result<Option<T>, Stat
     kv.get(key)?.map(|bytes| decode(&bytes)).transpose()
 }
 
-/// Gives entries of a range to `take` until it has `limit` of them; true when there is one more. `take` answers whether it took it.
+/// Gives entries of a range to `take` until it has `limit` of them; true when there is one more. `take` answers whether
+/// it took it.
 fn page<K: Kv + ?Sized>(
     kv: &K,
     range: &KeyRange,
@@ -77,8 +78,7 @@ fn wants_root(query: &Query) -> Option<bool> {
 
 /// Answers a query from one consistent view of the shard.
 ///
-/// # Errors
-/// [`StateError`] when the state cannot be read.
+/// # Errors [`StateError`] when the state cannot be read.
 pub fn answer<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<Answer, StateError> {
     let keys = Keys::new(shard);
     if wants_root(query).is_some_and(|root| root != (shard == ShardId::ROOT)) {
@@ -179,7 +179,8 @@ fn get_object<K: Kv + ?Sized>(
     if let VersionPick::Seq(seq) = version {
         return load(kv, &keys.version(bucket, key, seq)).map(found);
     }
-    // Without a current object the newest version is a delete marker, if there is any; the null version may be anywhere.
+    // Without a current object the newest version is a delete marker, if there is any; the null version may be
+    // anywhere.
     let range = keys.versions_of(bucket, key);
     let mut cursor = kv.cursor(&range.to);
     cursor.seek(&range.from)?;

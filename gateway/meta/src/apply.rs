@@ -1,7 +1,8 @@
-//! Applies commands: deterministic, no clock, no randomness, no unordered iteration. Same state and command, same batch and reply.
+//! Applies commands: deterministic, no clock, no randomness, no unordered iteration. Same state and command, same batch
+//! and reply.
 //!
-//! `apply` is the door: it deduplicates by request id, turns away background work whose lease was taken over, and hands the command to
-//! the module of its kind. A refusal writes nothing but its own kept reply.
+//! `apply` is the door: it deduplicates by request id, turns away background work whose lease was taken over, and hands
+//! the command to the module of its kind. A refusal writes nothing but its own kept reply.
 
 use crate::codec::{decode, encode_at, Counters, Fence, KeptReply, QueuedAt, Record};
 use crate::keys::{kind, Keys};
@@ -83,8 +84,7 @@ impl<K: Kv + ?Sized> Tx<'_, '_, K> {
 
 /// Applies one request of a log entry to the batch and says what it came to.
 ///
-/// # Errors
-/// [`StateError`] when the state cannot be read: the replica must stop, for it can neither apply nor skip the command.
+/// # Errors [`StateError`] when the state cannot be read: the replica must stop, for it can neither apply nor skip the command.
 pub fn apply<K: Kv + ?Sized>(
     shard: ShardId,
     batch: &mut Overlay<'_, K>,

@@ -83,8 +83,8 @@ pub fn begin_delete<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, name: &str, id: Buck
     }
 }
 
-/// See [`crate::Command::EndDeleteBucket`]. The attempt is what makes a removal safe: as long as no later one was handed
-/// out here, nobody took a fence of this one down.
+/// See [`crate::Command::EndDeleteBucket`]. The attempt is what makes a removal safe: as long as no later one was
+/// handed out here, nobody took a fence of this one down.
 pub fn end_delete<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     name: &str,

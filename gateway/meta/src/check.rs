@@ -1,6 +1,7 @@
 //! What a command must look like before the state is asked at all. Pure: the same answer on every replica, for ever.
 //!
-//! A rule here is part of the replicated history: changing one makes replicas of two builds disagree. A new rule needs a new command.
+//! A rule here is part of the replicated history: changing one makes replicas of two builds disagree. A new rule needs
+//! a new command.
 
 use crate::level::MAX_FEATURE_LEVEL;
 use crate::record::{ExtentRef, ObjectData};
@@ -35,7 +36,8 @@ pub const MAX_SETTING_VALUE_BYTES: usize = 256;
 /// Longest name of a cluster setting, in bytes.
 pub const MAX_SETTING_NAME_BYTES: usize = 64;
 
-/// The form of a cluster setting. Whether there is such a setting is for the sender to check: see [`crate::Command::SetSetting`].
+/// The form of a cluster setting. Whether there is such a setting is for the sender to check: see
+/// [`crate::Command::SetSetting`].
 ///
 /// # Errors
 /// What is wrong with it.
@@ -50,8 +52,8 @@ pub fn check_setting(name: &str, value: Option<&str>) -> Result<(), String> {
     }
 }
 
-/// A feature level that this build knows. For the leader's host, before a command enters the log: there it could no longer be refused
-/// by some replicas and applied by others.
+/// A feature level that this build knows. For the leader's host, before a command enters the log: there it could no
+/// longer be refused by some replicas and applied by others.
 ///
 /// # Errors
 /// What is wrong with it.
@@ -94,8 +96,8 @@ fn check_extent(extent: &ExtentRef) -> Result<(), String> {
     Ok(())
 }
 
-/// A payload that agrees with its size and its checksum, whose every extent has at least K+1 chunks: data that was acknowledged
-/// must survive one more failure.
+/// A payload that agrees with its size and its checksum, whose every extent has at least K+1 chunks: data that was
+/// acknowledged must survive one more failure.
 ///
 /// # Errors
 /// What is wrong with it.

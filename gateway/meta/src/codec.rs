@@ -6,6 +6,7 @@ use crate::record::{
     PartRecord, RepairSlotRecord, SettingsRecord, UploadRecord, Usage, VersionSeq,
 };
 use crate::{ObjectSummary, Reply};
+use granary_placement::id::{ClusterId, Epoch};
 use granary_placement::map::ClusterMap;
 use granary_placement::map::MapDiff;
 use serde::de::DeserializeOwned;
@@ -13,7 +14,8 @@ use serde::{Deserialize, Serialize};
 
 /// A type of value in the state database. Each has versions of its own: a new field is a new version of one record.
 ///
-/// A record that has had other versions keeps a type for each and a function from each to the next, and decodes them all:
+/// A record that has had other versions keeps a type for each and a function from each to the next, and decodes them
+/// all:
 ///
 /// ```
 /// # use granary_meta::codec::{other_version, plain, Record};
@@ -55,8 +57,7 @@ pub trait Record: Serialize + DeserializeOwned {
 
     /// Appends the body of that version, one of those that `version_at` gives.
     ///
-    /// # Errors
-    /// [`StateError::Value`] when it cannot be encoded.
+    /// # Errors [`StateError::Value`] when it cannot be encoded.
     fn encode_as(&self, version: u8, out: Vec<u8>) -> Result<Vec<u8>, StateError> {
         if version == Self::VERSION {
             plain::encode(self, out)
@@ -67,8 +68,7 @@ pub trait Record: Serialize + DeserializeOwned {
 
     /// The record in the body of that version, all of it.
     ///
-    /// # Errors
-    /// [`StateError::Value`]: a version unknown to this build, or not such a value.
+    /// # Errors [`StateError::Value`]: a version unknown to this build, or not such a value.
     fn decode_as(version: u8, body: &[u8]) -> Result<Self, StateError> {
         if version == Self::VERSION {
             plain::decode(body)
@@ -123,21 +123,51 @@ pub mod plain {
 
     /// Appends the body.
     ///
-    /// # Errors
-    /// [`StateError::Value`] when it cannot be encoded, which no value of ours does.
+    /// # Errors [`StateError::Value`] when it cannot be encoded, which no value of ours does.
     pub fn encode<T: Serialize>(value: &T, out: Vec<u8>) -> Result<Vec<u8>, StateError> {
         postcard::to_extend(value, out).map_err(|error| StateError::Value(error.to_string()))
     }
 
+    /// The value that the body begins with.
+    ///
+    /// # Errors [`StateError::Value`]: not such a value.
+    pub fn decode_prefix<T: DeserializeOwned>(body: &[u8]) -> Result<T, StateError> {
+        postcard::take_from_bytes(body).map(|(head, _)| head).map_err(|error| StateError::Value(error.to_string()))
+    }
+
     /// The value in the body, all of it.
     ///
-    /// # Errors
-    /// [`StateError::Value`]: not such a value.
+    /// # Errors [`StateError::Value`]: not such a value.
     pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, StateError> {
         match postcard::take_from_bytes(body) {
             Ok((value, [])) => Ok(value),
             Ok((_, rest)) => Err(StateError::Value(format!("{} bytes behind a value", rest.len()))),
             Err(error) => Err(StateError::Value(error.to_string())),
+        }
+    }
+}
+
+/// The fields of a ClusterMap that stand first: who has the newest map is told so without decoding all of it. Must stay
+/// a prefix of `ClusterMap`; a test holds it to that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapHead {
+    /// See ClusterMap.
+    pub cluster_id: ClusterId,
+    /// See ClusterMap.
+    pub epoch: Epoch,
+}
+
+impl MapHead {
+    /// The head of an encoded ClusterMap.
+    ///
+    /// # Errors
+    /// As [`decode`].
+    pub fn decode(bytes: &[u8]) -> Result<MapHead, StateError> {
+        match split(bytes)? {
+            (ClusterMap::VERSION, body) => plain::decode_prefix(body),
+            (version, body) => {
+                ClusterMap::decode_as(version, body).map(|map| MapHead { cluster_id: map.cluster_id, epoch: map.epoch })
+            }
         }
     }
 }
@@ -149,8 +179,7 @@ pub fn other_version(version: u8) -> StateError {
 
 /// The value's bytes in the version of a feature level. What is replicated must be written by this one.
 ///
-/// # Errors
-/// [`StateError::Value`] when it cannot be encoded, which no value of ours does.
+/// # Errors [`StateError::Value`] when it cannot be encoded, which no value of ours does.
 pub fn encode_at<T: Record>(level: u32, value: &T) -> Result<Vec<u8>, StateError> {
     let version = T::version_at(level);
     value.encode_as(version, vec![version])
@@ -158,8 +187,7 @@ pub fn encode_at<T: Record>(level: u32, value: &T) -> Result<Vec<u8>, StateError
 
 /// The value's bytes in its newest version: for what one replica keeps for itself.
 ///
-/// # Errors
-/// [`StateError::Value`] when it cannot be encoded, which no value of ours does.
+/// # Errors [`StateError::Value`] when it cannot be encoded, which no value of ours does.
 pub fn encode<T: Record>(value: &T) -> Result<Vec<u8>, StateError> {
     value.encode_as(T::VERSION, vec![T::VERSION])
 }
@@ -173,8 +201,7 @@ fn split(bytes: &[u8]) -> Result<(u8, &[u8]), StateError> {
 
 /// The value in those bytes, all of them, of any version that the record ever had.
 ///
-/// # Errors
-/// [`StateError::Value`]: a version unknown to this build, or not such a value.
+/// # Errors [`StateError::Value`]: a version unknown to this build, or not such a value.
 pub fn decode<T: Record>(bytes: &[u8]) -> Result<T, StateError> {
     let (version, body) = split(bytes)?;
     T::decode_as(version, body)
@@ -218,8 +245,9 @@ pub struct KeptReply {
     pub reply: Reply,
 }
 
-/// What a shard knows of the deletions of a bucket. Kept when the fence is down, so that late commands of an attempt that is over
-/// find out; bucket ids are never used again, so there is at most one per bucket that somebody tried to delete.
+/// What a shard knows of the deletions of a bucket. Kept when the fence is down, so that late commands of an attempt
+/// that is over find out; bucket ids are never used again, so there is at most one per bucket that somebody tried to
+/// delete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fence {
     /// When this was last changed, by the command's time, Unix milliseconds.
@@ -243,8 +271,8 @@ pub struct CompletedUpload {
     pub parts: Vec<(u16, String)>,
 }
 
-/// The fields of an ObjectRecord that stand before its payload: a listing reads these and leaves extents and inline bytes undecoded.
-/// Must stay a prefix of `ObjectRecord`; a test below holds it to that.
+/// The fields of an ObjectRecord that stand before its payload: a listing reads these and leaves extents and inline
+/// bytes undecoded. Must stay a prefix of `ObjectRecord`; a test below holds it to that.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectHead {
     /// See ObjectRecord.
@@ -278,9 +306,7 @@ impl ObjectHead {
     /// As [`decode`].
     pub fn decode(bytes: &[u8]) -> Result<ObjectHead, StateError> {
         match split(bytes)? {
-            (ObjectRecord::VERSION, body) => postcard::take_from_bytes(body)
-                .map(|(head, _)| head)
-                .map_err(|error| StateError::Value(error.to_string())),
+            (ObjectRecord::VERSION, body) => plain::decode_prefix(body),
             (version, body) => ObjectRecord::decode_as(version, body).map(ObjectHead::from),
         }
     }

@@ -1,7 +1,7 @@
 //! Commands that change a metadata shard.
 //!
-//! A shard is a deterministic state machine: time, ids and randomness arrive inside the command. A command that was applied under
-//! a request id is not applied again: its first reply is given back.
+//! A shard is a deterministic state machine: time, ids and randomness arrive inside the command. A command that was
+//! applied under a request id is not applied again: its first reply is given back.
 
 use crate::record::{
     AccountId, BucketId, BucketRule, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq, Versioning,
@@ -58,11 +58,12 @@ pub enum VersionPick {
 
 /// A change of a shard.
 ///
-/// Writes into a bucket carry the epoch of the bucket's rule that the gateway went by. The shard decides by the rule it holds itself, and
-/// only when the epochs agree: a lower one replies [`crate::Reply::StaleRule`], a higher one [`crate::Reply::RuleBehind`], and nothing is
-/// written.
+/// Writes into a bucket carry the epoch of the bucket's rule that the gateway went by. The shard decides by the rule it
+/// holds itself, and only when the epochs agree: a lower one replies [`crate::Reply::StaleRule`], a higher one
+/// [`crate::Reply::RuleBehind`], and nothing is written.
 ///
-/// Background work carries the stamp of its lease; one that was taken over replies [`crate::Reply::StaleLease`], and nothing is done.
+/// Background work carries the stamp of its lease; one that was taken over replies [`crate::Reply::StaleLease`], and
+/// nothing is done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
     /// Stores an object. Replies [`crate::Reply::Put`].
@@ -80,7 +81,8 @@ pub enum Command {
         /// Epoch of the bucket's rule by which the gateway decided.
         rule_epoch: u64,
     },
-    /// Deletes an object, a version, or adds a delete marker. Replies [`crate::Reply::Deleted`], also when nothing was there.
+    /// Deletes an object, a version, or adds a delete marker. Replies [`crate::Reply::Deleted`], also when nothing was
+    /// there.
     DeleteObject {
         /// Bucket.
         bucket: BucketId,
@@ -121,9 +123,10 @@ pub enum Command {
         /// Epoch of the bucket's rule by which the gateway decided.
         rule_epoch: u64,
     },
-    /// Turns parts into an object. The gateway has read the parts and made the record, without data; the shard takes the data of the
-    /// parts named, if they are still the ones the gateway saw (same number and ETag), frees the parts not named, and answers as PutObject does.
-    /// Repeated after success with the same parts, it gives the same answer again.
+    /// Turns parts into an object. The gateway has read the parts and made the record, without data; the shard takes
+    /// the data of the parts named, if they are still the ones the gateway saw (same number and ETag), frees the parts
+    /// not named, and answers as PutObject does. Repeated after success with the same parts, it gives the same answer
+    /// again.
     CompleteUpload {
         /// Bucket.
         bucket: BucketId,
@@ -149,24 +152,26 @@ pub enum Command {
         /// The upload.
         upload: UploadId,
     },
-    /// Stops all writes to a bucket in this shard, if it is empty here; a fence of an earlier attempt becomes this attempt's.
-    /// Replies [`crate::Reply::Fenced`], or StaleAttempt when the shard saw a later attempt, or the end of this one.
+    /// Stops all writes to a bucket in this shard, if it is empty here; a fence of an earlier attempt becomes this
+    /// attempt's. Replies [`crate::Reply::Fenced`], or StaleAttempt when the shard saw a later attempt, or the end of
+    /// this one.
     FenceBucket {
         /// Bucket.
         bucket: BucketId,
         /// The attempt that BeginDeleteBucket gave.
         attempt: u64,
     },
-    /// Takes a fence of this attempt or an earlier one back: the bucket was not empty somewhere else. Fences of these attempts are
-    /// refused from then on. Replies [`crate::Reply::Done`], or StaleAttempt when the shard saw a later attempt.
+    /// Takes a fence of this attempt or an earlier one back: the bucket was not empty somewhere else. Fences of these
+    /// attempts are refused from then on. Replies [`crate::Reply::Done`], or StaleAttempt when the shard saw a later
+    /// attempt.
     UnfenceBucket {
         /// Bucket.
         bucket: BucketId,
         /// The attempt that BeginDeleteBucket gave.
         attempt: u64,
     },
-    /// Queues chunks for repair that a reader found missing or corrupt. Those of extents the shard does not own any more are
-    /// ignored; so is an index the extent does not have. Replies [`crate::Reply::Done`].
+    /// Queues chunks for repair that a reader found missing or corrupt. Those of extents the shard does not own any
+    /// more are ignored; so is an index the extent does not have. Replies [`crate::Reply::Done`].
     ReportMissing {
         /// The chunks.
         chunks: Vec<ChunkRef>,
@@ -192,17 +197,17 @@ pub enum Command {
         /// Owner.
         owner: AccountId,
     },
-    /// Root shard: marks a bucket as being deleted, and hands out the next attempt (`delete_attempt` of the reply). A deletion that
-    /// is under way is taken over: it can neither remove the bucket nor take the mark back any more. Replies [`crate::Reply::Bucket`] or
-    /// NoSuchBucket.
+    /// Root shard: marks a bucket as being deleted, and hands out the next attempt (`delete_attempt` of the reply). A
+    /// deletion that is under way is taken over: it can neither remove the bucket nor take the mark back any more.
+    /// Replies [`crate::Reply::Bucket`] or NoSuchBucket.
     BeginDeleteBucket {
         /// Name.
         name: String,
         /// The bucket the caller means.
         bucket: BucketId,
     },
-    /// Root shard: removes a bucket that is marked, and fenced everywhere by this attempt, or takes the mark back. Replies
-    /// [`crate::Reply::Done`], NoSuchBucket, or StaleAttempt when another attempt was handed out since.
+    /// Root shard: removes a bucket that is marked, and fenced everywhere by this attempt, or takes the mark back.
+    /// Replies [`crate::Reply::Done`], NoSuchBucket, or StaleAttempt when another attempt was handed out since.
     EndDeleteBucket {
         /// Name.
         name: String,
@@ -221,12 +226,13 @@ pub enum Command {
     },
     /// Does nothing; measures a round through the log.
     Noop,
-    /// Root shard: takes a task's lease, by compare-and-set: there is none yet and (0, 0) was seen, or the one there still has the epoch
-    /// and renewals that were seen. Its epoch rises by one and its renewals begin at 0. Replies [`crate::Reply::Lease`], LeaseHeld with the one
-    /// that is there, or NoSuchLease when one was seen and there is none.
+    /// Root shard: takes a task's lease, by compare-and-set: there is none yet and (0, 0) was seen, or the one there
+    /// still has the epoch and renewals that were seen. Its epoch rises by one and its renewals begin at 0. Replies
+    /// [`crate::Reply::Lease`], LeaseHeld with the one that is there, or NoSuchLease when one was seen and there is
+    /// none.
     ///
-    /// No clock is asked: a candidate watches (epoch, renewals) by its own monotonic clock, and comes when they stood still for the time
-    /// that holders promise to renew in. A holder that renews in between makes the compare fail.
+    /// No clock is asked: a candidate watches (epoch, renewals) by its own monotonic clock, and comes when they stood
+    /// still for the time that holders promise to renew in. A holder that renews in between makes the compare fail.
     TakeLease {
         /// Name of the task, 1 to 64 bytes.
         task: String,
@@ -239,8 +245,8 @@ pub enum Command {
         /// The renewals seen.
         seen_renewals: u64,
     },
-    /// Root shard: says that the holder is alive. Replies [`crate::Reply::Lease`] with one renewal more, LeaseHeld when the lease is another's
-    /// or was released, or NoSuchLease.
+    /// Root shard: says that the holder is alive. Replies [`crate::Reply::Lease`] with one renewal more, LeaseHeld when
+    /// the lease is another's or was released, or NoSuchLease.
     RenewLease {
         /// Name of the task.
         task: String,
@@ -251,7 +257,8 @@ pub enum Command {
         /// What status pages show, made by the holder (JSON); at most 4 KiB.
         progress: Bytes,
     },
-    /// Root shard: gives a lease back; its epoch stays. Replies [`crate::Reply::Lease`] without a holder, LeaseHeld or NoSuchLease.
+    /// Root shard: gives a lease back; its epoch stays. Replies [`crate::Reply::Lease`] without a holder, LeaseHeld or
+    /// NoSuchLease.
     ReleaseLease {
         /// Name of the task.
         task: String,
@@ -262,17 +269,18 @@ pub enum Command {
     },
     /// Root shard: sets a cluster setting. Replies [`crate::Reply::Settings`].
     ///
-    /// Only the form of name and value is checked here. The table of settings differs between builds, and what `apply` does must not:
-    /// the sender checks against the table, and who reads a setting that it does not know leaves it alone.
+    /// Only the form of name and value is checked here. The table of settings differs between builds, and what `apply`
+    /// does must not: the sender checks against the table, and who reads a setting that it does not know leaves it
+    /// alone.
     SetSetting {
         /// Name, 1 to 64 of `a-z 0-9 _ .`.
         name: String,
         /// Value, at most 256 bytes; None: back to the default.
         value: Option<String>,
     },
-    /// Root shard: gives a bucket another rule, under the next epoch. Every shard must then hear of it (SetBucketRule) before
-    /// EndBucketRule. Replies [`crate::Reply::Bucket`] with the new rule pending, or NoSuchBucket; Refused what S3 forbids: versioning
-    /// that was on cannot be off again, and a lock stays, and wants versioning.
+    /// Root shard: gives a bucket another rule, under the next epoch. Every shard must then hear of it (SetBucketRule)
+    /// before EndBucketRule. Replies [`crate::Reply::Bucket`] with the new rule pending, or NoSuchBucket; Refused what
+    /// S3 forbids: versioning that was on cannot be off again, and a lock stays, and wants versioning.
     BeginBucketRule {
         /// Name.
         name: String,
@@ -285,8 +293,8 @@ pub enum Command {
         /// Epoch of the bucket's policy.
         policy_epoch: u64,
     },
-    /// Root shard: every shard has the rule of that epoch. Replies [`crate::Reply::Done`], NoSuchBucket, or StaleRule when a later
-    /// rule was begun.
+    /// Root shard: every shard has the rule of that epoch. Replies [`crate::Reply::Done`], NoSuchBucket, or StaleRule
+    /// when a later rule was begun.
     EndBucketRule {
         /// Name.
         name: String,
@@ -295,23 +303,25 @@ pub enum Command {
         /// Epoch of the rule.
         epoch: u64,
     },
-    /// Gives a shard a bucket's rule. Replies [`crate::Reply::Done`], also when it has it, or StaleRule when it has a later one.
+    /// Gives a shard a bucket's rule. Replies [`crate::Reply::Done`], also when it has it, or StaleRule when it has a
+    /// later one.
     SetBucketRule {
         /// Bucket.
         bucket: BucketId,
         /// The rule, as the root shard made it.
         rule: BucketRule,
     },
-    /// Queues slots of placement groups for repair: everything this shard owns in the slot is to be looked for on the slot's disk and
-    /// rebuilt where it is not. One that is queued begins anew, under another generation. Replies [`crate::Reply::Done`].
+    /// Queues slots of placement groups for repair: everything this shard owns in the slot is to be looked for on the
+    /// slot's disk and rebuilt where it is not. One that is queued begins anew, under another generation. Replies
+    /// [`crate::Reply::Done`].
     QueueRepair {
         /// The slots; at most 4,096.
         slots: Vec<(PlacementGroupId, u8)>,
         /// The sender's lease.
         lease: LeaseStamp,
     },
-    /// Notes how far the repair of a slot came. Nothing happens when the slot is queued under another generation, or not at all, or
-    /// when it came further. Replies [`crate::Reply::Done`].
+    /// Notes how far the repair of a slot came. Nothing happens when the slot is queued under another generation, or
+    /// not at all, or when it came further. Replies [`crate::Reply::Done`].
     AdvanceRepair {
         /// The group.
         group: PlacementGroupId,
@@ -324,8 +334,8 @@ pub enum Command {
         /// The sender's lease.
         lease: LeaseStamp,
     },
-    /// Takes a slot off the queue: everything in it was found or rebuilt. Nothing happens when it is queued under another generation.
-    /// Replies [`crate::Reply::Done`].
+    /// Takes a slot off the queue: everything in it was found or rebuilt. Nothing happens when it is queued under
+    /// another generation. Replies [`crate::Reply::Done`].
     RepairSlotDone {
         /// The group.
         group: PlacementGroupId,
@@ -336,11 +346,12 @@ pub enum Command {
         /// The sender's lease.
         lease: LeaseStamp,
     },
-    /// Any shard: lets its commands write what builds of that feature level know. Sent when every replica runs such a build, for there is
-    /// no way back. One level at a time. Replies [`crate::Reply::Done`], also when the shard has that level; Refused otherwise.
+    /// Any shard: lets its commands write what builds of that feature level know. Sent when every replica runs such a
+    /// build, for there is no way back. One level at a time. Replies [`crate::Reply::Done`], also when the shard has
+    /// that level; Refused otherwise.
     ///
-    /// A replica whose build does not know the level stops there; the leader's host refuses the command before it is in the log
-    /// ([`check_level`](crate::check::check_level)).
+    /// A replica whose build does not know the level stops there; the leader's host refuses the command before it is in
+    /// the log ([`check_level`](crate::check::check_level)).
     SetFeatureLevel {
         /// The level.
         level: u32,

@@ -3,7 +3,8 @@
 //! ```text
 //! key = shard (2, BE) | kind (1) | rest                       docs/formats/metadata.md has the table of kinds
 //! ```
-//! Object keys contain no NUL byte, so `key | 0x00 | suffix` keeps the byte order of whole keys, and everything of one key is one range.
+//! Object keys contain no NUL byte, so `key | 0x00 | suffix` keeps the byte order of whole keys, and everything of one
+//! key is one range.
 
 use crate::record::{BucketId, UploadId, VersionSeq};
 use crate::ChunkRef;

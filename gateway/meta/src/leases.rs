@@ -1,11 +1,12 @@
 //! Leases of background tasks in the root shard, and the stamps of their holders in every shard.
 //!
-//! A lease is an epoch and a number of renewals. Nothing here knows a clock: whoever wants a lease watches both numbers, and takes it by
-//! naming the numbers it saw stand still. So a taking and a renewal at the same moment cannot both succeed, and the loser is told.
-//! Leases are never removed: an epoch that was handed out is never handed out again.
+//! A lease is an epoch and a number of renewals. Nothing here knows a clock: whoever wants a lease watches both
+//! numbers, and takes it by naming the numbers it saw stand still. So a taking and a renewal at the same moment cannot
+//! both succeed, and the loser is told. Leases are never removed: an epoch that was handed out is never handed out
+//! again.
 //!
-//! A holder that was paused does not know that its lease was taken over. What it then sends carries the old epoch, and every shard that
-//! heard of the new holder refuses it.
+//! A holder that was paused does not know that its lease was taken over. What it then sends carries the old epoch, and
+//! every shard that heard of the new holder refuses it.
 
 use crate::apply::Tx;
 use crate::check::check_task;
@@ -49,6 +50,12 @@ pub fn turned_away<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, stamp: &LeaseStamp) -
     Ok(None)
 }
 
+/// What a reply says of a lease: all but the progress, which would stay in the window of kept replies with every
+/// renewal.
+fn told(lease: LeaseRecord) -> LeaseRecord {
+    LeaseRecord { progress: Bytes::new(), ..lease }
+}
+
 /// See [`crate::Command::TakeLease`].
 pub fn take<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
@@ -65,7 +72,7 @@ pub fn take<K: Kv + ?Sized>(
     }
     let key = tx.keys.lease(task);
     match tx.load::<LeaseRecord>(&key)? {
-        Some(there) if (there.epoch, there.renewals) != seen => return Ok(Reply::LeaseHeld(there)),
+        Some(there) if (there.epoch, there.renewals) != seen => return Ok(Reply::LeaseHeld(told(there))),
         Some(_) => {}
         None if seen != (0, 0) => return Ok(Reply::NoSuchLease),
         None => {
@@ -86,7 +93,7 @@ pub fn take<K: Kv + ?Sized>(
         progress: Bytes::new(),
     };
     tx.store(key, &taken)?;
-    Ok(Reply::Lease(taken))
+    Ok(Reply::Lease(told(taken)))
 }
 
 /// See [`crate::Command::RenewLease`].
@@ -103,12 +110,12 @@ pub fn renew<K: Kv + ?Sized>(
     let key = tx.keys.lease(task);
     let Some(there) = tx.load::<LeaseRecord>(&key)? else { return Ok(Reply::NoSuchLease) };
     if there.epoch != epoch || there.holder != Some(holder) {
-        return Ok(Reply::LeaseHeld(there));
+        return Ok(Reply::LeaseHeld(told(there)));
     }
     let renewals = there.renewals + 1;
     let renewed = LeaseRecord { renewals, renewed_ms: tx.now_ms, progress: progress.clone(), ..there };
     tx.store(key, &renewed)?;
-    Ok(Reply::Lease(renewed))
+    Ok(Reply::Lease(told(renewed)))
 }
 
 /// See [`crate::Command::ReleaseLease`]. A release that comes twice is answered twice.
@@ -121,12 +128,12 @@ pub fn release<K: Kv + ?Sized>(
     let key = tx.keys.lease(task);
     let Some(there) = tx.load::<LeaseRecord>(&key)? else { return Ok(Reply::NoSuchLease) };
     if there.epoch != epoch || there.holder.is_some_and(|now| now != holder) {
-        return Ok(Reply::LeaseHeld(there));
+        return Ok(Reply::LeaseHeld(told(there)));
     }
     if there.holder.is_none() {
-        return Ok(Reply::Lease(there));
+        return Ok(Reply::Lease(told(there)));
     }
     let released = LeaseRecord { holder: None, address: String::new(), renewed_ms: tx.now_ms, ..there };
     tx.store(key, &released)?;
-    Ok(Reply::Lease(released))
+    Ok(Reply::Lease(told(released)))
 }

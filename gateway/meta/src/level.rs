@@ -1,7 +1,7 @@
 //! The feature level of a shard: a number in its state on which alone depends what its commands write.
 //!
-//! Replicas of one shard may run builds of two releases while a cluster is upgraded. A newer build writes what the older one writes until
-//! the level is raised, by a command in the log, so at the same place in every replica.
+//! Replicas of one shard may run builds of two releases while a cluster is upgraded. A newer build writes what the
+//! older one writes until the level is raised, by a command in the log, so at the same place in every replica.
 
 use crate::apply::Tx;
 use crate::codec::{decode, FeatureLevel};

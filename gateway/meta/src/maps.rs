@@ -1,7 +1,7 @@
 //! The cluster map in the root shard, and what each of the last maps changed.
 
 use crate::apply::Tx;
-use crate::codec::decode;
+use crate::codec::{decode, MapHead};
 use crate::keys::{kind, Keys};
 use crate::kv::{Kv, StateError};
 use crate::{Answer, Reply};
@@ -34,19 +34,20 @@ pub fn set<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, map: &ClusterMap) -> Result<R
 /// See [`crate::Query::GetMap`].
 pub fn answer<K: Kv + ?Sized>(kv: &K, keys: &Keys, newer_than: Epoch) -> Result<Answer, StateError> {
     let Some(bytes) = kv.get(&keys.single(kind::MAP))? else { return Ok(Answer::NoMap) };
-    let map: ClusterMap = decode(&bytes)?;
-    if map.epoch <= newer_than {
+    let epoch = MapHead::decode(&bytes)?.epoch;
+    if epoch <= newer_than {
         return Ok(Answer::MapUnchanged);
     }
-    let diffs = if map.epoch.0 - newer_than.0 > KEPT_DIFFS {
-        None
-    } else {
-        diffs_between(kv, keys, newer_than, map.epoch, bytes.len())?
-    };
-    Ok(diffs.map_or_else(|| Answer::Map(Box::new(map)), Answer::MapDiffs))
+    if epoch.0 - newer_than.0 <= KEPT_DIFFS {
+        if let Some(diffs) = diffs_between(kv, keys, newer_than, epoch, bytes.len())? {
+            return Ok(Answer::MapDiffs(diffs));
+        }
+    }
+    Ok(Answer::Map(Box::new(decode(&bytes)?)))
 }
 
-/// What leads from one epoch to another; None when a step is not kept, or all together are no smaller than the map's `map_bytes`.
+/// What leads from one epoch to another; None when a step is not kept, or all together are no smaller than the map's
+/// `map_bytes`.
 fn diffs_between<K: Kv + ?Sized>(
     kv: &K,
     keys: &Keys,

@@ -44,16 +44,14 @@ pub enum ShardResponse {
 impl ShardRequest {
     /// The request's bytes: version, postcard.
     ///
-    /// # Errors
-    /// [`BadBytes`] when it cannot be encoded, which no request of ours does.
+    /// # Errors [`BadBytes`] when it cannot be encoded, which no request of ours does.
     pub fn encode(&self) -> Result<Bytes, BadBytes> {
         encode_versioned("shard request", SHARD_VERSION, self)
     }
 
     /// The request in those bytes, all of them.
     ///
-    /// # Errors
-    /// [`BadBytes`].
+    /// # Errors [`BadBytes`].
     pub fn decode(bytes: &[u8]) -> Result<ShardRequest, BadBytes> {
         decode_versioned("shard request", SHARD_VERSION, bytes)
     }
@@ -62,16 +60,14 @@ impl ShardRequest {
 impl ShardResponse {
     /// The answer's bytes: version, postcard.
     ///
-    /// # Errors
-    /// [`BadBytes`] when it cannot be encoded, which no answer of ours does.
+    /// # Errors [`BadBytes`] when it cannot be encoded, which no answer of ours does.
     pub fn encode(&self) -> Result<Bytes, BadBytes> {
         encode_versioned("shard answer", SHARD_VERSION, self)
     }
 
     /// The answer in those bytes, all of them.
     ///
-    /// # Errors
-    /// [`BadBytes`].
+    /// # Errors [`BadBytes`].
     pub fn decode(bytes: &[u8]) -> Result<ShardResponse, BadBytes> {
         decode_versioned("shard answer", SHARD_VERSION, bytes)
     }
@@ -79,8 +75,7 @@ impl ShardResponse {
 
 /// A version byte and the postcard of a value.
 ///
-/// # Errors
-/// [`BadBytes`] when it cannot be encoded.
+/// # Errors [`BadBytes`] when it cannot be encoded.
 pub fn encode_versioned<T: Serialize>(what: &'static str, version: u8, value: &T) -> Result<Bytes, BadBytes> {
     postcard::to_extend(value, vec![version])
         .map(Bytes::from)
@@ -89,8 +84,7 @@ pub fn encode_versioned<T: Serialize>(what: &'static str, version: u8, value: &T
 
 /// The value behind a version byte, which must be `version`, and nothing behind it.
 ///
-/// # Errors
-/// [`BadBytes`].
+/// # Errors [`BadBytes`].
 pub fn decode_versioned<T: DeserializeOwned>(what: &'static str, version: u8, bytes: &[u8]) -> Result<T, BadBytes> {
     let bad = |why: String| BadBytes { what, why };
     match bytes.split_first() {
@@ -106,8 +100,7 @@ pub fn decode_versioned<T: DeserializeOwned>(what: &'static str, version: u8, by
 
 /// One command's bytes, as they stand in a batch.
 ///
-/// # Errors
-/// [`BadBytes`] when it cannot be encoded.
+/// # Errors [`BadBytes`] when it cannot be encoded.
 pub fn encode_request(request: &MetaRequest) -> Result<Vec<u8>, BadBytes> {
     postcard::to_stdvec(request).map_err(|error| BadBytes { what: "request", why: error.to_string() })
 }
@@ -130,8 +123,7 @@ pub fn encode_batch<'a>(requests: impl ExactSizeIterator<Item = &'a [u8]>) -> By
 
 /// The requests of a batch.
 ///
-/// # Errors
-/// [`BadBytes`].
+/// # Errors [`BadBytes`].
 pub fn decode_batch(bytes: &[u8]) -> Result<Vec<MetaRequest>, BadBytes> {
     decode_versioned("batch", BATCH_VERSION, bytes)
 }

@@ -1,12 +1,12 @@
 //! Objects and their versions.
 //!
 //! What always holds for a key:
-//! - 'O' has its newest version, unless that is a delete marker; then 'O' has nothing and the marker is the newest entry of 'V'.
-//!   So a listing of 'O' meets no markers, however many there are.
+//! - 'O' has its newest version, unless that is a delete marker; then 'O' has nothing and the marker is the newest
+//!   entry of 'V'. So a listing of 'O' meets no markers, however many there are.
 //! - At most one version is the null version.
 //! - Every extent of every version is in 'E', once, and in no garbage queue.
-//! - Usage is the sum over the entries: `objects` counts 'O', `versions` counts 'O' and 'V'. Where the two are equal for a bucket,
-//!   the bucket has nothing in 'V', and writes need not look there.
+//! - Usage is the sum over the entries: `objects` counts 'O', `versions` counts 'O' and 'V'. Where the two are equal
+//!   for a bucket, the bucket has nothing in 'V', and writes need not look there.
 
 use crate::apply::Tx;
 use crate::check::{check_data, check_key};
@@ -96,8 +96,8 @@ pub fn store_newest<K: Kv + ?Sized>(
     Ok(Reply::Put { version: record.version, etag: record.etag })
 }
 
-/// Takes the current object out of 'O', and with it, where writes replace the null version, that one, wherever it is. True when a null
-/// version was removed.
+/// Takes the current object out of 'O', and with it, where writes replace the null version, that one, wherever it is.
+/// True when a null version was removed.
 fn make_room<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     bucket: BucketId,
@@ -211,8 +211,8 @@ pub fn delete<K: Kv + ?Sized>(
     delete_version(tx, bucket, key, version, current, conditions)
 }
 
-/// Off: removes the null version, which is the only one. Enabled: adds a marker, also where nothing is. Suspended: replaces the null
-/// version by a marker, likewise.
+/// Off: removes the null version, which is the only one. Enabled: adds a marker, also where nothing is. Suspended:
+/// replaces the null version by a marker, likewise.
 fn delete_current<K: Kv + ?Sized>(
     tx: &mut Tx<'_, '_, K>,
     bucket: BucketId,

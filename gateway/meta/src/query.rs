@@ -1,4 +1,5 @@
-//! Queries that read a metadata shard, and their answers. A query is answered from a state that holds every command acknowledged before it.
+//! Queries that read a metadata shard, and their answers. A query is answered from a state that holds every command
+//! acknowledged before it.
 
 use crate::command::{ChunkRef, VersionPick};
 use crate::record::{
@@ -123,15 +124,16 @@ pub enum Query {
         /// At most this many, 1 to 1,000.
         limit: u32,
     },
-    /// Root shard: the cluster map, when it is newer than what the asker has. Answers MapUnchanged, MapDiffs when the differences are
-    /// kept and smaller than the map, else Map, or NoMap.
+    /// Root shard: the cluster map, when it is newer than what the asker has. Answers MapUnchanged, MapDiffs when the
+    /// differences are kept and smaller than the map, else Map, or NoMap.
     GetMap {
         /// Epoch of the asker's map; 0 asks for the whole map.
         newer_than: Epoch,
     },
     /// Root shard: the leases of all tasks, in order of their names. Answers Leases.
     ListLeases,
-    /// Root shard: the cluster settings, when they are newer than what the asker has. Answers Settings or SettingsUnchanged.
+    /// Root shard: the cluster settings, when they are newer than what the asker has. Answers Settings or
+    /// SettingsUnchanged.
     GetSettings {
         /// The epoch known to the asker; 0: none.
         newer_than: u64,

@@ -34,7 +34,8 @@ impl AccountId {
 #[serde(transparent)]
 pub struct UploadId(pub [u8; 16]);
 
-/// One version of an object. The number is the shard's own counter, so versions order as the Raft log does, never by a clock.
+/// One version of an object. The number is the shard's own counter, so versions order as the Raft log does, never by a
+/// clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct VersionSeq(pub u64);
@@ -58,8 +59,8 @@ pub struct ExtentRef {
     pub len_bytes: u64,
     /// Generation of its chunks.
     pub generation: u32,
-    /// `slots[i]` is the slot of the group whose disk holds chunk index i. 0, 1, 2 ... for an extent as wide as its group; fewer
-    /// slots for one that was written narrower while disks were down.
+    /// `slots[i]` is the slot of the group whose disk holds chunk index i. 0, 1, 2 ... for an extent as wide as its
+    /// group; fewer slots for one that was written narrower while disks were down.
     pub slots: Vec<u8>,
 }
 
@@ -132,8 +133,8 @@ pub struct Checksum {
 /// What a client said about an object beside its bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ObjectMeta {
-    /// Standard headers to give back, lower-case names: content-type, cache-control, content-disposition, content-encoding,
-    /// content-language, expires, x-amz-website-redirect-location.
+    /// Standard headers to give back, lower-case names: content-type, cache-control, content-disposition,
+    /// content-encoding, content-language, expires, x-amz-website-redirect-location.
     pub headers: Vec<(String, String)>,
     /// x-amz-meta-*, lower-case names without the prefix, values as received.
     pub user: Vec<(String, String)>,
@@ -221,8 +222,8 @@ impl Versioning {
     }
 }
 
-/// What a shard must know of a bucket's configuration to decide a write. It is made in the root shard, and every shard holds a copy;
-/// epochs tell which is newer.
+/// What a shard must know of a bucket's configuration to decide a write. It is made in the root shard, and every shard
+/// holds a copy; epochs tell which is newer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct BucketRule {
     /// Rises by one with each change; 0: as the bucket was made, which shards need not be told.
@@ -246,10 +247,11 @@ pub struct BucketRecord {
     pub created_ms: u64,
     /// Whose it is.
     pub owner: AccountId,
-    /// Being deleted: takes no uploads, not listed; finished or taken back by whoever began it, or by the next DeleteBucket.
+    /// Being deleted: takes no uploads, not listed; finished or taken back by whoever began it, or by the next
+    /// DeleteBucket.
     pub deleting: bool,
-    /// The last attempt to delete it; 0 before the first. Only grows: of two deletions at once the later attempt is the one that
-    /// counts, in the root shard and in every fence.
+    /// The last attempt to delete it; 0 before the first. Only grows: of two deletions at once the later attempt is the
+    /// one that counts, in the root shard and in every fence.
     pub delete_attempt: u64,
     /// Its rule.
     pub rule: BucketRule,
@@ -318,7 +320,8 @@ pub struct SettingsRecord {
 pub struct RepairSlotRecord {
     /// When it was first queued, Unix milliseconds.
     pub queued_ms: u64,
-    /// Another one each time it is queued; never used twice in a shard, so that word of an older repair is known as such.
+    /// Another one each time it is queued; never used twice in a shard, so that word of an older repair is known as
+    /// such.
     pub generation: u64,
     /// The last extent that is done; None at the beginning.
     pub cursor: Option<ExtentId>,

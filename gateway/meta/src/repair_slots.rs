@@ -1,5 +1,5 @@
-//! The repair queue of slots: one durable entry for everything this shard owns in a slot of a placement group, with a cursor, so that a
-//! whole disk is queued in a few commands and its repair goes on where it stopped.
+//! The repair queue of slots: one durable entry for everything this shard owns in a slot of a placement group, with a
+//! cursor, so that a whole disk is queued in a few commands and its repair goes on where it stopped.
 
 use crate::apply::Tx;
 use crate::kv::{Kv, StateError};

@@ -59,7 +59,7 @@ pub enum Reply {
         /// The highest attempt known here.
         current: u64,
     },
-    /// The lease as it is now: taken, renewed or released.
+    /// The lease as it is now: taken, renewed or released. Without its progress, as in LeaseHeld.
     Lease(LeaseRecord),
     /// The lease is not the caller's, or is not what the caller saw; this is what it is.
     LeaseHeld(LeaseRecord),
@@ -80,8 +80,8 @@ pub enum Reply {
         /// Epoch of the rule here.
         current: u64,
     },
-    /// The shard has not heard of the bucket's rule yet. Nothing was written: send SetBucketRule, then the write again under another
-    /// request id.
+    /// The shard has not heard of the bucket's rule yet. Nothing was written: send SetBucketRule, then the write again
+    /// under another request id.
     RuleBehind {
         /// Epoch of the rule here.
         known: u64,

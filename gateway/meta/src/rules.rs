@@ -1,7 +1,9 @@
-//! Rules of buckets: made in the root shard under rising epochs, held by every object shard, and what a write must agree with.
+//! Rules of buckets: made in the root shard under rising epochs, held by every object shard, and what a write must
+//! agree with.
 //!
-//! A gateway that remembers an old rule is told so by the shard (StaleRule); a shard that was not told of a new one yet is told by the
-//! first gateway that knows it (RuleBehind). So once a shard has a rule, nothing is written there by an older one.
+//! A gateway that remembers an old rule is told so by the shard (StaleRule); a shard that was not told of a new one yet
+//! is told by the first gateway that knows it (RuleBehind). So once a shard has a rule, nothing is written there by an
+//! older one.
 
 use crate::apply::Tx;
 use crate::kv::{Kv, StateError};

@@ -1,7 +1,8 @@
 //! Multipart uploads.
 //!
-//! Parts are owned like objects: their extents are in 'E' from PutPart on, so a completed object takes them over without a word to any
-//! disk. A completed upload is kept in 'D' for a while, so that a repeated CompleteUpload is answered as the first one was.
+//! Parts are owned like objects: their extents are in 'E' from PutPart on, so a completed object takes them over
+//! without a word to any disk. A completed upload is kept in 'D' for a while, so that a repeated CompleteUpload is
+//! answered as the first one was.
 
 use crate::apply::Tx;
 use crate::check::{check_data, check_key, MAX_PART_NUMBER};
@@ -101,8 +102,8 @@ pub struct Completion<'a> {
     pub rule_epoch: u64,
 }
 
-/// The payload of parts put together. Only a lone part may be inline; of several, an inline one must be empty: a payload is either
-/// in the record or in extents, and the gateway writes parts as extents.
+/// The payload of parts put together. Only a lone part may be inline; of several, an inline one must be empty: a
+/// payload is either in the record or in extents, and the gateway writes parts as extents.
 fn join_parts(parts: Vec<PartRecord>) -> Result<ObjectData, String> {
     let mut parts = parts;
     if parts.len() == 1 {

@@ -1,4 +1,5 @@
-//! Deletions of one bucket at once, with commands that come late or twice: what was acknowledged never lies in a deleted bucket.
+//! Deletions of one bucket at once, with commands that come late or twice: what was acknowledged never lies in a
+//! deleted bucket.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod common;
@@ -28,7 +29,8 @@ impl Shards {
         shards
     }
 
-    /// Every call is a request of its own: one that is repeated under its id is answered from memory, which is not the case to fear.
+    /// Every call is a request of its own: one that is repeated under its id is answered from memory, which is not the
+    /// case to fear.
     fn send(&mut self, shard: u16, command: Command) -> Reply {
         let mut overlay = Overlay::new(&self.kv);
         let reply = apply(ShardId(shard), &mut overlay, &request(&mut self.random, 1, command)).unwrap();
@@ -195,8 +197,8 @@ impl Seen {
     }
 }
 
-/// Deletions, PUTs and deletes of objects in any order, commands that come a second time at any later moment, deletions that are
-/// broken off. Ends some time after the bucket is gone, or with a last deletion that nothing disturbs.
+/// Deletions, PUTs and deletes of objects in any order, commands that come a second time at any later moment, deletions
+/// that are broken off. Ends some time after the bucket is gone, or with a last deletion that nothing disturbs.
 fn race(seed: u64, seen: &mut Seen) {
     let mut shards = Shards::new(seed);
     let mut random = Random(seed ^ 0x5eed);
@@ -254,7 +256,8 @@ fn race(seed: u64, seen: &mut Seen) {
     if shards.bucket().is_none() {
         return;
     }
-    // Whatever they left behind, one more deletion sees to it: a bucket with objects takes PUTs again, an empty one goes.
+    // Whatever they left behind, one more deletion sees to it: a bucket with objects takes PUTs again, an empty one
+    // goes.
     let mut last = Deletion::new(shards.begin());
     while let Some((shard, command)) = last.next(&mut random) {
         let reply = shards.send(shard, command);

@@ -1,6 +1,6 @@
-//! The bytes of messages and records are a format: other nodes and old disks hold them. A value of every variant, encoded, must
-//! be what it was. A line that changes means that a variant or field moved, which needs a new version (docs/formats/wire.md); new
-//! variants go to the end of their enum and of the fixture.
+//! The bytes of messages and records are a format: other nodes and old disks hold them. A value of every variant,
+//! encoded, must be what it was. A line that changes means that a variant or field moved, which needs a new version
+//! (docs/formats/wire.md); new variants go to the end of their enum and of the fixture.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;

@@ -1,4 +1,5 @@
-//! Records with versions of their own, and feature levels: replicas of two builds write the same bytes until the level is raised.
+//! Records with versions of their own, and feature levels: replicas of two builds write the same bytes until the level
+//! is raised.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod common;

@@ -49,7 +49,8 @@ impl Maker<'_> {
         }
     }
 
-    /// A rule as the root shard would make it, the one that is there, or an older one. Most buckets stay as they are for a while.
+    /// A rule as the root shard would make it, the one that is there, or an older one. Most buckets stay as they are
+    /// for a while.
     fn rule_change(&mut self, bucket: BucketId) -> Command {
         let there = self.model.rule(bucket.0);
         let versioning = if self.random.chance(2) { Versioning::Enabled } else { Versioning::Suspended };
@@ -178,7 +179,8 @@ impl Maker<'_> {
                 Command::AbortUpload { bucket: BucketId(bucket), key, upload: UploadId(upload) }
             }
             16 => {
-                // A bucket in use is too late to fence; an empty one would stay fenced for most of the run, so that is left to bucket 3.
+                // A bucket in use is too late to fence; an empty one would stay fenced for most of the run, so that is
+                // left to bucket 3.
                 let bucket = if self.random.chance(8) { bucket } else { BucketId(3) };
                 let in_use = self.model.usage(bucket.0) != Usage::default();
                 let seen = self.model.fences.get(&bucket.0).map_or(1, |(seen, _)| *seen);
