@@ -5,11 +5,15 @@ use granary_disk_node::inspect::inspect;
 use granary_disk_node::label;
 use granary_disk_node::serve::{serve, ServeOptions};
 use granary_placement::id::{ClusterId, DiskId, DiskUuid};
-use std::io::Write;
-use std::path::PathBuf;
+use granary_placement::settings::{Layers, Program, Values};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+
+/// A file of settings longer than this is none.
+const MAX_CONFIG_BYTES: u64 = 64 * 1024;
 
 #[derive(Parser)]
 #[command(name = "granary-disk-node", version, about = "The daemon of one Granary disk")]
@@ -45,12 +49,12 @@ struct Serve {
     /// Where the disk's roles come from
     #[arg(long, value_enum, default_value_t = RolesFrom::Map)]
     roles_from: RolesFrom,
-    /// Free space that new chunks never take, in bytes [default: 1 % of the disk, 64 MiB to 8 GiB]
-    #[arg(long)]
-    reserve_bytes: Option<u64>,
-    /// Length of a segment, in bytes [default: 256 MiB]
-    #[arg(long, value_parser = clap::value_parser!(u64).range(65536..=1 << 40))]
-    segment_bytes: Option<u64>,
+    /// A setting, as NAME=VALUE; repeatable. `granary config` lists them
+    #[arg(long, value_name = "NAME=VALUE")]
+    set: Vec<String>,
+    /// TOML file of settings: sections by what comes before the point of a name
+    #[arg(long, value_name = "FILE", env = "GRANARY_CONFIG")]
+    config: Option<PathBuf>,
     /// JSON file {"disk id": "host:port"} that overrides the addresses of the cluster map
     #[arg(long)]
     addresses: Option<PathBuf>,
@@ -135,19 +139,45 @@ fn run_serve(args: Serve) -> Result<ExitCode, Box<dyn std::error::Error>> {
         std::process::abort();
     }));
     let RolesFrom::Map = args.roles_from;
+    let values = load_settings(&args.set, args.config.as_deref())?;
     let options = ServeOptions {
         dir: args.dir,
         listen: args.listen,
         secret_file: args.secret_file,
         cluster: args.cluster,
-        reserve_bytes: args.reserve_bytes,
-        segment_bytes: args.segment_bytes,
+        values,
         addresses: args.addresses,
         admin: args.admin,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(serve(options, CancellationToken::new()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// `--set` before the environment before the file before the defaults.
+fn load_settings(set: &[String], config: Option<&Path>) -> Result<Values, Box<dyn std::error::Error>> {
+    let file = match config {
+        Some(path) => Some((path.display().to_string(), read_config(path)?)),
+        None => None,
+    };
+    // A variable that is no UTF-8 is no setting.
+    let environment: Vec<(String, String)> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    let file = file.as_ref().map(|(name, text)| (name.as_str(), text.as_str()));
+    Ok(Values::load(Program::DiskNode, Layers { set, environment: &environment, file })?)
+}
+
+fn read_config(path: &Path) -> Result<String, String> {
+    let mut text = String::new();
+    let read = std::fs::File::open(path).and_then(|file| file.take(MAX_CONFIG_BYTES + 1).read_to_string(&mut text));
+    match read {
+        Err(error) => Err(format!("{}: {error}", path.display())),
+        Ok(_) if text.len() as u64 > MAX_CONFIG_BYTES => {
+            Err(format!("{}: longer than {MAX_CONFIG_BYTES} bytes", path.display()))
+        }
+        Ok(_) => Ok(text),
+    }
 }
 
 fn run_format(args: Format) -> Result<ExitCode, Box<dyn std::error::Error>> {

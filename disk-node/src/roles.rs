@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
 use granary_placement::id::{DiskId, ShardId};
+use granary_placement::settings::Values;
 use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportError};
 pub use granary_replica::{MetaCounters, MetaError}; // for metrics and the errors of `serve`
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
@@ -30,6 +31,7 @@ pub struct Roles {
     folder: PathBuf,
     peers: Arc<Peers>,
     maps: Arc<Maps>,
+    timing: Timing,
     on_fatal: OnFatal,
     host: OnceCell<MetaHost>,
     tasks: TaskTracker,
@@ -125,13 +127,24 @@ impl Roles {
     /// Nothing is opened yet.
     pub fn new(
         dir: &std::path::Path,
+        values: &Values,
         peers: Arc<Peers>,
         maps: Arc<Maps>,
         on_fatal: OnFatal,
         stop: CancellationToken,
     ) -> Arc<Roles> {
         let folder = dir.join(META_FOLDER);
-        Arc::new(Roles { folder, peers, maps, on_fatal, host: OnceCell::new(), tasks: TaskTracker::new(), stop })
+        let timing = Timing::from_settings(values);
+        Arc::new(Roles {
+            folder,
+            peers,
+            maps,
+            timing,
+            on_fatal,
+            host: OnceCell::new(),
+            tasks: TaskTracker::new(),
+            stop,
+        })
     }
 
     /// Opens the replicas that are here, and from now on whenever the map gives this disk the role.
@@ -174,7 +187,8 @@ impl Roles {
     async fn open(&self) -> Result<&MetaHost, MetaError> {
         self.host
             .get_or_try_init(|| async {
-                let config = HostConfig { dir: self.folder.clone(), disk: self.peers.me(), timing: Timing::default() };
+                let config =
+                    HostConfig { dir: self.folder.clone(), disk: self.peers.me(), timing: self.timing.clone() };
                 let host = MetaHost::open(
                     config,
                     Arc::new(Transport(self.peers.clone())),

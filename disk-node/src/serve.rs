@@ -11,9 +11,10 @@ use crate::store::device::Device;
 use crate::store::file_device::FileDevice;
 use crate::store::handle::Store;
 use crate::store::index_rocksdb::RocksEngine;
-use crate::store::{default_reserve_bytes, OpenError, StoreSettings};
+use crate::store::{OpenError, StoreSettings};
 use crate::{admin, label::Label};
 use granary_placement::id::ClusterId;
+use granary_placement::settings::Values;
 use granary_wire::auth::SecretError;
 use granary_wire::{ClusterSecret, Credentials, ServerLimits};
 use std::io;
@@ -26,11 +27,6 @@ use tokio_util::sync::CancellationToken;
 
 const ADDRESS_FILE: &str = "address";
 
-/// Connections at once. Each may buffer about a megabyte.
-const MAX_CONNECTIONS: usize = 512;
-/// Control requests at work, in bytes of their bodies.
-const MAX_CONTROL_BYTES: usize = 64 * 1024 * 1024;
-
 /// What `serve` is told.
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
@@ -42,10 +38,8 @@ pub struct ServeOptions {
     pub secret_file: PathBuf,
     /// The cluster the disk must belong to, if the operator says so.
     pub cluster: Option<ClusterId>,
-    /// Space that new chunks never take, in bytes.
-    pub reserve_bytes: Option<u64>,
-    /// Length of a segment, in bytes.
-    pub segment_bytes: Option<u64>,
+    /// Settings of this process.
+    pub values: Values,
     /// File of peers' addresses.
     pub addresses: Option<PathBuf>,
     /// Where to serve health and metrics.
@@ -121,7 +115,8 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
     let peers = Arc::new(Peers::new(label.disk, maps.clone(), credentials.clone(), options.addresses.clone()));
     let background = stop.child_token();
     let on_fatal: Arc<dyn Fn(String) + Send + Sync> = Arc::new(|reason: String| end(&reason));
-    let roles = Roles::new(&options.dir, peers.clone(), maps.clone(), on_fatal.clone(), background.clone());
+    let roles =
+        Roles::new(&options.dir, &options.values, peers.clone(), maps.clone(), on_fatal.clone(), background.clone());
     roles.start().await?;
     let mut tasks = tokio::task::JoinSet::new();
     if let Some(address) = &options.admin {
@@ -138,11 +133,7 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
         Arc::new(Node { label: label.clone(), store: store.clone(), maps, roles: roles.clone(), leases, on_fatal });
     write_address(&options.dir, bound)?;
     tracing::info!(%bound, disk = label.disk.0, uuid = %label.uuid, cluster = %label.cluster, "serving");
-    let limits = ServerLimits {
-        max_connections: MAX_CONNECTIONS,
-        max_control_bytes: MAX_CONTROL_BYTES,
-        ..ServerLimits::default()
-    };
+    let limits = ServerLimits::from_settings(&options.values);
     let server = tokio::spawn(granary_wire::serve(listener, node, credentials, limits, stop.clone()));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("signal handler"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("signal handler"))?;
@@ -170,12 +161,7 @@ async fn open_store(options: &ServeOptions, label: &Label, metrics: Arc<Metrics>
     let open = move || -> Result<Store, ServeError> {
         let device = FileDevice::open(&options.dir.join("segments")).map_err(failed("segments"))?;
         let capacity_bytes = device.space().map_err(failed("size of the file system"))?.capacity_bytes;
-        let defaults = StoreSettings::default();
-        let settings = StoreSettings {
-            reserve_bytes: options.reserve_bytes.unwrap_or(default_reserve_bytes(capacity_bytes)),
-            segment_bytes: options.segment_bytes.unwrap_or(defaults.segment_bytes),
-            ..defaults
-        };
+        let settings = StoreSettings::from_settings(&options.values, capacity_bytes);
         let engine = RocksEngine::open(&options.dir.join("index")).map_err(OpenError::Index)?;
         let begun = std::time::Instant::now();
         let on_fatal = Arc::new(|reason: &str| end(reason));

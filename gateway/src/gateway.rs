@@ -16,10 +16,11 @@ use crate::heal::{HealSettings, Healer};
 use crate::metrics::{MetricError, Metrics};
 use crate::object::{ObjectSettings, ObjectStore};
 use crate::s3::{self, S3Context, S3Settings};
-use crate::settings::{RootCredentials, Secret, DRAIN};
-use crate::shards::Shards;
+use crate::settings::{cluster, RootCredentials, Secret, DRAIN};
+use crate::shards::{Shards, Timing};
 use futures::future::BoxFuture;
 use granary_placement::map::ClusterMap;
+use granary_placement::settings::Values;
 use granary_wire::auth::Credentials;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -48,6 +49,8 @@ pub struct GatewayConfig {
     pub region: String,
     /// What opens the admin API.
     pub admin_token: Secret,
+    /// Settings of this process.
+    pub values: Values,
 }
 
 /// Why a gateway does not start.
@@ -81,6 +84,8 @@ pub struct Gateway {
     pub store: ObjectStore,
     /// The registry.
     pub metrics: Metrics,
+    /// Settings of this process, and over them those of the cluster once the root shard has told them.
+    pub values: watch::Sender<Arc<Values>>,
     s3: S3Settings,
     healer: Arc<OnceLock<Healer>>,
     admin_token: Secret,
@@ -105,10 +110,17 @@ impl Gateway {
     pub fn start(config: GatewayConfig) -> Result<Gateway, GatewayError> {
         let metrics = Metrics::new()?;
         let map = watch::Sender::new(Some(Arc::new(config.map)));
-        let disks = Disks::new(map.subscribe(), config.credentials, config.addresses, DiskSettings::default());
-        let shards = Shards::new(Arc::new(disks.clone()), map, metrics.clone());
-        let store = ObjectStore::new(disks.clone(), ObjectSettings::default());
-        let mut s3 = S3Settings::new(&config.region, &config.root.access_key, config.root.secret_key.reveal());
+        let disks = Disks::new(
+            map.subscribe(),
+            config.credentials,
+            config.addresses,
+            DiskSettings::from_settings(&config.values),
+        );
+        let timing = Timing::from_settings(&config.values);
+        let shards = Shards::with_timing(Arc::new(disks.clone()), map, metrics.clone(), timing);
+        let store = ObjectStore::new(disks.clone(), ObjectSettings::from_settings(&config.values));
+        let (access, secret) = (&config.root.access_key, config.root.secret_key.reveal());
+        let mut s3 = S3Settings::from_settings(&config.values, &config.region, access, secret);
         s3.base_domain = config.domain;
         s3.metrics = Some(metrics.clone());
         let counted = store.clone();
@@ -129,6 +141,7 @@ impl Gateway {
             shards,
             disks,
             metrics,
+            values: watch::Sender::new(Arc::new(config.values)),
         };
         // Background work may be waiting for a shard that does not answer; nothing it does needs an orderly end.
         let background = |task: Task| {
@@ -151,7 +164,10 @@ impl Gateway {
             metrics: gateway.metrics.clone(),
         };
         background(Box::pin(collect(sources, status, stop())));
-        background(Box::pin(heal(gateway.store.clone(), gateway.shards.clone(), healer.clone(), stop())));
+        background(Box::pin(cluster::watch(gateway.shards.clone(), gateway.values.clone())));
+        let (settings, following) = cluster::follow(gateway.values.subscribe(), HealSettings::from_settings);
+        background(Box::pin(following));
+        background(Box::pin(heal(gateway.store.clone(), gateway.shards.clone(), settings, healer.clone(), stop())));
         if let Some(path) = config.keep_map {
             background(Box::pin(keep_map(gateway.shards.map(), path, stop())));
         }
@@ -217,11 +233,17 @@ impl Gateway {
 }
 
 /// Heals from the moment the root shard has told its map: by an old one, chunks might be rebuilt where they no longer belong.
-async fn heal(store: ObjectStore, shards: Shards, place: Arc<OnceLock<Healer>>, stop: CancellationToken) {
+async fn heal(
+    store: ObjectStore,
+    shards: Shards,
+    settings: watch::Receiver<HealSettings>,
+    place: Arc<OnceLock<Healer>>,
+    stop: CancellationToken,
+) {
     if shards.confirmed().wait_for(|confirmed| *confirmed).await.is_err() {
         return;
     }
-    let healer = place.get_or_init(|| Healer::start(store, Arc::new(shards), HealSettings::default(), stop.clone()));
+    let healer = place.get_or_init(|| Healer::start(store, Arc::new(shards), settings, stop.clone()));
     healer.stopped().await;
 }
 

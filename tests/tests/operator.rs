@@ -132,8 +132,8 @@ impl Operator {
             address,
             "--secret-file",
             "cluster-secret",
-            "--segment-bytes",
-            "16777216",
+            "--set",
+            "node.segment=16MiB",
         ];
         let args = [&args, extra].concat();
         let process = Process::start(self.command("granary-disk-node", &args), &self.path(&format!("{dir}.log")));
@@ -294,7 +294,7 @@ fn a_cluster_run_by_hand_is_formed_served_by_two_gateways_repaired_and_stopped()
     let dirs = ["disk-1", "disk-2", "disk-4", "disk-5", "disk-6", "disk-7"];
     let addresses: Vec<&str> = disks.iter().map(|disk| disk["address"].as_str().unwrap()).collect();
     let addresses = [addresses[0], addresses[1], addresses[3], addresses[4], addresses[5], &address];
-    let full = ["--reserve-bytes", "1000000000000000"];
+    let full = ["--set", "node.reserve=900TiB"];
     let nodes: Vec<Process> =
         dirs.iter().zip(addresses).map(|(dir, address)| operator.serve_with(dir, address, &full).0).collect();
     eventually("all disks are up, and full", || {

@@ -30,6 +30,7 @@ pub mod recover;
 pub mod shared;
 pub mod writer;
 
+use granary_placement::settings::Values;
 use std::time::Duration;
 
 const MIB: u64 = 1024 * 1024;
@@ -127,22 +128,32 @@ pub struct StoreSettings {
     pub punch_interval: Duration,
 }
 
+impl StoreSettings {
+    /// From the settings `node.*`, for a file system of so many bytes.
+    pub fn from_settings(values: &Values, capacity_bytes: u64) -> StoreSettings {
+        StoreSettings {
+            segment_bytes: values.number("node.segment"),
+            min_segment_bytes: values.number("node.min_segment"),
+            reserve_bytes: values
+                .number_or_auto("node.reserve")
+                .unwrap_or_else(|| default_reserve_bytes(capacity_bytes)),
+            whole_bytes: values.number("node.whole"),
+            piece_bytes: values.number("node.piece"),
+            queue_bytes: values.number("node.queue"),
+            queue_requests: values.size("node.queue_requests"),
+            read_threads: values.size("node.read_threads"),
+            read_queue: values.size("node.read_queue"),
+            flush_bytes: values.number("node.flush"),
+            flush_interval: values.time("node.flush_interval"),
+            punch_interval: values.time("node.punch_interval"),
+        }
+    }
+}
+
+/// For a file system whose size is not known: without a reserve.
 impl Default for StoreSettings {
     fn default() -> StoreSettings {
-        StoreSettings {
-            segment_bytes: 256 * MIB,
-            min_segment_bytes: 4 * MIB,
-            reserve_bytes: 64 * MIB,
-            whole_bytes: MIB,
-            piece_bytes: MIB / 4,
-            queue_bytes: 64 * MIB,
-            queue_requests: 1024,
-            read_threads: 4,
-            read_queue: 256,
-            flush_bytes: 256 * MIB,
-            flush_interval: Duration::from_secs(30),
-            punch_interval: Duration::from_secs(1),
-        }
+        StoreSettings::from_settings(&Values::default(), 0)
     }
 }
 

@@ -13,10 +13,12 @@ use crate::dev::{self, DevOptions};
 use crate::gateway::{listen, Gateway, GatewayConfig};
 use crate::logging::{self, LogFormat};
 use crate::settings::{
-    random_token, read_token, RootCredentials, Secret, SettingsError, ROOT_ACCESS_KEY_VAR, ROOT_SECRET_KEY_VAR,
+    random_token, read_token, RootCredentials, Secret, SettingsArgs, SettingsError, ROOT_ACCESS_KEY_VAR,
+    ROOT_SECRET_KEY_VAR,
 };
 use admin_verbs::AdminVerb;
 use clap::{Args, Parser, Subcommand};
+use granary_placement::settings::Program;
 use granary_wire::auth::{ClusterSecret, Credentials};
 use std::error::Error;
 use std::path::PathBuf;
@@ -79,12 +81,8 @@ struct DevArgs {
     /// Domain whose subdomains are buckets (virtual-host style).
     #[arg(long)]
     domain: Option<String>,
-    /// Size of the disks' segments, in bytes.
-    #[arg(long)]
-    segment_bytes: Option<u64>,
-    /// Space each disk keeps free for repair and compaction, in bytes.
-    #[arg(long)]
-    reserve_bytes: Option<u64>,
+    #[command(flatten)]
+    settings: SettingsArgs,
 }
 
 #[derive(Debug, Args)]
@@ -116,6 +114,8 @@ struct GatewayArgs {
     /// Domain whose subdomains are buckets (virtual-host style).
     #[arg(long)]
     domain: Option<String>,
+    #[command(flatten)]
+    settings: SettingsArgs,
 }
 
 /// Runs the command line of this process.
@@ -141,7 +141,7 @@ async fn run(cli: Cli) -> Result<ExitCode, Box<dyn Error>> {
     match cli.verb {
         Verb::Dev(args) => {
             logging::init(&cli.log, cli.log_format)?;
-            dev::run(args.options(), stop_signal()?).await?;
+            dev::run(args.options()?, stop_signal()?).await?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Gateway(args) => {
@@ -159,14 +159,9 @@ async fn run(cli: Cli) -> Result<ExitCode, Box<dyn Error>> {
 }
 
 impl DevArgs {
-    fn options(self) -> DevOptions {
-        let mut node_args = Vec::new();
-        for (name, value) in [("--segment-bytes", self.segment_bytes), ("--reserve-bytes", self.reserve_bytes)] {
-            if let Some(value) = value {
-                node_args.extend([name.into(), value.to_string().into()]);
-            }
-        }
-        DevOptions {
+    fn options(self) -> Result<DevOptions, SettingsError> {
+        let values = self.settings.load(Program::Dev)?;
+        Ok(DevOptions {
             dir: self.dir,
             shape: Shape { disks: self.disks, scheme: self.scheme, shards: self.shards },
             s3: self.s3,
@@ -174,12 +169,13 @@ impl DevArgs {
             restart: !self.no_restart,
             domain: self.domain,
             region: self.region,
-            node_args,
-        }
+            values,
+        })
     }
 }
 
 async fn run_gateway(args: GatewayArgs, stop: CancellationToken) -> Result<(), Box<dyn Error>> {
+    let values = args.settings.load(Program::Gateway)?;
     let root = match &args.root_credentials {
         Some(path) => RootCredentials::read_file(path)?,
         None => RootCredentials::from_env()?.ok_or_else(|| {
@@ -206,6 +202,7 @@ async fn run_gateway(args: GatewayArgs, stop: CancellationToken) -> Result<(), B
         domain: args.domain,
         region: args.region,
         admin_token,
+        values,
     })?;
     gateway.serve_admin(admin, s3_address, None);
     gateway.serve_s3(s3);

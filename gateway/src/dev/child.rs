@@ -76,6 +76,11 @@ fn spawn(program: Program) -> io::Result<Child> {
     command.env_remove(crate::settings::ROOT_ACCESS_KEY_VAR).env_remove(crate::settings::ROOT_SECRET_KEY_VAR);
     // A group of its own: Ctrl-C at the terminal goes to us, and we stop the disks after the gateway has drained.
     command.process_group(0);
+    // Settings were read by us; what is meant for disk nodes stands among the arguments.
+    for variable in granary_placement::settings::TABLE.iter().map(|setting| setting.variable()) {
+        command.env_remove(variable);
+    }
+    command.env_remove(crate::settings::given::CONFIG_VAR);
     let parent = rustix::process::getpid();
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are two plain system calls without allocation.
     unsafe {

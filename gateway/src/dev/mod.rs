@@ -16,14 +16,15 @@ pub mod supervisor;
 use crate::admin::LocalDisks;
 use crate::bootstrap::{form, FormError};
 use crate::gateway::{listen, Gateway, GatewayConfig, GatewayError};
-use crate::settings::{random_token, read_token, write_atomic, RootCredentials, Secret, SettingsError};
+use crate::settings::{cluster, random_token, read_token, write_atomic, RootCredentials, Secret, SettingsError};
+use crate::shards::Shards;
 use futures::future::{try_join_all, BoxFuture};
 use granary_placement::id::DiskId;
+use granary_placement::settings::Values;
 use granary_wire::auth::{ClusterSecret, Credentials, SecretError};
 use layout::{Layout, LayoutError, Plan, Shape};
 use ready::{Readier, ReadyError};
 use report::Places;
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use supervisor::{NodeSettings, SlotHandle, SlotTask};
@@ -50,8 +51,8 @@ pub struct DevOptions {
     pub region: String,
     /// `--domain`.
     pub domain: Option<String>,
-    /// Further arguments of `granary-disk-node serve`.
-    pub node_args: Vec<OsString>,
+    /// Settings: of this process, of the disk nodes, and of the cluster.
+    pub values: Values,
 }
 
 /// Why `granary dev` ends in failure.
@@ -75,6 +76,9 @@ pub enum DevError {
     /// Forming the cluster.
     #[error("the cluster could not be formed: {0}; logs of the disk nodes are in {logs}", logs = .1.display())]
     Form(#[source] FormError, PathBuf),
+    /// A setting of the cluster.
+    #[error("a setting of the cluster could not be changed: {0}")]
+    ClusterSetting(#[from] cluster::SetError),
     /// The executable.
     #[error("{0}")]
     Program(String),
@@ -94,6 +98,8 @@ pub enum DevError {
 /// # Errors
 /// It cannot start; whatever was started has been stopped again.
 pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), DevError> {
+    let mut values = options.values;
+    let for_cluster = values.take_cluster();
     let layout = Layout::open(&options.dir)?;
     let _lock = layout.lock()?;
     let program = disk_node_program()?;
@@ -115,6 +121,7 @@ pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), Dev
         domain: options.domain.clone(),
         region: options.region.clone(),
         admin_token,
+        values: values.clone(),
     })?;
     let readier =
         Readier::new(layout.clone(), program.clone(), gateway.shards.clone(), gateway.metrics.clone(), plan.formatted);
@@ -125,7 +132,7 @@ pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), Dev
         program,
         secret_file,
         addresses_file: layout.file("addresses.json"),
-        extra: options.node_args,
+        set: values.node_arguments(),
         restart: options.restart,
     };
     let spawner =
@@ -152,7 +159,7 @@ pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), Dev
     gateway.serve_s3(s3);
 
     let result = tokio::select! {
-        result = serve(&layout, plan, &map, &gateway, &places, &root, fresh) => result,
+        result = serve(&layout, plan, &map, &gateway, places.banner(&root, fresh), &for_cluster) => result,
         () = stop.cancelled() => Ok(()),
     };
     tracing::info!("stopping");
@@ -166,15 +173,15 @@ pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), Dev
     result
 }
 
-/// Forms the cluster if that was not done to the end before, says when it is ready, then goes on for ever.
+/// Forms the cluster if that was not done to the end before, gives it the settings that are its own, says when it is ready, then goes
+/// on for ever.
 async fn serve(
     layout: &Layout,
     mut plan: Plan,
     map: &granary_placement::map::ClusterMap,
     gateway: &Gateway,
-    places: &Places,
-    root: &RootCredentials,
-    fresh: bool,
+    banner: String,
+    for_cluster: &[(&'static str, String)],
 ) -> Result<(), DevError> {
     if !plan.formed {
         form(&gateway.shards, map).await.map_err(|error| DevError::Form(error, layout.logs()))?;
@@ -183,10 +190,29 @@ async fn serve(
         tracing::info!(disks = map.disks.len(), shards = map.shards.len(), scheme = %plan.scheme, "cluster formed");
     }
     gateway.wait_serving().await;
-    print!("{}", places.banner(root, fresh));
+    let changed = set_cluster(&gateway.shards, for_cluster).await?;
+    print!("{changed}{banner}");
     std::io::Write::flush(&mut std::io::stdout())
         .map_err(|source| DevError::System { what: "standard output", source })?;
     std::future::pending().await
+}
+
+/// Gives the root shard the settings of the cluster that were given to this start; answers a line for each that was another before.
+async fn set_cluster(shards: &Shards, given: &[(&'static str, String)]) -> Result<String, DevError> {
+    let mut changed = String::new();
+    if given.is_empty() {
+        return Ok(changed);
+    }
+    let (_, known) = cluster::fetch(shards, 0).await.map_err(cluster::SetError::from)?.unwrap_or_default();
+    for (name, value) in given {
+        let before = known.get(*name);
+        if before != Some(value) {
+            cluster::set(shards, name, Some(value)).await?;
+            let before = before.map_or_else(|| "the default".to_owned(), Clone::clone);
+            changed += &format!("{name} of the cluster is {value} from now on; it was {before}\n");
+        }
+    }
+    Ok(changed)
 }
 
 /// At the first start all disks are formatted before the first node runs: from then on an empty directory is a lost disk, also when

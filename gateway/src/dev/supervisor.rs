@@ -91,8 +91,8 @@ pub struct NodeSettings {
     pub secret_file: PathBuf,
     /// File of addresses that replace those of the map.
     pub addresses_file: PathBuf,
-    /// Further arguments of `serve`.
-    pub extra: Vec<OsString>,
+    /// `NAME=VALUE` of the settings that were given for disk nodes.
+    pub set: Vec<String>,
     /// Start a node again when it ends.
     pub restart: bool,
 }
@@ -314,7 +314,7 @@ impl SlotTask {
         ] {
             args.extend([name.into(), value.to_owned()]);
         }
-        args.extend(settings.extra.iter().cloned());
+        args.extend(settings.set.iter().flat_map(|given| ["--set".into(), given.into()]));
         let program = Program { path: settings.program.clone(), args, log: self.log.clone() };
         let child =
             self.spawner.start(program).await.map_err(|error| format!("{}: {error}", settings.program.display()))?;

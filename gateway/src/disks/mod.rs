@@ -14,6 +14,7 @@ use health::State;
 use futures::stream::{self, StreamExt};
 use granary_placement::id::{DiskId, DiskUuid};
 use granary_placement::map::{ClusterMap, DiskState};
+use granary_placement::settings::Values;
 use granary_wire::auth::Credentials;
 use granary_wire::client::{ClientLimits, NodeClient};
 use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
@@ -45,18 +46,24 @@ pub struct DiskSettings {
     pub limits: ClientLimits,
 }
 
+impl DiskSettings {
+    /// From the settings `disks.*`.
+    pub fn from_settings(values: &Values) -> DiskSettings {
+        DiskSettings {
+            ping_interval: values.time("disks.ping_interval"),
+            ping_deadline: values.time("disks.ping_deadline"),
+            down_after: values.time("disks.down_after"),
+            suspect_hold: values.time("disks.suspect_hold"),
+            unwritable_hold: values.time("disks.unwritable_hold"),
+            pings_at_once: values.size("disks.pings_at_once"),
+            limits: ClientLimits::from_settings(values),
+        }
+    }
+}
+
 impl Default for DiskSettings {
     fn default() -> DiskSettings {
-        DiskSettings {
-            ping_interval: Duration::from_secs(1),
-            // Long enough for a busy machine: a disk that is suspect for nothing costs repairs.
-            ping_deadline: Duration::from_secs(2),
-            down_after: Duration::from_secs(2),
-            suspect_hold: Duration::from_secs(2),
-            unwritable_hold: Duration::from_secs(5),
-            pings_at_once: 64,
-            limits: ClientLimits::default(),
-        }
+        DiskSettings::from_settings(&Values::default())
     }
 }
 

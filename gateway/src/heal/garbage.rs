@@ -35,21 +35,21 @@ impl Inner {
                         not_before.remove(&shard);
                     }
                     Ok(false) => {
-                        not_before.insert(shard, Instant::now() + self.settings.garbage_backoff);
+                        not_before.insert(shard, Instant::now() + self.settings().garbage_backoff);
                     }
                     Err(error) => {
                         tracing::debug!(%error, "garbage could not be collected");
-                        not_before.insert(shard, Instant::now() + self.settings.garbage_backoff);
+                        not_before.insert(shard, Instant::now() + self.settings().garbage_backoff);
                     }
                 }
             }
-            tokio::time::sleep(self.settings.interval).await;
+            tokio::time::sleep(self.settings().interval).await;
         }
     }
 
     /// Empties a shard's queue of what is old enough. False when something had to stay.
     async fn collect(&self, shard: ShardId) -> Result<bool, MetaClientError> {
-        let grace_ms = u64::try_from(self.settings.garbage_grace.as_millis()).unwrap_or(u64::MAX);
+        let grace_ms = u64::try_from(self.settings().garbage_grace.as_millis()).unwrap_or(u64::MAX);
         let until_ms = now_ms().saturating_sub(grace_ms);
         loop {
             let (queued, more) = match self.meta.query(shard, Query::ListGarbage { until_ms, limit: PAGE }).await? {
@@ -125,7 +125,7 @@ impl Inner {
             let part: Vec<ChunkId> = chunks.iter().take(CHUNKS_PER_REQUEST).copied().collect();
             let count = part.len();
             match client
-                .control(ControlRequest::DeleteChunks { chunks: part, lease: None }, self.settings.control_deadline)
+                .control(ControlRequest::DeleteChunks { chunks: part, lease: None }, self.settings().control_deadline)
                 .await
             {
                 Ok(ControlResponse::Deleted(_)) => {

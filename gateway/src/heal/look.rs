@@ -49,7 +49,7 @@ impl Inner {
                 reports.put_back(undelivered);
                 self.poke.notify_one();
                 if failed {
-                    tokio::time::sleep(self.settings.interval).await;
+                    tokio::time::sleep(self.settings().interval).await;
                 }
             }
         }
@@ -95,11 +95,11 @@ impl Inner {
                 lock(&self.status).disks_to_walk.clear();
             }
             // Nothing new without a change of health or map; what failed is tried again after a while.
-            let retry = if seen_epoch == epoch { self.settings.interval * 5 } else { self.settings.interval };
+            let retry = if seen_epoch == epoch { self.settings().interval * 5 } else { self.settings().interval };
             seen_epoch = epoch;
             tokio::select! {
                 () = tokio::time::sleep(retry) => {}
-                _ = changes.changed() => tokio::time::sleep(self.settings.interval / 4).await,
+                _ = changes.changed() => tokio::time::sleep(self.settings().interval / 4).await,
             }
         }
     }
@@ -217,7 +217,7 @@ impl Inner {
         let mut absent = Vec::new();
         for part in batch.chunks(BATCH) {
             let ids = part.iter().map(|(id, _)| *id).collect();
-            match client.control(ControlRequest::HaveChunks(ids), self.settings.control_deadline).await {
+            match client.control(ControlRequest::HaveChunks(ids), self.settings().control_deadline).await {
                 Ok(ControlResponse::Have(have)) if have.len() == part.len() => {
                     absent.extend(part.iter().zip(have).filter(|(_, have)| !have).map(|((_, chunk), _)| *chunk));
                 }

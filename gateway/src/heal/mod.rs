@@ -29,6 +29,7 @@ use crate::shards::Shards;
 use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::{DiskId, ExtentId, ShardId};
 use granary_placement::lease::LeaseStamp;
+use granary_placement::settings::Values;
 use look::Walked;
 use pace::Pace;
 use plan::Backoff;
@@ -36,7 +37,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio::sync::{watch, Notify};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -79,7 +80,7 @@ impl MetaClient for Shards {
 }
 
 /// How the healer works.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealSettings {
     /// Time between two looks at the queues.
     pub interval: Duration,
@@ -107,22 +108,29 @@ pub struct HealSettings {
     pub verify_deadline: Duration,
 }
 
+impl HealSettings {
+    /// From the settings `heal.*`.
+    pub fn from_settings(values: &Values) -> HealSettings {
+        HealSettings {
+            interval: values.time("heal.interval"),
+            extents_at_once: values.size("heal.extents_at_once"),
+            bytes_per_s: values.number("heal.rate"),
+            window_bytes: values.number("heal.window"),
+            extents_per_pass: values.size("heal.extents_per_pass"),
+            pages_per_pass: values.size("heal.pages_per_pass"),
+            first_backoff: values.time("heal.first_backoff"),
+            longest_backoff: values.time("heal.longest_backoff"),
+            garbage_grace: values.time("heal.garbage_grace"),
+            garbage_backoff: values.time("heal.garbage_backoff"),
+            control_deadline: values.time("heal.control_deadline"),
+            verify_deadline: values.time("heal.verify_deadline"),
+        }
+    }
+}
+
 impl Default for HealSettings {
     fn default() -> HealSettings {
-        HealSettings {
-            interval: Duration::from_secs(2),
-            extents_at_once: 8,
-            bytes_per_s: 512 * 1024 * 1024,
-            window_bytes: 1024 * 1024,
-            extents_per_pass: 256,
-            pages_per_pass: 100,
-            first_backoff: Duration::from_secs(5),
-            longest_backoff: Duration::from_secs(300),
-            garbage_grace: Duration::from_secs(600),
-            garbage_backoff: Duration::from_secs(30),
-            control_deadline: Duration::from_secs(10),
-            verify_deadline: Duration::from_secs(60),
-        }
+        HealSettings::from_settings(&Values::default())
     }
 }
 
@@ -154,7 +162,7 @@ pub struct Healer {
 struct Inner {
     store: ObjectStore,
     meta: Arc<dyn MetaClient>,
-    settings: HealSettings,
+    settings: watch::Receiver<HealSettings>,
     pace: Pace,
     poke: Notify,
     tasks: TaskTracker,
@@ -167,15 +175,17 @@ struct Inner {
 }
 
 impl Healer {
-    /// Starts the tasks; they end when `stop` is cancelled. Must be called inside a tokio runtime.
+    /// Starts the tasks; they end when `stop` is cancelled. Must be called inside a tokio runtime. Every pass works by the settings
+    /// that are in force when it begins.
     pub fn start(
         store: ObjectStore,
         meta: Arc<dyn MetaClient>,
-        settings: HealSettings,
+        settings: watch::Receiver<HealSettings>,
         stop: CancellationToken,
     ) -> Healer {
+        let pace = Pace::new(settings.borrow().bytes_per_s);
         let inner = Arc::new(Inner {
-            pace: Pace::new(settings.bytes_per_s),
+            pace,
             store,
             meta,
             settings,
@@ -234,7 +244,7 @@ impl Healer {
     /// A shard that does not answer: a census with holes is none. A disk that does not answer is part of the count.
     pub async fn census(&self, progress: impl FnMut(&CensusProgress) + Send) -> Result<Census, MetaClientError> {
         let inner = &self.inner;
-        census::census(&inner.store, &*inner.meta, inner.settings.verify_deadline, progress).await
+        census::census(&inner.store, &*inner.meta, inner.settings().verify_deadline, progress).await
     }
 
     /// Waits until all tasks have ended after `stop`.
@@ -244,6 +254,10 @@ impl Healer {
 }
 
 impl Inner {
+    fn settings(&self) -> HealSettings {
+        self.settings.borrow().clone()
+    }
+
     fn counters(&self) -> &ObjectCounters {
         self.store.counters()
     }
@@ -259,6 +273,13 @@ impl Inner {
             Answer::Alive(alive) if alive.len() == asked => Ok(alive),
             other => Err(unexpected(shard, &other)),
         }
+    }
+}
+
+/// Returns when the settings become others than those seen last, or never.
+async fn settings_change(seen: &mut watch::Receiver<HealSettings>) {
+    if seen.changed().await.is_err() {
+        std::future::pending().await
     }
 }
 

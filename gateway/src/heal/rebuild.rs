@@ -1,7 +1,7 @@
 //! The repair queue's worker: rebuilds what is queued, verifies it, and only then takes it off the queue.
 
 use super::plan::{Planner, Target, Task};
-use super::{lock, unexpected, Inner, MetaClientError};
+use super::{lock, settings_change, unexpected, Inner, MetaClientError};
 use crate::disks::DiskHealth;
 use crate::object::fetch::{block_len, fetch, Avoid, Blocks, Wanted};
 use crate::object::{add, chunk_id, disk_of, now_ms, ReadError};
@@ -59,11 +59,14 @@ enum Sink {
 
 impl Inner {
     pub(super) async fn repair_loop(&self) {
+        let mut settings = self.settings.clone();
         loop {
+            self.pace.set_bytes_per_s(settings.borrow_and_update().bytes_per_s);
             let progress = if self.pace.is_paused() { 0 } else { self.repair_pass().await };
             if progress == 0 {
                 tokio::select! {
-                    () = tokio::time::sleep(self.settings.interval) => {}
+                    () = tokio::time::sleep(self.settings().interval) => {}
+                    () = settings_change(&mut settings) => {}
                     () = self.poke.notified() => {}
                 }
             }
@@ -81,7 +84,7 @@ impl Inner {
             _ => Target::Down,
         };
         let ready = |extent| lock(&self.backoff).is_ready(extent, now);
-        let mut planner = Planner::new(self.settings.extents_per_pass.max(1), target, ready);
+        let mut planner = Planner::new(self.settings().extents_per_pass.max(1), target, ready);
         let mut ends = Vec::new();
         for shard in self.meta.shards() {
             match self.read_queue(shard, &mut planner).await {
@@ -110,7 +113,7 @@ impl Inner {
         drop(planner);
         stream::iter(tasks)
             .map(|task| self.run(task))
-            .buffer_unordered(self.settings.extents_at_once.max(1))
+            .buffer_unordered(self.settings().extents_at_once.max(1))
             .fold(0, |sum, done| async move { sum + done })
             .await
     }
@@ -122,7 +125,7 @@ impl Inner {
         planner: &mut Planner<'_>,
     ) -> Result<Option<ChunkRef>, MetaClientError> {
         let mut after = lock(&self.cursors).get(&shard).copied();
-        for _ in 0..self.settings.pages_per_pass.max(1) {
+        for _ in 0..self.settings().pages_per_pass.max(1) {
             let (chunks, more) = match self.meta.query(shard, Query::ListMissing { after, limit: PAGE }).await? {
                 Answer::Missing { chunks, more } => (chunks, more),
                 other => return Err(unexpected(shard, &other)),
@@ -162,7 +165,7 @@ impl Inner {
                     add(&self.counters().rebuilds_refuted, 1);
                 }
                 tracing::warn!(%extent, key = %task.key, failures_left = task.failures_left, %error, "an extent could not be repaired");
-                let settings = &self.settings;
+                let settings = self.settings();
                 lock(&self.backoff).failed(extent, Instant::now(), settings.first_backoff, settings.longest_backoff);
             }
             None => lock(&self.backoff).done(extent),
@@ -232,7 +235,7 @@ impl Inner {
         let exclude: ChunkSet = lost.iter().map(|lost| lost.index).collect();
         let avoid = Avoid::default();
         let blocks = u32::try_from(block_count(chunk_len)).map_err(|error| RebuildError::Record(error.to_string()))?;
-        let step = u32::try_from(self.settings.window_bytes / BLOCK_BYTES).unwrap_or(1).clamp(1, 64);
+        let step = u32::try_from(self.settings().window_bytes / BLOCK_BYTES).unwrap_or(1).clamp(1, 64);
         // One block of each chunk is read back at the end; which one changes from extent to extent.
         let sampled = u32::from(extent.extent.0[0]) % blocks.max(1);
         let mut samples: Vec<(u8, Bytes)> = Vec::new();
@@ -292,7 +295,7 @@ impl Inner {
                     .client
                     .control(
                         ControlRequest::DeleteChunks { chunks: vec![lost.id], lease: None },
-                        self.settings.control_deadline,
+                        self.settings().control_deadline,
                     )
                     .await;
             }
@@ -314,7 +317,7 @@ impl Inner {
             Sink::Memory(pieces) => {
                 // Whole and verified in memory: now the corrupt one may go.
                 let request = ControlRequest::DeleteChunks { chunks: vec![lost.id], lease: None };
-                match lost.client.control(request, self.settings.control_deadline).await {
+                match lost.client.control(request, self.settings().control_deadline).await {
                     Ok(ControlResponse::Deleted(_)) => within(lost.client.put_chunk(lost.id, spec, pieces)).await,
                     Ok(other) => Err(ChunkError::Disk(format!("{other:?}"))),
                     Err(error) => Err(ChunkError::Link(error)),
@@ -340,7 +343,7 @@ impl Inner {
     }
 
     async fn verify(&self, client: &NodeClient, disk: DiskId, id: ChunkId) -> Result<ChunkHealth, RebuildError> {
-        let answer = client.control(ControlRequest::VerifyChunks(vec![id]), self.settings.verify_deadline).await;
+        let answer = client.control(ControlRequest::VerifyChunks(vec![id]), self.settings().verify_deadline).await;
         let error = match answer {
             Ok(ControlResponse::Health(health)) => match health.first() {
                 Some(health) => return Ok(*health),

@@ -35,6 +35,7 @@ use granary_meta::record::ExtentRef;
 use granary_placement::codec::{Codec, CodecError};
 use granary_placement::id::DiskId;
 use granary_placement::map::{ClusterMap, GroupSlot};
+use granary_placement::settings::Values;
 use granary_wire::chunk::ChunkId;
 use reports::Reports;
 use staged::Cleaner;
@@ -68,19 +69,26 @@ pub struct ObjectSettings {
     pub hedge_percent: u64,
 }
 
+impl ObjectSettings {
+    /// From the settings `object.*`.
+    pub fn from_settings(values: &Values) -> ObjectSettings {
+        ObjectSettings {
+            inline_limit_bytes: values.number("object.inline_limit"),
+            extent_bytes: values.number("object.extent"),
+            whole_chunk_bytes: values.number("object.whole_chunk"),
+            replay_bytes: values.number("object.replay"),
+            write_deadline: values.time("object.write_deadline"),
+            read_deadline: values.time("object.read_deadline"),
+            window_bytes: values.number("object.window"),
+            hedge_floor: values.time("object.hedge_floor"),
+            hedge_percent: values.number("object.hedge_percent"),
+        }
+    }
+}
+
 impl Default for ObjectSettings {
     fn default() -> ObjectSettings {
-        ObjectSettings {
-            inline_limit_bytes: 8 * 1024,
-            extent_bytes: granary_placement::extent::MAX_EXTENT_BYTES,
-            whole_chunk_bytes: 1024 * 1024,
-            replay_bytes: 8 * 1024 * 1024,
-            write_deadline: Duration::from_secs(10),
-            read_deadline: Duration::from_secs(10),
-            window_bytes: 1024 * 1024,
-            hedge_floor: Duration::from_millis(30),
-            hedge_percent: 10,
-        }
+        ObjectSettings::from_settings(&Values::default())
     }
 }
 

@@ -6,6 +6,7 @@ use crate::metrics::Metrics;
 use crate::object::ObjectStore;
 use crate::shards::Shards;
 use granary_meta::record::{AccountId, UploadId, UploadRecord};
+use granary_placement::settings::Values;
 use quick_cache::sync::Cache;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -40,16 +41,21 @@ pub struct S3Settings {
 impl S3Settings {
     /// Settings with one root key, for a region; the rest by default.
     pub fn new(region: &str, access_key: &str, secret: &str) -> S3Settings {
+        S3Settings::from_settings(&Values::default(), region, access_key, secret)
+    }
+
+    /// From the settings `s3.*`, with one root key, for a region.
+    pub fn from_settings(values: &Values, region: &str, access_key: &str, secret: &str) -> S3Settings {
         let key = AccessKey { secret: secret.to_owned(), account: AccountId::ROOT };
         S3Settings {
             region: region.to_owned(),
             base_domain: None,
             keys: HashMap::from([(access_key.to_owned(), key)]),
-            max_connections: 4096,
-            max_requests: 1024,
-            header_timeout: Duration::from_secs(30),
-            body_idle_timeout: Duration::from_secs(60),
-            keep_alive: Duration::from_secs(120),
+            max_connections: values.size("s3.max_connections"),
+            max_requests: values.size("s3.max_requests"),
+            header_timeout: values.time("s3.header_timeout"),
+            body_idle_timeout: values.time("s3.body_idle_timeout"),
+            keep_alive: values.time("s3.keep_alive"),
             metrics: None,
         }
     }

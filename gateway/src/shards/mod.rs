@@ -25,6 +25,7 @@ use granary_meta::record::{AccountId, BucketId};
 use granary_meta::{Answer, BadBytes, Command, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
+use granary_placement::settings::Values;
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use peers::{PeerError, Peers};
 use std::collections::{BTreeMap, BTreeSet};
@@ -52,16 +53,23 @@ pub struct Timing {
     pub settle: Duration,
 }
 
+impl Timing {
+    /// From the settings `shards.*`.
+    pub fn from_settings(values: &Values) -> Timing {
+        Timing {
+            deadline: values.time("shards.deadline"),
+            attempt: values.time("shards.attempt"),
+            silence: values.time("shards.silence"),
+            first_pause: values.time("shards.first_pause"),
+            longest_pause: values.time("shards.longest_pause"),
+            settle: values.time("shards.settle"),
+        }
+    }
+}
+
 impl Default for Timing {
     fn default() -> Timing {
-        Timing {
-            deadline: Duration::from_secs(20),
-            attempt: Duration::from_secs(4),
-            silence: Duration::from_secs(2),
-            first_pause: Duration::from_millis(20),
-            longest_pause: Duration::from_secs(1),
-            settle: Duration::from_secs(3),
-        }
+        Timing::from_settings(&Values::default())
     }
 }
 

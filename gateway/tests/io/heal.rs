@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 fn settings() -> HealSettings {
@@ -32,7 +33,7 @@ fn small() -> ObjectSettings {
 
 fn heal(cluster: &Cluster, meta: &Arc<Meta>) -> (Healer, DropGuard) {
     let stop = CancellationToken::new();
-    (Healer::start(cluster.store.clone(), meta.clone(), settings(), stop.clone()), stop.drop_guard())
+    (Healer::start(cluster.store.clone(), meta.clone(), watch::channel(settings()).1, stop.clone()), stop.drop_guard())
 }
 
 /// Objects in both shards, with what they hold.
@@ -265,7 +266,7 @@ async fn a_census_counts_what_is_there() {
     let objects = fill(&cluster, &meta, &mut draw).await;
     let stop = CancellationToken::new();
     // A paused healer: the census must not see it at work.
-    let healer = Healer::start(cluster.store.clone(), meta.clone(), settings(), stop.clone());
+    let healer = Healer::start(cluster.store.clone(), meta.clone(), watch::channel(settings()).1, stop.clone());
     healer.pace().pause(Duration::from_secs(600));
     let extents: Vec<ExtentRef> = objects.iter().flat_map(|(data, _)| data.extents().to_vec()).collect();
     let expected = extents.len() as u64 * 6;

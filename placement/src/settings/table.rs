@@ -141,4 +141,11 @@ pub const TABLE: &[Setting] = &[
     time("node.raft_request", Process, s(10), DEADLINE, "How long a command or query may take before it is given up."),
     count("node.raft_snapshot_entries", Process, 5_000, [10, 10_000_000], "Log entries between two snapshots: how much a restarted replica replays at most."),
     count("node.raft_keep_entries", Process, 1_000, [0, 10_000_000], "Log entries kept behind a snapshot for replicas that lag a little."),
+    time(
+        "node.raft_sleep_after",
+        Process,
+        s(10),
+        [ms(0), min(60)],
+        "A shard whose log has not grown for so long stops its timers; 0ms: never.",
+    ),
 ];

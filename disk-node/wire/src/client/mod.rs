@@ -20,6 +20,7 @@ use crate::error::{ChunkError, LinkError};
 use crate::server::ChunkBlocks;
 use bytes::Bytes;
 use granary_placement::lease::LeaseStamp;
+use granary_placement::settings::Values;
 use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -60,24 +61,31 @@ pub struct ClientLimits {
     pub silence_timeout: Duration,
 }
 
+impl ClientLimits {
+    /// From the settings `disks.*`.
+    pub fn from_settings(values: &Values) -> ClientLimits {
+        ClientLimits {
+            connect_timeout: values.time("disks.connect_timeout"),
+            handshake_timeout: values.time("disks.handshake_timeout"),
+            answer_timeout: values.time("disks.answer_timeout"),
+            stall_timeout: values.time("disks.stall_timeout"),
+            max_in_use: values.size("disks.requests_at_once"),
+            pool_wait: values.time("disks.pool_wait"),
+            max_idle: values.size("disks.idle_connections"),
+            idle_keep: values.time("disks.idle_keep"),
+            max_control_in_flight: values.size("disks.control_at_once"),
+            max_control_queue_bytes: values.size("disks.control_queue"),
+            reconnect_min: values.time("disks.reconnect_min"),
+            reconnect_max: values.time("disks.reconnect_max"),
+            ping_every: values.time("disks.control_ping_interval"),
+            silence_timeout: values.time("disks.control_silence"),
+        }
+    }
+}
+
 impl Default for ClientLimits {
     fn default() -> ClientLimits {
-        ClientLimits {
-            connect_timeout: Duration::from_secs(2),
-            handshake_timeout: Duration::from_secs(5),
-            answer_timeout: Duration::from_secs(30),
-            stall_timeout: Duration::from_secs(30),
-            max_in_use: 128,
-            pool_wait: Duration::from_secs(2),
-            max_idle: 64,
-            idle_keep: Duration::from_secs(5),
-            max_control_in_flight: 1024,
-            max_control_queue_bytes: 64 * 1024 * 1024,
-            reconnect_min: Duration::from_millis(50),
-            reconnect_max: Duration::from_secs(2),
-            ping_every: Duration::from_secs(2),
-            silence_timeout: Duration::from_secs(8),
-        }
+        ClientLimits::from_settings(&Values::default())
     }
 }
 

@@ -21,6 +21,7 @@ use crate::error::{ChunkError, LinkError};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use granary_placement::lease::LeaseStamp;
+use granary_placement::settings::Values;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -98,19 +99,26 @@ pub struct ServerLimits {
     pub stop_grace: Duration,
 }
 
+impl ServerLimits {
+    /// From the settings `node.*`.
+    pub fn from_settings(values: &Values) -> ServerLimits {
+        ServerLimits {
+            max_connections: values.size("node.max_connections"),
+            max_handshakes: values.size("node.max_handshakes"),
+            handshake_timeout: values.time("node.handshake_timeout"),
+            head_timeout: values.time("node.head_timeout"),
+            stall_timeout: values.time("node.stall_timeout"),
+            max_control_in_flight: values.size("node.control_at_once"),
+            max_control_bytes: values.size("node.control_bytes"),
+            control_idle_timeout: values.time("node.control_idle_timeout"),
+            stop_grace: values.time("node.stop_grace"),
+        }
+    }
+}
+
 impl Default for ServerLimits {
     fn default() -> ServerLimits {
-        ServerLimits {
-            max_connections: 4096,
-            max_handshakes: 256,
-            handshake_timeout: Duration::from_secs(5),
-            head_timeout: Duration::from_secs(10),
-            stall_timeout: Duration::from_secs(30),
-            max_control_in_flight: 1024,
-            max_control_bytes: 256 * 1024 * 1024,
-            control_idle_timeout: Duration::from_secs(30),
-            stop_grace: Duration::from_secs(5),
-        }
+        ServerLimits::from_settings(&Values::default())
     }
 }
 

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use granary_meta::message::decode_batch;
 use granary_meta::{BadBytes, MetaRequest, Reply};
 use granary_placement::id::{DiskId, ShardId};
+use granary_placement::settings::Values;
 use granary_wire::control::{ControlError, ShardStatus};
 use machine::{Machine, SnapshotSource};
 use network::{PeerLinks, Peers};
@@ -189,20 +190,29 @@ impl Timing {
     pub fn link_beat(&self) -> Duration {
         Duration::from_millis(self.election_min_ms / 2)
     }
+
+    /// From the settings `node.raft_*`.
+    pub fn from_settings(values: &Values) -> Timing {
+        Timing {
+            heartbeat_ms: millis(values.time("node.raft_heartbeat")),
+            election_min_ms: millis(values.time("node.raft_election_min")),
+            election_max_ms: millis(values.time("node.raft_election_max")),
+            request_ms: millis(values.time("node.raft_request")),
+            snapshot_entries: values.number("node.raft_snapshot_entries"),
+            keep_entries: values.number("node.raft_keep_entries"),
+            sleep_after_ms: millis(values.time("node.raft_sleep_after")),
+        }
+    }
 }
 
 impl Default for Timing {
     fn default() -> Timing {
-        Timing {
-            heartbeat_ms: 250,
-            election_min_ms: 1_000,
-            election_max_ms: 2_000,
-            request_ms: 10_000,
-            snapshot_entries: 5_000,
-            keep_entries: 1_000,
-            sleep_after_ms: 10_000,
-        }
+        Timing::from_settings(&Values::default())
     }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn raft_config(shard: ShardId, timing: &Timing) -> Result<Arc<openraft::Config>, String> {

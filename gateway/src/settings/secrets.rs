@@ -1,13 +1,11 @@
-//! What a gateway is told at its start: credentials of the root account, and the limits of its listeners.
-//!
-//! There are no default credentials: they come from the environment, from a file, or are made fresh from the operating
-//! system.
+//! Secrets: the keys of the root account and tokens. There are no default credentials: they come from the environment, from a file, or
+//! are made fresh from the operating system.
 
+use super::files::read_small;
+use super::SettingsError;
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::io;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
 /// Environment variable of the root account's access key.
 pub const ROOT_ACCESS_KEY_VAR: &str = "GRANARY_ROOT_ACCESS_KEY";
@@ -17,45 +15,6 @@ pub const ROOT_SECRET_KEY_VAR: &str = "GRANARY_ROOT_SECRET_KEY";
 const MIN_ACCESS_KEY_CHARS: usize = 3;
 const MIN_SECRET_KEY_CHARS: usize = 8;
 const MAX_KEY_CHARS: usize = 128;
-/// A credentials file longer than this is not one of ours.
-const MAX_FILE_BYTES: u64 = 64 * 1024;
-
-/// Settings that do not stand. The text names the setting and says what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum SettingsError {
-    /// A value that cannot be.
-    #[error("{setting}: {why}")]
-    Invalid {
-        /// The option, variable or file.
-        setting: String,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// A file that cannot be read or written.
-    #[error("{path}: {source}", path = path.display())]
-    File {
-        /// Which file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The system gives no randomness.
-    #[error("no randomness from the operating system: {0}")]
-    Random(getrandom::Error),
-}
-
-impl SettingsError {
-    /// [`SettingsError::Invalid`].
-    pub fn invalid(setting: impl Into<String>, why: impl Into<String>) -> SettingsError {
-        SettingsError::Invalid { setting: setting.into(), why: why.into() }
-    }
-
-    /// [`SettingsError::File`].
-    pub fn file(path: &Path, source: io::Error) -> SettingsError {
-        SettingsError::File { path: path.to_owned(), source }
-    }
-}
 
 /// A secret in memory. `Debug` and logs show only that there is one.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -236,55 +195,10 @@ pub fn read_token(path: &Path) -> Result<Secret, SettingsError> {
     Ok(Secret::new(text))
 }
 
-/// A small file whole.
-///
-/// # Errors
-/// It cannot be read, or is longer than settings are.
-pub fn read_small(path: &Path) -> Result<Vec<u8>, SettingsError> {
-    use std::io::Read;
-    let file = std::fs::File::open(path).map_err(|error| SettingsError::file(path, error))?;
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|error| SettingsError::file(path, error))?;
-    if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(SettingsError::invalid(path.display().to_string(), format!("longer than {MAX_FILE_BYTES} bytes")));
-    }
-    Ok(bytes)
-}
-
-/// Writes a file so that a crash leaves the old or the new content, never a part: a new file, synced, renamed over the
-/// old one, and the directory synced. `mode` is the new file's permission bits from its first moment on.
-///
-/// # Errors
-/// [`SettingsError::File`].
-pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), SettingsError> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let failed = |error| SettingsError::file(path, error);
-    let directory =
-        path.parent().ok_or_else(|| SettingsError::invalid(path.display().to_string(), "has no directory"))?;
-    // The parent of a bare file name is the empty path, which cannot be opened.
-    let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".new");
-    let temporary = directory.join(name);
-    // A leftover of a crash may have other permissions: the mode of `open` counts only for a file it makes.
-    match std::fs::remove_file(&temporary) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
-    }
-    let mut file =
-        std::fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary).map_err(failed)?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
-    std::fs::rename(&temporary, path).map_err(failed)?;
-    std::fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)
-}
-
-/// How long requests in flight may take to end when the gateway stops.
-pub const DRAIN: Duration = Duration::from_secs(10);
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::super::files::write_atomic;
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
@@ -325,24 +239,5 @@ mod tests {
             .unwrap();
         let error = RootCredentials::read_file(&path).unwrap_err().to_string();
         assert!(error.contains("root-credentials") && !error.contains("super-secret"), "{error}");
-    }
-
-    #[test]
-    fn a_bare_file_name_is_written_into_the_working_directory() {
-        let name = format!("granary-bare-name-{}", std::process::id());
-        write_atomic(Path::new(&name), b"here", 0o600).unwrap();
-        let read = std::fs::read(&name);
-        std::fs::remove_file(&name).unwrap();
-        assert_eq!(read.unwrap(), b"here");
-    }
-
-    #[test]
-    fn a_leftover_of_a_crashed_write_does_not_lend_its_permissions() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("token");
-        std::fs::write(directory.path().join("token.new"), "left over").unwrap();
-        write_atomic(&path, b"new", 0o600).unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"new");
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     }
 }

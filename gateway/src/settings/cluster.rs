@@ -1,0 +1,139 @@
+//! Settings of the whole cluster: asked of the root shard each second, and followed by whoever works by them.
+//!
+//! The root shard checks only the form of a name and value, because the table differs between builds. Whoever sets one checks it here
+//! against the table; whoever reads one that it does not know leaves it alone.
+
+use crate::shards::{jitter, ShardError, Shards};
+use granary_meta::{Answer, Command, Query, Reply};
+use granary_placement::id::ShardId;
+use granary_placement::settings::{check, find, Scope, SettingError, Values};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+const POLL: Duration = Duration::from_secs(1);
+
+/// Why a setting of the cluster was not changed.
+#[derive(Debug, thiserror::Error)]
+pub enum SetError {
+    /// No such setting, or it cannot have that value.
+    #[error(transparent)]
+    Setting(#[from] SettingError),
+    /// Each process has its own.
+    #[error(
+        "`{0}` belongs to each process: give it with --set, the environment or a file, and start the process again"
+    )]
+    Process(&'static str),
+    /// The root shard.
+    #[error(transparent)]
+    Shard(#[from] ShardError),
+}
+
+/// Asks the root shard once. None: nothing is newer than `newer_than`.
+///
+/// # Errors
+/// It does not answer.
+pub async fn fetch(shards: &Shards, newer_than: u64) -> Result<Option<(u64, BTreeMap<String, String>)>, ShardError> {
+    match shards.query(ShardId::ROOT, Query::GetSettings { newer_than }).await? {
+        Answer::Settings { epoch, values } => Ok(Some((epoch, values))),
+        Answer::SettingsUnchanged => Ok(None),
+        other => Err(odd(&other)),
+    }
+}
+
+/// Sets one, or with None puts it back to its default.
+///
+/// # Errors
+/// [`SetError`]; nothing was changed, but for a root shard that did not answer.
+pub async fn set(shards: &Shards, name: &str, value: Option<&str>) -> Result<(), SetError> {
+    let (setting, value) = match value {
+        Some(value) => check(name, value).map(|(setting, value)| (setting, Some(setting.render(&value))))?,
+        None => (find(name)?, None),
+    };
+    if setting.scope != Scope::Cluster {
+        return Err(SetError::Process(setting.name));
+    }
+    match shards.command(ShardId::ROOT, Command::SetSetting { name: setting.name.to_owned(), value }).await? {
+        Reply::Settings { .. } => Ok(()),
+        other => Err(odd(&other).into()),
+    }
+}
+
+fn odd(answer: &impl std::fmt::Debug) -> ShardError {
+    let why: String = format!("{answer:?}").chars().take(80).collect();
+    ShardError::Refused { shard: ShardId::ROOT, why: format!("an unexpected answer: {why}") }
+}
+
+/// Puts the root shard's settings over those of this process each second, for ever. While the root shard does not answer, the last
+/// ones hold.
+pub async fn watch(shards: Shards, values: watch::Sender<Arc<Values>>) {
+    let mut known = 0;
+    loop {
+        match fetch(&shards, known).await {
+            Ok(Some((epoch, cluster))) => {
+                let (newest, unknown) = values.borrow().with_cluster(&cluster);
+                for error in unknown {
+                    tracing::warn!(%error, "a setting of the cluster is not used by this build");
+                }
+                let changed = **values.borrow() != newest;
+                if changed {
+                    tracing::info!(epoch, set = ?cluster, "the cluster's settings are in use");
+                    values.send_replace(Arc::new(newest));
+                }
+                known = epoch;
+            }
+            Ok(None) => {}
+            // The map watch says so when the root shard is lost.
+            Err(error) => tracing::debug!(%error, "the cluster's settings were not asked"),
+        }
+        tokio::time::sleep(jitter(POLL)).await;
+    }
+}
+
+/// What one part works by, kept true until the values end: a receiver for the part, and the work of keeping it.
+pub fn follow<T: PartialEq + Send + Sync + 'static>(
+    mut values: watch::Receiver<Arc<Values>>,
+    make: fn(&Values) -> T,
+) -> (watch::Receiver<T>, impl std::future::Future<Output = ()> + Send) {
+    let (part, following) = watch::channel(make(&values.borrow_and_update()));
+    let work = async move {
+        while values.changed().await.is_ok() {
+            let newest = make(&values.borrow_and_update());
+            part.send_if_modified(|known| {
+                let changed = *known != newest;
+                if changed {
+                    *known = newest;
+                }
+                changed
+            });
+        }
+    };
+    (following, work)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use crate::heal::HealSettings;
+
+    #[tokio::test]
+    async fn a_part_follows_the_settings_it_reads_and_is_not_woken_by_others() {
+        let values = watch::Sender::new(Arc::new(Values::default()));
+        let (mut heal, work) = follow(values.subscribe(), HealSettings::from_settings);
+        let work = tokio::spawn(work);
+        assert_eq!(*heal.borrow_and_update(), HealSettings::default());
+        let with = |name, value| Arc::new(Values::default().with(name, value).unwrap());
+        values.send_replace(with("object.replay", "0"));
+        values.send_replace(with("heal.rate", "1MiB/s"));
+        heal.changed().await.unwrap();
+        assert_eq!(heal.borrow_and_update().bytes_per_s, 1 << 20);
+        values.send_replace(with("object.replay", "0"));
+        heal.changed().await.unwrap();
+        assert_eq!(*heal.borrow_and_update(), HealSettings::default());
+        drop(values);
+        work.await.unwrap();
+        assert!(heal.changed().await.is_err(), "one change each, and then the end");
+    }
+}
