@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! DIR/lock               held while a granary dev runs on DIR
-//! DIR/dev.json           the plan: scheme, shards, disk directories and their addresses by the map; written once
+//! DIR/dev.json           the format of all that lies here, and the plan: scheme, shards, disk directories and their addresses by the map
 //! DIR/cluster-secret     64 hex digits, mode 600        DIR/admin-token        mode 600
 //! DIR/root-credentials   JSON, mode 600; only when made here
 //! DIR/map.json           the newest cluster map this machine has seen
@@ -26,7 +26,11 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
-const PLAN_VERSION: u32 = 1;
+/// Format of everything below DIR, named in `dev.json`. It is raised when any file there changes so that this build cannot use what
+/// another one wrote.
+///
+/// 1: granary 0.1.0. 2: hash slots, two disks per slot of a placement group, a version in each record.
+pub const DATA_VERSION: u32 = 2;
 /// Disk directories of the default cluster.
 pub const DEFAULT_DISKS: u16 = 6;
 /// Most disks of a `granary dev` cluster: each is a process with threads of its own.
@@ -47,6 +51,14 @@ pub enum LayoutError {
         dir: PathBuf,
         /// ` (process N)`, when known.
         by: String,
+    },
+    /// The folder is no place for a cluster.
+    #[error("{dir} {why}", dir = dir.display())]
+    Unusable {
+        /// The directory.
+        dir: PathBuf,
+        /// What stands in the way, and what to do.
+        why: String,
     },
     /// An option does not fit.
     #[error("{option}: {why}")]
@@ -93,8 +105,10 @@ pub struct Slot {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    /// Of this file.
+    /// Of the data below DIR: [`DATA_VERSION`].
     pub version: u32,
+    /// Version of the granary that made it.
+    pub made_by: String,
     /// Which cluster.
     pub cluster_id: ClusterId,
     /// As K+M.
@@ -121,19 +135,36 @@ pub struct Shape {
 }
 
 impl Layout {
-    /// The layout below `dir`, which is made if need be.
+    /// The layout below `dir`, which need not be there. Nothing is made.
     ///
     /// # Errors
-    /// It cannot be made.
+    /// There is no working directory that it could be below.
+    pub fn at(dir: &Path) -> Result<Layout, LayoutError> {
+        let absolute = std::path::absolute(dir).map_err(|error| SettingsError::file(dir, error))?;
+        Ok(Layout { dir: absolute.canonicalize().unwrap_or(absolute) })
+    }
+
+    /// The layout below `dir`, with the folders of it, which are made if need be.
+    ///
+    /// # Errors
+    /// They cannot be made.
     pub fn open(dir: &Path) -> Result<Layout, LayoutError> {
-        let failed = |error| SettingsError::file(dir, error);
-        fs::create_dir_all(dir).map_err(failed)?;
-        let dir = dir.canonicalize().map_err(failed)?;
-        let layout = Layout { dir };
+        let layout = Layout::at(dir)?;
         for below in [layout.dir.join("disks"), layout.logs()] {
             fs::create_dir_all(&below).map_err(|error| SettingsError::file(&below, error))?;
         }
-        Ok(layout)
+        Layout::at(dir)
+    }
+
+    /// Do the options fit, at a first start among each other, at a later one to the plan? Changes nothing.
+    ///
+    /// # Errors
+    /// As [`Layout::plan`].
+    pub fn check(&self, shape: &Shape) -> Result<(), LayoutError> {
+        match self.read_plan()? {
+            Some(plan) => shape.check(&plan),
+            None => shape.first().map(|_| ()),
+        }
     }
 
     /// DIR/logs.
@@ -164,9 +195,7 @@ impl Layout {
         match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                let by = fs::read_to_string(&path).unwrap_or_default();
-                let by = by.trim().parse::<u32>().map_or(String::new(), |pid| format!(" (process {pid})"));
-                return Err(LayoutError::Locked { dir: self.dir.clone(), by });
+                return Err(LayoutError::Locked { dir: self.dir.clone(), by: holder(&path) });
             }
             Err(error) => return Err(failed(error.into()).into()),
         }
@@ -184,14 +213,7 @@ impl Layout {
         if !path.exists() {
             return Ok(None);
         }
-        let plan: Plan = read_json(&path)?;
-        if plan.version != PLAN_VERSION {
-            return Err(LayoutError::Bad {
-                path,
-                why: format!("version {}, this granary knows {PLAN_VERSION}", plan.version),
-            });
-        }
-        Ok(Some(plan))
+        Ok(Some(read_json(&path)?))
     }
 
     /// Writes the plan.
@@ -316,7 +338,8 @@ impl Shape {
         let disks = addresses.into_iter().enumerate().map(slot).collect();
         Ok((
             Plan {
-                version: PLAN_VERSION,
+                version: DATA_VERSION,
+                made_by: env!("CARGO_PKG_VERSION").to_owned(),
                 cluster_id,
                 scheme: scheme.to_string(),
                 shards,
@@ -327,6 +350,29 @@ impl Shape {
             map,
         ))
     }
+}
+
+/// ` (process N)` by a lock that is held; empty when it does not say.
+pub(super) fn holder(lock: &Path) -> String {
+    let text = fs::read_to_string(lock).unwrap_or_default();
+    text.trim().parse::<u32>().map_or(String::new(), |pid| format!(" (process {pid})"))
+}
+
+/// Format and maker of the data by `dev.json`, whatever else that holds; None when it is not there.
+///
+/// # Errors
+/// It is there, but is no `dev.json` of any version.
+pub(super) fn version_of(path: &Path) -> Result<Option<(u64, String)>, LayoutError> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let plan: serde_json::Value = read_json(path)?;
+    let version = plan.get("version").and_then(serde_json::Value::as_u64);
+    let version =
+        version.ok_or_else(|| LayoutError::Bad { path: path.to_owned(), why: "names no version".to_owned() })?;
+    // Format 1 did not name its maker; there was only one.
+    let maker = plan.get("made_by").and_then(serde_json::Value::as_str).unwrap_or("0.1.0");
+    Ok(Some((version, maker.chars().filter(|char| !char.is_control()).take(40).collect())))
 }
 
 /// The disk in service whose address in the map is that.

@@ -1,5 +1,6 @@
 //! A whole cluster on one machine: `granary dev`.
 //!
+//! - [`look`]: what stands in the way, said before anything is written;
 //! - [`layout`]: the directory, and what is decided at the first start;
 //! - [`ready`] and [`label`]: a disk directory becomes a disk the cluster knows;
 //! - [`child`] and [`supervisor`]: disk-node processes, kept running;
@@ -9,6 +10,7 @@
 pub mod child;
 pub mod label;
 pub mod layout;
+mod look;
 pub mod ready;
 pub mod report;
 pub mod supervisor;
@@ -100,18 +102,21 @@ pub enum DevError {
 pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), DevError> {
     let mut values = options.values;
     let for_cluster = values.take_cluster();
+    // All that can stand in the way is looked at before anything is written.
+    look::look(&Layout::at(&options.dir)?, &options.shape)?;
+    let program = disk_node_program()?;
+    RootCredentials::from_env()?;
+    let (s3, s3_address) = listen("--s3", &options.s3).await?;
+    let (admin, admin_address) = listen("--admin", &options.admin).await?;
+
     let layout = Layout::open(&options.dir)?;
     let _lock = layout.lock()?;
-    let program = disk_node_program()?;
     let (plan, map) = layout.plan(&options.shape)?;
     let (root, credentials_file, fresh) = root_credentials(&layout)?;
     layout.make_addresses()?;
     let secret_file = layout.file("cluster-secret");
     let secret = cluster_secret(&secret_file)?;
     let admin_token = admin_token(&layout)?;
-    let (s3, s3_address) = listen("--s3", &options.s3).await?;
-    let (admin, admin_address) = listen("--admin", &options.admin).await?;
-
     let gateway = Gateway::start(GatewayConfig {
         map: map.clone(),
         credentials: Credentials { cluster: plan.cluster_id, secret },
