@@ -5,8 +5,8 @@
 //! 2. the admin listener answers from the first moment: `/healthz` 200, `/readyz` 503 with reasons;
 //! 3. when the root shard has told its map, S3 is served. Until then connections wait in the listener's queue.
 //!
-//! Stopping: no new S3 requests, those under way get [`DRAIN`]; then background work; then the admin listener, so that a
-//! gateway that drains can still be looked at.
+//! Stopping: no new S3 requests, those under way get [`DRAIN`]; then background work; then the admin listener, so that
+//! a gateway that drains can still be looked at.
 
 use crate::admin::api::Status;
 use crate::admin::status::{collect, Sources};
@@ -179,6 +179,7 @@ impl Gateway {
         let context = AdminContext {
             shards: self.shards.clone(),
             disks: self.disks.clone(),
+            values: self.values.subscribe(),
             metrics: self.metrics.clone(),
             token: self.admin_token.clone(),
             healer: self.healer.clone(),
@@ -232,7 +233,8 @@ impl Gateway {
     }
 }
 
-/// Heals from the moment the root shard has told its map: by an old one, chunks might be rebuilt where they no longer belong.
+/// Heals from the moment the root shard has told its map: by an old one, chunks might be rebuilt where they no longer
+/// belong.
 async fn heal(
     store: ObjectStore,
     shards: Shards,

@@ -1,4 +1,5 @@
-//! docs/settings.md is made from the table, and the table holds only what is read. `GRANARY_WRITE_GOLDEN=1` writes the page anew.
+//! docs/settings.md is made from the table, and the table holds only what is read. `GRANARY_WRITE_GOLDEN=1` writes the
+//! page anew.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use granary_placement::settings::{Scope, Setting, TABLE};

@@ -1,5 +1,5 @@
-//! What `granary dev` and the other programs say when they cannot start: one clear line, exit code 1, and nothing changed on disk. And
-//! settings, from the command line to the running cluster.
+//! What `granary dev` and the other programs say when they cannot start: one clear line, exit code 1, and nothing
+//! changed on disk. And settings, from the command line to the running cluster.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use granary_tests::cluster::{bin, free_ports, scratch, Cluster, Options};
@@ -99,7 +99,8 @@ fn a_foreign_folder_another_versions_data_and_a_file_are_told_and_left_alone() {
     assert_eq!(contents(folder.path()), before);
 }
 
-/// Runs `granary dev` on a file system of its own, seen by it alone; gives what it said, and what lies there afterwards.
+/// Runs `granary dev` on a file system of its own, seen by it alone; gives what it said, and what lies there
+/// afterwards.
 fn on_a_file_system(size: &str, and_then: &str, more: &[&str]) -> (Output, String) {
     let folder = scratch("start-mount");
     let dir = folder.path().join("mounted");

@@ -1,13 +1,17 @@
 //! What operators ask for and change: one function per request of [`api`](super::api).
 
-use super::api::{ApiError, Census, DiskAct, DiskChanged, ErrorCode};
-use super::api::{DrainDisk, GetMap, GetStatus, ReplaceDisk, RunCensus, StartDisk, Status, StopDisk, WeighDisk};
+use super::api::{ApiError, Census, Config, ConfigChanged, DiskAct, DiskChanged, ErrorCode};
+use super::api::{
+    DrainDisk, GetConfig, GetMap, GetStatus, ReplaceDisk, RunCensus, SetConfig, StartDisk, Status, StopDisk, WeighDisk,
+};
 use super::{AdminContext, LocalDisks};
 use crate::ops::{self, ChangeError, CommitError, Committed, Replacement};
+use crate::settings::cluster::{self, SetError};
 use futures::future::BoxFuture;
 use granary_placement::id::DiskId;
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::place::PlaceError;
+use granary_placement::settings::Setting;
 use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +30,22 @@ pub(super) async fn map(context: Arc<AdminContext>, _: GetMap) -> Result<Cluster
 pub(super) async fn census(context: Arc<AdminContext>, _: RunCensus) -> Result<Census, ApiError> {
     let healer = context.healer.get().ok_or_else(no_map)?;
     healer.census(|_| {}).await.map_err(|error| ApiError::new(ErrorCode::Unavailable, error))
+}
+
+pub(super) async fn config(context: Arc<AdminContext>, _: GetConfig) -> Result<Config, ApiError> {
+    // Disk nodes elsewhere have settings of their own, which nobody tells us.
+    let known = |setting: &Setting| !setting.is_for_disk_nodes() || context.local.is_some();
+    Ok(Config { settings: context.values.borrow().rows(known) })
+}
+
+pub(super) async fn set_config(context: Arc<AdminContext>, call: SetConfig) -> Result<ConfigChanged, ApiError> {
+    let done = cluster::set(&context.shards, &call.name, call.value.as_deref()).await;
+    tracing::info!(name = %call.name, value = call.value.as_deref(), result = ?done, "admin request for a setting of the cluster");
+    match done {
+        Ok((setting, value)) => Ok(ConfigChanged { name: setting.name.to_owned(), value: setting.render(&value) }),
+        Err(error @ SetError::Shard(_)) => Err(ApiError::new(ErrorCode::Unavailable, error)),
+        Err(error) => Err(ApiError::new(ErrorCode::BadRequest, error)),
+    }
 }
 
 pub(super) async fn start_disk(context: Arc<AdminContext>, call: StartDisk) -> Result<DiskChanged, ApiError> {

@@ -11,6 +11,8 @@
 //! | [`RunCensus`] | `POST /v1/census` | [`Census`] |
 //! | [`ReplaceDisk`] | `POST /v1/disks/{disk}/replace` | [`DiskChanged`] |
 //! | [`DrainDisk`], [`WeighDisk`] | `POST /v1/disks/{disk}/drain`, `.../weight` | [`DiskChanged`] |
+//! | [`GetConfig`] | `GET /v1/config` | [`Config`] |
+//! | [`SetConfig`] | `POST /v1/config` | [`ConfigChanged`] |
 //! | [`StartDisk`], [`StopDisk`] | `POST /v1/disks/{disk}/start`, `.../stop` | [`DiskChanged`] |
 //!
 //! `GET /readyz`, which needs no token, answers with [`Readiness`].
@@ -19,6 +21,7 @@
 //! [`ErrorCode`] as `unknown`.
 
 pub use crate::heal::{Census, HealStatus};
+pub use granary_placement::settings::Row as SettingRow;
 
 use crate::disks::DiskHealth;
 use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ShardId};
@@ -107,6 +110,16 @@ calls! {
     GET "/v1/map" GetMap {} -> ClusterMap;
     /// Read every chunk and count them. Answers when all are read, which may take hours.
     POST "/v1/census" RunCensus {} -> Census;
+    /// All settings.
+    GET "/v1/config" GetConfig {} -> Config;
+    /// Change a setting of the whole cluster.
+    POST "/v1/config" SetConfig {
+        /// Its name.
+        pub name: String,
+        /// Its value from now on; None: the default.
+        #[serde(default)]
+        pub value: Option<String>,
+    } -> ConfigChanged;
 }
 
 disk_calls! {
@@ -131,6 +144,23 @@ disk_calls! {
     "/v1/disks/{disk}/start" StartDisk {} -> DiskChanged;
     /// Stop the node of a disk; `granary dev` only.
     "/v1/disks/{disk}/stop" StopDisk {} -> DiskChanged;
+}
+
+/// All settings: those of the cluster and of the gateway that answers as they are in force, and those of disk nodes where the gateway
+/// starts them itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Config {
+    /// One row per setting.
+    pub settings: Vec<SettingRow>,
+}
+
+/// A setting of the cluster was changed; gateways follow within seconds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigChanged {
+    /// Its name.
+    pub name: String,
+    /// Its value from now on.
+    pub value: String,
 }
 
 /// What was done to a disk.

@@ -32,6 +32,7 @@ use crate::shards::Shards;
 use api::Status;
 use futures::future::BoxFuture;
 use granary_placement::id::DiskId;
+use granary_placement::settings::Values;
 use std::sync::{Arc, OnceLock};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -53,6 +54,8 @@ pub struct AdminContext {
     pub shards: Shards,
     /// The disks.
     pub disks: Disks,
+    /// Settings in force.
+    pub values: watch::Receiver<Arc<Values>>,
     /// The registry.
     pub metrics: Metrics,
     /// What opens `/v1`.

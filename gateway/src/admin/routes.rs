@@ -64,9 +64,11 @@ pub(super) fn router(context: Shared, limits: &RequestLimits) -> Router {
     let listings = Router::new();
     let listings = on(listings, acts::status);
     let listings = on(listings, acts::map);
+    let listings = on(listings, acts::config);
     let quick = on(Router::new(), acts::replace_disk);
     let quick = on(quick, acts::drain_disk);
     let quick = on(quick, acts::weigh_disk);
+    let quick = on(quick, acts::set_config);
     let quick = on(quick, acts::start_disk);
     let quick = on(quick, acts::stop_disk);
     // A census reads every chunk and takes as long as it takes.

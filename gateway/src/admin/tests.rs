@@ -12,6 +12,7 @@ use crate::settings::Secret;
 use crate::shards::Shards;
 use futures::future::BoxFuture;
 use granary_placement::id::{ClusterId, DiskId};
+use granary_placement::settings::Values;
 use granary_wire::auth::{ClusterSecret, Credentials};
 use http::StatusCode;
 use std::net::SocketAddr;
@@ -71,6 +72,7 @@ impl Served {
         let context = AdminContext {
             shards: Shards::new(Arc::new(disks.clone()), map, metrics.clone()),
             disks,
+            values: watch::Sender::new(Arc::new(Values::default())).subscribe(),
             metrics,
             token: Secret::new(TOKEN),
             healer: Arc::new(OnceLock::new()),

@@ -18,12 +18,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-const QUICK: Duration = Duration::from_secs(120);
+pub(super) const QUICK: Duration = Duration::from_secs(120);
 const CENSUS: Duration = Duration::from_secs(24 * 3600);
 /// Exit code of a census that found something wrong.
 const NOT_WHOLE: u8 = 3;
 
-type Done = Result<ExitCode, Box<dyn Error>>;
+pub(super) type Done = Result<ExitCode, Box<dyn Error>>;
 
 /// Verbs about the cluster.
 #[derive(Debug, Subcommand)]
@@ -52,6 +52,8 @@ pub(crate) enum AdminVerb {
     /// Disks.
     #[command(subcommand)]
     Disk(DiskVerb),
+    /// Settings: list them, or change one of the whole cluster.
+    Config(super::config::ConfigArgs),
 }
 
 /// Verbs about disks.
@@ -175,6 +177,7 @@ pub(crate) async fn run(verb: AdminVerb) -> Done {
             target.ask(&StartDisk { disk: id }, QUICK).await?;
             print(|out| writeln!(out, "disk {id}: start done"))?;
         }
+        AdminVerb::Config(args) => return super::config::run(args).await,
         AdminVerb::Disk(DiskVerb::Stop { id, target }) => {
             target.ask(&StopDisk { disk: id }, QUICK).await?;
             print(|out| writeln!(out, "disk {id}: stop done"))?;
@@ -206,7 +209,12 @@ fn without_scheme(text: &str) -> Result<String, String> {
 }
 
 impl Target {
-    async fn ask<C: Call>(&self, request: &C, limit: Duration) -> Result<C::Answer, Box<dyn Error>> {
+    /// Was a cluster named?
+    pub(super) fn is_named(&self) -> bool {
+        self.dir.is_some() || self.admin.is_some()
+    }
+
+    pub(super) async fn ask<C: Call>(&self, request: &C, limit: Duration) -> Result<C::Answer, Box<dyn Error>> {
         let (address, token_file) = match (&self.dir, &self.admin, &self.token_file) {
             (Some(dir), _, _) => {
                 let path = dir.join("cluster.json");

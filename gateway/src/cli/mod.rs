@@ -4,6 +4,7 @@
 //! reader of what it prints went away.
 
 mod admin_verbs;
+mod config;
 pub mod http;
 pub mod init;
 pub mod output;

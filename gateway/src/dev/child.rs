@@ -24,8 +24,8 @@ pub struct Program {
     pub log: PathBuf,
 }
 
-/// Starts processes from one thread. The kernel ends a child that asked for it when the *thread* that started it ends; worker threads
-/// of a runtime come and go, this one stays until the process ends.
+/// Starts processes from one thread. The kernel ends a child that asked for it when the *thread* that started it ends;
+/// worker threads of a runtime come and go, this one stays until the process ends.
 #[derive(Debug, Clone)]
 pub struct Spawner {
     requests: mpsc::SyncSender<(Program, oneshot::Sender<io::Result<Child>>)>,
@@ -45,7 +45,8 @@ impl Spawner {
                 // A caller that went away drops the child, which kills it.
                 let _ = reply.send(spawn(program));
             }
-            // All senders are gone: the process is ending. To end this thread now would kill children that are stopping in peace.
+            // All senders are gone: the process is ending. To end this thread now would kill children that are stopping
+            // in peace.
             loop {
                 std::thread::park();
             }
@@ -82,7 +83,8 @@ fn spawn(program: Program) -> io::Result<Child> {
     }
     command.env_remove(crate::settings::given::CONFIG_VAR);
     let parent = rustix::process::getpid();
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are two plain system calls without allocation.
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are two plain system calls without
+    // allocation.
     unsafe {
         command.pre_exec(move || {
             rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
@@ -96,13 +98,15 @@ fn spawn(program: Program) -> io::Result<Child> {
     }
     let mut command = tokio::process::Command::from(command);
     let child = command.kill_on_drop(true).spawn()?;
-    // Ours are the last copies of the pipe's writing end beside the child's: without them the log thread ends with the child.
+    // Ours are the last copies of the pipe's writing end beside the child's: without them the log thread ends with the
+    // child.
     drop(command);
     std::thread::Builder::new().name("disk-log".into()).spawn(move || copy_log(output, log))?;
     Ok(child)
 }
 
-/// Copies until the writing end closes. A log that cannot be written must not stop the process that writes it: what fails is dropped.
+/// Copies until the writing end closes. A log that cannot be written must not stop the process that writes it: what
+/// fails is dropped.
 fn copy_log(mut output: PipeReader, mut log: RotatingLog) {
     let mut buffer = [0u8; 16 * 1024];
     loop {

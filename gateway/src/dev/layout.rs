@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! DIR/lock               held while a granary dev runs on DIR
-//! DIR/dev.json           the format of all that lies here, and the plan: scheme, shards, disk directories and their addresses by the map
+//! DIR/dev.json           the format of all that lies here, and the plan: scheme, shards, disk directories, and their
+//!                        addresses by the map
 //! DIR/cluster-secret     64 hex digits, mode 600        DIR/admin-token        mode 600
 //! DIR/root-credentials   JSON, mode 600; only when made here
 //! DIR/map.json           the newest cluster map this machine has seen
@@ -11,8 +12,9 @@
 //! DIR/disks/disk-N/      the disks                       DIR/logs/disk-N.log    their logs
 //! ```
 //!
-//! **Invariant:** what a disk directory holds is said by its label, never by its name. The map's address of a disk names its
-//! directory: a replacement takes over the address, so each address has one disk in service, and each directory one address.
+//! **Invariant:** what a disk directory holds is said by its label, never by its name. The map's address of a disk
+//! names its directory: a replacement takes over the address, so each address has one disk in service, and each
+//! directory one address.
 
 use crate::settings::{read_small, write_atomic, SettingsError};
 use granary_placement::id::{ClusterId, DiskId, DiskUuid};
@@ -26,8 +28,8 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
-/// Format of everything below DIR, named in `dev.json`. It is raised when any file there changes so that this build cannot use what
-/// another one wrote.
+/// Format of everything below DIR, named in `dev.json`. It is raised when any file there changes so that this build
+/// cannot use what another one wrote.
 ///
 /// 1: granary 0.1.0. 2: hash slots, two disks per slot of a placement group, a version in each record.
 pub const DATA_VERSION: u32 = 2;
@@ -257,8 +259,8 @@ impl Layout {
         write_json(&path, &BTreeMap::<DiskId, String>::new())
     }
 
-    /// The plan and the first map, made at the first start and read back at every later one. The map is written before the plan, so
-    /// that a plan always has a map; without a plan, whatever else lies there is made anew.
+    /// The plan and the first map, made at the first start and read back at every later one. The map is written before
+    /// the plan, so that a plan always has a map; without a plan, whatever else lies there is made anew.
     ///
     /// # Errors
     /// Options that cannot be, or that differ from those of the first start.

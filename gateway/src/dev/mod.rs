@@ -27,6 +27,7 @@ use granary_wire::auth::{ClusterSecret, Credentials, SecretError};
 use layout::{Layout, LayoutError, Plan, Shape};
 use ready::{Readier, ReadyError};
 use report::Places;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use supervisor::{NodeSettings, SlotHandle, SlotTask};
@@ -178,8 +179,8 @@ pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), Dev
     result
 }
 
-/// Forms the cluster if that was not done to the end before, gives it the settings that are its own, says when it is ready, then goes
-/// on for ever.
+/// Forms the cluster if that was not done to the end before, gives it the settings that are its own, says when it is
+/// ready, then goes on for ever.
 async fn serve(
     layout: &Layout,
     mut plan: Plan,
@@ -196,13 +197,16 @@ async fn serve(
     }
     gateway.wait_serving().await;
     let changed = set_cluster(&gateway.shards, for_cluster).await?;
-    print!("{changed}{banner}");
-    std::io::Write::flush(&mut std::io::stdout())
-        .map_err(|source| DevError::System { what: "standard output", source })?;
+    // A cluster runs on when nobody reads what it says.
+    let mut out = std::io::stdout();
+    if let Err(error) = write!(out, "{changed}{banner}").and_then(|()| out.flush()) {
+        tracing::warn!(%error, "standard output takes nothing");
+    }
     std::future::pending().await
 }
 
-/// Gives the root shard the settings of the cluster that were given to this start; answers a line for each that was another before.
+/// Gives the root shard the settings of the cluster that were given to this start; answers a line for each that was
+/// another before.
 async fn set_cluster(shards: &Shards, given: &[(&'static str, String)]) -> Result<String, DevError> {
     let mut changed = String::new();
     if given.is_empty() {
@@ -220,8 +224,8 @@ async fn set_cluster(shards: &Shards, given: &[(&'static str, String)]) -> Resul
     Ok(changed)
 }
 
-/// At the first start all disks are formatted before the first node runs: from then on an empty directory is a lost disk, also when
-/// the forming of the cluster is broken off.
+/// At the first start all disks are formatted before the first node runs: from then on an empty directory is a lost
+/// disk, also when the forming of the cluster is broken off.
 async fn format_all(layout: &Layout, mut plan: Plan, readier: &Readier) -> Result<Plan, DevError> {
     if !plan.formatted {
         let dirs: Vec<PathBuf> = plan.disks.iter().map(|slot| layout.disk(&slot.name)).collect();

@@ -1,7 +1,8 @@
 //! Keeps one disk-node process per disk directory running.
 //!
-//! Each directory has a task that owns its process: it makes the disk ready ([`super::ready`]), starts the node, waits for its end,
-//! and starts it again after a pause, or waits for an order under `--no-restart`. The task ends when the cluster stops.
+//! Each directory has a task that owns its process: it makes the disk ready ([`super::ready`]), starts the node, waits
+//! for its end, and starts it again after a pause, or waits for an order under `--no-restart`. The task ends when the
+//! cluster stops.
 
 use super::child::{Program, Spawner};
 use super::layout::Slot;
@@ -344,8 +345,8 @@ impl SlotTask {
                     if gone < LABEL_LOOKS {
                         continue;
                     }
-                    // A process may live on for long with files that have no names any more; what it says is stored would be
-                    // lost with it. There is nothing left to stop in peace.
+                    // A process may live on for long with files that have no names any more; what it says is stored
+                    // would be lost with it. There is nothing left to stop in peace.
                     if let Err(error) = child.kill().await {
                         tracing::warn!(disk = %self.slot.name, %error, "disk node could not be killed");
                     }

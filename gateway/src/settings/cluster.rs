@@ -1,12 +1,12 @@
 //! Settings of the whole cluster: asked of the root shard each second, and followed by whoever works by them.
 //!
-//! The root shard checks only the form of a name and value, because the table differs between builds. Whoever sets one checks it here
-//! against the table; whoever reads one that it does not know leaves it alone.
+//! The root shard checks only the form of a name and value, because the table differs between builds. Whoever sets one
+//! checks it here against the table; whoever reads one that it does not know leaves it alone.
 
 use crate::shards::{jitter, ShardError, Shards};
 use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::ShardId;
-use granary_placement::settings::{check, find, Scope, SettingError, Values};
+use granary_placement::settings::{find, Scope, Setting, SettingError, Value, Values};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,20 +42,19 @@ pub async fn fetch(shards: &Shards, newer_than: u64) -> Result<Option<(u64, BTre
     }
 }
 
-/// Sets one, or with None puts it back to its default.
+/// Sets one, or with None puts it back to its default; answers the value from now on.
 ///
 /// # Errors
 /// [`SetError`]; nothing was changed, but for a root shard that did not answer.
-pub async fn set(shards: &Shards, name: &str, value: Option<&str>) -> Result<(), SetError> {
-    let (setting, value) = match value {
-        Some(value) => check(name, value).map(|(setting, value)| (setting, Some(setting.render(&value))))?,
-        None => (find(name)?, None),
-    };
+pub async fn set(shards: &Shards, name: &str, value: Option<&str>) -> Result<(&'static Setting, Value), SetError> {
+    let setting = find(name)?;
+    let given = value.map(|value| setting.parse(value)).transpose()?;
+    let text = given.as_ref().map(|value| setting.render(value));
     if setting.scope != Scope::Cluster {
         return Err(SetError::Process(setting.name));
     }
-    match shards.command(ShardId::ROOT, Command::SetSetting { name: setting.name.to_owned(), value }).await? {
-        Reply::Settings { .. } => Ok(()),
+    match shards.command(ShardId::ROOT, Command::SetSetting { name: setting.name.to_owned(), value: text }).await? {
+        Reply::Settings { .. } => Ok((setting, given.unwrap_or_else(|| setting.default.clone()))),
         other => Err(odd(&other).into()),
     }
 }
@@ -65,8 +64,8 @@ fn odd(answer: &impl std::fmt::Debug) -> ShardError {
     ShardError::Refused { shard: ShardId::ROOT, why: format!("an unexpected answer: {why}") }
 }
 
-/// Puts the root shard's settings over those of this process each second, for ever. While the root shard does not answer, the last
-/// ones hold.
+/// Puts the root shard's settings over those of this process each second, for ever. While the root shard does not
+/// answer, the last ones hold.
 pub async fn watch(shards: Shards, values: watch::Sender<Arc<Values>>) {
     let mut known = 0;
     loop {

@@ -22,8 +22,8 @@ pub fn read_small(path: &Path) -> Result<Vec<u8>, SettingsError> {
     Ok(bytes)
 }
 
-/// Writes a file so that a crash leaves the old or the new content, never a part: a new file, synced, renamed over the old one, and
-/// the directory synced. `mode` is the new file's permission bits from its first moment on.
+/// Writes a file so that a crash leaves the old or the new content, never a part: a new file, synced, renamed over the
+/// old one, and the directory synced. `mode` is the new file's permission bits from its first moment on.
 ///
 /// # Errors
 /// [`SettingsError::File`].

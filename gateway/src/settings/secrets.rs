@@ -1,5 +1,5 @@
-//! Secrets: the keys of the root account and tokens. There are no default credentials: they come from the environment, from a file, or
-//! are made fresh from the operating system.
+//! Secrets: the keys of the root account and tokens. There are no default credentials: they come from the environment,
+//! from a file, or are made fresh from the operating system.
 
 use super::files::read_small;
 use super::SettingsError;
