@@ -3,7 +3,7 @@
 use crate::label::Label;
 use crate::leases::{LeaseRefused, Leases, UnderLease};
 use crate::maps::{MapRefused, Maps};
-use crate::roles::Roles;
+use crate::roles::{OnFatal, Roles};
 use crate::store::handle::{Store, Upload};
 use crate::store::StoreError;
 use bytes::Bytes;
@@ -35,7 +35,7 @@ pub struct Node {
     /// The leases under which background work was done here.
     pub leases: Arc<Leases>,
     /// Ends the process when the disk cannot keep what it must.
-    pub on_fatal: Arc<dyn Fn(String) + Send + Sync>,
+    pub on_fatal: OnFatal,
 }
 
 impl From<StoreError> for ChunkError {
@@ -62,7 +62,7 @@ fn control_error(error: StoreError) -> ControlError {
 /// A chunk on its way to the store, and the lease it is written under, if it is background work.
 struct Sink {
     upload: Upload,
-    lease: Option<(LeaseStamp, Arc<Leases>, Arc<dyn Fn(String) + Send + Sync>)>,
+    lease: Option<(LeaseStamp, Arc<Leases>, OnFatal)>,
 }
 
 impl ChunkSink for Sink {

@@ -111,7 +111,7 @@ impl Shared {
                     return Err(corrupt);
                 }
                 let header = Arc::new(header);
-                self.headers.put((*id, at.sequence), header.clone(), 256 + 4 * header.crcs.len());
+                self.headers.insert((*id, at.sequence), header.clone());
                 header
             }
         };

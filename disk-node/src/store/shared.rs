@@ -8,8 +8,8 @@ use super::{StoreError, StoreSettings};
 use crate::metrics::Metrics;
 use granary_placement::id::DiskUuid;
 use granary_wire::chunk::ChunkId;
-use std::collections::HashMap;
-use std::hash::Hash;
+use quick_cache::sync::Cache;
+use quick_cache::Weighter;
 use std::io;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -35,15 +35,21 @@ pub struct Shared {
     pub chunk_bytes: AtomicU64,
     /// Room left in the segment being filled, in bytes.
     pub open_bytes: AtomicU64,
-    pub(super) headers: Cache<(ChunkId, u64), Arc<RecordHeader>>,
+    /// Headers by chunk and sequence number of the record.
+    pub(super) headers: Cache<(ChunkId, u64), Arc<RecordHeader>, HeaderWeight>,
     pub(super) buffers: Arc<BufferPool>,
     files: Cache<u32, Arc<dyn SegmentFile>>,
     failed: OnceLock<String>,
     on_fatal: OnFatal,
 }
 
-const HEADER_CACHE_WEIGHT: usize = 16 * 1024 * 1024;
+/// Memory of cached headers, in bytes.
+const HEADER_CACHE_BYTES: u64 = 16 * 1024 * 1024;
+/// How many headers that is about, when chunks are long.
+const HEADERS_EXPECTED: usize = 16 * 1024;
+/// Segment files kept open.
 const OPEN_FILES: usize = 256;
+/// Read buffers kept for the next read.
 const POOLED_BUFFERS: usize = 16;
 
 impl Shared {
@@ -65,7 +71,7 @@ impl Shared {
             chunks: AtomicU64::new(0),
             chunk_bytes: AtomicU64::new(0),
             open_bytes: AtomicU64::new(0),
-            headers: Cache::new(HEADER_CACHE_WEIGHT),
+            headers: Cache::with_weighter(HEADERS_EXPECTED, HEADER_CACHE_BYTES, HeaderWeight),
             buffers: Arc::new(BufferPool::default()),
             files: Cache::new(OPEN_FILES),
             failed: OnceLock::new(),
@@ -114,13 +120,13 @@ impl Shared {
             return Ok(file);
         }
         let file = self.device.open(number)?;
-        self.files.put(number, file.clone(), 1);
+        self.files.insert(number, file.clone());
         Ok(file)
     }
 
     /// Puts a segment that was just created into the cache.
     pub fn cache_segment(&self, number: u32, file: Arc<dyn SegmentFile>) {
-        self.files.put(number, file, 1);
+        self.files.insert(number, file);
     }
 
     /// Takes a segment that is being removed out of the cache.
@@ -129,66 +135,18 @@ impl Shared {
     }
 }
 
-/// A map bounded by weight, in two generations: what was not asked for during one whole filling is dropped. As good as
-/// least-recently-used for a cache, and short.
-pub struct Cache<K, V> {
-    limit: usize,
-    maps: Mutex<Generations<K, V>>,
-}
+/// Weighs a cached header by its memory, in bytes: its fields, and four for the checksum of each block.
+#[derive(Clone)]
+pub(super) struct HeaderWeight;
 
-struct Generations<K, V> {
-    young: HashMap<K, (V, usize)>,
-    old: HashMap<K, (V, usize)>,
-    weight: usize,
+impl Weighter<(ChunkId, u64), Arc<RecordHeader>> for HeaderWeight {
+    fn weight(&self, _: &(ChunkId, u64), header: &Arc<RecordHeader>) -> u64 {
+        256 + 4 * header.crcs.len() as u64
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl<K: Eq + Hash, V: Clone> Cache<K, V> {
-    /// Holds entries of up to `limit` weight in all.
-    pub fn new(limit: usize) -> Cache<K, V> {
-        Cache { limit, maps: Mutex::new(Generations { young: HashMap::new(), old: HashMap::new(), weight: 0 }) }
-    }
-
-    /// Looks up.
-    pub fn get(&self, key: &K) -> Option<V>
-    where
-        K: Clone,
-    {
-        let (value, weight) = {
-            let mut maps = lock(&self.maps);
-            if let Some((value, _)) = maps.young.get(key) {
-                return Some(value.clone());
-            }
-            maps.old.remove(key)?
-        };
-        self.put(key.clone(), value.clone(), weight);
-        Some(value)
-    }
-
-    /// Adds or replaces.
-    pub fn put(&self, key: K, value: V, weight: usize) {
-        let mut maps = lock(&self.maps);
-        if maps.weight + weight > self.limit / 2 {
-            maps.old = std::mem::take(&mut maps.young);
-            maps.weight = 0;
-        }
-        maps.weight += weight;
-        if let Some((_, replaced)) = maps.young.insert(key, (value, weight)) {
-            maps.weight -= replaced;
-        }
-    }
-
-    /// Removes.
-    pub fn remove(&self, key: &K) {
-        let mut maps = lock(&self.maps);
-        maps.old.remove(key);
-        if let Some((_, weight)) = maps.young.remove(key) {
-            maps.weight -= weight;
-        }
-    }
 }
 
 /// Read buffers that come back when the last slice of them is sent. Saves the kernel from mapping and zeroing megabytes

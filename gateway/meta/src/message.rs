@@ -25,6 +25,7 @@ pub struct BadBytes {
 
 /// What is asked of a shard's leader.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant, reason = "one lives for one request; a box would cost every command an allocation")]
 pub enum ShardRequest {
     /// A change. Answers [`ShardResponse::Reply`].
     Command(MetaRequest),

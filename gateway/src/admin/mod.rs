@@ -6,7 +6,7 @@
 //! - [`status`]: what is known of the cluster, collected each second;
 //! - [`ready`]: whether this gateway should get traffic, and why not;
 //! - [`page`]: the status page;
-//! - [`listener`]: connections.
+//! - [`listener`]: accepts connections.
 //!
 //! | request | token | answer |
 //! |---|---|---|

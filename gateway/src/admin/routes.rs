@@ -80,8 +80,8 @@ pub(super) fn router(context: Shared, limits: &RequestLimits) -> Router {
         .load_shed()
         .concurrency_limit(limits.acts);
     let operators = listings
-        .layer(timeout.clone())
-        .merge(quick.layer(timeout.clone()).merge(long).layer(busy))
+        .layer(timeout)
+        .merge(quick.layer(timeout).merge(long).layer(busy))
         .layer(from_fn_with_state(context.clone(), token));
     let around = ServiceBuilder::new()
         // Ids are ours: what a client sends is of any length and says nothing.

@@ -5,9 +5,9 @@
 //! multiplication: they are the field GF(2^8), and every constant np16 ever multiplies by is one of them.
 //!
 //! With `s = hi * 256 + lo`, a product of a symbol and such a constant splits into two products of bytes, once the
-//! symbol has been *twisted*: `twist(hi, lo) = (hi, lo ^ t(hi))`, with t linear over bits. `c * s` is `twist(c * hi, c
-//! * (lo ^ t(hi)))`, and twisting twice is doing nothing. So a kernel twists every source once, works on single bytes,
-//! and twists every output once.
+//! symbol has been *twisted*: `twist(hi, lo) = (hi, lo ^ t(hi))`, with t linear over bits. `c * s` is
+//! `twist(c * hi, c * (lo ^ t(hi)))`, and twisting twice is doing nothing. So a kernel twists every source once, works on
+//! single bytes, and twists every output once.
 
 use std::sync::LazyLock;
 

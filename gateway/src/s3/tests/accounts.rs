@@ -17,7 +17,8 @@ fn by_other(ask: Ask) -> Ask {
 async fn what_a_request_makes_belongs_to_the_account_of_its_signer() {
     let scene = two_accounts().await;
     let same = |ask: Ask| ask;
-    let signers: [(fn(Ask) -> Ask, &str, AccountId); 2] =
+    type Signer = fn(Ask) -> Ask;
+    let signers: [(Signer, &str, AccountId); 2] =
         [(same, "mine", AccountId::ROOT), (by_other, "theirs", AccountId(42))];
     for (signed, bucket, account) in signers {
         let ask = |method: &str, path: &str| signed(Ask::new(method, &format!("/{bucket}{path}")));
