@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 /// Options of `granary-bench idle`.
 #[derive(Debug, Parser)]
 pub struct Args {
-    /// Folder of a running `granary dev`; without it a fresh cluster is started in a temporary folder and removed afterwards
+    /// Folder of a running `granary dev`; without it a fresh cluster is started in a temporary folder and removed
+    /// afterwards
     #[arg(long)]
     cluster: Option<PathBuf>,
     /// Seconds between the cluster's start and the measurement: its shards fall asleep in that time

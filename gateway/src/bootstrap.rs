@@ -1,8 +1,9 @@
 //! Forms a cluster from disk nodes that run and know nothing of each other yet.
 //!
-//! What the cluster is to be stands in its first map ([`first_map`](crate::ops::form::first_map)). Every step can be repeated, so a
-//! forming that was broken off anywhere is simply done again:
-//! 0. every disk node is asked who it is ([`check_disks`]), unless whoever forms the cluster has formatted the disks itself;
+//! What the cluster is to be stands in its first map ([`first_map`](crate::ops::form::first_map)). Every step can be
+//! repeated, so a forming that was broken off anywhere is simply done again:
+//! 0. every disk node is asked who it is ([`check_disks`]), unless whoever forms the cluster has formatted the disks
+//!    itself;
 //! 1. every disk node is offered the map, from which it learns its peers' addresses;
 //! 2. the first member of each shard is told to begin it with all its members;
 //! 3. the root shard is given the map. From now on the cluster knows itself.
@@ -58,8 +59,8 @@ pub enum FormError {
     },
 }
 
-/// Asks every disk node who it is before any is told anything: a node keeps the first map it takes, so one wrong line of the
-/// configuration must not reach the others. Waits for nodes that do not answer yet.
+/// Asks every disk node who it is before any is told anything: a node keeps the first map it takes, so one wrong line
+/// of the configuration must not reach the others. Waits for nodes that do not answer yet.
 ///
 /// # Errors
 /// [`FormError::NotInMap`], [`FormError::Mistaken`]; nothing was changed.

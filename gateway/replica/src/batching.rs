@@ -1,9 +1,9 @@
 //! The two queues into a shard: proposals share log entries, reads share read barriers.
 //!
-//! - Proposals: a task takes what waits, up to a number and a size, into one log entry. A few entries are under way at a time, so a lone
-//!   command goes at once, and under load the next entry fills while those are replicated.
-//! - Reads: a barrier under way may have begun before a later read arrived, so that one waits for the next; one barrier then serves all
-//!   that wait.
+//! - Proposals: a task takes what waits, up to a number and a size, into one log entry. A few entries are under way at
+//!   a time, so a lone command goes at once, and under load the next entry fills while those are replicated.
+//! - Reads: a barrier under way may have begun before a later read arrived, so that one waits for the next; one barrier
+//!   then serves all that wait.
 
 use crate::raft::{Batch, Replica};
 use granary_meta::message::{encode_batch, encode_request};

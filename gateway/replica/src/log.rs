@@ -1,9 +1,10 @@
-//! One shard's Raft log, as openraft wants it, over the shared log database and its writer thread. Beside `raft/` the only place that
-//! knows openraft.
+//! One shard's Raft log, as openraft wants it, over the shared log database and its writer thread. Beside `raft/` the
+//! only place that knows openraft.
 //!
-//! Keys: `group (2, BE) | type (1) | index (8, BE)`; types: 'E' entries, 'V' the vote, 'P' the last purged entry. Entries are readable from a
-//! cache the moment `append` returns; the writer makes them durable and then calls back. **Invariant:** an entry leaves the cache only
-//! after it is in the database, and the entries in the cache are the tail of the log without a hole.
+//! Keys: `group (2, BE) | type (1) | index (8, BE)`; types: 'E' entries, 'V' the vote, 'P' the last purged entry.
+//! Entries are readable from a cache the moment `append` returns; the writer makes them durable and then calls back.
+//! **Invariant:** an entry leaves the cache only after it is in the database, and the entries in the cache are the tail
+//! of the log without a hole.
 
 use crate::message::{decode_entry, encode_entry, WireLogId, WireVote};
 use crate::raft::{entry_from_wire, entry_to_wire, log_id_from_wire, log_id_to_wire, vote_from_wire, vote_to_wire};
@@ -100,7 +101,8 @@ impl ShardLog {
     /// Opens a shard's log and reads all of it: every entry must be whole and follow the one before. Blocks.
     ///
     /// # Errors
-    /// A bad or missing entry. Nothing is cut away: the entry may have been acknowledged, so the replica must stay out of service.
+    /// A bad or missing entry. Nothing is cut away: the entry may have been acknowledged, so the replica must stay out
+    /// of service.
     pub fn open(shard: ShardId, db: Arc<LogDb>, writer: LogWriter, state: Arc<StateDb>) -> io::Result<ShardLog> {
         let group = shard.0;
         let mut tail = Tail::default();

@@ -1,5 +1,5 @@
-//! What replicas say to each other and keep in their logs, in our own types: neither bytes on the wire nor bytes on disk depend on the
-//! Raft library. docs/formats/metadata.md draws both.
+//! What replicas say to each other and keep in their logs, in our own types: neither bytes on the wire nor bytes on
+//! disk depend on the Raft library. docs/formats/metadata.md draws both.
 
 use bytes::Bytes;
 use granary_meta::codec::Record;
@@ -161,8 +161,8 @@ pub enum PeerResponse {
     Failed(String),
 }
 
-/// A shard that sleeps, or is to: its leader sends no Raft heartbeats for it, and its followers hold no elections while the link to the
-/// leader's disk is alive and says so.
+/// A shard that sleeps, or is to: its leader sends no Raft heartbeats for it, and its followers hold no elections while
+/// the link to the leader's disk is alive and says so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Asleep {
     /// Which shard.
@@ -173,7 +173,8 @@ pub struct Asleep {
     pub index: u64,
 }
 
-/// The heartbeat of the link between two disks, both ways: the disk with the lower id sends one, the other answers with its own.
+/// The heartbeat of the link between two disks, both ways: the disk with the lower id sends one, the other answers with
+/// its own.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct LinkBeat {
     /// Shards that the sender leads, that have nothing to do, and of which the receiver holds a replica.
@@ -198,8 +199,8 @@ pub fn decode_message<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, BadBytes> 
     decode_versioned("message", MESSAGE_VERSION, bytes)
 }
 
-/// A log entry as it lies on disk: CRC-32 (4, BE) over group (2, BE), index (8, BE) and the rest; version; postcard. The seed makes an
-/// entry that lies in the wrong place fail as a flipped bit does.
+/// A log entry as it lies on disk: CRC-32 (4, BE) over group (2, BE), index (8, BE) and the rest; version; postcard.
+/// The seed makes an entry that lies in the wrong place fail as a flipped bit does.
 ///
 /// # Errors
 /// [`BadBytes`] when it cannot be encoded.

@@ -1,11 +1,13 @@
-//! Snapshot files: a whole shard, checksummed, on its way from a leader to a replica that lacks what the log no longer has.
+//! Snapshot files: a whole shard, checksummed, on its way from a leader to a replica that lacks what the log no longer
+//! has.
 //!
 //! ```text
 //! header    "GRNSNAP1" (8) | shard (2, BE) | length of applied (4, BE) | applied: postcard AppliedState | CRC-32 of all before (4, BE)
 //! block*    length of body (4, BE) | CRC-32 of shard, block number and body (4, BE) | body: postcard [(key without shard, value)]
 //! end       0 (4) | CRC-32 of shard, block number and body (4, BE) | number of entries (8, BE)
 //! ```
-//! Both ends hold one block in memory. The file is installed in an order that a crash cannot turn into half a shard: see [`install`].
+//! Both ends hold one block in memory. The file is installed in an order that a crash cannot turn into half a shard:
+//! see [`install`].
 
 use crate::message::AppliedState;
 use crate::store::StateDb;
@@ -209,9 +211,9 @@ fn marker_key(shard: ShardId) -> Vec<u8> {
 
 /// Replaces everything of a shard by a checked snapshot file at `path` (in `dir`, on the same file system). Blocks.
 ///
-/// The file is first made durable under a fixed name; then a marker is written, the old state deleted, the new one written, and the
-/// marker removed in the batch that says how far it is applied; at last all is flushed and the file deleted. A crash leaves the old
-/// state, or the marker and the file, from which [`finish_interrupted`] begins again.
+/// The file is first made durable under a fixed name; then a marker is written, the old state deleted, the new one
+/// written, and the marker removed in the batch that says how far it is applied; at last all is flushed and the file
+/// deleted. A crash leaves the old state, or the marker and the file, from which [`finish_interrupted`] begins again.
 ///
 /// # Errors
 /// [`SnapshotError`].
@@ -227,7 +229,8 @@ fn replace(state: &StateDb, shard: ShardId, file: &Path) -> Result<AppliedState,
     let mut marker = Writes::new();
     marker.insert(marker_key(shard), Some(Vec::new()));
     state.write(shard, marker, None)?;
-    // The marker must not be overtaken: a crash that keeps a later flush keeps it too, because memtables are flushed in order.
+    // The marker must not be overtaken: a crash that keeps a later flush keeps it too, because memtables are flushed in
+    // order.
     state.clear(shard)?;
     let prefix = shard.0.to_be_bytes();
     let applied_key = Keys::new(shard).single(kind::APPLIED);
@@ -267,7 +270,8 @@ pub fn finish_interrupted(state: &StateDb, shard: ShardId, dir: &Path) -> Result
     Ok(())
 }
 
-/// CRC-64-like digest of a shard's whole state: equal on replicas that applied the same entries. For tests and audits; reads everything.
+/// CRC-64-like digest of a shard's whole state: equal on replicas that applied the same entries. For tests and audits;
+/// reads everything.
 ///
 /// # Errors
 /// [`StateError`].

@@ -1,4 +1,5 @@
-//! Shards on several disks: leaders die, networks are cut, disks are replaced; acknowledged commands stay and replicas stay equal.
+//! Shards on several disks: leaders die, networks are cut, disks are replaced; acknowledged commands stay and replicas
+//! stay equal.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod common;
@@ -169,7 +170,8 @@ async fn flapping_and_one_way_cuts_heal_by_themselves() {
     cluster.init(SHARD, &[1, 2, 3]).await;
     let seed = common::seed("flapping_and_one_way_cuts_heal_by_themselves");
     let mut random = Random(seed);
-    // Until the first election only the first member knows of the shard; cut off before, it can form nothing. That is the next test.
+    // Until the first election only the first member knows of the shard; cut off before, it can form nothing. That is
+    // the next test.
     cluster.leader(SHARD).await;
     for round in 0..8 {
         let victim = *random.pick(&all);
@@ -261,8 +263,8 @@ async fn a_lagging_replica_is_brought_back_by_snapshot() {
     let lagging = [1, 2, 3].into_iter().find(|id| *id != leader.0).unwrap();
     cluster.put(&mut random, SHARD, "before", b"x").await;
     cluster.stop(lagging).await;
-    // The log must not grow for as long as a disk is dead: a leader that may not purge hands over, and purges as a follower. Were
-    // it kept, the replica would catch up from it and install nothing.
+    // The log must not grow for as long as a disk is dead: a leader that may not purge hands over, and purges as a
+    // follower. Were it kept, the replica would catch up from it and install nothing.
     for i in 0..800 {
         cluster.put(&mut random, SHARD, &format!("key-{i}"), b"body").await;
         if i % 20 == 0 {

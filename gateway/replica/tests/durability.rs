@@ -81,7 +81,8 @@ async fn a_crash_without_a_flush_replays_the_log_to_the_same_state() {
     assert!(contents(&cluster.path(1)) == before, "the replayed state differs");
 }
 
-/// Everything a stopped disk holds of the shard, beside how far it is applied: a new leadership adds a blank entry there.
+/// Everything a stopped disk holds of the shard, beside how far it is applied: a new leadership adds a blank entry
+/// there.
 fn contents(dir: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let state = StateDb::open(&dir.join("state"), no_fatal()).unwrap();
     let range = granary_meta::keys::Keys::new(SHARD).shard_range();
@@ -124,7 +125,8 @@ fn log_key(index: u64) -> Vec<u8> {
     key
 }
 
-/// Changes the log of a stopped disk; `change` gets the bytes of the entry and gives what is to stand there (None: nothing).
+/// Changes the log of a stopped disk; `change` gets the bytes of the entry and gives what is to stand there (None:
+/// nothing).
 fn tamper(dir: &Path, index: u64, change: impl Fn(&LogDb, Vec<u8>) -> Option<Vec<u8>>) {
     let log = LogDb::open(&dir.join("log")).unwrap();
     let entry = log.get(&log_key(index)).unwrap().expect("no such entry");
@@ -279,7 +281,8 @@ fn an_install_that_a_crash_interrupts_is_finished_at_the_next_start() {
     let files = dir.path().join("files");
     std::fs::create_dir_all(&files).unwrap();
 
-    // As a crash in the middle of the install leaves it: the file under its fixed name, the marker, and half of the new state.
+    // As a crash in the middle of the install leaves it: the file under its fixed name, the marker, and half of the new
+    // state.
     let state = filled(&dir.path().join("to"), 500);
     state.flush().unwrap();
     std::fs::copy(&file, files.join(format!("install-{SHARD}"))).unwrap();

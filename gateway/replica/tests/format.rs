@@ -1,4 +1,5 @@
-//! The bytes that are kept: a change here is a change of docs/formats/metadata.md, a new version, and a way to read the old one.
+//! The bytes that are kept: a change here is a change of docs/formats/metadata.md, a new version, and a way to read the
+//! old one.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod common;

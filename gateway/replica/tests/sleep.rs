@@ -1,4 +1,5 @@
-//! Shards that nobody uses sleep: their timers stand still, and whatever happens then, they serve as if they had been awake.
+//! Shards that nobody uses sleep: their timers stand still, and whatever happens then, they serve as if they had been
+//! awake.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod common;

@@ -1,7 +1,8 @@
 //! The listener under the admin API: connections, of which there are never more than a few, each for a bounded time.
 //!
-//! axum's own `serve` waits for ever for a header; this one is hyper's connection with a timer. A connection is asked to end after a
-//! while, or when the gateway drains: the request under way is answered, with `Connection: close`, and no other is taken.
+//! axum's own `serve` waits for ever for a header; this one is hyper's connection with a timer. A connection is asked
+//! to end after a while, or when the gateway drains: the request under way is answered, with `Connection: close`, and
+//! no other is taken.
 
 use axum::Router;
 use hyper::body::Incoming;

@@ -1,5 +1,5 @@
-//! The status page: one HTML document made on the server from `templates/status.html`, without scripts and without anything fetched
-//! from elsewhere. askama escapes what it fills in.
+//! The status page: one HTML document made on the server from `templates/status.html`, without scripts and without
+//! anything fetched from elsewhere. askama escapes what it fills in.
 
 use super::api::{DiskRow, Health, Readiness, Status};
 use askama::Template;

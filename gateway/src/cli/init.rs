@@ -1,7 +1,8 @@
 //! `granary init`: forms a cluster from disk nodes that are formatted and running.
 //!
-//! The configuration names what cannot be guessed ([`ClusterConfig`](crate::ops::form::ClusterConfig)); ids of disks are their places
-//! in the list, from 1. Each disk was formatted with `granary-disk-node format --cluster ID --disk PLACE --uuid UUID`.
+//! The configuration names what cannot be guessed ([`ClusterConfig`](crate::ops::form::ClusterConfig)); ids of disks
+//! are their places in the list, from 1. Each disk was formatted with
+//! `granary-disk-node format --cluster ID --disk PLACE --uuid UUID`.
 
 use super::output::print;
 use crate::bootstrap::{check_disks, form};

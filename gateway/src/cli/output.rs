@@ -1,7 +1,7 @@
 //! What a verb prints, and what is said when it fails: the one place that writes to standard output and standard error.
 //!
-//! A reader that goes away (`granary map | head -1`) is no failure worth a word: the verb ends quietly with the exit code that a shell
-//! shows for other tools that a closed pipe ended, 128 + SIGPIPE.
+//! A reader that goes away (`granary map | head -1`) is no failure worth a word: the verb ends quietly with the exit
+//! code that a shell shows for other tools that a closed pipe ended, 128 + SIGPIPE.
 
 use std::error::Error;
 use std::fmt::Write as _;

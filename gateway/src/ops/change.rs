@@ -73,7 +73,8 @@ pub fn new_disk_id(map: &ClusterMap) -> DiskId {
 /// Gives place, weight, roles, slots and shard replicas of a disk to a new one. The old disk is out for good.
 ///
 /// # Errors
-/// [`ChangeError::OtherNumber`]; [`ChangeError::Place`] when there is no such disk, it is out, or UUID or address are taken.
+/// [`ChangeError::OtherNumber`]; [`ChangeError::Place`] when there is no such disk, it is out, or UUID or address are
+/// taken.
 pub fn replace(map: &ClusterMap, new: &Replacement) -> Result<ClusterMap, ChangeError> {
     let (next, id) = replace_disk(map, new.old, new.uuid, new.address.clone())?;
     match new.number {
@@ -82,12 +83,13 @@ pub fn replace(map: &ClusterMap, new: &Replacement) -> Result<ClusterMap, Change
     }
 }
 
-/// Takes a disk out of service in order. Of one in service, all slots and replicas go to other disks, which get its chunks; it serves
-/// what it has until they have them. A disk that is draining and holds nothing any more goes out for good.
+/// Takes a disk out of service in order. Of one in service, all slots and replicas go to other disks, which get its
+/// chunks; it serves what it has until they have them. A disk that is draining and holds nothing any more goes out for
+/// good.
 ///
 /// # Errors
-/// [`ChangeError::StillHolds`] while it is not empty; [`ChangeError::Out`]; [`ChangeError::Place`] when there is no such disk, or the
-/// others cannot keep the scheme.
+/// [`ChangeError::StillHolds`] while it is not empty; [`ChangeError::Out`]; [`ChangeError::Place`] when there is no
+/// such disk, or the others cannot keep the scheme.
 pub fn drain(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, ChangeError> {
     let mut next = map.clone();
     let held = held_by(map, disk);
@@ -111,8 +113,8 @@ pub fn drain(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, ChangeError> 
 /// Gives a disk another share of the data; slots move to it or away from it.
 ///
 /// # Errors
-/// [`ChangeError::Out`], [`ChangeError::Draining`], [`ChangeError::SameWeight`]; [`ChangeError::Place`] when there is no such disk,
-/// or the scheme cannot be kept with a weight of zero.
+/// [`ChangeError::Out`], [`ChangeError::Draining`], [`ChangeError::SameWeight`]; [`ChangeError::Place`] when there is
+/// no such disk, or the scheme cannot be kept with a weight of zero.
 pub fn set_weight(map: &ClusterMap, disk: DiskId, weight: u32) -> Result<ClusterMap, ChangeError> {
     let mut next = map.clone();
     let entry = disk_mut(&mut next, disk)?;
@@ -136,8 +138,8 @@ pub struct FinishedMove {
     pub was: GroupSlot,
 }
 
-/// Drops the previous disk of slots whose chunks were all found on the current one. A slot that is not any more as it was when its
-/// chunks were looked for keeps its previous disk: they were found elsewhere.
+/// Drops the previous disk of slots whose chunks were all found on the current one. A slot that is not any more as it
+/// was when its chunks were looked for keeps its previous disk: they were found elsewhere.
 ///
 /// # Errors
 /// [`ChangeError::NotMoving`] when none is as it was.

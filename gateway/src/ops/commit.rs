@@ -1,5 +1,5 @@
-//! How a change of the cluster map becomes the map: read the newest, apply the change, offer the result to the root shard, which takes it
-//! only if nobody was faster; else once more on top of what that one did.
+//! How a change of the cluster map becomes the map: read the newest, apply the change, offer the result to the root
+//! shard, which takes it only if nobody was faster; else once more on top of what that one did.
 
 use crate::shards::map_watch::MapSet;
 use crate::shards::{ShardError, Shards};
@@ -98,8 +98,8 @@ pub struct FormedOtherwise {
     pub ours: Epoch,
 }
 
-/// Installs the first map of a cluster. Done again, it does nothing: the map of the root shard is the one that counts, whatever it
-/// has become since.
+/// Installs the first map of a cluster. Done again, it does nothing: the map of the root shard is the one that counts,
+/// whatever it has become since.
 ///
 /// # Errors
 /// [`CommitError`].

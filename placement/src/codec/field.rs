@@ -6,8 +6,8 @@
 //!
 //! With `s = hi * 256 + lo`, a product of a symbol and such a constant splits into two products of bytes, once the
 //! symbol has been *twisted*: `twist(hi, lo) = (hi, lo ^ t(hi))`, with t linear over bits. `c * s` is
-//! `twist(c * hi, c * (lo ^ t(hi)))`, and twisting twice is doing nothing. So a kernel twists every source once, works on
-//! single bytes, and twists every output once.
+//! `twist(c * hi, c * (lo ^ t(hi)))`, and twisting twice is doing nothing. So a kernel twists every source once, works
+//! on single bytes, and twists every output once.
 
 use std::sync::LazyLock;
 

@@ -1,12 +1,12 @@
-//! All shard replicas of one metadata disk: opens them, routes commands, queries and Raft messages to them, and keeps their members as
-//! the cluster map says.
+//! All shard replicas of one metadata disk: opens them, routes commands, queries and Raft messages to them, and keeps
+//! their members as the cluster map says.
 //!
 //! ```text
 //! DIR/meta/state       the state database of all shards          DIR/meta/log   the Raft log of all shards
 //! DIR/meta/snapshots   snapshot files on their way; what is left there from before is removed at start
 //! ```
-//! A replica that the map does not name any more is stopped once the shard's leader, asked by it, says that it is no member. Its data
-//! stays; should the map name this disk again, it begins from there.
+//! A replica that the map does not name any more is stopped once the shard's leader, asked by it, says that it is no
+//! member. Its data stays; should the map name this disk again, it begins from there.
 
 mod links;
 mod reconcile;
@@ -47,7 +47,8 @@ use tokio_util::task::TaskTracker;
 /// How long a stop waits for what holds the databases.
 const STOP_WAIT: Duration = Duration::from_secs(10);
 
-/// Log-database keys that belong to no shard: `0xFFFF | 'I'` the disk's id, `0xFFFF | 'G' | shard` a replica that lives here.
+/// Log-database keys that belong to no shard: `0xFFFF | 'I'` the disk's id, `0xFFFF | 'G' | shard` a replica that lives
+/// here.
 const IDENTITY_KEY: &[u8] = &[0xff, 0xff, b'I'];
 const REPLICA_PREFIX: &[u8] = &[0xff, 0xff, b'G'];
 /// Version of the value under `'G'`, which has nothing else in it.
@@ -70,7 +71,8 @@ pub enum MetaError {
     /// The directory or a thread cannot be made.
     #[error("metadata directory: {0}")]
     Directory(#[from] std::io::Error),
-    /// A database cannot be opened: the disk's metadata replicas are lost and come back from their peers under a new disk id.
+    /// A database cannot be opened: the disk's metadata replicas are lost and come back from their peers under a new
+    /// disk id.
     #[error(transparent)]
     State(#[from] StateError),
     /// The directory belongs to another disk.
@@ -170,9 +172,9 @@ fn clean_snapshots(dir: &Path) -> std::io::Result<()> {
 }
 
 impl MetaHost {
-    /// Opens the databases and starts every replica that lives here. `map` is the newest map the disk node knows; `on_fatal` is told the
-    /// first write error and is to end the process. A replica whose data is damaged does not keep the others from running: its status
-    /// is `stopped`.
+    /// Opens the databases and starts every replica that lives here. `map` is the newest map the disk node knows;
+    /// `on_fatal` is told the first write error and is to end the process. A replica whose data is damaged does not
+    /// keep the others from running: its status is `stopped`.
     ///
     /// # Errors
     /// [`MetaError`].
@@ -366,8 +368,8 @@ impl MetaHost {
         map.shards.get(usize::from(shard.0)).is_some_and(|replicas| replicas.members.contains(&self.inner.config.disk))
     }
 
-    /// Takes a message of another replica, authenticated by the caller, and gives the answer. Makes an empty replica for a shard that
-    /// is not here when the map names this disk for it, or no map is known yet.
+    /// Takes a message of another replica, authenticated by the caller, and gives the answer. Makes an empty replica
+    /// for a shard that is not here when the map names this disk for it, or no map is known yet.
     ///
     /// # Errors
     /// NoSuchShard; BadRequest for bytes that are no message; Disk.
@@ -399,7 +401,8 @@ impl MetaHost {
         self.running().iter().map(|(_, batcher)| batcher.replica.facts()).collect()
     }
 
-    /// Takes the heartbeat of the link to another disk, authenticated by the caller, and gives this end's. See [`crate::sleep`].
+    /// Takes the heartbeat of the link to another disk, authenticated by the caller, and gives this end's. See
+    /// [`crate::sleep`].
     ///
     /// # Errors
     /// BadRequest for bytes that are no heartbeat; Disk when this disk failed.
@@ -460,7 +463,8 @@ impl MetaHost {
         }
     }
 
-    /// Digest of a shard's whole state here: equal on replicas that applied the same entries. Reads everything; for tests and audits.
+    /// Digest of a shard's whole state here: equal on replicas that applied the same entries. Reads everything; for
+    /// tests and audits.
     ///
     /// # Errors
     /// Disk.
@@ -471,7 +475,8 @@ impl MetaHost {
             .map_err(|error| ControlError::Disk(error.to_string()))
     }
 
-    /// Makes a shard's state durable here and lets its log be purged, as happens by itself every [`Timing::snapshot_entries`].
+    /// Makes a shard's state durable here and lets its log be purged, as happens by itself every
+    /// [`Timing::snapshot_entries`].
     ///
     /// # Errors
     /// NoSuchShard; Disk.

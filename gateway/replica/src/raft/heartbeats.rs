@@ -1,7 +1,7 @@
 //! Heartbeats of several shards to one disk, in one message.
 //!
-//! The heartbeat of a timer may wait a little for others to the same disk. One that a read barrier needs does not: it goes at once, and so do
-//! those of its shard that wait already. Appends and votes never come here.
+//! The heartbeat of a timer may wait a little for others to the same disk. One that a read barrier needs does not: it
+//! goes at once, and so do those of its shard that wait already. Appends and votes never come here.
 
 use super::network::{PeerTransport, TransportError};
 use bytes::Bytes;
@@ -23,7 +23,8 @@ struct Waiting {
     answer: oneshot::Sender<Answer>,
 }
 
-/// Heartbeats that wait to go to one disk. At most one for each shard: the Raft library sends none while it waits for an answer.
+/// Heartbeats that wait to go to one disk. At most one for each shard: the Raft library sends none while it waits for
+/// an answer.
 #[derive(Default)]
 struct Batch {
     waiting: Vec<Waiting>,

@@ -1,4 +1,5 @@
-//! A shard's state machine: applies committed entries in batches, each with how far it applied, and gives and takes snapshots.
+//! A shard's state machine: applies committed entries in batches, each with how far it applied, and gives and takes
+//! snapshots.
 
 use super::{log_id_to_wire, membership_to_wire, Batch, Entry, LogId, Members, Replies, TypeConfig};
 use crate::message::AppliedState;
@@ -78,8 +79,8 @@ fn last_log_id(applied: &AppliedState) -> Option<LogId> {
 }
 
 impl Machine {
-    /// Opens it as far as it was applied, after finishing an install that a crash interrupted. Blocks. `map`: where to publish the
-    /// cluster map, for the root shard.
+    /// Opens it as far as it was applied, after finishing an install that a crash interrupted. Blocks. `map`: where to
+    /// publish the cluster map, for the root shard.
     ///
     /// # Errors
     /// The state cannot be used.

@@ -195,8 +195,8 @@ impl PeerLink {
         }
     }
 
-    /// Writes the snapshot to a file and sends it. The file may be further applied than the metadata the library holds; the receiver
-    /// takes the file's own word, and the leader merely thinks it a little behind.
+    /// Writes the snapshot to a file and sends it. The file may be further applied than the metadata the library holds;
+    /// the receiver takes the file's own word, and the leader merely thinks it a little behind.
     async fn send_snapshot(
         &self,
         vote: super::Vote,
@@ -352,8 +352,8 @@ pub struct Piece {
     pub last: bool,
 }
 
-/// Takes the next piece; after the last one, the path of the checked file and what it holds. A piece at offset 0 begins anew, for one
-/// transfer is under way at a time.
+/// Takes the next piece; after the last one, the path of the checked file and what it holds. A piece at offset 0 begins
+/// anew, for one transfer is under way at a time.
 ///
 /// # Errors
 /// [`SnapshotError`]: the sender begins again.

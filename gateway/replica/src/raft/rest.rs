@@ -82,7 +82,8 @@ impl Replica {
         }
     }
 
-    /// An append was taken: it wakes a replica unless it is an empty one (a read barrier's) of the leader it sleeps under.
+    /// An append was taken: it wakes a replica unless it is an empty one (a read barrier's) of the leader it sleeps
+    /// under.
     pub(super) fn wake_after_append(&self, term: u64, node: u64, has_entries: bool) {
         let mut state = self.rest_state();
         let expected = matches!(state.rest, Rest::Following { leader, term: known }

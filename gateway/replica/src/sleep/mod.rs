@@ -1,17 +1,18 @@
 //! Which shards sleep, as values: no I/O, no clock of its own.
 //!
-//! A shard with nothing to do costs its disks some 20 timer ticks a second each and its leader four heartbeats a second to each follower.
-//! So a shard whose log has not grown for a while sleeps: all its replicas stop their Raft timers. What stands for its heartbeats is one
-//! message between two disks, [`LinkBeat`], for all shards that they share.
+//! A shard with nothing to do costs its disks some 20 timer ticks a second each and its leader four heartbeats a second
+//! to each follower. So a shard whose log has not grown for a while sleeps: all its replicas stop their Raft timers.
+//! What stands for its heartbeats is one message between two disks, [`LinkBeat`], for all shards that they share.
 //!
-//! - A leader whose log rests, applied everywhere, names the shard in its beats. A follower that stands at the same term and index stops
-//!   its timers and agrees. When every other member has agreed, the leader stops its own.
-//! - A follower wakes when a beat does not name the shard any more, when no beat came for [`SleepTiming::lost`], and when a Raft message
-//!   with entries, of another leader, or of a candidate arrives. Awake, it holds an election at once, unless the leader speaks first.
+//! - A leader whose log rests, applied everywhere, names the shard in its beats. A follower that stands at the same
+//!   term and index stops its timers and agrees. When every other member has agreed, the leader stops its own.
+//! - A follower wakes when a beat does not name the shard any more, when no beat came for [`SleepTiming::lost`], and
+//!   when a Raft message with entries, of another leader, or of a candidate arrives. Awake, it holds an election at
+//!   once, unless the leader speaks first.
 //! - A leader wakes before it proposes anything, and when a member does not agree any more or its link is lost.
 //!
-//! Timers are all that sleeps. What a command or a read rests on, a majority asked anew each time, is the same asleep and awake; so a
-//! mistake here costs time, never data.
+//! Timers are all that sleeps. What a command or a read rests on, a majority asked anew each time, is the same asleep
+//! and awake; so a mistake here costs time, never data.
 
 use crate::message::{Asleep, LinkBeat};
 use granary_placement::id::{DiskId, ShardId};
@@ -110,7 +111,8 @@ pub struct Sleepers {
     resting: BTreeMap<ShardId, Resting>,
 }
 
-/// May a leader's shard sleep, length of its rest aside? The root shard never does: every change of the cluster begins there.
+/// May a leader's shard sleep, length of its rest aside? The root shard never does: every change of the cluster begins
+/// there.
 fn leader_may_sleep(facts: &Facts) -> bool {
     facts.shard != ShardId::ROOT
         && facts.running

@@ -337,8 +337,9 @@ pub fn noop(random: &mut Random) -> MetaRequest {
     super::request(random, 1, Command::Noop)
 }
 
-/// Copies a directory as a crash would leave it: what the file system has now, without closing anything. Files come and go while a
-/// database flushes, and a copy that mixes two moments is no crash; so it counts only when nothing changed while it was made.
+/// Copies a directory as a crash would leave it: what the file system has now, without closing anything. Files come and
+/// go while a database flushes, and a copy that mixes two moments is no crash; so it counts only when nothing changed
+/// while it was made.
 pub fn copy_dir(from: &Path, to: &Path) {
     for _ in 0..200 {
         let before = listing(from);
