@@ -130,7 +130,10 @@ fn two_builds_write_the_same_bytes_until_the_level_is_raised() {
         let command = match random.below(10) {
             0 => Command::SetFeatureLevel { level: 1 },
             1 => Command::SetFeatureLevel { level: 3 + random.below(9) as u32 },
-            _ => put(1, random.pick(&["a", "b", "c"]), &step.to_be_bytes()),
+            _ => {
+                let key = *random.pick(&["a", "b", "c"]);
+                put(1, key, &step.to_be_bytes())
+            }
         };
         let refused = matches!(command, Command::SetFeatureLevel { level } if level > 1);
         let sent = request(&mut random, step, command);
