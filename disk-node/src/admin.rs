@@ -1,6 +1,7 @@
 //! `/healthz` and `/metrics` on a listener of their own, for probes and Prometheus. Nothing secret is behind it.
 
 use crate::metrics::Metrics;
+use crate::roles::Roles;
 use crate::store::handle::Store;
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
@@ -21,7 +22,13 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Answers until told to stop.
-pub async fn serve(listener: TcpListener, store: Store, metrics: Arc<Metrics>, stop: CancellationToken) {
+pub async fn serve(
+    listener: TcpListener,
+    store: Store,
+    roles: Arc<Roles>,
+    metrics: Arc<Metrics>,
+    stop: CancellationToken,
+) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -29,10 +36,10 @@ pub async fn serve(listener: TcpListener, store: Store, metrics: Arc<Metrics>, s
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
                 Ok((stream, _)) => {
-                    let (store, metrics) = (store.clone(), metrics.clone());
+                    let (store, roles, metrics) = (store.clone(), roles.clone(), metrics.clone());
                     connections.spawn(async move {
                         let service = service_fn(move |request| {
-                            let answer = answer(&request, &store, &metrics);
+                            let answer = answer(&request, &store, &roles, &metrics);
                             async move { Ok::<_, Infallible>(answer) }
                         });
                         let mut builder = http1::Builder::new();
@@ -51,7 +58,7 @@ pub async fn serve(listener: TcpListener, store: Store, metrics: Arc<Metrics>, s
     }
 }
 
-fn answer(request: &Request<Incoming>, store: &Store, metrics: &Metrics) -> Response<Full<Bytes>> {
+fn answer(request: &Request<Incoming>, store: &Store, roles: &Roles, metrics: &Metrics) -> Response<Full<Bytes>> {
     // Asking refreshes the gauges, and fails once the store has.
     let fill = store.fill();
     let (status, body) = match request.uri().path() {
@@ -59,7 +66,12 @@ fn answer(request: &Request<Incoming>, store: &Store, metrics: &Metrics) -> Resp
             Ok(_) => (StatusCode::OK, Bytes::from_static(b"ok\n")),
             Err(error) => (StatusCode::SERVICE_UNAVAILABLE, Bytes::from(format!("{error}\n"))),
         },
-        "/metrics" => (StatusCode::OK, Bytes::from(metrics.render())),
+        "/metrics" => {
+            if let Some(counters) = roles.counters() {
+                metrics.record_meta(&counters);
+            }
+            (StatusCode::OK, Bytes::from(metrics.render()))
+        }
         _ => (StatusCode::NOT_FOUND, Bytes::from_static(b"not found\n")),
     };
     let mut response = Response::new(Full::new(body));

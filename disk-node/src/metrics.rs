@@ -1,10 +1,34 @@
 //! What a disk node counts. Names begin with `granary_disk_`; quantities end in their unit.
 
+use crate::roles::MetaCounters;
 use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntGauge, Registry, TextEncoder};
+
+type Count = fn(&MetaCounters) -> u64;
+
+/// What the shard replicas count: name behind `granary_disk_meta_`, help, and where it comes from.
+const META: &[(&str, &str, Count)] = &[
+    ("commands_total", "Commands taken by shards led here", |counters| counters.commands),
+    ("proposals_total", "Log entries that commands became", |counters| counters.proposals),
+    ("queries_total", "Queries taken by shards led here", |counters| counters.queries),
+    ("read_barriers_total", "Rounds of heartbeats that queries shared", |counters| counters.read_barriers),
+    ("log_syncs_total", "Syncs of the Raft log", |counters| counters.log_syncs),
+    ("log_writes_total", "Writes that syncs of the Raft log made durable", |counters| counters.log_writes),
+    ("log_bytes_total", "Bytes written to the Raft log", |counters| counters.log_bytes),
+    ("entries_applied_total", "Log entries applied", |counters| counters.entries_applied),
+    ("requests_applied_total", "Requests in the log entries applied", |counters| counters.requests_applied),
+    ("apply_batches_total", "Batches written to the state database", |counters| counters.apply_batches),
+    ("snapshots_installed_total", "Snapshots installed", |counters| counters.snapshots_installed),
+    ("heartbeats_total", "Raft heartbeats sent by timers", |counters| counters.heartbeats),
+    ("heartbeat_messages_total", "Messages that carried Raft heartbeats", |counters| counters.heartbeat_messages),
+    ("link_beats_total", "Heartbeats of links to other disks", |counters| counters.link_beats),
+];
 
 /// All metrics of one disk node.
 pub struct Metrics {
     registry: Registry,
+    /// In the order of [`META`].
+    meta: Vec<IntCounter>,
+    replicas_asleep: IntGauge,
     /// Chunks stored.
     pub puts: IntCounter,
     /// Payload of them, in bytes.
@@ -59,7 +83,11 @@ impl Metrics {
             registry.register(Box::new(histogram.clone()))?;
             Ok(histogram)
         };
+        let meta: Result<Vec<IntCounter>, prometheus::Error> =
+            META.iter().map(|(name, help, _)| counter(&format!("meta_{name}"), help)).collect();
         Ok(Metrics {
+            meta: meta?,
+            replicas_asleep: gauge("meta_replicas_asleep", "Shard replicas whose timers stand still")?,
             puts: counter("chunk_puts_total", "Chunks stored")?,
             put_bytes: counter("chunk_put_bytes_total", "Payload of chunks stored, in bytes")?,
             refused_full: counter("chunk_refused_full_total", "Uploads refused because the disk is full")?,
@@ -78,6 +106,14 @@ impl Metrics {
         })
     }
 
+    /// Takes over what the shard replicas counted. Their counts only grow.
+    pub fn record_meta(&self, counters: &MetaCounters) {
+        for (metric, (_, _, count)) in self.meta.iter().zip(META) {
+            metric.inc_by(count(counters).saturating_sub(metric.get()));
+        }
+        self.replicas_asleep.set(i64::try_from(counters.replicas_asleep).unwrap_or(i64::MAX));
+    }
+
     /// All of them in Prometheus text form.
     pub fn render(&self) -> Vec<u8> {
         let mut text = Vec::new();
@@ -85,5 +121,22 @@ impl Metrics {
             tracing::warn!(%error, "cannot render metrics");
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn counts_of_the_replicas_are_rendered_as_they_are_now() {
+        let metrics = Metrics::new().unwrap();
+        metrics.record_meta(&MetaCounters { commands: 7, replicas_asleep: 3, ..MetaCounters::default() });
+        metrics.record_meta(&MetaCounters { commands: 9, replicas_asleep: 1, ..MetaCounters::default() });
+        let text = String::from_utf8(metrics.render()).unwrap();
+        assert!(text.contains("\ngranary_disk_meta_commands_total 9\n"), "{text}");
+        assert!(text.contains("\ngranary_disk_meta_replicas_asleep 1\n"), "{text}");
     }
 }

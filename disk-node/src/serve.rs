@@ -123,7 +123,7 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
         let listener = TcpListener::bind(address).await.map_err(failed(format!("listen on {address}")))?;
         let bound = listener.local_addr().map_err(failed("local address"))?;
         tracing::info!(%bound, "serving health and metrics");
-        tasks.spawn(admin::serve(listener, store.clone(), metrics, background.clone()));
+        tasks.spawn(admin::serve(listener, store.clone(), roles.clone(), metrics, background.clone()));
     }
     {
         let (peers, stop) = (peers.clone(), background.clone());

@@ -2,7 +2,7 @@
 
 use super::{lock, MetaHost};
 use crate::message::{decode_message, encode_message, LinkBeat};
-use crate::sleep::{Action, SleepTiming, Sleepers};
+use crate::sleep::{Action, Facts, SleepTiming, Sleepers};
 use granary_placement::id::DiskId;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -64,7 +64,7 @@ async fn exchange(host: &MetaHost, peer: DiskId) {
     let answer = tokio::time::timeout(deadline, inner.peers.transport.link_beat(peer, message, deadline)).await;
     match answer {
         Ok(Ok(answer)) => match decode_message::<LinkBeat>(&answer) {
-            Ok(beat) => take(host, peer, &beat),
+            Ok(beat) => take(host, peer, &beat, &host.facts()),
             Err(error) => tracing::warn!(%peer, %error, "a link heartbeat cannot be read"),
         },
         Ok(Err(error)) => tracing::debug!(%peer, %error, "no answer to a link heartbeat"),
@@ -72,19 +72,18 @@ async fn exchange(host: &MetaHost, peer: DiskId) {
     }
 }
 
-fn take(host: &MetaHost, from: DiskId, beat: &LinkBeat) {
-    let facts = host.facts();
-    let actions = lock(&host.inner.links.sleepers).take(Instant::now(), from, beat, &facts);
+fn take(host: &MetaHost, from: DiskId, beat: &LinkBeat, facts: &[Facts]) {
+    let actions = lock(&host.inner.links.sleepers).take(Instant::now(), from, beat, facts);
     act(host, actions);
 }
 
 /// Takes a beat that another disk sent; gives what to answer.
 pub(super) fn answer(host: &MetaHost, from: DiskId, beat: &LinkBeat) -> LinkBeat {
     host.inner.links.beats.fetch_add(1, Ordering::Relaxed);
-    if host.inner.config.timing.sleep_after_ms > 0 {
-        take(host, from, beat);
-    }
     let facts = host.facts();
+    if host.inner.config.timing.sleep_after_ms > 0 {
+        take(host, from, beat, &facts);
+    }
     let answer = lock(&host.inner.links.sleepers).beat_for(from, &facts);
     answer
 }
