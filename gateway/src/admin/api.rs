@@ -1,8 +1,9 @@
 //! The admin API as types: a request and an answer for everything an operator can do or list.
 //!
-//! The server, the verbs of `granary`, the status page, readiness and the tests use these types; nobody reads JSON by field name. A
-//! request ([`Call`]) names its method, its route and its answer. What is not in the path travels as a JSON object in the body of a
-//! POST; an empty body is the empty object. An answer that is no success carries an [`ApiError`].
+//! The server, the verbs of `granary`, the status page, readiness and the tests use these types; nobody reads JSON by
+//! field name. A request ([`Call`]) names its method, its route and its answer. What is not in the path travels as a
+//! JSON object in the body of a POST; an empty body is the empty object. An answer that is no success carries an
+//! [`ApiError`].
 //!
 //! | request | route | answer |
 //! |---|---|---|
@@ -17,8 +18,8 @@
 //!
 //! `GET /readyz`, which needs no token, answers with [`Readiness`].
 //!
-//! Fields are only ever added; a reader of an older release skips what it does not know, and reads a new word of [`Health`] or
-//! [`ErrorCode`] as `unknown`.
+//! Fields are only ever added; a reader of an older release skips what it does not know, and reads a new word of
+//! [`Health`] or [`ErrorCode`] as `unknown`.
 
 pub use crate::heal::{Census, HealStatus};
 pub use granary_placement::settings::Row as SettingRow;
@@ -123,8 +124,8 @@ calls! {
 }
 
 disk_calls! {
-    /// Give the slots and shard replicas of a disk to a new one. Where the gateway starts its disk nodes itself (`granary dev`)
-    /// nothing else need be said; elsewhere the new disk is formatted and its node runs.
+    /// Give the slots and shard replicas of a disk to a new one. Where the gateway starts its disk nodes itself
+    /// (`granary dev`) nothing else need be said; elsewhere the new disk is formatted and its node runs.
     "/v1/disks/{disk}/replace" ReplaceDisk {
         /// UUID on the new disk's label.
         #[serde(default)]
@@ -133,7 +134,8 @@ disk_calls! {
         #[serde(default)]
         pub address: Option<String>,
     } -> DiskChanged;
-    /// Take a disk out of service in order: its slots and replicas go to other disks. Asked again once it is empty, it is out.
+    /// Take a disk out of service in order: its slots and replicas go to other disks. Asked again once it is empty, it
+    /// is out.
     "/v1/disks/{disk}/drain" DrainDisk {} -> DiskChanged;
     /// Give a disk another share of the data.
     "/v1/disks/{disk}/weight" WeighDisk {
@@ -146,8 +148,8 @@ disk_calls! {
     "/v1/disks/{disk}/stop" StopDisk {} -> DiskChanged;
 }
 
-/// All settings: those of the cluster and of the gateway that answers as they are in force, and those of disk nodes where the gateway
-/// starts them itself.
+/// All settings: those of the cluster and of the gateway that answers as they are in force, and those of disk nodes
+/// where the gateway starts them itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     /// One row per setting.

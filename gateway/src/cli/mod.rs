@@ -1,4 +1,5 @@
-//! The `granary` command: `dev` and `gateway` run something, `init` forms a cluster, the other verbs talk to the admin API.
+//! The `granary` command: `dev` and `gateway` run something, `init` forms a cluster, the other verbs talk to the admin
+//! API.
 //!
 //! Exit codes: 0 done, 1 failed, 2 the command line makes no sense, 3 a census found chunks missing or corrupt, 141 the
 //! reader of what it prints went away.

@@ -1,8 +1,8 @@
 //! The disks as this gateway sees them: one client per disk node, and whether it answers.
 //!
-//! What an operator decided about a disk stands in the cluster map; whether it answers right now is known here, from two sources:
-//! errors that requests meet ([`Disks::failed`]) and a Status ping each second. One task owns the pings, follows the map and
-//! re-reads the address override; it ends when the last [`Disks`] handle is dropped.
+//! What an operator decided about a disk stands in the cluster map; whether it answers right now is known here, from
+//! two sources: errors that requests meet ([`Disks::failed`]) and a Status ping each second. One task owns the pings,
+//! follows the map and re-reads the address override; it ends when the last [`Disks`] handle is dropped.
 //!
 //! **Invariant:** a disk node whose label is not the disk the map names at that address is never used.
 
@@ -76,7 +76,8 @@ pub struct DiskView {
     pub address: String,
     /// Whether it answers.
     pub health: DiskHealth,
-    /// How often it came Up, from the start or after having been Down: a higher number means "it may have changed meanwhile".
+    /// How often it came Up, from the start or after having been Down: a higher number means "it may have changed
+    /// meanwhile".
     pub times_up: u64,
     /// Its last answer to a ping.
     pub status: Option<NodeStatus>,
@@ -148,8 +149,8 @@ pub struct Disks {
 }
 
 impl Disks {
-    /// Follows `map` and begins to ping. `overrides`: a JSON object `{"disk id": "host:port"}` whose addresses stand in for the
-    /// map's; read again when it changes. Must be called inside a tokio runtime.
+    /// Follows `map` and begins to ping. `overrides`: a JSON object `{"disk id": "host:port"}` whose addresses stand in
+    /// for the map's; read again when it changes. Must be called inside a tokio runtime.
     pub fn new(
         map: watch::Receiver<Option<Arc<ClusterMap>>>,
         credentials: Credentials,
@@ -202,8 +203,8 @@ impl Disks {
         })
     }
 
-    /// Tells of an error that a request to `disk` met. Only errors that speak against the disk or the way to it count; a chunk
-    /// that is missing or corrupt does not.
+    /// Tells of an error that a request to `disk` met. Only errors that speak against the disk or the way to it count;
+    /// a chunk that is missing or corrupt does not.
     pub fn failed(&self, disk: DiskId, error: &ChunkError) {
         let Some(entry) = self.inner.entry(disk) else { return };
         let now = Instant::now();
@@ -262,7 +263,8 @@ impl Disks {
         &self.inner.counters
     }
 
-    /// Waits until the map is known and every disk in it was pinged once, at most `deadline`. Answers whether it came to that.
+    /// Waits until the map is known and every disk in it was pinged once, at most `deadline`. Answers whether it came
+    /// to that.
     pub async fn wait_ready(&self, deadline: Duration) -> bool {
         let ready = async {
             let mut changes = self.changes();

@@ -2,15 +2,15 @@
 //!
 //! Reading order:
 //! - [`choose`]: pure; which placement group an extent goes to, and how wide it is while disks are down;
-//! - [`write`]: [`ObjectStore::stage`], the body's way into extents; [`extent_write`]: one extent's way onto its disks, by
-//!   [`lane`], one task per chunk; [`staged`]: what happens to chunks whose commit never came;
-//! - [`read`]: [`ObjectStore::read`], a range as a stream of windows; [`fetch`]: blocks of one extent from whichever disks can
-//!   give them, decoding what is lost, slow or corrupt;
+//! - [`write`]: [`ObjectStore::stage`], the body's way into extents; [`extent_write`]: one extent's way onto its disks,
+//!   by [`lane`], one task per chunk; [`staged`]: what happens to chunks whose commit never came;
+//! - [`read`]: [`ObjectStore::read`], a range as a stream of windows; [`fetch`]: blocks of one extent from whichever
+//!   disks can give them, decoding what is lost, slow or corrupt;
 //! - [`reports`]: chunks that readers found missing or corrupt, on their way to the healer.
 //!
 //! **Invariant:** `stage` returns only after at least K+1 chunks of every extent are durable, and names the others.
-//! **Invariant:** no byte leaves [`read`] that was not verified against its block's checksum or decoded from blocks that were.
-//! **Invariant:** nothing here deletes a chunk of an extent whose commit may have happened.
+//! **Invariant:** no byte leaves [`read`] that was not verified against its block's checksum or decoded from blocks
+//! that were. **Invariant:** nothing here deletes a chunk of an extent whose commit may have happened.
 
 pub mod choose;
 mod counters;
@@ -110,8 +110,8 @@ struct Inner {
 }
 
 impl ObjectStore {
-    /// A store over those disks. Must be called inside a tokio runtime: it starts the task that deletes what was staged and never
-    /// committed, which ends with the last clone.
+    /// A store over those disks. Must be called inside a tokio runtime: it starts the task that deletes what was staged
+    /// and never committed, which ends with the last clone.
     pub fn new(disks: Disks, settings: ObjectSettings) -> ObjectStore {
         let counters = Arc::new(ObjectCounters::default());
         let cleaner = Cleaner::start(disks.clone(), counters.clone());
@@ -193,7 +193,8 @@ pub fn chunk_id(extent: &ExtentRef, index: u8) -> ChunkId {
     ChunkId { group: extent.group, extent: extent.extent, index, generation: extent.generation }
 }
 
-/// Whether an extent's record can be used at all: limits of the codec, a unit a stripe can have, as many slots as chunks.
+/// Whether an extent's record can be used at all: limits of the codec, a unit a stripe can have, as many slots as
+/// chunks.
 ///
 /// # Errors
 /// What is wrong with it, for the log.

@@ -1,4 +1,5 @@
-//! The Raft library's door: its types, and one shard's replica behind ours. Beside `log.rs` the only place that knows openraft.
+//! The Raft library's door: its types, and one shard's replica behind ours. Beside `log.rs` the only place that knows
+//! openraft.
 //!
 //! - [`machine`]: the state machine; applies entries to the state database.
 //! - [`network`]: messages to other replicas; [`heartbeats`]: those of several shards together.
@@ -185,8 +186,8 @@ impl Timing {
         Duration::from_millis(self.heartbeat_ms / 5)
     }
 
-    /// Between two heartbeats of a link. A link without one for twice as long is lost, so that what its disk led has a new leader as
-    /// soon as if its shards had been awake.
+    /// Between two heartbeats of a link. A link without one for twice as long is lost, so that what its disk led has a
+    /// new leader as soon as if its shards had been awake.
     pub fn link_beat(&self) -> Duration {
         Duration::from_millis(self.election_min_ms / 2)
     }
@@ -232,8 +233,8 @@ fn raft_config(shard: ShardId, timing: &Timing) -> Result<Arc<openraft::Config>,
         state_machine_channel_size: Some(256),
         enable_pre_vote: Some(true),
         allow_log_reversion: Some(false),
-        // A leader that restarts must be elected again: only the blank entry of a new leadership tells it what was committed before,
-        // and until then its reads could be older than ones already given.
+        // A leader that restarts must be elected again: only the blank entry of a new leadership tells it what was
+        // committed before, and until then its reads could be older than ones already given.
         enable_leader_restore: Some(false),
         ..openraft::Config::default()
     };
@@ -340,8 +341,8 @@ impl Replica {
         }
     }
 
-    /// Returns when this replica, confirmed as leader by a majority, has applied all that was committed when it was called. It does not
-    /// wake a shard: the majority is asked now, whether timers run or not.
+    /// Returns when this replica, confirmed as leader by a majority, has applied all that was committed when it was
+    /// called. It does not wake a shard: the majority is asked now, whether timers run or not.
     ///
     /// # Errors
     /// NotLeader or Unavailable.
@@ -379,7 +380,8 @@ impl Replica {
                     leader_commit: committed.map(log_id_from_wire),
                 };
                 let answer = self.raft.append_entries(rpc).await;
-                // Only now: the append renewed the leader's lease, so a timer that starts again does not find it run out.
+                // Only now: the append renewed the leader's lease, so a timer that starts again does not find it run
+                // out.
                 self.wake_after_append(vote.term, vote.node, has_entries);
                 match answer {
                     Ok(AppendEntriesResponse::Success) => PeerResponse::Appended,
@@ -455,8 +457,8 @@ impl Replica {
         self.raft.is_leader()
     }
 
-    /// One step towards these members, if this replica leads: new ones become learners, and when every one of them has caught up, the
-    /// voters are changed at once (by joint consensus). True when the members are as wanted.
+    /// One step towards these members, if this replica leads: new ones become learners, and when every one of them has
+    /// caught up, the voters are changed at once (by joint consensus). True when the members are as wanted.
     ///
     /// # Errors
     /// The step failed; it is tried again at the next call.
@@ -496,8 +498,9 @@ impl Replica {
 
     /// Hands leadership over when the log has grown far past what snapshots should leave of it.
     ///
-    /// A leader of this library keeps every entry that a voter has not acknowledged, also for one that is dead; its followers do not. So
-    /// while a disk is dead the leaders take turns: the next one begins with a short log, and this one purges as a follower.
+    /// A leader of this library keeps every entry that a voter has not acknowledged, also for one that is dead; its
+    /// followers do not. So while a disk is dead the leaders take turns: the next one begins with a short log, and this
+    /// one purges as a follower.
     pub async fn transfer_leadership_if_log_is_long(&self) {
         let limit = 4 * (self.timing.snapshot_entries + self.timing.keep_entries);
         let to = {
