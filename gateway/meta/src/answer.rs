@@ -78,7 +78,8 @@ fn wants_root(query: &Query) -> Option<bool> {
 
 /// Answers a query from one consistent view of the shard.
 ///
-/// # Errors [`StateError`] when the state cannot be read.
+/// # Errors
+/// [`StateError`] when the state cannot be read.
 pub fn answer<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<Answer, StateError> {
     let keys = Keys::new(shard);
     if wants_root(query).is_some_and(|root| root != (shard == ShardId::ROOT)) {

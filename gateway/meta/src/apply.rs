@@ -84,7 +84,8 @@ impl<K: Kv + ?Sized> Tx<'_, '_, K> {
 
 /// Applies one request of a log entry to the batch and says what it came to.
 ///
-/// # Errors [`StateError`] when the state cannot be read: the replica must stop, for it can neither apply nor skip the command.
+/// # Errors
+/// [`StateError`] when the state cannot be read: the replica must stop, for it can neither apply nor skip the command.
 pub fn apply<K: Kv + ?Sized>(
     shard: ShardId,
     batch: &mut Overlay<'_, K>,

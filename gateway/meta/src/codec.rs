@@ -57,7 +57,8 @@ pub trait Record: Serialize + DeserializeOwned {
 
     /// Appends the body of that version, one of those that `version_at` gives.
     ///
-    /// # Errors [`StateError::Value`] when it cannot be encoded.
+    /// # Errors
+    /// [`StateError::Value`] when it cannot be encoded.
     fn encode_as(&self, version: u8, out: Vec<u8>) -> Result<Vec<u8>, StateError> {
         if version == Self::VERSION {
             plain::encode(self, out)
@@ -68,7 +69,8 @@ pub trait Record: Serialize + DeserializeOwned {
 
     /// The record in the body of that version, all of it.
     ///
-    /// # Errors [`StateError::Value`]: a version unknown to this build, or not such a value.
+    /// # Errors
+    /// [`StateError::Value`]: a version unknown to this build, or not such a value.
     fn decode_as(version: u8, body: &[u8]) -> Result<Self, StateError> {
         if version == Self::VERSION {
             plain::decode(body)
@@ -123,21 +125,24 @@ pub mod plain {
 
     /// Appends the body.
     ///
-    /// # Errors [`StateError::Value`] when it cannot be encoded, which no value of ours does.
+    /// # Errors
+    /// [`StateError::Value`] when it cannot be encoded, which no value of ours does.
     pub fn encode<T: Serialize>(value: &T, out: Vec<u8>) -> Result<Vec<u8>, StateError> {
         postcard::to_extend(value, out).map_err(|error| StateError::Value(error.to_string()))
     }
 
     /// The value that the body begins with.
     ///
-    /// # Errors [`StateError::Value`]: not such a value.
+    /// # Errors
+    /// [`StateError::Value`]: not such a value.
     pub fn decode_prefix<T: DeserializeOwned>(body: &[u8]) -> Result<T, StateError> {
         postcard::take_from_bytes(body).map(|(head, _)| head).map_err(|error| StateError::Value(error.to_string()))
     }
 
     /// The value in the body, all of it.
     ///
-    /// # Errors [`StateError::Value`]: not such a value.
+    /// # Errors
+    /// [`StateError::Value`]: not such a value.
     pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, StateError> {
         match postcard::take_from_bytes(body) {
             Ok((value, [])) => Ok(value),
@@ -179,7 +184,8 @@ pub fn other_version(version: u8) -> StateError {
 
 /// The value's bytes in the version of a feature level. What is replicated must be written by this one.
 ///
-/// # Errors [`StateError::Value`] when it cannot be encoded, which no value of ours does.
+/// # Errors
+/// [`StateError::Value`] when it cannot be encoded, which no value of ours does.
 pub fn encode_at<T: Record>(level: u32, value: &T) -> Result<Vec<u8>, StateError> {
     let version = T::version_at(level);
     value.encode_as(version, vec![version])
@@ -187,7 +193,8 @@ pub fn encode_at<T: Record>(level: u32, value: &T) -> Result<Vec<u8>, StateError
 
 /// The value's bytes in its newest version: for what one replica keeps for itself.
 ///
-/// # Errors [`StateError::Value`] when it cannot be encoded, which no value of ours does.
+/// # Errors
+/// [`StateError::Value`] when it cannot be encoded, which no value of ours does.
 pub fn encode<T: Record>(value: &T) -> Result<Vec<u8>, StateError> {
     value.encode_as(T::VERSION, vec![T::VERSION])
 }
@@ -201,7 +208,8 @@ fn split(bytes: &[u8]) -> Result<(u8, &[u8]), StateError> {
 
 /// The value in those bytes, all of them, of any version that the record ever had.
 ///
-/// # Errors [`StateError::Value`]: a version unknown to this build, or not such a value.
+/// # Errors
+/// [`StateError::Value`]: a version unknown to this build, or not such a value.
 pub fn decode<T: Record>(bytes: &[u8]) -> Result<T, StateError> {
     let (version, body) = split(bytes)?;
     T::decode_as(version, body)

@@ -52,7 +52,8 @@ impl MemoryShard {
 
     /// Applies one request.
     ///
-    /// # Errors [`StateError`]; then nothing was written.
+    /// # Errors
+    /// [`StateError`]; then nothing was written.
     pub fn apply(&mut self, request: &MetaRequest) -> Result<Reply, StateError> {
         let mut overlay = Overlay::new(&self.kv);
         let reply = apply(self.shard, &mut overlay, request)?;
@@ -63,14 +64,16 @@ impl MemoryShard {
 
     /// Answers a query.
     ///
-    /// # Errors [`StateError`].
+    /// # Errors
+    /// [`StateError`].
     pub fn answer(&self, query: &Query) -> Result<Answer, StateError> {
         answer(self.shard, &self.kv, query)
     }
 
     /// What the leader of the shard would answer to a [`ShardRequest`], bytes to bytes.
     ///
-    /// # Errors [`MemoryError`], never NoSuchShard.
+    /// # Errors
+    /// [`MemoryError`], never NoSuchShard.
     pub fn serve(&mut self, request: &[u8]) -> Result<Bytes, MemoryError> {
         self.serve_and_tell(request, &mut |_, _| {})
     }
@@ -107,7 +110,8 @@ pub struct MemoryShards {
 impl MemoryShards {
     /// The shards of `map`, which the root shard holds.
     ///
-    /// # Errors [`MemoryError::NoSuchShard`] when the map has no root shard.
+    /// # Errors
+    /// [`MemoryError::NoSuchShard`] when the map has no root shard.
     pub fn new(map: &ClusterMap) -> Result<MemoryShards, MemoryError> {
         let shards = (0..=u16::MAX).map(ShardId).zip(&map.shards).map(|(shard, _)| MemoryShard::new(shard)).collect();
         let mut shards = MemoryShards { shards, observer: None, own_requests: 0 };
@@ -127,7 +131,8 @@ impl MemoryShards {
 
     /// What the leader of the shard would answer to a [`ShardRequest`], bytes to bytes.
     ///
-    /// # Errors [`MemoryError`].
+    /// # Errors
+    /// [`MemoryError`].
     pub fn serve(&mut self, shard: ShardId, request: &[u8]) -> Result<Bytes, MemoryError> {
         let of = self.shards.get_mut(usize::from(shard.0)).ok_or(MemoryError::NoSuchShard(shard))?;
         let observer = &mut self.observer;
@@ -141,7 +146,8 @@ impl MemoryShards {
     /// Applies a command of the test itself, under a request id of its own, in the root account's name. The observer is
     /// not told.
     ///
-    /// # Errors [`MemoryError`].
+    /// # Errors
+    /// [`MemoryError`].
     pub fn command(&mut self, shard: ShardId, now_ms: u64, command: Command) -> Result<Reply, MemoryError> {
         self.own_requests += 1;
         let request_id = ((u128::from(u64::MAX) << 64) | u128::from(self.own_requests)).to_be_bytes();
@@ -151,7 +157,8 @@ impl MemoryShards {
 
     /// Answers a query of the test itself.
     ///
-    /// # Errors [`MemoryError`].
+    /// # Errors
+    /// [`MemoryError`].
     pub fn query(&self, shard: ShardId, query: &Query) -> Result<Answer, MemoryError> {
         let of = self.shards.get(usize::from(shard.0)).ok_or(MemoryError::NoSuchShard(shard))?;
         Ok(of.answer(query)?)
