@@ -1,6 +1,7 @@
 //! Digests of payloads: the MD5 behind ETags and the five checksum algorithms of S3.
 //!
-//! A [`Digester`] eats the bytes once and gives [`Digests`]. Multipart sums are made from those of the parts:
+//! A [`Digester`] takes the bytes once and gives [`Digests`]. Checksums of multipart objects are made from those of the
+//! parts:
 //! [`combine_crc`] for a checksum of the whole object, [`composite`] for a checksum of the parts' checksums.
 
 use crc_fast::CrcAlgorithm;
@@ -9,81 +10,82 @@ use md5_simd::Md5;
 use sha2::Digest as _;
 
 /// Bytes of an MD5.
-pub const MD5_BYTES: usize = 16;
+pub(crate) const MD5_BYTES: usize = 16;
 
-enum Sum {
+enum Hasher {
     Crc(crc_fast::Digest),
     Sha1(sha1::Sha1),
     Sha256(sha2::Sha256),
 }
 
 /// Computes the MD5 and any of the S3 checksums of one stream of bytes.
-pub struct Digester {
+pub(crate) struct Digester {
     md5: Md5,
-    sums: Vec<(ChecksumAlgorithm, Sum)>,
+    hashers: Vec<(ChecksumAlgorithm, Hasher)>,
 }
 
 /// What a [`Digester`] found.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Digests {
+pub(crate) struct Digests {
     /// MD5 of the bytes.
-    pub md5: [u8; MD5_BYTES],
+    pub(crate) md5: [u8; MD5_BYTES],
     /// The checksums asked for, raw bytes, big-endian for the CRCs.
-    pub sums: Vec<(ChecksumAlgorithm, Vec<u8>)>,
+    pub(crate) checksums: Vec<(ChecksumAlgorithm, Vec<u8>)>,
 }
 
 impl Digests {
     /// The checksum of that algorithm, if it was asked for.
-    pub fn sum(&self, algorithm: ChecksumAlgorithm) -> Option<&[u8]> {
-        self.sums.iter().find(|(have, _)| *have == algorithm).map(|(_, value)| value.as_slice())
+    pub(crate) fn checksum(&self, algorithm: ChecksumAlgorithm) -> Option<&[u8]> {
+        self.checksums.iter().find(|(have, _)| *have == algorithm).map(|(_, value)| value.as_slice())
     }
 }
 
 impl Digester {
     /// Begins a stream; each algorithm is computed once, however often it is named.
-    pub fn new(algorithms: &[ChecksumAlgorithm]) -> Digester {
-        let mut sums: Vec<(ChecksumAlgorithm, Sum)> = Vec::new();
+    pub(crate) fn new(algorithms: &[ChecksumAlgorithm]) -> Digester {
+        let mut hashers: Vec<(ChecksumAlgorithm, Hasher)> = Vec::new();
         for algorithm in algorithms {
-            if sums.iter().all(|(have, _)| have != algorithm) {
-                let sum = match (algorithm, crc_of(*algorithm)) {
-                    (_, Some(crc)) => Sum::Crc(crc_fast::Digest::new(crc)),
-                    (ChecksumAlgorithm::Sha1, None) => Sum::Sha1(sha1::Sha1::new()),
-                    (_, None) => Sum::Sha256(sha2::Sha256::new()),
+            if hashers.iter().all(|(have, _)| have != algorithm) {
+                let hasher = match (algorithm, crc_of(*algorithm)) {
+                    (_, Some(crc)) => Hasher::Crc(crc_fast::Digest::new(crc)),
+                    (ChecksumAlgorithm::Sha1, None) => Hasher::Sha1(sha1::Sha1::new()),
+                    (_, None) => Hasher::Sha256(sha2::Sha256::new()),
                 };
-                sums.push((*algorithm, sum));
+                hashers.push((*algorithm, hasher));
             }
         }
-        Digester { md5: Md5::new(), sums }
+        Digester { md5: Md5::new(), hashers }
     }
 
     /// Takes the next bytes.
-    pub fn update(&mut self, data: &[u8]) {
+    pub(crate) fn update(&mut self, data: &[u8]) {
         self.md5.update(data);
-        for (_, sum) in &mut self.sums {
-            match sum {
-                Sum::Crc(crc) => crc.update(data),
-                Sum::Sha1(sha1) => sha1.update(data),
-                Sum::Sha256(sha256) => sha256.update(data),
+        for (_, hasher) in &mut self.hashers {
+            match hasher {
+                Hasher::Crc(crc) => crc.update(data),
+                Hasher::Sha1(sha1) => sha1.update(data),
+                Hasher::Sha256(sha256) => sha256.update(data),
             }
         }
     }
 
     /// Ends the stream.
-    pub fn finish(self) -> Digests {
-        let sums = self.sums.into_iter().map(|(algorithm, sum)| {
-            let value = match sum {
-                Sum::Crc(crc) => crc_bytes(algorithm, crc.finalize()),
-                Sum::Sha1(sha1) => sha1.finalize().to_vec(),
-                Sum::Sha256(sha256) => sha256.finalize().to_vec(),
+    pub(crate) fn finish(self) -> Digests {
+        let checksums = self.hashers.into_iter().map(|(algorithm, hasher)| {
+            let value = match hasher {
+                Hasher::Crc(crc) => crc_bytes(algorithm, crc.finalize()),
+                Hasher::Sha1(sha1) => sha1.finalize().to_vec(),
+                Hasher::Sha256(sha256) => sha256.finalize().to_vec(),
             };
             (algorithm, value)
         });
-        Digests { md5: self.md5.finalize(), sums: sums.collect() }
+        Digests { md5: self.md5.finalize(), checksums: checksums.collect() }
     }
 }
 
 /// Digests of bytes that are all at hand.
-pub fn digest(data: &[u8], algorithms: &[ChecksumAlgorithm]) -> Digests {
+#[cfg(test)]
+pub(crate) fn digest(data: &[u8], algorithms: &[ChecksumAlgorithm]) -> Digests {
     let mut digester = Digester::new(algorithms);
     digester.update(data);
     digester.finish()
@@ -99,7 +101,7 @@ fn crc_of(algorithm: ChecksumAlgorithm) -> Option<CrcAlgorithm> {
 }
 
 /// Bytes of a checksum of that algorithm.
-pub fn sum_bytes(algorithm: ChecksumAlgorithm) -> usize {
+pub(crate) fn checksum_bytes(algorithm: ChecksumAlgorithm) -> usize {
     match algorithm {
         ChecksumAlgorithm::Crc32 | ChecksumAlgorithm::Crc32c => 4,
         ChecksumAlgorithm::Crc64Nvme => 8,
@@ -110,19 +112,19 @@ pub fn sum_bytes(algorithm: ChecksumAlgorithm) -> usize {
 
 fn crc_bytes(algorithm: ChecksumAlgorithm, value: u64) -> Vec<u8> {
     let bytes = value.to_be_bytes();
-    bytes.iter().skip(bytes.len() - sum_bytes(algorithm)).copied().collect()
+    bytes.iter().skip(bytes.len() - checksum_bytes(algorithm)).copied().collect()
 }
 
 /// The CRC of all bytes from the CRCs and lengths of consecutive pieces. None when the algorithm is no CRC, or a value
 /// has the wrong length.
-pub fn combine_crc<'a>(
+pub(crate) fn combine_crc<'a>(
     algorithm: ChecksumAlgorithm,
     pieces: impl IntoIterator<Item = (&'a [u8], u64)>,
 ) -> Option<Vec<u8>> {
     let crc = crc_of(algorithm)?;
     let mut whole: Option<u64> = None;
     for (value, len_bytes) in pieces {
-        if value.len() != sum_bytes(algorithm) {
+        if value.len() != checksum_bytes(algorithm) {
             return None;
         }
         let value = value.iter().fold(0u64, |number, byte| number << 8 | u64::from(*byte));
@@ -137,17 +139,17 @@ pub fn combine_crc<'a>(
 }
 
 /// The checksum over the concatenated checksums of the parts.
-pub fn composite<'a>(algorithm: ChecksumAlgorithm, parts: impl IntoIterator<Item = &'a [u8]>) -> Vec<u8> {
+pub(crate) fn composite<'a>(algorithm: ChecksumAlgorithm, parts: impl IntoIterator<Item = &'a [u8]>) -> Vec<u8> {
     let mut digester = Digester::new(&[algorithm]);
     for part in parts {
         digester.update(part);
     }
-    digester.finish().sum(algorithm).map(<[u8]>::to_vec).unwrap_or_default()
+    digester.finish().checksum(algorithm).map(<[u8]>::to_vec).unwrap_or_default()
 }
 
 /// The ETag of a multipart object: hex MD5 of the parts' binary MD5s, a dash, their number. None when an ETag is no hex
 /// MD5.
-pub fn multipart_etag<'a>(part_etags: impl IntoIterator<Item = &'a str>) -> Option<String> {
+pub(crate) fn multipart_etag<'a>(part_etags: impl IntoIterator<Item = &'a str>) -> Option<String> {
     let mut md5 = Md5::new();
     let mut parts = 0u32;
     for etag in part_etags {
@@ -176,7 +178,7 @@ mod tests {
     #[test]
     fn the_check_values_come_out() {
         let digests = digest(b"123456789", &ALL);
-        let hex_of = |algorithm| hex::encode(digests.sum(algorithm).unwrap());
+        let hex_of = |algorithm| hex::encode(digests.checksum(algorithm).unwrap());
         assert_eq!(hex::encode(digests.md5), "25f9e794323b453885f5181f1b624d0b");
         assert_eq!(hex_of(ChecksumAlgorithm::Crc32), "cbf43926");
         assert_eq!(hex_of(ChecksumAlgorithm::Crc32c), "e3069283");
@@ -198,11 +200,12 @@ mod tests {
                 let mut from = 0;
                 for cut in cuts.iter().copied().chain([data.len()]) {
                     let piece = &data[from..cut];
-                    pieces.push((digest(piece, &[algorithm]).sum(algorithm).unwrap().to_vec(), piece.len() as u64));
+                    pieces
+                        .push((digest(piece, &[algorithm]).checksum(algorithm).unwrap().to_vec(), piece.len() as u64));
                     from = cut;
                 }
-                let combined = combine_crc(algorithm, pieces.iter().map(|(sum, len)| (sum.as_slice(), *len))).unwrap();
-                assert_eq!(combined, whole.sum(algorithm).unwrap(), "{algorithm:?} cut at {cuts:?}");
+                let combined = combine_crc(algorithm, pieces.iter().map(|(crc, len)| (crc.as_slice(), *len))).unwrap();
+                assert_eq!(combined, whole.checksum(algorithm).unwrap(), "{algorithm:?} cut at {cuts:?}");
             }
         }
         assert_eq!(combine_crc(ChecksumAlgorithm::Sha1, [(&[0u8; 20][..], 1)]), None);

@@ -15,7 +15,7 @@ pub mod admin;
 pub mod bootstrap;
 pub mod cli;
 pub mod dev;
-pub mod digest;
+mod digest;
 pub mod disks;
 pub mod gateway;
 pub mod heal;

@@ -239,7 +239,7 @@ impl PromisedChecksums {
 }
 
 fn decode(algorithm: ChecksumAlgorithm, text: &str) -> S3Result<Vec<u8>> {
-    BASE64.decode(text.trim()).ok().filter(|raw| raw.len() == digest::sum_bytes(algorithm)).ok_or_else(|| {
+    BASE64.decode(text.trim()).ok().filter(|raw| raw.len() == digest::checksum_bytes(algorithm)).ok_or_else(|| {
         s3_error!(
             InvalidRequest,
             "Value for x-amz-checksum-{} header is invalid.",
@@ -249,7 +249,7 @@ fn decode(algorithm: ChecksumAlgorithm, text: &str) -> S3Result<Vec<u8>> {
 }
 
 fn compare(algorithm: ChecksumAlgorithm, value: &[u8], digests: &Digests) -> S3Result<()> {
-    match digests.sum(algorithm) {
+    match digests.checksum(algorithm) {
         Some(have) if have == value => Ok(()),
         Some(_) => {
             Err(s3_error!(BadDigest, "The {} you specified did not match the calculated checksum.", name(algorithm)))

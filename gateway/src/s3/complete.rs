@@ -123,8 +123,8 @@ async fn complete(call: &Call, input: CompleteMultipartUploadInput) -> S3Result<
         Some(checksum) => chosen
             .iter()
             .filter_map(|part| part.checksum.as_ref())
-            .filter(|sum| sum.algorithm == checksum.algorithm)
-            .map(|sum| sum.value.clone())
+            .filter(|found| found.algorithm == checksum.algorithm)
+            .map(|found| found.value.clone())
             .collect(),
         None => Vec::new(),
     };
@@ -241,14 +241,14 @@ fn check_sizes(parts: &[&PartRecord], promised: Option<i64>) -> S3Result<u64> {
 fn whole_checksum(parts: &[&PartRecord], asked: Option<(ChecksumAlgorithm, ChecksumKind)>) -> Option<Checksum> {
     let first = parts.first()?.checksum.as_ref()?.algorithm;
     let (algorithm, kind) = asked.unwrap_or((first, ChecksumKind::FullObject));
-    let mut sums: Vec<(&[u8], u64)> = Vec::with_capacity(parts.len());
+    let mut values: Vec<(&[u8], u64)> = Vec::with_capacity(parts.len());
     for part in parts {
         let checksum = part.checksum.as_ref().filter(|checksum| checksum.algorithm == algorithm)?;
-        sums.push((&checksum.value, part.size_bytes));
+        values.push((&checksum.value, part.size_bytes));
     }
     let value = match kind {
-        ChecksumKind::FullObject => digest::combine_crc(algorithm, sums)?,
-        ChecksumKind::Composite => digest::composite(algorithm, sums.into_iter().map(|(value, _)| value)),
+        ChecksumKind::FullObject => digest::combine_crc(algorithm, values)?,
+        ChecksumKind::Composite => digest::composite(algorithm, values.into_iter().map(|(value, _)| value)),
     };
     Some(Checksum { algorithm, kind, value })
 }

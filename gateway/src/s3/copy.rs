@@ -113,7 +113,7 @@ pub(super) async fn copy_object(
     let spec = StageSpec { scheme, bucket: bucket.id, key: &key, len_bytes, is_part: false };
     let (staged, digests) = stage_copy(call, &source, 0..len_bytes, spec, algorithm).await?;
 
-    let checksum = digests.sum(algorithm).map(|value| Checksum {
+    let checksum = digests.checksum(algorithm).map(|value| Checksum {
         algorithm,
         kind: ChecksumKind::FullObject,
         value: value.to_vec(),

@@ -319,15 +319,15 @@ fn attribute_parts(
     let all = record.part_sizes.iter().enumerate();
     let (from, most) = (usize::try_from(marker).unwrap_or(0), usize::try_from(max_parts).unwrap_or(0));
     let mut parts: Vec<dto::ObjectPart> = Vec::new();
-    // Sizes alone are given for parts whose sums do not make up the object's.
-    let with_sums = record.checksum.as_ref().filter(|checksum| checksum.kind == ChecksumKind::Composite);
+    // Checksums are shown only for parts whose checksums make up the object's.
+    let composite = record.checksum.as_ref().filter(|checksum| checksum.kind == ChecksumKind::Composite);
     for (index, size) in all.skip(from).take(most) {
         let mut part = dto::ObjectPart {
             part_number: i32::try_from(index + 1).ok(),
             size: i64::try_from(*size).ok(),
             ..Default::default()
         };
-        if let (Some(checksum), Some(value)) = (with_sums, record.part_checksums.get(index)) {
+        if let (Some(checksum), Some(value)) = (composite, record.part_checksums.get(index)) {
             let whole = granary_meta::record::Checksum {
                 algorithm: checksum.algorithm,
                 kind: ChecksumKind::FullObject,
@@ -344,7 +344,7 @@ fn attribute_parts(
         next_part_number_marker: i32::try_from(from + parts.len()).ok(),
         part_number_marker: Some(marker),
         total_parts_count: i32::try_from(record.part_sizes.len()).ok(),
-        parts: with_sums.is_some().then_some(parts),
+        parts: composite.is_some().then_some(parts),
     }
 }
 

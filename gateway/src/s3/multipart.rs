@@ -103,7 +103,7 @@ pub(super) async fn create_multipart_upload(
     Ok(S3Response::new(output))
 }
 
-/// The algorithm a part is summed with: the upload's, else the part's own, else ours, so that the object gets a
+/// The checksum algorithm of a part: the upload's, else the part's own, else ours, so that the object gets a
 /// checksum anyway.
 fn part_algorithm(upload: &UploadRecord, sent: Option<ChecksumAlgorithm>) -> S3Result<ChecksumAlgorithm> {
     match (upload.checksum, sent) {
@@ -135,7 +135,7 @@ async fn commit_part(
     digests: &Digests,
     staged: Staged,
 ) -> S3Result<PartRecord> {
-    let checksum = digests.sum(algorithm).map(|value| Checksum {
+    let checksum = digests.checksum(algorithm).map(|value| Checksum {
         algorithm,
         kind: ChecksumKind::FullObject,
         value: value.to_vec(),

@@ -46,7 +46,7 @@ pub(super) async fn put_object(call: &Call, req: S3Request<PutObjectInput>) -> S
     let (staged, digests) = stage(call, spec, source, algorithm).await?;
     promised.verify(&digests, trailing_headers.as_ref())?;
 
-    let checksum = digests.sum(algorithm).map(|value| Checksum {
+    let checksum = digests.checksum(algorithm).map(|value| Checksum {
         algorithm,
         kind: ChecksumKind::FullObject,
         value: value.to_vec(),

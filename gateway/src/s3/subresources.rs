@@ -53,7 +53,7 @@ pub(super) async fn get_bucket_acl(
     Ok(S3Response::new(GetBucketAclOutput { grants: Some(grants(call)), owner: Some(owner(call)) }))
 }
 
-/// Takes the ACL there is; canned ones in headers were checked at the gate.
+/// Takes the ACL there is; canned ones in headers were checked in `access`.
 pub(super) async fn put_bucket_acl(
     call: &Call,
     req: S3Request<PutBucketAclInput>,

@@ -44,8 +44,8 @@ pub fn b64(data: &[u8]) -> String {
     BASE64.encode(data)
 }
 
-pub fn sum(algorithm: ChecksumAlgorithm, data: &[u8]) -> String {
-    b64(crate::digest::digest(data, &[algorithm]).sum(algorithm).unwrap())
+pub fn checksum(algorithm: ChecksumAlgorithm, data: &[u8]) -> String {
+    b64(crate::digest::digest(data, &[algorithm]).checksum(algorithm).unwrap())
 }
 
 pub fn md5_hex(data: &[u8]) -> String {

@@ -1,4 +1,4 @@
-use super::client::{b64, md5_hex, sum, Ask, Got, Scene};
+use super::client::{b64, checksum, md5_hex, Ask, Got, Scene};
 use granary_meta::record::ChecksumAlgorithm;
 
 const MIB: usize = 1024 * 1024;
@@ -72,7 +72,7 @@ async fn parts_in_any_order_and_with_gaps_become_the_object() {
     );
     assert_eq!(
         got.header("x-amz-checksum-crc64nvme"),
-        Some(sum(ChecksumAlgorithm::Crc64Nvme, &whole)),
+        Some(checksum(ChecksumAlgorithm::Crc64Nvme, &whole)),
         "combined from the parts"
     );
     let second = scene.ask(Ask::new("GET", "/bucket/k").query("partNumber", "2")).await;
@@ -109,34 +109,34 @@ async fn checksums_of_both_kinds_are_made_and_compared() {
     ] {
         let header = format!("x-amz-checksum-{}", name.to_ascii_lowercase());
         let id = create(&scene, &[("x-amz-checksum-algorithm", name), ("x-amz-checksum-type", kind)]).await;
-        let (s1, s2) = (sum(algorithm, &one), sum(algorithm, &two));
+        let (s1, s2) = (checksum(algorithm, &one), checksum(algorithm, &two));
         let got = scene.ask(part(&id, 1).header(&header, &s1).body(one.clone())).await.ok();
         assert_eq!(got.header(&header), Some(s1.clone()));
-        // A part without a sum gets one all the same; one with another algorithm is refused.
+        // A part without a checksum gets one all the same; one with another algorithm is refused.
         let got = scene.ask(part(&id, 2).body(two.clone())).await.ok();
         assert_eq!(got.header(&header), Some(s2.clone()));
         let other = if algorithm == ChecksumAlgorithm::Sha1 {
-            ("x-amz-checksum-crc32", sum(ChecksumAlgorithm::Crc32, &two))
+            ("x-amz-checksum-crc32", checksum(ChecksumAlgorithm::Crc32, &two))
         } else {
-            ("x-amz-checksum-sha1", sum(ChecksumAlgorithm::Sha1, &two))
+            ("x-amz-checksum-sha1", checksum(ChecksumAlgorithm::Sha1, &two))
         };
         scene.ask(part(&id, 2).header(other.0, &other.1).body(two.clone())).await.expect(400, "InvalidRequest");
 
         let expected = if kind == "FULL_OBJECT" {
-            sum(algorithm, &whole)
+            checksum(algorithm, &whole)
         } else {
             let raw: Vec<u8> = [&one, &two]
                 .iter()
-                .flat_map(|part| crate::digest::digest(part, &[algorithm]).sum(algorithm).unwrap().to_vec())
+                .flat_map(|part| crate::digest::digest(part, &[algorithm]).checksum(algorithm).unwrap().to_vec())
                 .collect();
-            format!("{}-2", sum(algorithm, &raw))
+            format!("{}-2", checksum(algorithm, &raw))
         };
         let (e1, e2) = (md5_hex(&one), md5_hex(&two));
         let (good, bad) =
             (format!("<Checksum{name}>{s1}</Checksum{name}>"), format!("<Checksum{name}>{s2}</Checksum{name}>"));
         scene.ask(complete(&id, &[(1, &e1, &bad), (2, &e2, "")])).await.expect(400, "InvalidPart");
         scene
-            .ask(complete(&id, &[(1, &e1, ""), (2, &e2, "")]).header(&header, &sum(algorithm, b"other")))
+            .ask(complete(&id, &[(1, &e1, ""), (2, &e2, "")]).header(&header, &checksum(algorithm, b"other")))
             .await
             .expect(400, "BadDigest");
         scene

@@ -255,7 +255,7 @@ async fn copies_copy_and_refuse_what_would_change_nothing() {
     scene.ask(copy("/bucket/b").header("if-none-match", "*")).await.expect(412, "PreconditionFailed");
     scene.ask(copy("/bucket/c").header("x-amz-checksum-algorithm", "SHA256")).await.ok();
     let head = scene.ask(Ask::new("HEAD", "/bucket/c").header("x-amz-checksum-mode", "ENABLED")).await.ok();
-    assert_eq!(head.header("x-amz-checksum-sha256"), Some(super::client::sum(ChecksumAlgorithm::Sha256, &body)));
+    assert_eq!(head.header("x-amz-checksum-sha256"), Some(super::client::checksum(ChecksumAlgorithm::Sha256, &body)));
     let absent = Ask::new("PUT", "/bucket/d").header("x-amz-copy-source", "bucket/none");
     scene.ask(absent).await.expect(404, "NoSuchKey");
 }
@@ -266,31 +266,31 @@ fn delete_body(keys: &[&str], quiet: bool) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_batch_deletes_with_any_sum_or_none() {
+async fn a_batch_deletes_with_any_checksum_or_none() {
     let scene = Scene::new().await;
     let ask = |body: &str| Ask::new("POST", "/bucket").query("delete", "").body(body);
     let md5 = |body: &str| b64(&hex::decode(md5_hex(body.as_bytes())).unwrap());
-    let sum = |algorithm, body: &str| super::client::sum(algorithm, body.as_bytes());
+    let checksum = |algorithm, body: &str| super::client::checksum(algorithm, body.as_bytes());
     let body = delete_body(&["a", "never-there"], false);
-    for sums in [
+    for checksums in [
         vec![],
         vec![("content-md5", md5(&body))],
         vec![
-            ("x-amz-checksum-crc32", sum(ChecksumAlgorithm::Crc32, &body)),
+            ("x-amz-checksum-crc32", checksum(ChecksumAlgorithm::Crc32, &body)),
             ("x-amz-sdk-checksum-algorithm", "CRC32".to_owned()),
         ],
-        vec![("content-md5", md5(&body)), ("x-amz-checksum-sha256", sum(ChecksumAlgorithm::Sha256, &body))],
+        vec![("content-md5", md5(&body)), ("x-amz-checksum-sha256", checksum(ChecksumAlgorithm::Sha256, &body))],
     ] {
         scene.put("a", b"x").await;
-        let request = sums.iter().fold(ask(&body), |ask, (name, value)| ask.header(name, value));
+        let request = checksums.iter().fold(ask(&body), |ask, (name, value)| ask.header(name, value));
         let got = scene.ask(request).await.ok();
-        assert_eq!(got.all("Key"), ["a", "never-there"], "{sums:?}: {}", got.text());
+        assert_eq!(got.all("Key"), ["a", "never-there"], "{checksums:?}: {}", got.text());
         assert_eq!(scene.cluster.object_count().await, 0);
     }
     scene.put("a", b"x").await;
     scene.ask(ask(&body).header("content-md5", &md5("other"))).await.expect(400, "BadDigest");
     scene
-        .ask(ask(&body).header("x-amz-checksum-crc32", &sum(ChecksumAlgorithm::Crc32, "other")))
+        .ask(ask(&body).header("x-amz-checksum-crc32", &checksum(ChecksumAlgorithm::Crc32, "other")))
         .await
         .expect(400, "BadDigest");
     scene.ask(ask(&body).header("content-md5", "short")).await.expect(400, "InvalidDigest");

@@ -1,4 +1,4 @@
-use super::client::{b64, md5_hex, now, sum, Ask, Scene, SECRET};
+use super::client::{b64, checksum, md5_hex, now, Ask, Scene, SECRET};
 use granary_meta::record::ChecksumAlgorithm;
 
 const CRC32: &str = "x-amz-checksum-crc32";
@@ -28,7 +28,7 @@ async fn every_payload_mode_stores_the_same_bytes() {
         check("presigned").await;
         scene.raw(&Ask::new("PUT", "/bucket/k").chunked(&host, &body, 65_536, None), false).await.ok();
         check("signed chunks").await;
-        let crc = sum(ChecksumAlgorithm::Crc32c, &body);
+        let crc = checksum(ChecksumAlgorithm::Crc32c, &body);
         let trailer = ("x-amz-checksum-crc32c", crc.as_str());
         let got =
             scene.raw(&Ask::new("PUT", "/bucket/k").chunked(&host, &body, 1 << 20, Some(trailer)), false).await.ok();
@@ -108,7 +108,7 @@ async fn broken_frames_and_trailers_store_nothing() {
     let scene = Scene::new().await;
     let host = scene.host();
     let body = data(300_000);
-    let crc = sum(ChecksumAlgorithm::Crc32, &body);
+    let crc = checksum(ChecksumAlgorithm::Crc32, &body);
     let wrong = b64(&[0, 1, 2, 3]);
     let ask = || Ask::new("PUT", "/bucket/k");
 
@@ -133,7 +133,7 @@ async fn broken_frames_and_trailers_store_nothing() {
     let got = scene.raw(&ask().unsigned_trailer(&host, &body, (CRC32, &crc), false), false).await;
     assert!(["IncompleteBody", "MalformedTrailerError"].contains(&got.one("Code").as_str()), "{}", got.text());
 
-    // The signature of a trailer counts: a right sum under a wrong signature is refused.
+    // The signature of a trailer counts: a right checksum under a wrong signature is refused.
     let mut trailer = ask().chunked(&host, &body, 65_536, Some((CRC32, &crc)));
     let at = trailer.len() - 10;
     trailer[at] = if trailer[at] == b'0' { b'1' } else { b'0' };
@@ -164,7 +164,7 @@ async fn broken_frames_and_trailers_store_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sums_are_verified_kept_and_given_back() {
+async fn checksums_are_verified_kept_and_given_back() {
     let scene = Scene::new().await;
     for body in [data(10), data(3_000_000)] {
         for (algorithm, name) in [
@@ -175,14 +175,14 @@ async fn sums_are_verified_kept_and_given_back() {
             (ChecksumAlgorithm::Sha256, "sha256"),
         ] {
             let header = format!("x-amz-checksum-{name}");
-            let good = sum(algorithm, &body);
+            let good = checksum(algorithm, &body);
             let put = |value: &str| Ask::new("PUT", "/bucket/k").body(body.clone()).header(&header, value);
             let got = scene.ask(put(&good)).await.ok();
             assert_eq!(
                 (got.header(&header), got.header("x-amz-checksum-type").as_deref()),
                 (Some(good.clone()), Some("FULL_OBJECT"))
             );
-            scene.ask(put(&sum(algorithm, b"other"))).await.expect(400, "BadDigest");
+            scene.ask(put(&checksum(algorithm, b"other"))).await.expect(400, "BadDigest");
             scene.ask(put("AAAA")).await.expect(400, "InvalidRequest");
             for method in ["GET", "HEAD"] {
                 let asked =
@@ -191,7 +191,7 @@ async fn sums_are_verified_kept_and_given_back() {
                 assert_eq!(scene.ask(Ask::new(method, "/bucket/k")).await.ok().header(&header), None);
                 let ranged =
                     Ask::new(method, "/bucket/k").header("x-amz-checksum-mode", "ENABLED").header("range", "bytes=0-3");
-                assert_eq!(scene.ask(ranged).await.ok().header(&header), None, "no whole-object sum on a 206");
+                assert_eq!(scene.ask(ranged).await.ok().header(&header), None, "no whole-object checksum on a 206");
             }
         }
     }
@@ -202,8 +202,8 @@ async fn sums_are_verified_kept_and_given_back() {
     scene.ask(put().header("x-amz-checksum-sha512", "AA==")).await.expect(400, "InvalidRequest");
     scene.ask(put().header("x-amz-sdk-checksum-algorithm", "CRC32")).await.expect(400, "InvalidRequest");
     let both = put()
-        .header(CRC32, &sum(ChecksumAlgorithm::Crc32, b"hello"))
-        .header("x-amz-checksum-sha1", &sum(ChecksumAlgorithm::Sha1, b"hello"));
+        .header(CRC32, &checksum(ChecksumAlgorithm::Crc32, b"hello"))
+        .header("x-amz-checksum-sha1", &checksum(ChecksumAlgorithm::Sha1, b"hello"));
     scene.ask(both).await.expect(400, "InvalidRequest");
 }
 
