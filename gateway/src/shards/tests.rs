@@ -129,6 +129,18 @@ async fn a_senseless_request_is_refused_at_once() {
 }
 
 #[tokio::test]
+async fn a_command_that_may_have_been_applied_is_not_called_refused_by_a_later_answer() {
+    let (fake, shards) = cluster();
+    // Learns who leads.
+    shards.command(ShardId(1), Command::Noop).await.unwrap();
+    let refusal = Fault::Answer(ControlError::BadRequest("not known to this build".into()));
+    fake.state.lock().unwrap().faults.extend([Fault::LoseAnswer, refusal]);
+    let error = shards.command(ShardId(1), Command::Noop).await.unwrap_err();
+    assert_eq!(fake.state.lock().unwrap().applied.len(), 2);
+    assert!(error.outcome_unknown(), "{error}");
+}
+
+#[tokio::test]
 async fn listings_over_shards_equal_a_naive_sort() {
     let seed = random_below(u64::MAX - 1) + 1;
     println!("seed {seed}");
