@@ -1,4 +1,5 @@
-//! What a disk node answers: chunk requests from the store, metadata requests from the roles, the rest from what it knows.
+//! What a disk node answers: chunk requests from the store, metadata requests from the roles, the rest from what it
+//! knows.
 
 use crate::label::Label;
 use crate::leases::{LeaseRefused, Leases, UnderLease};

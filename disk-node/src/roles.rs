@@ -1,7 +1,8 @@
 //! The metadata role: shard replicas on this disk. The only file that knows granary-replica.
 //!
-//! A disk without the role has no `DIR/meta` and opens nothing. The host is opened at start when the folder is there, and otherwise when the
-//! map gives this disk the role, or when the first peer speaks to a replica here before any map is known.
+//! A disk without the role has no `DIR/meta` and opens nothing. The host is opened at start when the folder is there,
+//! and otherwise when the map gives this disk the role, or when the first peer speaks to a replica here before any map
+//! is known.
 
 use crate::maps::Maps;
 use crate::peers::Peers;
@@ -115,13 +116,11 @@ impl PeerTransport for Transport {
     }
 }
 
-/// The highest feature level that this build of the shards' state machine knows.
-const FEATURE_LEVEL: u32 = 1;
-
 impl Roles {
-    /// The highest feature level that this build of the shards' state machine knows, whether or not the disk has the role.
+    /// The highest feature level that this build of the shards' state machine knows, whether or not the disk has the
+    /// role.
     pub fn feature_level(&self) -> u32 {
-        FEATURE_LEVEL
+        granary_replica::MAX_FEATURE_LEVEL
     }
 
     /// Nothing is opened yet.

@@ -7,7 +7,8 @@ use granary_placement::lease::LeaseStamp;
 use granary_placement::map::{ClusterMap, MapDiff};
 use serde::{Deserialize, Serialize};
 
-/// A request to a disk node. Postcard-encoded: variants are only ever added at the end, and with a new protocol version.
+/// A request to a disk node. Postcard-encoded: variants are only ever added at the end, and with a new protocol
+/// version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ControlRequest {
     /// Answers Status.
@@ -59,8 +60,8 @@ pub enum ControlRequest {
     GetMap,
     /// How the replicas on this node stand. Answers Shards.
     ShardStatus,
-    /// Here is what changed in the map. Answers Done when it led to a newer map or the node has one at least as new; EpochMismatch
-    /// when the node has another map than the one it was made from: it is then offered the whole.
+    /// Here is what changed in the map. Answers Done when it led to a newer map or the node has one at least as new;
+    /// EpochMismatch when the node has another map than the one it was made from: it is then offered the whole.
     OfferMapDiff(Box<MapDiff>),
     /// Heartbeats of several shards, each as in Raft, that were due at about the same time. Answers RaftBatch.
     RaftBatch {
@@ -124,8 +125,8 @@ pub enum ControlError {
         /// Who leads.
         leader: Option<DiskId>,
     },
-    /// No majority answered, or leadership was lost on the way. A command may or may not have been applied: retry it under the same
-    /// request id.
+    /// No majority answered, or leadership was lost on the way. A command may or may not have been applied: retry it
+    /// under the same request id.
     #[error("shard unavailable: {0}")]
     Unavailable(String),
     /// This node holds no replica of that shard.

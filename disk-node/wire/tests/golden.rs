@@ -1,6 +1,6 @@
 //! The bytes of messages are a format: other nodes speak them. A value of every variant, encoded, must
-//! be what it was. A line that changes means that a variant or field moved, which needs a new version (docs/formats/wire.md); new
-//! variants go to the end of their enum and of the fixture.
+//! be what it was. A line that changes means that a variant or field moved, which needs a new version
+//! (docs/formats/wire.md); new variants go to the end of their enum and of the fixture.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use bytes::Bytes;

@@ -22,6 +22,7 @@ pub mod store;
 pub mod writer;
 
 pub use counters::MetaCounters;
+pub use granary_meta::level::MAX_FEATURE_LEVEL;
 pub use host::{HostConfig, MetaError, MetaHost};
 pub use raft::network::{PeerTransport, TransportError};
 pub use raft::Timing;

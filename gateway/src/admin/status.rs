@@ -1,8 +1,8 @@
 //! What is known of the cluster, collected once for everybody who asks: the API, the page, readiness and metrics.
 
 use super::api::{BucketRow, Count, DiskRow, Health, ReplicaRow, Role, ShardRow, Status, UsageRow};
+use crate::background::heal::{HealStatus, Healer, HEAL_TASK};
 use crate::disks::Disks;
-use crate::heal::Healer;
 use crate::metrics::Metrics;
 use crate::shards::{jitter, now_ms, Shards};
 use futures::stream::{self, StreamExt};
@@ -67,7 +67,7 @@ pub async fn collect(sources: Sources, out: watch::Sender<Arc<Status>>, stop: Ca
             found.repair_queue = slow.repair_queue;
             found.buckets = slow.buckets.clone();
             found.more_buckets = slow.more_buckets;
-            found.heal = sources.healer.get().map(Healer::status);
+            found.heal = slow.heal.clone().or_else(|| sources.healer.get().map(Healer::status));
             set_gauges(&sources.metrics, &found);
             out.send_replace(Arc::new(found));
         }
@@ -169,6 +169,8 @@ fn shard_rows(map: &ClusterMap, answers: &[(DiskId, Vec<ShardStatus>)]) -> Vec<S
 /// What takes a query per shard.
 #[derive(Default)]
 struct Slow {
+    /// What the gateway that heals has published with its lease.
+    heal: Option<HealStatus>,
     repair_queue: Count,
     buckets: Vec<BucketRow>,
     more_buckets: bool,
@@ -189,13 +191,19 @@ impl Slow {
                 _ => repair_queue.partial = true,
             }
         }
+        let leases = tokio::time::timeout(ASK, shards.query(ShardId::ROOT, Query::ListLeases)).await;
+        let heal = match leases {
+            Ok(Ok(Answer::Leases(leases))) => leases.into_iter().find(|lease| lease.task == HEAL_TASK),
+            _ => None,
+        };
+        let heal = heal.and_then(|lease| serde_json::from_slice(&lease.progress).ok());
         let listed = tokio::time::timeout(ASK, shards.list_buckets("", MAX_BUCKETS)).await;
-        let Ok(Ok(page)) = listed else { return Slow { repair_queue, ..Slow::default() } };
+        let Ok(Ok(page)) = listed else { return Slow { heal, repair_queue, ..Slow::default() } };
         let rows = stream::iter(page.buckets).map(|bucket| async move {
             let usage = tokio::time::timeout(ASK, shards.bucket_usage(bucket.id)).await;
             BucketRow { name: bucket.name, usage: usage.ok().and_then(Result::ok).map(UsageRow::from) }
         });
-        Slow { repair_queue, buckets: rows.buffered(4).collect().await, more_buckets: page.more }
+        Slow { heal, repair_queue, buckets: rows.buffered(4).collect().await, more_buckets: page.more }
     }
 }
 

@@ -17,8 +17,9 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use granary_meta::record::{AccountId, BucketId, BucketRecord, Usage};
 use granary_meta::{Answer, Command, ListFrom, Query, Reply};
 use granary_placement::id::ShardId;
+use quick_cache::sync::Cache;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Most buckets remembered by name.
@@ -61,31 +62,27 @@ pub struct BucketPage {
 
 /// Buckets by name. Only what exists is remembered: that a name is free may change at any time, while a bucket that was
 /// deleted answers for itself by its fences.
-#[derive(Default)]
 pub(super) struct BucketCache {
-    by_name: RwLock<HashMap<String, BucketRecord>>,
+    by_name: Cache<String, BucketRecord>,
+    /// Rules that were found pending, and since when.
+    pub(super) pending: Cache<(BucketId, u64), tokio::time::Instant>,
     /// One deletion of a bucket at a time in this gateway: a second would only take the first one over.
     deleting: Mutex<HashMap<BucketId, Arc<tokio::sync::Mutex<()>>>>,
 }
 
-impl BucketCache {
-    fn get(&self, name: &str) -> Option<BucketRecord> {
-        self.by_name.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
-    }
-
-    fn put(&self, bucket: &BucketRecord) {
-        let mut by_name = self.by_name.write().unwrap_or_else(PoisonError::into_inner);
-        if by_name.len() >= CACHE_BUCKETS && !by_name.contains_key(&bucket.name) {
-            // Which one goes does not matter: it costs that bucket one lookup.
-            if let Some(victim) = by_name.keys().next().cloned() {
-                by_name.remove(&victim);
-            }
+impl Default for BucketCache {
+    fn default() -> BucketCache {
+        BucketCache {
+            by_name: Cache::new(CACHE_BUCKETS),
+            pending: Cache::new(CACHE_BUCKETS),
+            deleting: Mutex::default(),
         }
-        by_name.insert(bucket.name.clone(), bucket.clone());
     }
+}
 
-    fn forget(&self, name: &str) {
-        self.by_name.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+impl BucketCache {
+    pub(super) fn put(&self, bucket: &BucketRecord) {
+        self.by_name.insert(bucket.name.clone(), bucket.clone());
     }
 
     fn turn(&self, bucket: BucketId) -> Arc<tokio::sync::Mutex<()>> {
@@ -103,7 +100,7 @@ impl Shards {
     /// # Errors
     /// The root shard does not answer.
     pub async fn get_bucket(&self, name: &str) -> Result<Option<BucketRecord>, ShardError> {
-        match self.inner.buckets.get(name) {
+        match self.inner.buckets.by_name.get(name) {
             Some(bucket) => Ok(Some(bucket)),
             None => self.fresh_bucket(name).await,
         }
@@ -117,18 +114,24 @@ impl Shards {
     /// # Errors
     /// The root shard does not answer.
     pub async fn fresh_bucket(&self, name: &str) -> Result<Option<BucketRecord>, ShardError> {
-        self.inner.buckets.forget(name);
+        self.inner.buckets.by_name.remove(name);
         let deadline = tokio::time::Instant::now() + self.inner.timing.settle;
         let mut pause = Duration::from_millis(10);
         loop {
-            let found = self.look_up(name).await?;
+            let mut found = self.look_up(name).await?;
+            if let Some(bucket) = found.as_mut().filter(|bucket| bucket.rule_pending && !bucket.deleting) {
+                self.finish_rule_left_pending(bucket).await;
+            }
             match &found {
                 Some(bucket) if bucket.deleting && tokio::time::Instant::now() + pause < deadline => {
                     tokio::time::sleep(super::jitter(pause)).await;
                     pause = (pause * 2).min(Duration::from_millis(500));
                 }
                 Some(bucket) if !bucket.deleting => {
-                    self.inner.buckets.put(bucket);
+                    // One whose rule is pending is looked up again each time, until somebody has finished it.
+                    if !bucket.rule_pending {
+                        self.inner.buckets.put(bucket);
+                    }
                     return Ok(found);
                 }
                 _ => return Ok(found),
@@ -201,7 +204,7 @@ impl Shards {
             Some(bucket) if bucket.owner != owner => Ok(Removed::OtherOwner),
             Some(bucket) => self.delete_known(&bucket).await,
             None => {
-                self.inner.buckets.forget(name);
+                self.inner.buckets.by_name.remove(name);
                 Ok(Removed::NoSuchBucket)
             }
         }
@@ -214,10 +217,10 @@ impl Shards {
         if !bucket.deleting && self.holds_objects(bucket.id).await? {
             return Ok(Removed::NotEmpty);
         }
-        self.inner.buckets.forget(&bucket.name);
+        self.inner.buckets.by_name.remove(&bucket.name);
         for _ in 0..MAX_ATTEMPTS {
             let removed = self.attempt_delete(bucket).await?;
-            self.inner.buckets.forget(&bucket.name);
+            self.inner.buckets.by_name.remove(&bucket.name);
             if let Some(removed) = removed {
                 return Ok(removed);
             }
@@ -284,7 +287,7 @@ impl Shards {
     }
 
     /// The same command on every object shard, in parallel; fails when any does not answer, after all have been heard.
-    async fn on_all_shards(
+    pub(super) async fn on_all_shards(
         &self,
         account: AccountId,
         command: impl Fn() -> Command,

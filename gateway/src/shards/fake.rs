@@ -1,4 +1,5 @@
-//! A cluster in memory for tests: naive shards behind [`Peers`], with leaders that move, answers that get lost and requests that hang.
+//! A cluster in memory for tests: naive shards behind [`Peers`], with leaders that move, answers that get lost and
+//! requests that hang.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -43,6 +44,8 @@ pub(crate) struct State {
     replies: HashMap<[u8; 16], Reply>,
     pub(crate) map: Option<ClusterMap>,
     pub(crate) epochs: HashMap<DiskId, Epoch>,
+    /// Differences of the map that disk nodes took.
+    pub(crate) diffs_taken: usize,
     /// Applied before the next EndDeleteBucket: what others did, or what came late.
     pub(crate) before_end: Vec<(ShardId, Command)>,
     /// Commands applied, in order.
@@ -100,6 +103,15 @@ impl FakeCluster {
                     feature_level: 1,
                 };
                 Ok(ControlResponse::Status(status))
+            }
+            ControlRequest::OfferMapDiff(diff) => {
+                let known = state.epochs.get(&disk).copied().unwrap_or_default();
+                if known != diff.from {
+                    return Ok(ControlResponse::Error(ControlError::EpochMismatch { known }));
+                }
+                state.epochs.insert(disk, diff.to);
+                state.diffs_taken += 1;
+                Ok(ControlResponse::Done)
             }
             ControlRequest::OfferMap(map) => {
                 state.epochs.insert(disk, map.epoch);

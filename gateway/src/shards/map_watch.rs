@@ -1,15 +1,17 @@
 //! The cluster map: asked of the root shard each second, published here, and offered to disk nodes that lag behind.
 //!
-//! A gateway begins with a copy of the map given at start, so that it knows addresses before the first answer. The root shard's word
-//! replaces it as soon as there is one; nothing serves S3 before that ([`Shards::confirmed`]).
+//! Whoever has the map before is told the difference, and the whole map when that does not fit.
+//!
+//! A gateway begins with a copy of the map given at start, so that it knows addresses before the first answer. The root
+//! shard's word replaces it as soon as there is one; nothing serves S3 before that ([`Shards::confirmed`]).
 
 use super::{jitter, ShardError, Shards};
 use futures::stream::{self, StreamExt};
 use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::{DiskId, Epoch, ShardId};
-use granary_placement::map::{ClusterMap, DiskState};
+use granary_placement::map::{apply_diff, diff, ClusterMap, DiskState, MapDiff};
 use granary_wire::control::{ControlRequest, ControlResponse};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
@@ -18,6 +20,8 @@ const POLL: Duration = Duration::from_secs(1);
 const OFFER_POLLS: u32 = 5;
 /// Nodes spoken to at the same time.
 const OFFERS_AT_ONCE: usize = 32;
+/// Differences between maps kept to be offered.
+const KEPT_DIFFS: usize = 16;
 const OFFER_DEADLINE: Duration = Duration::from_secs(3);
 
 /// What SetMap came to.
@@ -53,7 +57,8 @@ impl Shards {
                         tracing::warn!(%error, "cannot ask the root shard for the cluster map");
                         root_lost = true;
                     }
-                    // Nodes that lost everything but their disk learn the map from us even while the root shard has no leader.
+                    // Nodes that lost everything but their disk learn the map from us even while the root shard has no
+                    // leader.
                     self.offer_map().await;
                 }
             }
@@ -70,12 +75,28 @@ impl Shards {
     /// # Errors
     /// The root shard does not answer or has no map yet.
     pub async fn refresh_map(&self) -> Result<bool, ShardError> {
-        match self.query(ShardId::ROOT, Query::GetMap { newer_than: Epoch(0) }).await? {
+        // The map given at start may be another of the same epoch: only one that the root shard told is asked to be
+        // continued.
+        let known = self.current_map().filter(|_| *self.inner.confirmed.borrow());
+        let newer_than = known.as_ref().map_or(Epoch(0), |map| map.epoch);
+        let mut answer = self.query(ShardId::ROOT, Query::GetMap { newer_than }).await?;
+        if let (Answer::MapDiffs(diffs), Some(known)) = (&answer, &known) {
+            let applied = diffs.iter().try_fold((**known).clone(), |map, diff| apply_diff(&map, diff));
+            answer = match applied {
+                Ok(map) => Answer::Map(Box::new(map)),
+                Err(error) => {
+                    tracing::warn!(%error, "what changed in the cluster map does not fit; asking for the whole");
+                    self.query(ShardId::ROOT, Query::GetMap { newer_than: Epoch(0) }).await?
+                }
+            };
+        }
+        match answer {
             Answer::Map(map) => {
                 let changed = self.take_map(*map);
                 self.inner.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
                 Ok(changed)
             }
+            Answer::MapUnchanged => Ok(false),
             Answer::NoMap => Err(ShardError::NoMap(ShardId::ROOT)),
             other => Err(super::buckets::odd_answer(ShardId::ROOT, &other)),
         }
@@ -92,6 +113,12 @@ impl Shards {
             let newer =
                 known.as_ref().is_none_or(|known| known.cluster_id == map.cluster_id && known.epoch < map.epoch);
             if newer {
+                if let Some(before) = known {
+                    let mut kept = self.inner.map_diffs.lock().unwrap_or_else(PoisonError::into_inner);
+                    kept.push_back(Arc::new(diff(before, &map)));
+                    let surplus = kept.len().saturating_sub(KEPT_DIFFS);
+                    kept.drain(..surplus);
+                }
                 *known = Some(Arc::new(map));
             }
             newer
@@ -128,10 +155,35 @@ impl Shards {
         stream::iter(disks).for_each_concurrent(OFFERS_AT_ONCE, |disk| self.offer_to(disk, &map)).await;
     }
 
+    /// Brings a node that knows the map of one epoch to another by differences. False when they are not at hand, or it
+    /// did not take them all.
+    async fn offer_diffs(&self, disk: DiskId, from: Epoch, to: Epoch) -> bool {
+        let mut steps: Vec<Arc<MapDiff>> = Vec::new();
+        for step in self.inner.map_diffs.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            if step.from == steps.last().map_or(from, |last| last.to) {
+                steps.push(step.clone());
+            }
+        }
+        if steps.last().is_none_or(|last| last.to < to) {
+            return false;
+        }
+        for step in &steps {
+            let offer = ControlRequest::OfferMapDiff(Box::new(step.as_ref().clone()));
+            match self.inner.peers.control(disk, offer, OFFER_DEADLINE).await {
+                Ok(ControlResponse::Done) => {}
+                _ => return false,
+            }
+        }
+        true
+    }
+
     async fn offer_to(&self, disk: DiskId, map: &Arc<ClusterMap>) {
-        match self.inner.peers.control(disk, ControlRequest::Status, OFFER_DEADLINE).await {
-            Ok(ControlResponse::Status(status)) if status.epoch < map.epoch => {}
+        let known = match self.inner.peers.control(disk, ControlRequest::Status, OFFER_DEADLINE).await {
+            Ok(ControlResponse::Status(status)) if status.epoch < map.epoch => status.epoch,
             _ => return,
+        };
+        if self.offer_diffs(disk, known, map.epoch).await {
+            return tracing::debug!(disk = disk.0, epoch = map.epoch.0, "disk node took what changed in the map");
         }
         let offer = ControlRequest::OfferMap(Box::new(map.as_ref().clone()));
         match self.inner.peers.control(disk, offer, OFFER_DEADLINE).await {

@@ -5,6 +5,7 @@
 //!
 //! - this file: one request to one shard, and the object helpers on it;
 //! - [`buckets`]: buckets: cache, making, and deleting behind fences;
+//! - [`rules`]: a bucket's rule, changed in every shard before it counts;
 //! - [`list`]: listings over all shards, merged;
 //! - [`map_watch`]: the cluster map, kept up to date here and on the disk nodes;
 //! - [`peers`]: the seam to the disk nodes, which tests replace.
@@ -16,10 +17,12 @@ pub mod buckets;
 pub mod list;
 pub mod map_watch;
 pub mod peers;
+pub mod rules;
 
 #[cfg(test)]
 pub(crate) mod fake;
 
+use crate::backoff::Backoff;
 use crate::metrics::Metrics;
 use granary_meta::record::{AccountId, BucketId};
 use granary_meta::{Answer, BadBytes, Command, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
@@ -127,6 +130,8 @@ pub struct Shards {
 struct Inner {
     peers: Arc<dyn Peers>,
     map: watch::Sender<Option<Arc<ClusterMap>>>,
+    /// What the last changes of the map were, oldest first; for nodes that are a little behind.
+    map_diffs: Mutex<std::collections::VecDeque<Arc<granary_placement::map::MapDiff>>>,
     /// True once the root shard itself has told us the map.
     confirmed: watch::Sender<bool>,
     /// When the root shard last answered.
@@ -156,7 +161,10 @@ impl Shards {
         let confirmed = watch::Sender::new(false);
         let buckets = buckets::BucketCache::default();
         let root_seen = Mutex::new(None);
-        Shards { inner: Arc::new(Inner { peers, map, confirmed, root_seen, leaders, buckets, timing, metrics }) }
+        let map_diffs = Mutex::default();
+        Shards {
+            inner: Arc::new(Inner { peers, map, map_diffs, confirmed, root_seen, leaders, buckets, timing, metrics }),
+        }
     }
 
     /// The newest map known here, and news of it.
@@ -303,7 +311,8 @@ impl Shards {
     /// time.
     async fn ask(&self, shard: ShardId, request: ControlRequest) -> Result<ControlResponse, ShardError> {
         let deadline = Instant::now() + self.inner.timing.deadline;
-        let mut pause = self.inner.timing.first_pause;
+        // Rounds over all members that brought nothing.
+        let mut rounds = 0;
         // Members asked since the last pause: each is asked once, then all are given time to elect.
         let mut asked: BTreeSet<DiskId> = BTreeSet::new();
         // Members that did not answer at all, and until when they are left alone: a hung leader is still named by the
@@ -322,7 +331,7 @@ impl Shards {
             let Some(target) =
                 target.or_else(|| pick(members, |disk| !asked.contains(&disk) && !silent.contains_key(&disk)))
             else {
-                self.pause(shard, deadline, &mut pause, "no member answers").await?;
+                self.pause(shard, deadline, &mut rounds, "no member answers").await?;
                 asked.clear();
                 continue;
             };
@@ -371,7 +380,7 @@ impl Shards {
             tracing::debug!(shard = shard.0, %reason, %detail, "shard request goes on elsewhere");
             let all_asked = hint.is_none() && members.iter().all(|member| asked.contains(member));
             if all_asked || reason == "overloaded" {
-                self.pause(shard, deadline, &mut pause, &detail).await?;
+                self.pause(shard, deadline, &mut rounds, &detail).await?;
                 asked.clear();
             } else if Instant::now() >= deadline {
                 return Err(ShardError::Unavailable { shard, detail });
@@ -380,19 +389,15 @@ impl Shards {
     }
 
     /// Waits a little longer each time, with jitter, or gives up when the deadline comes first.
-    async fn pause(
-        &self,
-        shard: ShardId,
-        deadline: Instant,
-        pause: &mut Duration,
-        detail: &str,
-    ) -> Result<(), ShardError> {
-        let wait = jitter(*pause);
+    async fn pause(&self, shard: ShardId, deadline: Instant, rounds: &mut u32, detail: &str) -> Result<(), ShardError> {
+        *rounds = rounds.saturating_add(1);
+        let timing = &self.inner.timing;
+        let backoff = Backoff { first: timing.first_pause, longest: timing.longest_pause };
+        let wait = backoff.delay(*rounds, random_per_mille());
         if Instant::now() + wait >= deadline {
             return Err(ShardError::Unavailable { shard, detail: detail.to_owned() });
         }
         tokio::time::sleep(wait).await;
-        *pause = (*pause * 2).min(self.inner.timing.longest_pause);
         Ok(())
     }
 }
@@ -425,9 +430,14 @@ pub(crate) fn random_below(bound: u64) -> u64 {
     u64::from_be_bytes(bytes) % bound
 }
 
+/// Jitter for [`Backoff::delay`].
+pub(crate) fn random_per_mille() -> u32 {
+    u32::try_from(random_below(1001)).unwrap_or(500)
+}
+
 /// Between half of `base` and one and a half of it.
 pub(crate) fn jitter(base: Duration) -> Duration {
-    base / 2 + Duration::from_micros(random_below(u64::try_from(base.as_micros()).unwrap_or(u64::MAX)))
+    Backoff { first: base, longest: base }.delay(1, random_per_mille())
 }
 
 /// Unix time by this machine's clock, in milliseconds.

@@ -368,6 +368,20 @@ async fn a_newer_map_is_taken_confirmed_and_offered_to_disks_that_lag() {
     assert_eq!(shards.set_map(map(5, OBJECT_SHARDS + 1, 2)).await.unwrap(), MapSet::Done);
     assert_eq!(shards.set_map(map(5, OBJECT_SHARDS + 1, 2)).await.unwrap(), MapSet::Conflict { current: Epoch(2) });
     assert_eq!(shards.current_map().unwrap().epoch, Epoch(2));
-    let state = fake.state.lock().unwrap();
-    assert!((1..=5).all(|disk| state.epochs.get(&DiskId(disk)) == Some(&Epoch(2))), "{:?}", state.epochs);
+    let all_at = |epoch| {
+        let state = fake.state.lock().unwrap();
+        assert!((1..=5).all(|disk| state.epochs.get(&DiskId(disk)) == Some(&Epoch(epoch))), "{:?}", state.epochs);
+        state.diffs_taken
+    };
+    // They knew nothing, so they were told the whole; from then on what changes.
+    assert_eq!(all_at(2), 0);
+    fake.state.lock().unwrap().map = Some(map(5, OBJECT_SHARDS + 1, 3));
+    assert!(shards.refresh_map().await.unwrap());
+    fake.state.lock().unwrap().epochs.insert(DiskId(4), Epoch(1));
+    shards.offer_map().await;
+    assert_eq!(all_at(3), 6, "two steps for the disk that lags by two");
+    // One that is further behind than anybody remembers is told the whole.
+    fake.state.lock().unwrap().epochs.insert(DiskId(4), Epoch(0));
+    shards.offer_map().await;
+    assert_eq!(all_at(3), 6);
 }

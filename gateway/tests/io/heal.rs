@@ -2,13 +2,18 @@ use crate::cluster::{body, payload, seed, Cluster, UNIT};
 use crate::meta::Meta;
 use crate::node::{Damage, Disk};
 use bytes::Bytes;
-use granary_gateway::heal::{HealSettings, Healer};
+use granary_gateway::background::heal::{HealSettings, Healer, HEAL_TASK};
+use granary_gateway::background::leases::{Held, Holder, LeaseSettings};
+use granary_gateway::background::MetaClient;
 use granary_gateway::object::choose::Draw;
 use granary_gateway::object::{chunk_id, ObjectSettings};
 use granary_meta::record::{ExtentRef, ObjectData};
-use granary_meta::ChunkRef;
+use granary_meta::{ChunkRef, Command, Reply};
 use granary_placement::id::{DiskId, Epoch, HashSlot, PlacementGroupId, ShardId};
+use granary_placement::map::{DiskState, GroupSlot};
 use granary_wire::chunk::{ChunkId, ChunkSpec};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
+use granary_wire::error::ChunkError;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -19,6 +24,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 fn settings() -> HealSettings {
     HealSettings {
         interval: Duration::from_millis(50),
+        move_settle: Duration::from_millis(100),
         window_bytes: 2 * UNIT,
         first_backoff: Duration::from_millis(200),
         garbage_grace: Duration::from_secs(60),
@@ -38,8 +44,12 @@ fn heal(cluster: &Cluster, meta: &Arc<Meta>) -> (Healer, DropGuard) {
 
 /// Objects in both shards, with what they hold.
 async fn fill(cluster: &Cluster, meta: &Meta, draw: &mut Draw) -> Vec<(ObjectData, Bytes)> {
+    objects_of(cluster, meta, draw, &[8193, UNIT * 4, UNIT * 9 + 5, UNIT * 25 + 1000]).await
+}
+
+async fn objects_of(cluster: &Cluster, meta: &Meta, draw: &mut Draw, lens: &[u64]) -> Vec<(ObjectData, Bytes)> {
     let mut objects = Vec::new();
-    for len in [8193, UNIT * 4, UNIT * 9 + 5, UNIT * 25 + 1000] {
+    for &len in lens {
         let payload = payload(len, draw);
         let shard = ShardId(1 + (len % 2) as u16);
         let (key, slot) = key_in(cluster, shard, len);
@@ -128,6 +138,7 @@ async fn a_substitute_disk_is_filled_without_being_told() {
     let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
     meta.page.store(2, Ordering::Relaxed);
     let objects = fill(&cluster, &meta, &mut draw).await;
+    *meta.map.lock().unwrap() = Some(cluster.map.clone());
     let (healer, _stop) = heal(&cluster, &meta);
     cluster.until("all disks are walked", || healer.status().walks_done >= 6).await;
     let before = contents(&cluster.disks[2]);
@@ -136,14 +147,67 @@ async fn a_substitute_disk_is_filled_without_being_told() {
         let mut next = (**map.as_ref().unwrap()).clone();
         next.epoch = Epoch(2);
         next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2].give_to(DiskId(7));
+        next.disks.get_mut(&DiskId(3)).unwrap().state = DiskState::Out;
         *map = Some(Arc::new(next));
     });
     cluster.until("the substitute holds all", || cluster.disks[6].count() == before.len() && meta.missing() == 0).await;
+    cluster.until("the move is done", || slot(&cluster) == GroupSlot::new(DiskId(7))).await;
     assert!(contents(&cluster.disks[6]) == before);
     // The old ones may die now.
     cluster.kill(0).await;
     cluster.kill(1).await;
     for (data, payload) in &objects {
+        cluster.check(data, payload, 0..payload.len() as u64).await;
+    }
+}
+
+/// The slot that moves in these tests.
+fn slot(cluster: &Cluster) -> GroupSlot {
+    cluster.map.borrow().as_ref().unwrap().groups[&PlacementGroupId(1)].slots[2]
+}
+
+fn give_slot_to(cluster: &Cluster, disk: u32) {
+    cluster.map.send_modify(|map| {
+        let mut next = (**map.as_ref().unwrap()).clone();
+        next.epoch.0 += 1;
+        next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2].give_to(DiskId(disk));
+        *map = Some(Arc::new(next));
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_moves_is_read_from_its_previous_disk_until_all_is_on_the_new_one() {
+    let mut draw = seed("a_slot_that_moves_is_read_from_its_previous_disk_until_all_is_on_the_new_one");
+    let (cluster, meta) = (Cluster::with_disks(4, 2, 8, small()).await, Arc::new(Meta::default()));
+    meta.page.store(2, Ordering::Relaxed);
+    *meta.map.lock().unwrap() = Some(cluster.map.clone());
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let before = contents(&cluster.disks[2]);
+    give_slot_to(&cluster, 7);
+    let known = || cluster.store.disks().map().is_some_and(|map| map.epoch == Epoch(2));
+    cluster.until("the new disk is up", || known() && cluster.store.disks().writable(DiskId(7))).await;
+    for (data, payload) in &objects {
+        cluster.check(data, payload, 0..payload.len() as u64).await;
+    }
+    assert_eq!(counter(&cluster.store.counters().chunks_reported), 0, "what has not moved yet is not missing");
+    // What is written now goes to the new disk.
+    let new = objects_of(&cluster, &meta, &mut draw, &[UNIT * 7]).await;
+    assert!(contents(&cluster.disks[2]) == before && cluster.disks[6].count() > 0);
+    // The new disk dies on the way: the slot goes on to a third, and the first stays the previous one.
+    cluster.kill(6).await;
+    give_slot_to(&cluster, 8);
+    assert_eq!(slot(&cluster), GroupSlot { current: DiskId(8), previous: Some(DiskId(3)) });
+    let (healer, _stop) = heal(&cluster, &meta);
+    cluster.until("the move is done", || slot(&cluster) == GroupSlot::new(DiskId(8))).await;
+    let on_new = contents(&cluster.disks[7]);
+    assert!(before.iter().all(|(id, chunk)| on_new.get(id) == Some(chunk)), "all of it is there");
+    assert_eq!(on_new.len(), before.len() + cluster.disks[6].count(), "and what the dead disk had taken");
+    assert_eq!(cluster.disks[2].count(), 0, "nothing stays behind on the disk it came from");
+    assert_eq!((healer.status().queued_slots, meta.missing()), (0, 0));
+    // Two more may die now.
+    cluster.kill(0).await;
+    cluster.kill(1).await;
+    for (data, payload) in objects.iter().chain(&new) {
         cluster.check(data, payload, 0..payload.len() as u64).await;
     }
 }
@@ -302,6 +366,48 @@ async fn a_census_counts_what_is_there() {
     assert!(serde_json::to_string(&census).unwrap().contains("\"extents_lost\":2"));
     stop.cancel();
     healer.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_holder_whose_lease_was_taken_over_can_neither_delete_nor_write() {
+    let mut draw = seed("a_paused_holder_whose_lease_was_taken_over_can_neither_delete_nor_write");
+    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let ttl = Duration::from_millis(200);
+    let holder = |name: &str| Holder::new(meta.clone(), LeaseSettings { ttl }, HEAL_TASK, name.to_owned());
+    // The first takes the lease and is paused from then on: it renews nothing, and does not know what happens.
+    let paused = holder("paused").acquire().await;
+    let successor = holder("successor").acquire().await;
+    assert_eq!((paused.stamp().epoch, successor.stamp().epoch, paused.is_lost()), (1, 2, false));
+
+    let extent = &objects[1].0.extents()[0];
+    let (id, disk) = (chunk_id(extent, 0), cluster.holder(extent, 0));
+    let client = cluster.store.disks().client(disk.id).unwrap();
+    let delete = |held: &Held, id: ChunkId| {
+        let (client, lease) = (client.clone(), Some(held.stamp().clone()));
+        async move {
+            let request = ControlRequest::DeleteChunks { chunks: vec![id], lease };
+            client.control(request, Duration::from_secs(10)).await.unwrap()
+        }
+    };
+    let (spec, bytes) = disk.chunks.lock().unwrap().get(&id).map(|stored| (stored.spec, stored.bytes.clone())).unwrap();
+    let other = ChunkId { extent: granary_placement::id::ExtentId([9; 16]), ..id };
+    let repaired = |held: &Held| Command::RepairDone { chunks: vec![chunk(extent, 0)], lease: held.stamp().clone() };
+    meta.shard(ShardId(1)).missing.insert(chunk(extent, 0), 1);
+
+    // As long as the successor has not acted, nobody knows of it; then the paused one is refused everywhere it acted.
+    assert_eq!(delete(&successor, other).await, ControlResponse::Deleted(0));
+    let noted = meta.command(ShardId(1), Command::GarbageDone { extents: vec![], lease: successor.stamp().clone() });
+    assert_eq!(noted.await.unwrap(), Reply::Done);
+    let before = all_contents(&cluster);
+    let refused = ControlResponse::Error(ControlError::StaleLease { current: 2 });
+    assert_eq!(delete(&paused, id).await, refused);
+    let write = client.put_chunk_under(paused.stamp(), other, spec, vec![bytes]).await;
+    assert_eq!(write, Err(ChunkError::StaleLease { current: 2 }));
+    assert_eq!(meta.command(ShardId(1), repaired(&paused)).await.unwrap(), Reply::StaleLease { current: 2 });
+    assert!(all_contents(&cluster) == before && meta.missing() == 1);
+    assert_eq!(meta.command(ShardId(1), repaired(&successor)).await.unwrap(), Reply::Done);
+    assert_eq!(meta.missing(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,12 +2,15 @@
 
 use async_trait::async_trait;
 use granary_gateway::heal::{MetaClient, MetaClientError};
-use granary_meta::record::{BucketId, ExtentRecord, ExtentRef, ObjectData};
-use granary_meta::{Answer, ChunkRef, Command, Query, Reply};
+use granary_meta::memory::MemoryShard;
+use granary_meta::record::{AccountId, BucketId, ExtentRecord, ExtentRef, ObjectData};
+use granary_meta::{Answer, ChunkRef, Command, MetaRequest, Query, Reply};
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
+use granary_placement::map::ClusterMap;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
+use tokio::sync::watch;
 
 #[derive(Default)]
 pub struct Shard {
@@ -16,12 +19,28 @@ pub struct Shard {
     pub garbage: Vec<(u64, ExtentRef)>,
 }
 
-/// Shards 1 and 2.
-#[derive(Default)]
+/// Shards 1 and 2; leases and their stamps are the real state machine's.
 pub struct Meta {
+    real: Mutex<[MemoryShard; 3]>,
+    requests: AtomicU64,
+    /// Where a map that is set goes to.
+    pub map: Mutex<Option<watch::Sender<Option<Arc<ClusterMap>>>>>,
     shards: [Mutex<Shard>; 2],
     /// Pages are no longer than this, so that paging is tried with few extents.
     pub page: AtomicU64,
+}
+
+impl Default for Meta {
+    fn default() -> Meta {
+        let real = Mutex::new([0, 1, 2].map(|shard| MemoryShard::new(ShardId(shard))));
+        Meta {
+            real,
+            requests: AtomicU64::new(1),
+            map: Mutex::default(),
+            shards: Default::default(),
+            page: AtomicU64::new(0),
+        }
+    }
 }
 
 impl Meta {
@@ -53,6 +72,14 @@ impl Meta {
         [1, 2].into_iter().map(|shard| self.shard(ShardId(shard)).missing.len()).sum()
     }
 
+    fn real(&self, shard: ShardId, command: Command) -> Result<Reply, MetaClientError> {
+        let mut request_id = [0; 16];
+        request_id[..8].copy_from_slice(&self.requests.fetch_add(1, Ordering::Relaxed).to_be_bytes());
+        let request = MetaRequest { request_id, now_ms: 1, account: AccountId::ROOT, command };
+        let mut real = self.real.lock().unwrap();
+        real[usize::from(shard.0)].apply(&request).map_err(|error| MetaClientError { shard, detail: error.to_string() })
+    }
+
     fn limit(&self, limit: u32) -> usize {
         match self.page.load(Ordering::Relaxed) {
             0 => limit as usize,
@@ -71,6 +98,19 @@ fn page<T>(all: impl Iterator<Item = T>, limit: usize) -> (Vec<T>, bool) {
 #[async_trait]
 impl MetaClient for Meta {
     async fn command(&self, shard: ShardId, command: Command) -> Result<Reply, MetaClientError> {
+        let of_slots = matches!(
+            command,
+            Command::QueueRepair { .. } | Command::AdvanceRepair { .. } | Command::RepairSlotDone { .. }
+        );
+        if shard == ShardId::ROOT || of_slots {
+            return self.real(shard, command);
+        }
+        if let Command::RepairDone { lease, .. } | Command::GarbageDone { lease, .. } = &command {
+            let stamped = Command::QueueRepair { slots: Vec::new(), lease: lease.clone() };
+            if let stale @ Reply::StaleLease { .. } = self.real(shard, stamped)? {
+                return Ok(stale);
+            }
+        }
         let mut state = self.shard(shard);
         match command {
             Command::ReportMissing { chunks } => {
@@ -91,6 +131,9 @@ impl MetaClient for Meta {
     }
 
     async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, MetaClientError> {
+        if shard == ShardId::ROOT || matches!(query, Query::ListRepairSlots { .. }) {
+            return Ok(self.real.lock().unwrap()[usize::from(shard.0)].answer(&query).unwrap());
+        }
         let state = self.shard(shard);
         Ok(match query {
             Query::ExtentsOfGroup { group, after, limit } => {
@@ -123,5 +166,16 @@ impl MetaClient for Meta {
 
     fn shards(&self) -> Vec<ShardId> {
         vec![ShardId(1), ShardId(2)]
+    }
+
+    async fn set_map(&self, next: ClusterMap) -> Result<bool, MetaClientError> {
+        let Some(map) = &*self.map.lock().unwrap() else { return Ok(false) };
+        Ok(map.send_if_modified(|known| {
+            let follows = known.as_ref().is_some_and(|known| known.epoch.0 + 1 == next.epoch.0);
+            if follows {
+                *known = Some(Arc::new(next));
+            }
+            follows
+        }))
     }
 }

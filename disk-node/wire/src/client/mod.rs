@@ -127,17 +127,18 @@ impl NodeClient {
         &self.shared.pool.target().address
     }
 
-    /// Begins to store a chunk; its payload follows through the writer. A refusal of the node (disk full, already there) comes
-    /// out of a later [`ChunkWriter::write`] or of [`ChunkWriter::finish`].
+    /// Begins to store a chunk; its payload follows through the writer. A refusal of the node (disk full, already
+    /// there) comes out of a later [`ChunkWriter::write`] or of [`ChunkWriter::finish`].
     ///
     /// # Errors
-    /// [`ChunkError::Rejected`] for a spec no chunk can have, [`ChunkError::Overloaded`] when too many requests are under way,
-    /// [`ChunkError::Link`] when there is no connection.
+    /// [`ChunkError::Rejected`] for a spec no chunk can have, [`ChunkError::Overloaded`] when too many requests are
+    /// under way, [`ChunkError::Link`] when there is no connection.
     pub async fn begin_chunk(&self, id: ChunkId, spec: ChunkSpec) -> Result<ChunkWriter, ChunkError> {
         chunk::begin(&self.shared.pool, id, spec, None, false).await
     }
 
-    /// As [`NodeClient::begin_chunk`], for background work: the node refuses it once another holder of the task's lease has acted there.
+    /// As [`NodeClient::begin_chunk`], for background work: the node refuses it once another holder of the task's lease
+    /// has acted there.
     ///
     /// # Errors
     /// As [`NodeClient::begin_chunk`]; [`ChunkError::StaleLease`] comes out of the writer.
@@ -150,8 +151,8 @@ impl NodeClient {
         chunk::begin(&self.shared.pool, id, spec, Some(lease), false).await
     }
 
-    /// Stores a chunk whose payload is at hand. Sent a second time when the connection taken from the pool turns out to be dead; the
-    /// second time may then find the chunk [`ChunkError::AlreadyThere`].
+    /// Stores a chunk whose payload is at hand. Sent a second time when the connection taken from the pool turns out to
+    /// be dead; the second time may then find the chunk [`ChunkError::AlreadyThere`].
     ///
     /// # Errors
     /// What the node refused it for, or [`ChunkError::Link`].
@@ -159,7 +160,8 @@ impl NodeClient {
         chunk::put(&self.shared.pool, id, spec, None, data).await
     }
 
-    /// As [`NodeClient::put_chunk`], for background work: the node refuses it once another holder of the task's lease has acted there.
+    /// As [`NodeClient::put_chunk`], for background work: the node refuses it once another holder of the task's lease
+    /// has acted there.
     ///
     /// # Errors
     /// As [`NodeClient::put_chunk`], and [`ChunkError::StaleLease`].
@@ -173,8 +175,8 @@ impl NodeClient {
         chunk::put(&self.shared.pool, id, spec, Some(lease), data).await
     }
 
-    /// Reads up to `blocks` blocks (1 to [`crate::server::MAX_READ_BLOCKS`]) from `first_block` on, fewer at the chunk's end. Every
-    /// block has been checked against its seeded checksum when this returns.
+    /// Reads up to `blocks` blocks (1 to [`crate::server::MAX_READ_BLOCKS`]) from `first_block` on, fewer at the
+    /// chunk's end. Every block has been checked against its seeded checksum when this returns.
     ///
     /// # Errors
     /// [`ChunkError::Corrupt`] names the first block that is wrong, here or on the node's disk.
@@ -185,15 +187,15 @@ impl NodeClient {
     /// Asks something over the control connection. [`ControlResponse::Error`] is handed back as it is.
     ///
     /// # Errors
-    /// [`LinkError::Connect`], [`LinkError::Busy`] and [`LinkError::TooLarge`] mean that nothing was sent; after any other the
-    /// request may have been carried out.
+    /// [`LinkError::Connect`], [`LinkError::Busy`] and [`LinkError::TooLarge`] mean that nothing was sent; after any
+    /// other the request may have been carried out.
     pub async fn control(&self, request: ControlRequest, deadline: Duration) -> Result<ControlResponse, LinkError> {
         self.shared.control.call(request, deadline).await
     }
 }
 
-/// A second handle on a connection's socket, to ask the kernel whether the peer has closed it. The runtime learns of that a
-/// moment later, and in this moment a request would be lost on a connection that was dead before.
+/// A second handle on a connection's socket, to ask the kernel whether the peer has closed it. The runtime learns of
+/// that a moment later, and in this moment a request would be lost on a connection that was dead before.
 struct Probe(std::net::TcpStream);
 
 impl Probe {

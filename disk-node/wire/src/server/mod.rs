@@ -5,8 +5,8 @@
 //! 3. [`control`]: control frames;
 //! 4. [`stall`]: a stream that gives up on a peer that does not read.
 //!
-//! Every connection is bounded in number, has a deadline until it is authenticated, and ends with [`serve`]: dropping its future
-//! closes them all.
+//! Every connection is bounded in number, has a deadline until it is authenticated, and ends with [`serve`]: dropping
+//! its future closes them all.
 
 mod control;
 mod data;
@@ -39,8 +39,9 @@ pub trait NodeService: Send + Sync + 'static {
     /// Answers a control request.
     fn control(&self, request: ControlRequest) -> BoxFuture<'_, ControlResponse>;
 
-    /// Begins to store a chunk. Refuses early what cannot be stored, before its payload is on the way. `lease`: the lease under which
-    /// background work writes it; one that was taken over is refused, also when that happens while the payload comes.
+    /// Begins to store a chunk. Refuses early what cannot be stored, before its payload is on the way. `lease`: the
+    /// lease under which background work writes it; one that was taken over is refused, also when that happens while
+    /// the payload comes.
     fn begin_chunk(
         &self,
         id: ChunkId,
@@ -58,8 +59,8 @@ pub trait ChunkSink: Send {
     /// Takes the next bytes of the payload; never more in all than the spec announced.
     fn write(&mut self, data: Bytes) -> BoxFuture<'_, Result<(), ChunkError>>;
 
-    /// All bytes came; `crcs` are the sender's checksums, one per block, to be compared with the sink's own. Ok only when the chunk
-    /// is durable.
+    /// All bytes came; `crcs` are the sender's checksums, one per block, to be compared with the sink's own. Ok only
+    /// when the chunk is durable.
     fn finish(self: Box<Self>, crcs: Vec<u32>) -> BoxFuture<'static, Result<(), ChunkError>>;
 }
 
@@ -85,7 +86,8 @@ pub struct ServerLimits {
     pub max_handshakes: usize,
     /// From accept to the end of the handshake.
     pub handshake_timeout: Duration,
-    /// For the whole head of a request, counted from the end of the one before: also how long a data connection may be idle.
+    /// For the whole head of a request, counted from the end of the one before: also how long a data connection may be
+    /// idle.
     pub head_timeout: Duration,
     /// Without a byte more, in a body or a frame, either way.
     pub stall_timeout: Duration,
@@ -133,8 +135,8 @@ struct Server {
     complaints: Complaints,
 }
 
-/// Serves peers until `stop` is cancelled, and then until requests under way have ended or `stop_grace` is over. Dropping the
-/// future ends everything at once.
+/// Serves peers until `stop` is cancelled, and then until requests under way have ended or `stop_grace` is over.
+/// Dropping the future ends everything at once.
 pub async fn serve(
     listener: TcpListener,
     service: Arc<dyn NodeService>,

@@ -15,7 +15,7 @@ pub use pulse::{Avoid, Pulse};
 
 use super::counters::add;
 use super::read::ReadError;
-use super::{check_extent, chunk_id, disk_of, ObjectStore};
+use super::{check_extent, chunk_id, slot_of, ObjectStore};
 use crate::disks::DiskHealth;
 use cells::{Cell, Grid};
 use futures::future::BoxFuture;
@@ -24,7 +24,7 @@ use granary_meta::record::ExtentRef;
 use granary_meta::ChunkRef;
 use granary_placement::codec::ChunkSet;
 use granary_placement::id::DiskId;
-use granary_placement::map::ClusterMap;
+use granary_placement::map::{ClusterMap, DiskState};
 use granary_wire::chunk::{ChunkId, BLOCK_BYTES};
 use granary_wire::client::NodeClient;
 use granary_wire::error::{ChunkError, LinkError};
@@ -77,6 +77,7 @@ pub async fn fetch(
         grid,
         reads: FuturesUnordered::new(),
         corrupt: vec![0; extent.slots.len()],
+        at_previous: ChunkSet::EMPTY,
         bad: ChunkSet::EMPTY,
         owner: None,
     };
@@ -111,6 +112,8 @@ struct Fetch<'a> {
     reads: FuturesUnordered<BoxFuture<'static, ReadDone>>,
     /// Corrupt blocks seen, by chunk.
     corrupt: Vec<u32>,
+    /// Chunks whose slot moves and that are read from its previous disk, because the current one did not give them.
+    at_previous: ChunkSet,
     /// Chunks to be reported.
     bad: ChunkSet,
     /// The shard that owns the extent, by the hash slot that good chunks name.
@@ -119,6 +122,12 @@ struct Fetch<'a> {
 
 impl Fetch<'_> {
     async fn run(&mut self) -> Result<(), ReadError> {
+        // A current disk that does not answer is not waited for while the previous one does.
+        for chunk in self.grid.chunks() {
+            if self.disk_of(chunk).is_some_and(|disk| self.store.disks().health(disk) == DiskHealth::Down) {
+                self.turn_to_previous(chunk);
+            }
+        }
         self.read_directly();
         self.top_up(false);
         let mut patience = self.store.inner.pulse.hedge_delay(self.store.settings().hedge_floor);
@@ -180,7 +189,7 @@ impl Fetch<'_> {
     /// How little is to be expected of a chunk's disk: 0 it answers, 1 doubtful, 2 it does not answer or was trouble
     /// just now.
     fn rank(&self, chunk: u8) -> u8 {
-        let Some(disk) = disk_of(&self.map, self.extent, chunk) else { return 3 };
+        let Some(disk) = self.disk_of(chunk) else { return 3 };
         let trouble =
             self.avoid.contains(disk) || self.corrupt.get(usize::from(chunk)).is_some_and(|blocks| *blocks > 0);
         match self.store.disks().health(disk) {
@@ -204,8 +213,7 @@ impl Fetch<'_> {
     }
 
     fn request(&mut self, chunk: u8, blocks: Range<u32>, hedged: bool) {
-        let target =
-            disk_of(&self.map, self.extent, chunk).and_then(|disk| Some((disk, self.store.disks().client(disk)?)));
+        let target = self.disk_of(chunk).and_then(|disk| Some((disk, self.store.disks().client(disk)?)));
         let Some((disk, client)) = target else {
             self.grid.set(chunk, blocks, || Cell::Away);
             return;
@@ -217,6 +225,29 @@ impl Fetch<'_> {
         self.grid.set(chunk, blocks.clone(), || Cell::Pending { slow: false });
         let deadline = self.store.settings().read_deadline;
         self.reads.push(Box::pin(read(client, chunk, disk, chunk_id(self.extent, chunk), blocks, deadline)));
+    }
+
+    /// The disk that a chunk is read from: the current one of its slot, or the previous one while the slot moves.
+    fn disk_of(&self, chunk: u8) -> Option<DiskId> {
+        let slot = slot_of(&self.map, self.extent, chunk)?;
+        if self.at_previous.contains(chunk) {
+            slot.previous
+        } else {
+            Some(slot.current)
+        }
+    }
+
+    /// From now on reads a chunk from the previous disk of its slot. False when there is none, or it was turned to
+    /// already.
+    fn turn_to_previous(&mut self, chunk: u8) -> bool {
+        let previous = slot_of(&self.map, self.extent, chunk).and_then(|slot| slot.previous);
+        // One that left for good took its chunks with it, and its address may be another's now.
+        let serves = |disk| self.map.disk(disk).is_some_and(|disk| disk.state != DiskState::Out);
+        if self.at_previous.contains(chunk) || !previous.is_some_and(serves) {
+            return false;
+        }
+        self.at_previous.insert(chunk);
+        true
     }
 
     /// Takes in what a request brought.
@@ -237,6 +268,19 @@ impl Fetch<'_> {
         };
         add(&self.store.counters().chunk_reads_failed, 1);
         tracing::debug!(%disk, extent = %self.extent.extent, chunk, %error, "a chunk could not be read");
+        if self.disk_of(chunk) != Some(disk) {
+            // Asked of the current disk before its chunk was turned to the previous one.
+            self.read_again(chunk, blocks);
+            return;
+        }
+        if self.turn_to_previous(chunk) {
+            // Not there yet: the slot moves, and what is missing on its new disk is being brought there already.
+            if !matches!(error, ChunkError::NotFound | ChunkError::Corrupt { .. }) {
+                self.store.disks().failed(disk, &error);
+            }
+            self.read_again(chunk, blocks);
+            return;
+        }
         match error {
             ChunkError::NotFound => {
                 self.bad.insert(chunk);
@@ -269,6 +313,12 @@ impl Fetch<'_> {
         }
     }
 
+    fn read_again(&mut self, chunk: u8, blocks: Range<u32>) {
+        self.grid.set(chunk, blocks.clone(), || Cell::Untried);
+        let again: Vec<u32> = blocks.collect();
+        self.launch(chunk, &again, false);
+    }
+
     /// Whether an answer is what was asked for, of the extent that was meant.
     fn is_as_expected(&self, got: &ChunkBlocks, blocks: &Range<u32>) -> bool {
         let (spec, extent) = (&got.spec, self.extent);
@@ -288,8 +338,7 @@ impl Fetch<'_> {
         let budget = self.store.inner.pulse.may_hedge(self.store.settings().hedge_percent);
         let mut denied = false;
         for chunk in self.grid.chunks() {
-            let sick = disk_of(&self.map, self.extent, chunk)
-                .is_none_or(|disk| self.store.disks().health(disk) != DiskHealth::Up);
+            let sick = self.disk_of(chunk).is_none_or(|disk| self.store.disks().health(disk) != DiskHealth::Up);
             if budget || sick {
                 self.grid.set_slow(chunk);
             } else {
@@ -303,7 +352,7 @@ impl Fetch<'_> {
     /// Disks that others were faster than: the next windows of this reader go without them.
     fn remember_the_slow(&self) {
         for chunk in self.grid.chunks().filter(|chunk| self.grid.is_slow(*chunk)) {
-            if let Some(disk) = disk_of(&self.map, self.extent, chunk) {
+            if let Some(disk) = self.disk_of(chunk) {
                 self.avoid.add(disk, Avoid::AFTER_SLOW);
             }
         }

@@ -1,10 +1,14 @@
 //! The repair queue's worker: rebuilds what is queued, verifies it, and only then takes it off the queue.
 
 use super::plan::{Planner, Target, Task};
+use super::slots::Moves;
 use super::{lock, settings_change, unexpected, Inner, MetaClientError};
+use crate::background::command_under;
+use crate::background::leases::Held;
+use crate::backoff::Backoff;
 use crate::disks::DiskHealth;
 use crate::object::fetch::{block_len, fetch, Avoid, Blocks, Wanted};
-use crate::object::{add, chunk_id, disk_of, now_ms, ReadError};
+use crate::object::{add, chunk_id, disk_of, now_ms, slot_of, ReadError};
 use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use granary_meta::record::ExtentRef;
@@ -24,7 +28,7 @@ const WRITE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Why a chunk was not rebuilt. All are tried again later.
 #[derive(Debug, thiserror::Error)]
-enum RebuildError {
+pub(super) enum RebuildError {
     #[error("cannot read enough of it: {0}")]
     Read(#[from] ReadError),
     #[error("disk {disk}: {error}")]
@@ -58,11 +62,16 @@ enum Sink {
 }
 
 impl Inner {
-    pub(super) async fn repair_loop(&self) {
+    pub(super) async fn repair_loop(&self, held: &Held) {
+        let mut moves = Moves::default();
         let mut settings = self.settings.clone();
         loop {
             self.pace.set_bytes_per_s(settings.borrow_and_update().bytes_per_s);
-            let progress = if self.pace.is_paused() { 0 } else { self.repair_pass().await };
+            // Single chunks first: an extent that lost several is in more danger than one whose slot moves.
+            let mut progress = if self.pace.is_paused() { 0 } else { self.repair_pass(held).await };
+            if progress == 0 {
+                progress = self.slots_pass(&mut moves, held).await;
+            }
             if progress == 0 {
                 tokio::select! {
                     () = tokio::time::sleep(self.settings().interval) => {}
@@ -74,7 +83,7 @@ impl Inner {
     }
 
     /// One look at all queues and the most urgent rebuilds. Answers how many chunks left the queues.
-    async fn repair_pass(&self) -> usize {
+    async fn repair_pass(&self, held: &Held) -> usize {
         let Some(map) = self.store.disks().map() else { return 0 };
         let now = Instant::now();
         let disks = self.store.disks();
@@ -112,7 +121,7 @@ impl Inner {
         }
         drop(planner);
         stream::iter(tasks)
-            .map(|task| self.run(task))
+            .map(|task| self.run(task, held))
             .buffer_unordered(self.settings().extents_at_once.max(1))
             .fold(0, |sum, done| async move { sum + done })
             .await
@@ -143,16 +152,15 @@ impl Inner {
     }
 
     /// Repairs one extent and tells its shard; answers how many chunks left the queue.
-    async fn run(&self, task: Task) -> usize {
+    async fn run(&self, task: Task, held: &Held) -> usize {
         let extent = task.extent.extent;
-        let (done, error) = self.repair(&task).await;
+        let (done, error) = self.repair(&task, held).await;
         let mut finished = done.len();
         let chunk = |index: u8| ChunkRef { group: task.extent.group, extent, index };
         if !done.is_empty() {
             let chunks = done.iter().map(|index| chunk(*index)).collect();
-            if let Err(error) =
-                self.meta.command(task.shard, Command::RepairDone { chunks, lease: super::stamp() }).await
-            {
+            let done = Command::RepairDone { chunks, lease: held.stamp().clone() };
+            if let Err(error) = command_under(&*self.meta, held, task.shard, done).await {
                 // They stay queued, and the next look finds them good.
                 tracing::debug!(%error, "a repair could not be taken off its queue");
                 finished = 0;
@@ -166,15 +174,17 @@ impl Inner {
                 }
                 tracing::warn!(%extent, key = %task.key, failures_left = task.failures_left, %error, "an extent could not be repaired");
                 let settings = self.settings();
-                lock(&self.backoff).failed(extent, Instant::now(), settings.first_backoff, settings.longest_backoff);
+                let backoff = Backoff { first: settings.first_backoff, longest: settings.longest_backoff };
+                lock(&self.backoff).failed(extent, Instant::now(), &backoff);
             }
             None => lock(&self.backoff).done(extent),
         }
         finished
     }
 
-    /// Brings the chunks of a task back. Answers the indices that are good on their disks now, and what stopped the others.
-    async fn repair(&self, task: &Task) -> (Vec<u8>, Option<RebuildError>) {
+    /// Brings the chunks of a task back. Answers the indices that are good on their disks now, and what stopped the
+    /// others.
+    pub(super) async fn repair(&self, task: &Task, held: &Held) -> (Vec<u8>, Option<RebuildError>) {
         let (mut good, mut lost, mut trouble) = (Vec::new(), Vec::new(), None);
         let Some(map) = self.store.disks().map() else { return (good, None) };
         for &index in &task.rebuild {
@@ -192,7 +202,7 @@ impl Inner {
             }
         }
         if !lost.is_empty() {
-            match self.rebuild(task, &lost).await {
+            match self.rebuild(task, &lost, held).await {
                 Ok((mut done, rest)) => {
                     good.append(&mut done);
                     trouble = rest.or(trouble);
@@ -204,7 +214,12 @@ impl Inner {
     }
 
     /// Rebuilds chunks of one extent together, reading its other chunks once.
-    async fn rebuild(&self, task: &Task, lost: &[Lost]) -> Result<(Vec<u8>, Option<RebuildError>), RebuildError> {
+    async fn rebuild(
+        &self,
+        task: &Task,
+        lost: &[Lost],
+        held: &Held,
+    ) -> Result<(Vec<u8>, Option<RebuildError>), RebuildError> {
         let extent = &task.extent;
         crate::object::check_extent(extent).map_err(RebuildError::Record)?;
         let codec = self.store.codec(extent.k, extent.m).map_err(ReadError::Codec)?;
@@ -226,13 +241,18 @@ impl Inner {
                 sinks.push((lost, Sink::Memory(Vec::new())));
                 continue;
             }
-            match within(lost.client.begin_chunk(lost.id, spec)).await {
+            match within(lost.client.begin_chunk_under(held.stamp(), lost.id, spec)).await {
                 Ok(writer) => sinks.push((lost, Sink::Disk(Box::new(writer)))),
-                Err(error) => trouble = Some(self.disk_failed(lost, error)),
+                Err(error) => trouble = Some(self.disk_failed(lost, error, held)),
             }
         }
 
-        let exclude: ChunkSet = lost.iter().map(|lost| lost.index).collect();
+        // While a slot moves its chunk may still be read where it was; else what is lost can only be computed.
+        let map = self.store.disks().map();
+        let moves = |index| {
+            map.as_ref().and_then(|map| slot_of(map, extent, index)).is_some_and(|slot| slot.previous.is_some())
+        };
+        let exclude: ChunkSet = lost.iter().map(|lost| lost.index).filter(|index| !moves(*index)).collect();
         let avoid = Avoid::default();
         let blocks = u32::try_from(block_count(chunk_len)).map_err(|error| RebuildError::Record(error.to_string()))?;
         let step = u32::try_from(self.settings().window_bytes / BLOCK_BYTES).unwrap_or(1).clamp(1, 64);
@@ -253,7 +273,12 @@ impl Inner {
             for (lost, mut sink) in sinks {
                 let mut written = Ok(());
                 for block in window.clone() {
-                    let bytes = decode_back(&codec, &got, lost.index, block, block_len(chunk_len, block))?;
+                    let bytes = if got.sources(block).contains(lost.index) {
+                        // Read and verified, not computed.
+                        got.get(lost.index, block).cloned().unwrap_or_default()
+                    } else {
+                        decode_back(&codec, &got, lost.index, block, block_len(chunk_len, block))?
+                    };
                     if block == sampled {
                         samples.push((lost.index, bytes.clone()));
                     }
@@ -270,7 +295,7 @@ impl Inner {
                 }
                 match written {
                     Ok(()) => going.push((lost, sink)),
-                    Err(error) => trouble = Some(self.disk_failed(lost, error)),
+                    Err(error) => trouble = Some(self.disk_failed(lost, error, held)),
                 }
             }
             sinks = going;
@@ -279,7 +304,7 @@ impl Inner {
         let mut done = Vec::with_capacity(sinks.len());
         for (lost, sink) in sinks {
             let sample = samples.iter().find(|(index, _)| *index == lost.index).map(|(_, bytes)| bytes.clone());
-            match self.finish(lost, spec, sink, sampled, sample).await {
+            match self.finish(lost, spec, sink, (sampled, sample), held).await {
                 Ok(()) => {
                     add(&self.counters().chunks_rebuilt, 1);
                     add(&self.counters().bytes_rebuilt, chunk_len);
@@ -291,43 +316,37 @@ impl Inner {
         // An extent that was deleted meanwhile must not be left with chunks nobody knows of.
         if !done.is_empty() && self.alive(task.shard, vec![(extent.group, extent.extent)]).await? == [false] {
             for lost in &done {
-                let _ = lost
-                    .client
-                    .control(
-                        ControlRequest::DeleteChunks { chunks: vec![lost.id], lease: None },
-                        self.settings().control_deadline,
-                    )
-                    .await;
+                let _ = self.delete_on(lost.disk, vec![lost.id], held).await;
             }
         }
         Ok((done.iter().map(|lost| lost.index).collect(), trouble))
     }
 
-    /// Makes a rebuilt chunk durable, has it read back on its disk, and holds one of its blocks against what was decoded.
+    /// Makes a rebuilt chunk durable, has it read back on its disk, and holds one of its blocks against what was
+    /// decoded.
     async fn finish(
         &self,
         lost: &Lost,
         spec: ChunkSpec,
         sink: Sink,
-        sampled: u32,
-        sample: Option<Bytes>,
+        (sampled, sample): (u32, Option<Bytes>),
+        held: &Held,
     ) -> Result<(), RebuildError> {
         let stored = match sink {
             Sink::Disk(writer) => within(writer.finish()).await,
             Sink::Memory(pieces) => {
                 // Whole and verified in memory: now the corrupt one may go.
-                let request = ControlRequest::DeleteChunks { chunks: vec![lost.id], lease: None };
-                match lost.client.control(request, self.settings().control_deadline).await {
-                    Ok(ControlResponse::Deleted(_)) => within(lost.client.put_chunk(lost.id, spec, pieces)).await,
-                    Ok(other) => Err(ChunkError::Disk(format!("{other:?}"))),
-                    Err(error) => Err(ChunkError::Link(error)),
+                if self.delete_on(lost.disk, vec![lost.id], held).await.is_empty() {
+                    within(lost.client.put_chunk_under(held.stamp(), lost.id, spec, pieces)).await
+                } else {
+                    Err(ChunkError::Disk("the corrupt chunk could not be deleted".to_owned()))
                 }
             }
         };
         match stored {
             // Another healer was faster, or a resend: what is there is judged by the verification.
             Ok(()) | Err(ChunkError::AlreadyThere) => {}
-            Err(error) => return Err(self.disk_failed(lost, error)),
+            Err(error) => return Err(self.disk_failed(lost, error, held)),
         }
         match self.verify(&lost.client, lost.disk, lost.id).await? {
             ChunkHealth::Good => {}
@@ -335,7 +354,7 @@ impl Inner {
         }
         let read = within(lost.client.read_blocks(lost.id, sampled, 1))
             .await
-            .map_err(|error| self.disk_failed(lost, error))?;
+            .map_err(|error| self.disk_failed(lost, error, held))?;
         if read.data.first() != sample.as_ref() {
             return Err(RebuildError::Refuted { index: lost.index, block: sampled });
         }
@@ -356,7 +375,10 @@ impl Inner {
         Err(RebuildError::Disk { disk, error })
     }
 
-    fn disk_failed(&self, lost: &Lost, error: ChunkError) -> RebuildError {
+    fn disk_failed(&self, lost: &Lost, error: ChunkError, held: &Held) -> RebuildError {
+        if let ChunkError::StaleLease { current } = error {
+            held.refused(current);
+        }
         self.store.disks().failed(lost.disk, &error);
         RebuildError::Disk { disk: lost.disk, error }
     }
@@ -366,8 +388,9 @@ async fn within<T>(work: impl std::future::Future<Output = Result<T, ChunkError>
     tokio::time::timeout(WRITE_DEADLINE, work).await.unwrap_or(Err(ChunkError::Link(LinkError::Timeout)))
 }
 
-/// A rebuilt block, checked by decoding back: one of the blocks it was made from is computed anew from it and the others, and must
-/// come out as it was read. A fault of memory, of a kernel or of a plan is found here, before anything relies on the chunk.
+/// A rebuilt block, checked by decoding back: one of the blocks it was made from is computed anew from it and the
+/// others, and must come out as it was read. A fault of memory, of a kernel or of a plan is found here, before anything
+/// relies on the chunk.
 fn decode_back(codec: &Codec, got: &Blocks, index: u8, block: u32, len_bytes: u64) -> Result<Bytes, RebuildError> {
     let hole = || RebuildError::Record(format!("no block {block} of chunk {index}"));
     let rebuilt = got.get(index, block).filter(|bytes| u64::try_from(bytes.len()) == Ok(len_bytes)).ok_or_else(hole)?;

@@ -1,8 +1,8 @@
 //! What is missing? Finds it and puts it into the durable repair queues.
 //!
-//! Readers report what they meet. Beyond that, every disk is walked once when the gateway starts, when it takes over slots, and when
-//! it comes back after having been away: it may have come back empty, or with less than it had. A walk compares what the shards
-//! say should lie on the disk with the disk's index; it reads no payload.
+//! Readers report what they meet. Beyond that, every disk is walked once when the gateway starts, when it takes over
+//! slots, and when it comes back after having been away: it may have come back empty, or with less than it had. A walk
+//! compares what the shards say should lie on the disk with the disk's index; it reads no payload.
 
 use super::{lock, unexpected, Inner, MetaClientError};
 use crate::disks::DiskHealth;
@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 /// Reports or chunks per request.
-const BATCH: usize = 1000;
+pub(super) const BATCH: usize = 1000;
 /// Pause between two pages of a walk: it is in no hurry, clients are.
 const PAGE_PAUSE: Duration = Duration::from_millis(5);
 
@@ -55,7 +55,8 @@ impl Inner {
         }
     }
 
-    /// Sends reports to their shards, or to all where the owner is not known; answers those that could not be delivered.
+    /// Sends reports to their shards, or to all where the owner is not known; answers those that could not be
+    /// delivered.
     async fn deliver(&self, reports: Vec<Report>) -> Vec<Report> {
         let all = self.meta.shards();
         let mut by_shard: BTreeMap<ShardId, Vec<ChunkRef>> = BTreeMap::new();
@@ -118,7 +119,9 @@ impl Inner {
         walked.retain(|disk, _| map.disk(*disk).is_some());
         let mut due = Due::new();
         for (id, group) in &map.groups {
-            for (slot, disk) in group.slots.iter().map(|slot| &slot.current).enumerate() {
+            // Slots that move are looked after by their own queue.
+            let resting = group.slots.iter().enumerate().filter(|(_, slot)| slot.previous.is_none());
+            for (slot, disk) in resting.map(|(number, slot)| (number, &slot.current)) {
                 let (Some(times_up), Ok(slot)) = (up.get(disk), u8::try_from(slot)) else { continue };
                 let known = walked
                     .get(disk)
@@ -212,7 +215,7 @@ impl Inner {
     }
 
     /// Which of these chunks a disk does not have; None when it does not answer.
-    async fn absent(&self, disk: DiskId, batch: &Batch) -> Option<Vec<ChunkRef>> {
+    pub(super) async fn absent(&self, disk: DiskId, batch: &[(ChunkId, ChunkRef)]) -> Option<Vec<ChunkRef>> {
         let client = self.store.disks().client(disk)?;
         let mut absent = Vec::new();
         for part in batch.chunks(BATCH) {

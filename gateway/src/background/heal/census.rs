@@ -1,7 +1,7 @@
 //! A count of chunks made by reading their bytes, never by trusting a job's word.
 //!
-//! Every shard lists its extents, and every chunk of them is read and checked by the disk node that holds it. What it finds missing or
-//! corrupt it queues for repair. Memory: a page of extents, whatever the size of the cluster.
+//! Every shard lists its extents, and every chunk of them is read and checked by the disk node that holds it. What it
+//! finds missing or corrupt it queues for repair. Memory: a page of extents, whatever the size of the cluster.
 
 use super::{unexpected, MetaClient, MetaClientError};
 use crate::disks::DiskHealth;
@@ -130,8 +130,8 @@ pub async fn census(
     Ok(census)
 }
 
-/// Puts what is missing or corrupt on the shard's repair queue: nobody may ever read it, so nobody else may find it. Gives how many.
-/// Failing to does not fail the census, whose first duty is the count.
+/// Puts what is missing or corrupt on the shard's repair queue: nobody may ever read it, so nobody else may find it.
+/// Gives how many. Failing to does not fail the census, whose first duty is the count.
 async fn queue_damage(
     meta: &dyn MetaClient,
     shard: ShardId,

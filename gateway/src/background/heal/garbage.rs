@@ -1,17 +1,20 @@
 //! The garbage queues' worker: deletes the chunks of extents that lost their last reference.
 //!
-//! An extent is deleted only when it waited out the grace and its shard, asked by a linearizable read, does not own it. It leaves the
-//! queue only when every disk that may hold a chunk of it has answered; a disk that is down keeps it queued.
+//! An extent is deleted only when it waited out the grace and its shard, asked by a linearizable read, does not own it.
+//! It leaves the queue only when every disk that may hold a chunk of it has answered; a disk that is down keeps it
+//! queued.
 
 use super::{unexpected, Inner, MetaClientError};
-use crate::object::{add, chunk_id, disk_of, now_ms};
+use crate::background::command_under;
+use crate::background::leases::Held;
+use crate::object::{add, chunk_id, now_ms, slot_of};
 use futures::stream::{self, StreamExt};
 use granary_meta::record::ExtentRef;
 use granary_meta::{Answer, Command, Query};
 use granary_placement::id::{DiskId, ExtentId, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_wire::chunk::ChunkId;
-use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
 
@@ -23,14 +26,14 @@ const CHUNKS_PER_REQUEST: usize = 1000;
 const DISKS_AT_ONCE: usize = 16;
 
 impl Inner {
-    pub(super) async fn garbage_loop(&self) {
+    pub(super) async fn garbage_loop(&self, held: &Held) {
         let mut not_before: HashMap<ShardId, Instant> = HashMap::new();
         loop {
             for shard in self.meta.shards() {
                 if not_before.get(&shard).is_some_and(|at| Instant::now() < *at) {
                     continue;
                 }
-                match self.collect(shard).await {
+                match self.collect(shard, held).await {
                     Ok(true) => {
                         not_before.remove(&shard);
                     }
@@ -48,7 +51,7 @@ impl Inner {
     }
 
     /// Empties a shard's queue of what is old enough. False when something had to stay.
-    async fn collect(&self, shard: ShardId) -> Result<bool, MetaClientError> {
+    async fn collect(&self, shard: ShardId, held: &Held) -> Result<bool, MetaClientError> {
         let grace_ms = u64::try_from(self.settings().garbage_grace.as_millis()).unwrap_or(u64::MAX);
         let until_ms = now_ms().saturating_sub(grace_ms);
         loop {
@@ -73,7 +76,7 @@ impl Inner {
                     dead.push((queued_ms, extent));
                 }
             }
-            let failed = self.delete(&map, &dead).await;
+            let failed = self.delete(&map, &dead, held).await;
             let done: Vec<(u64, ExtentId)> = dead
                 .iter()
                 .map(|(queued_ms, extent)| (*queued_ms, extent.extent))
@@ -81,7 +84,8 @@ impl Inner {
                 .collect();
             let (count, stuck) = (done.len(), failed.len());
             if count > 0 {
-                self.meta.command(shard, Command::GarbageDone { extents: done, lease: super::stamp() }).await?;
+                let done = Command::GarbageDone { extents: done, lease: held.stamp().clone() };
+                command_under(&*self.meta, held, shard, done).await?;
                 add(&self.counters().garbage_extents_deleted, u64::try_from(count).unwrap_or(0));
             }
             if stuck > 0 || count == 0 {
@@ -94,23 +98,25 @@ impl Inner {
     }
 
     /// Deletes all chunks of these extents; answers the extents of which some disk did not confirm it.
-    async fn delete(&self, map: &ClusterMap, extents: &[(u64, ExtentRef)]) -> BTreeSet<ExtentId> {
+    async fn delete(&self, map: &ClusterMap, extents: &[(u64, ExtentRef)], held: &Held) -> BTreeSet<ExtentId> {
         let mut failed = BTreeSet::new();
         let mut by_disk: BTreeMap<DiskId, Vec<ChunkId>> = BTreeMap::new();
         for (_, extent) in extents {
             for index in (0..u8::MAX).take(extent.slots.len()) {
-                match disk_of(map, extent, index) {
-                    // A disk that left for good took its chunks with it.
-                    Some(disk) if map.disk(disk).is_none_or(|disk| disk.state == DiskState::Out) => {}
-                    Some(disk) => by_disk.entry(disk).or_default().push(chunk_id(extent, index)),
-                    None => {
-                        failed.insert(extent.extent);
-                    }
+                let Some(slot) = slot_of(map, extent, index) else {
+                    failed.insert(extent.extent);
+                    continue;
+                };
+                // While a slot moves, its chunks may lie on either disk. One that left for good took its chunks with
+                // it.
+                let serves = |disk: &DiskId| map.disk(*disk).is_some_and(|disk| disk.state != DiskState::Out);
+                for disk in slot.disks().filter(serves) {
+                    by_disk.entry(disk).or_default().push(chunk_id(extent, index));
                 }
             }
         }
         let unconfirmed: Vec<Vec<ChunkId>> = stream::iter(by_disk)
-            .map(|(disk, chunks)| self.delete_on(disk, chunks))
+            .map(|(disk, chunks)| self.delete_on(disk, chunks, held))
             .buffer_unordered(DISKS_AT_ONCE)
             .collect()
             .await;
@@ -119,15 +125,17 @@ impl Inner {
     }
 
     /// Deletes chunks on one disk; answers those it did not confirm.
-    async fn delete_on(&self, disk: DiskId, mut chunks: Vec<ChunkId>) -> Vec<ChunkId> {
+    pub(super) async fn delete_on(&self, disk: DiskId, mut chunks: Vec<ChunkId>, held: &Held) -> Vec<ChunkId> {
         let Some(client) = self.store.disks().client(disk) else { return chunks };
         while !chunks.is_empty() {
             let part: Vec<ChunkId> = chunks.iter().take(CHUNKS_PER_REQUEST).copied().collect();
             let count = part.len();
-            match client
-                .control(ControlRequest::DeleteChunks { chunks: part, lease: None }, self.settings().control_deadline)
-                .await
-            {
+            let request = ControlRequest::DeleteChunks { chunks: part, lease: Some(held.stamp().clone()) };
+            match client.control(request, self.settings().control_deadline).await {
+                Ok(ControlResponse::Error(ControlError::StaleLease { current })) => {
+                    held.refused(current);
+                    return chunks;
+                }
                 Ok(ControlResponse::Deleted(_)) => {
                     chunks.drain(..count);
                 }

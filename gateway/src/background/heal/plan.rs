@@ -3,11 +3,12 @@
 //! Extents that can bear the fewest further failures come first, then those that wait longest. A look over a long queue
 //! keeps only the most urgent ones, so its memory does not grow with the queue.
 
+use crate::backoff::Backoff;
 use granary_meta::record::{ExtentRecord, ExtentRef};
 use granary_meta::ChunkRef;
 use granary_placement::id::{ExtentId, HashSlot, ShardId};
 use std::collections::{BTreeMap, HashMap};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Failed rebuilds remembered.
 const REMEMBERED: usize = 16 * 1024;
@@ -141,11 +142,11 @@ impl<'a> Planner<'a> {
 
 /// When failed rebuilds may be tried again.
 #[derive(Debug, Default)]
-pub struct Backoff {
+pub struct Retries {
     failed: HashMap<ExtentId, (u32, Instant)>,
 }
 
-impl Backoff {
+impl Retries {
     /// Whether an extent may be tried now.
     pub fn is_ready(&self, extent: ExtentId, now: Instant) -> bool {
         self.failed.get(&extent).is_none_or(|(_, not_before)| now >= *not_before)
@@ -153,7 +154,7 @@ impl Backoff {
 
     /// A rebuild failed: the next pause is twice the last. Beyond a bound new failures are not remembered, and tried at
     /// each pass.
-    pub fn failed(&mut self, extent: ExtentId, now: Instant, first: Duration, longest: Duration) {
+    pub fn failed(&mut self, extent: ExtentId, now: Instant, backoff: &Backoff) {
         if self.failed.len() >= REMEMBERED && !self.failed.contains_key(&extent) {
             self.failed.retain(|_, (_, not_before)| *not_before > now);
             if self.failed.len() >= REMEMBERED {
@@ -161,8 +162,8 @@ impl Backoff {
             }
         }
         let (times, not_before) = self.failed.entry(extent).or_insert((0, now));
-        *not_before = now + first.saturating_mul(1 << (*times).min(16)).min(longest);
-        *times += 1;
+        *times = times.saturating_add(1);
+        *not_before = now + backoff.base(*times);
     }
 
     /// It worked.
@@ -178,6 +179,7 @@ mod tests {
     use granary_meta::record::BucketId;
     use granary_placement::id::PlacementGroupId;
     use granary_placement::scheme::CodecId;
+    use std::time::Duration;
 
     fn record(number: u8) -> ExtentRecord {
         let extent = ExtentRef {
@@ -244,10 +246,10 @@ mod tests {
 
     #[test]
     fn a_failed_extent_waits_longer_each_time_and_is_forgotten_when_done() {
-        let (mut backoff, start, extent) = (Backoff::default(), Instant::now(), ExtentId([1; 16]));
-        let (first, longest) = (Duration::from_secs(5), Duration::from_secs(12));
+        let (mut backoff, start, extent) = (Retries::default(), Instant::now(), ExtentId([1; 16]));
+        let pauses = Backoff { first: Duration::from_secs(5), longest: Duration::from_secs(12) };
         for wait_s in [5, 10, 12, 12] {
-            backoff.failed(extent, start, first, longest);
+            backoff.failed(extent, start, &pauses);
             assert!(!backoff.is_ready(extent, start + Duration::from_secs(wait_s) - Duration::from_millis(1)));
             assert!(backoff.is_ready(extent, start + Duration::from_secs(wait_s)));
         }

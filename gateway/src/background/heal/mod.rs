@@ -1,19 +1,22 @@
 //! The healer: brings every extent back to K+M good chunks, and takes away what nobody owns any more.
 //!
 //! Reading order:
-//! - this file: the seam to the metadata shards, settings, the tasks and how they stop;
-//! - [`look`]: what is missing? Reports of readers, and walks over the groups of a disk that is new or was away, into the durable
-//!   repair queues of the shards;
+//! - this file: settings, status, the tasks and how they stop;
+//! - [`look`]: what is missing? Reports of readers, and walks over the groups of a disk that is new or was away, into
+//!   the durable repair queues of the shards;
+//! - [`slots`]: slots that got another disk: everything in them is brought there, before the old disk is forgotten;
 //! - [`plan`]: pure; what to rebuild first;
 //! - [`rebuild`]: one extent: read K, decode, write, verify; [`pace`]: how much of that at a time;
 //! - [`garbage`]: chunks of extents that their shard says are dead;
 //! - [`census`]: counts chunks by reading their bytes, never by trusting a job's word.
 //!
-//! Everything here is idempotent: several gateways may heal at once, and a healer may stop at any point. What is to be done stands in
-//! the shards' queues, never only here.
+//! One gateway at a time heals, and one collects garbage (see [`leases`](super::leases)); reports of readers go out
+//! from every gateway. Everything here is idempotent all the same, and a healer may stop at any point: what is to be
+//! done stands in the shards' queues, never only here.
 //!
 //! **Invariant:** a chunk leaves the repair queue only after its bytes were read back from its disk and verified.
-//! **Invariant:** nothing of an extent that its shard owns is ever deleted, but for a corrupt chunk whose replacement is at hand.
+//! **Invariant:** nothing of an extent that its shard owns is ever deleted, but for a corrupt chunk whose replacement
+//! is at hand.
 
 pub mod census;
 mod garbage;
@@ -21,63 +24,28 @@ mod look;
 pub mod pace;
 pub mod plan;
 mod rebuild;
+mod slots;
 
+pub use super::{MetaClient, MetaClientError};
 pub use census::{Census, CensusProgress};
 
+use super::leases::{Held, Holder, LeaseSettings};
 use crate::object::{ObjectCounters, ObjectStore};
-use crate::shards::Shards;
-use granary_meta::{Answer, Command, Query, Reply};
+use bytes::Bytes;
+use granary_meta::{Answer, Query};
 use granary_placement::id::{DiskId, ExtentId, ShardId};
-use granary_placement::lease::LeaseStamp;
 use granary_placement::settings::Values;
 use look::Walked;
 use pace::Pace;
-use plan::Backoff;
+use plan::Retries;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{watch, Notify};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-
-/// A metadata shard did not do what it was asked.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("shard {shard}: {detail}")]
-pub struct MetaClientError {
-    /// Which shard.
-    pub shard: ShardId,
-    /// What happened.
-    pub detail: String,
-}
-
-/// The way to the metadata shards, as far as the healer needs it.
-#[async_trait::async_trait]
-pub trait MetaClient: Send + Sync + 'static {
-    /// Applies a command to a shard.
-    async fn command(&self, shard: ShardId, command: Command) -> Result<Reply, MetaClientError>;
-    /// Reads from a shard, linearizably.
-    async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, MetaClientError>;
-    /// The shards that hold objects.
-    fn shards(&self) -> Vec<ShardId>;
-}
-
-#[async_trait::async_trait]
-impl MetaClient for Shards {
-    async fn command(&self, shard: ShardId, command: Command) -> Result<Reply, MetaClientError> {
-        Shards::command(self, shard, command)
-            .await
-            .map_err(|error| MetaClientError { shard, detail: error.to_string() })
-    }
-
-    async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, MetaClientError> {
-        Shards::query(self, shard, query).await.map_err(|error| MetaClientError { shard, detail: error.to_string() })
-    }
-
-    fn shards(&self) -> Vec<ShardId> {
-        self.object_shards()
-    }
-}
 
 /// How the healer works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,10 +70,16 @@ pub struct HealSettings {
     pub garbage_grace: Duration,
     /// Pause after garbage could not be deleted everywhere.
     pub garbage_backoff: Duration,
+    /// How long a slot that got another disk is left alone: by then every gateway writes to the new one.
+    pub move_settle: Duration,
     /// How long a control request without disk reads may take.
     pub control_deadline: Duration,
     /// How long the verification of a batch of chunks may take.
     pub verify_deadline: Duration,
+    /// Leases of the tasks.
+    pub lease: LeaseSettings,
+    /// Where this gateway is found, for the status pages of others.
+    pub address: String,
 }
 
 impl HealSettings {
@@ -124,6 +98,9 @@ impl HealSettings {
             garbage_backoff: values.time("heal.garbage_backoff"),
             control_deadline: values.time("heal.control_deadline"),
             verify_deadline: values.time("heal.verify_deadline"),
+            move_settle: Duration::from_secs(10),
+            lease: LeaseSettings::default(),
+            address: String::new(),
         }
     }
 }
@@ -134,13 +111,24 @@ impl Default for HealSettings {
     }
 }
 
-/// How healing stands, for status pages.
+/// The task of repairs and walks: one lease for both, since walks fill the queues that repairs empty.
+pub const HEAL_TASK: &str = "heal";
+/// The task of collecting garbage.
+pub const GARBAGE_TASK: &str = "garbage";
+
+/// Longest progress in a lease, in bytes; the root shard takes no longer one.
+const MAX_PROGRESS_BYTES: usize = 4096;
+
+/// How healing stands, for status pages. Its holder publishes it with its lease, as JSON.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct HealStatus {
     /// Chunks in the repair queues at the last look.
     pub queued_chunks: u64,
     /// Extents of them by the failures they can still bear; negative: more missing than coding chunks.
     pub extents_by_failures_left: BTreeMap<i32, u64>,
+    /// Slots that move and are not all on their new disks yet.
+    pub queued_slots: u64,
     /// Extents that wait because a rebuild failed or their disk does not answer.
     pub waiting_extents: u64,
     /// Disks whose chunks are still to be looked at, or are being looked at.
@@ -167,7 +155,7 @@ struct Inner {
     poke: Notify,
     tasks: TaskTracker,
     stop: CancellationToken,
-    backoff: Mutex<Backoff>,
+    backoff: Mutex<Retries>,
     walked: Mutex<HashMap<DiskId, Walked>>,
     /// Where the next look at a repair queue that is longer than one pass goes on.
     cursors: Mutex<HashMap<ShardId, granary_meta::ChunkRef>>,
@@ -175,8 +163,8 @@ struct Inner {
 }
 
 impl Healer {
-    /// Starts the tasks; they end when `stop` is cancelled. Must be called inside a tokio runtime. Every pass works by the settings
-    /// that are in force when it begins.
+    /// Starts the tasks; they end when `stop` is cancelled. Must be called inside a tokio runtime. Every pass works by
+    /// the settings that are in force when it begins.
     pub fn start(
         store: ObjectStore,
         meta: Arc<dyn MetaClient>,
@@ -198,14 +186,12 @@ impl Healer {
             status: Mutex::default(),
         });
         let healer = Healer { inner };
-        let repair = healer.inner.clone();
-        healer.spawn(async move { repair.repair_loop().await });
         let reports = healer.inner.clone();
         healer.spawn(async move { reports.report_loop().await });
-        let walks = healer.inner.clone();
-        healer.spawn(async move { walks.walk_loop().await });
-        let garbage = healer.inner.clone();
-        healer.spawn(async move { garbage.garbage_loop().await });
+        healer.own(HEAL_TASK, |inner, held| async move {
+            tokio::join!(inner.repair_loop(&held), inner.walk_loop());
+        });
+        healer.own(GARBAGE_TASK, |inner, held| async move { inner.garbage_loop(&held).await });
         healer.inner.tasks.close();
         healer
     }
@@ -220,17 +206,29 @@ impl Healer {
         });
     }
 
+    /// Does a task whenever this gateway holds its lease.
+    fn own<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        task: &'static str,
+        work: impl Fn(Arc<Inner>, Held) -> F + Send + Sync + 'static,
+    ) {
+        let (inner, stop) = (self.inner.clone(), self.inner.stop.clone());
+        let settings = inner.settings();
+        let holder = Holder::new(inner.meta.clone(), settings.lease, task, settings.address.clone());
+        self.inner.tasks.spawn(async move {
+            let progress = || inner.progress(task);
+            holder.run(progress, |held| work(inner.clone(), held), stop).await;
+        });
+    }
+
     /// Looks at the repair queues now. Called after a commit that named missing chunks.
     pub fn poke(&self) {
         self.inner.poke.notify_one();
     }
 
-    /// How it stands.
+    /// How it stands as far as this gateway knows, which is all there is to know only while it holds the lease.
     pub fn status(&self) -> HealStatus {
-        let mut status = lock(&self.inner.status).clone();
-        status.bytes_per_s = self.inner.pace.bytes_per_s();
-        status.paused = self.inner.pace.is_paused();
-        status
+        self.inner.status()
     }
 
     /// The ceiling and the pause, both changeable while it runs.
@@ -238,7 +236,8 @@ impl Healer {
         &self.inner.pace
     }
 
-    /// Counts the chunks of the cluster by having every one read and checked on its disk. `progress` is called after each page.
+    /// Counts the chunks of the cluster by having every one read and checked on its disk. `progress` is called after
+    /// each page.
     ///
     /// # Errors
     /// A shard that does not answer: a census with holes is none. A disk that does not answer is part of the count.
@@ -254,6 +253,29 @@ impl Healer {
 }
 
 impl Inner {
+    /// What is published with the lease of a task.
+    fn progress(&self, task: &str) -> Bytes {
+        if task != HEAL_TASK {
+            return Bytes::from_static(b"{}");
+        }
+        let mut status = self.status();
+        loop {
+            let text = serde_json::to_vec(&status).unwrap_or_default();
+            if text.len() <= MAX_PROGRESS_BYTES || status.disks_to_walk.is_empty() {
+                return text.into();
+            }
+            let half = status.disks_to_walk.len() / 2;
+            status.disks_to_walk.truncate(half);
+        }
+    }
+
+    fn status(&self) -> HealStatus {
+        let mut status = lock(&self.status).clone();
+        status.bytes_per_s = self.pace.bytes_per_s();
+        status.paused = self.pace.is_paused();
+        status
+    }
+
     fn settings(&self) -> HealSettings {
         self.settings.borrow().clone()
     }
@@ -284,13 +306,7 @@ async fn settings_change(seen: &mut watch::Receiver<HealSettings>) {
 }
 
 fn unexpected(shard: ShardId, answer: &impl std::fmt::Debug) -> MetaClientError {
-    let text: String = format!("{answer:?}").chars().take(80).collect();
-    MetaClientError { shard, detail: format!("unexpected answer: {text}") }
-}
-
-/// The stamp of a healer that holds no lease: shards refuse it once they hear of a holder of the task.
-fn stamp() -> LeaseStamp {
-    LeaseStamp { task: "heal".to_owned(), epoch: 0 }
+    MetaClientError::unexpected(shard, answer)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

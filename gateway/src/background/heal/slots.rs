@@ -1,0 +1,267 @@
+//! Slots that move: brings everything that belongs into a slot of a placement group to the slot's current disk.
+//!
+//! A slot whose disk changed names the disk before as `previous`. It is queued once in every shard, durably, with a
+//! cursor: the shard's extents of the group are taken in order, what the current disk lacks is brought there, and the
+//! cursor follows. When no shard has the slot queued any more, everything was found on the current disk; then what lies
+//! on the previous disk is deleted, and a change of the map drops it.
+//!
+//! **Invariant:** a slot's previous disk is dropped only after every extent of its group was looked for on the current
+//! disk, under this very pair of disks: a slot that changes again is queued anew, and the change of the map is made on
+//! the map that was looked at.
+
+use super::look::BATCH;
+use super::plan::Task;
+use super::{lock, unexpected, Inner, MetaClientError};
+use crate::background::command_under;
+use crate::background::leases::Held;
+use crate::object::{add, chunk_id};
+use crate::ops::change::FinishedMove;
+use crate::ops::finish_moves;
+use futures::stream::{self, StreamExt};
+use granary_meta::record::{ExtentRecord, RepairSlotRecord};
+use granary_meta::{Answer, ChunkRef, Command, Query};
+use granary_placement::id::{DiskId, Epoch, ExtentId, HashSlot, PlacementGroupId, ShardId};
+use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
+use granary_wire::chunk::ChunkId;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+/// Extents looked at between two notes of the cursor.
+const PAGE: u32 = 256;
+/// Queued slots per page of a shard's queue.
+const SLOTS_PER_PAGE: u32 = 1000;
+/// Slots queued by one command.
+const SLOTS_PER_COMMAND: usize = 1000;
+
+/// A slot of a placement group.
+type SlotId = (PlacementGroupId, u8);
+
+/// Which moves were queued, by which map. Kept by whoever holds the lease, for as long as it does.
+#[derive(Debug, Default)]
+pub(super) struct Moves {
+    /// The map whose moves were queued in every shard, and when that was.
+    epoch: Option<(Epoch, Instant)>,
+    queued: BTreeMap<SlotId, GroupSlot>,
+}
+
+/// What came of a look at one queued slot.
+enum Look {
+    /// Everything in it is on the current disk.
+    Done,
+    /// A page of it is; there is more.
+    Further,
+    /// Nothing can be done just now.
+    Waits,
+}
+
+/// The slots of a map that move.
+pub(super) fn moving(map: &ClusterMap) -> BTreeMap<SlotId, GroupSlot> {
+    let slots = map.groups.iter().flat_map(|(group, entry)| (0u8..).zip(&entry.slots).map(|slot| (*group, slot)));
+    let moving = slots.filter(|(_, (_, slot))| slot.previous.is_some());
+    moving.map(|(group, (number, slot))| ((group, number), *slot)).collect()
+}
+
+impl Inner {
+    /// One round over the slots that move. Answers how many pages of them came further.
+    pub(super) async fn slots_pass(&self, moves: &mut Moves, held: &Held) -> usize {
+        let Some(map) = self.store.disks().map() else { return 0 };
+        match self.try_slots_pass(&map, moves, held).await {
+            Ok(progress) => progress,
+            Err(error) => {
+                tracing::debug!(%error, "slots that move could not be looked after");
+                0
+            }
+        }
+    }
+
+    async fn try_slots_pass(&self, map: &ClusterMap, moves: &mut Moves, held: &Held) -> Result<usize, MetaClientError> {
+        let moving = moving(map);
+        if moves.epoch.is_none_or(|(epoch, _)| epoch != map.epoch) {
+            // Without knowing what an earlier holder had seen, all that moves is looked at from the beginning.
+            let anew = moving.iter().filter(|(id, slot)| moves.queued.get(id) != Some(slot));
+            let anew: Vec<SlotId> = anew.map(|(id, _)| *id).collect();
+            for shard in self.meta.shards() {
+                for slots in anew.chunks(SLOTS_PER_COMMAND) {
+                    let queue = Command::QueueRepair { slots: slots.to_vec(), lease: held.stamp().clone() };
+                    command_under(&*self.meta, held, shard, queue).await?;
+                }
+            }
+            (moves.epoch, moves.queued) = (Some((map.epoch, Instant::now())), moving.clone());
+        }
+        // Gateways that have not heard of the map yet may still write to the disks that it took slots from.
+        if moves.epoch.is_none_or(|(_, since)| since.elapsed() < self.settings().move_settle) {
+            return Ok(0);
+        }
+        let (mut progress, mut left) = (0, BTreeSet::new());
+        for shard in self.meta.shards() {
+            for (group, slot, record) in self.queued_slots(shard).await? {
+                match self.look_at_slot(map, shard, (group, slot), &record, held).await? {
+                    Look::Done => progress += 1,
+                    Look::Further => {
+                        progress += 1;
+                        left.insert((group, slot));
+                    }
+                    Look::Waits => {
+                        left.insert((group, slot));
+                    }
+                }
+            }
+        }
+        lock(&self.status).queued_slots = u64::try_from(left.len()).unwrap_or(u64::MAX);
+        let mut done = moving;
+        done.retain(|id, _| !left.contains(id));
+        if !done.is_empty() && self.clear_previous(map, &mut done, held).await? {
+            let finished: Vec<FinishedMove> = (done.iter())
+                .map(|((group, slot), was)| FinishedMove { group: *group, slot: usize::from(*slot), was: *was })
+                .collect();
+            // On the map that was looked at: when another was installed since, this one is refused and looked at again.
+            match finish_moves(map, &finished) {
+                Ok(next) => {
+                    tracing::info!(slots = finished.len(), epoch = next.epoch.0, "moves of slots are done");
+                    self.meta.set_map(next).await?;
+                }
+                Err(error) => tracing::warn!(%error, "moves of slots are done, but the map cannot say so"),
+            }
+        }
+        Ok(progress)
+    }
+
+    async fn queued_slots(
+        &self,
+        shard: ShardId,
+    ) -> Result<Vec<(PlacementGroupId, u8, RepairSlotRecord)>, MetaClientError> {
+        let (mut all, mut after) = (Vec::new(), None);
+        loop {
+            let query = Query::ListRepairSlots { after, limit: SLOTS_PER_PAGE };
+            let (slots, more) = match self.meta.query(shard, query).await? {
+                Answer::RepairSlots { slots, more } => (slots, more),
+                other => return Err(unexpected(shard, &other)),
+            };
+            after = slots.last().map(|(group, slot, _)| (*group, *slot));
+            all.extend(slots);
+            if !more || after.is_none() {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// Brings one page of a queued slot to its current disk.
+    async fn look_at_slot(
+        &self,
+        map: &ClusterMap,
+        shard: ShardId,
+        (group, slot): SlotId,
+        record: &RepairSlotRecord,
+        held: &Held,
+    ) -> Result<Look, MetaClientError> {
+        let Some(entry) = map.group(group).and_then(|entry| entry.slots.get(usize::from(slot))) else {
+            return Ok(Look::Waits);
+        };
+        if self.pace.is_paused() || !self.store.disks().writable(entry.current) {
+            return Ok(Look::Waits);
+        }
+        let after = record.cursor.map(|extent| (group, extent));
+        let (extents, more) = self.extents_of(shard, group, after, PAGE).await?;
+        let chunks: Vec<(ChunkId, ChunkRef, &ExtentRecord)> = in_slot(&extents, slot).collect();
+        let asked: Vec<(ChunkId, ChunkRef)> = chunks.iter().map(|(id, chunk, _)| (*id, *chunk)).collect();
+        let Some(absent) = self.absent(entry.current, &asked).await else { return Ok(Look::Waits) };
+        add(&self.counters().chunks_found_absent, u64::try_from(absent.len()).unwrap_or(0));
+        let tasks = chunks.iter().filter(|(_, chunk, _)| absent.contains(chunk)).map(|(_, chunk, record)| Task {
+            shard,
+            owner: HashSlot::of(record.bucket.0, &record.key),
+            extent: record.extent.clone(),
+            key: record.key.clone(),
+            rebuild: vec![chunk.index],
+            failures_left: i32::from(record.extent.m) - 1,
+            queued_ms: 0,
+        });
+        let tasks: Vec<Task> = tasks.collect();
+        let count = tasks.len();
+        let brought = stream::iter(tasks)
+            .map(|task| async move {
+                let (good, error) = self.repair(&task, held).await;
+                if let Some(error) = &error {
+                    tracing::debug!(extent = %task.extent.extent, %error, "a chunk could not be brought to its new disk");
+                }
+                usize::from(error.is_none() && good == task.rebuild)
+            })
+            .buffer_unordered(self.settings().extents_at_once.max(1))
+            .fold(0, |sum, one| async move { sum + one })
+            .await;
+        if brought < count {
+            // What was deleted meanwhile is not listed any more the next time.
+            return Ok(Look::Waits);
+        }
+        let (generation, lease) = (record.generation, held.stamp().clone());
+        match extents.last() {
+            Some(last) if more => {
+                let cursor = last.extent.extent;
+                let advance = Command::AdvanceRepair { group, slot, generation, cursor, lease };
+                command_under(&*self.meta, held, shard, advance).await?;
+                Ok(Look::Further)
+            }
+            _ => {
+                let done = Command::RepairSlotDone { group, slot, generation, lease };
+                command_under(&*self.meta, held, shard, done).await?;
+                Ok(Look::Done)
+            }
+        }
+    }
+
+    async fn extents_of(
+        &self,
+        shard: ShardId,
+        group: PlacementGroupId,
+        after: Option<(PlacementGroupId, ExtentId)>,
+        limit: u32,
+    ) -> Result<(Vec<ExtentRecord>, bool), MetaClientError> {
+        let query = Query::ExtentsOfGroup { group: Some(group), after, limit };
+        match self.meta.query(shard, query).await? {
+            Answer::Extents { extents, more } => Ok((extents, more)),
+            other => Err(unexpected(shard, &other)),
+        }
+    }
+
+    /// Deletes the chunks of these slots on their previous disks, which nobody would ask for them again. A slot whose
+    /// previous disk does not answer stays as it is until it does or is out. False when none is left.
+    async fn clear_previous(
+        &self,
+        map: &ClusterMap,
+        done: &mut BTreeMap<SlotId, GroupSlot>,
+        held: &Held,
+    ) -> Result<bool, MetaClientError> {
+        let serves = |disk: DiskId| map.disk(disk).is_some_and(|disk| disk.state != DiskState::Out);
+        for ((group, slot), entry) in done.clone() {
+            let Some(previous) = entry.previous.filter(|disk| serves(*disk)) else { continue };
+            'shards: for shard in self.meta.shards() {
+                let mut after = None;
+                loop {
+                    let (extents, more) =
+                        self.extents_of(shard, group, after, u32::try_from(BATCH).unwrap_or(1)).await?;
+                    let chunks: Vec<ChunkId> = in_slot(&extents, slot).map(|(id, _, _)| id).collect();
+                    if !self.delete_on(previous, chunks, held).await.is_empty() {
+                        done.remove(&(group, slot));
+                        break 'shards;
+                    }
+                    after = extents.last().map(|record| (group, record.extent.extent));
+                    if !more || after.is_none() {
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(!done.is_empty() && !held.is_lost())
+    }
+}
+
+/// The chunks of these extents that belong into a slot.
+fn in_slot(extents: &[ExtentRecord], slot: u8) -> impl Iterator<Item = (ChunkId, ChunkRef, &ExtentRecord)> {
+    extents.iter().flat_map(move |record| {
+        let extent = &record.extent;
+        let indices = (0u8..).zip(&extent.slots).filter(move |(_, of)| **of == slot);
+        indices.map(move |(index, _)| {
+            let chunk = ChunkRef { group: extent.group, extent: extent.extent, index };
+            (chunk_id(extent, index), chunk, record)
+        })
+    })
+}

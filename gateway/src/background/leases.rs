@@ -1,0 +1,447 @@
+//! Leases: at one time one gateway does each background task.
+//!
+//! A lease lives in the root shard as an epoch and a number of renewals; no clock is compared with another. Whoever
+//! wants a task watches both numbers, and when they stood still for the TTL by its own monotonic clock it takes the
+//! lease over, which raises the epoch. The holder renews several times within the TTL and stops its work by its own
+//! clock before others may take over.
+//!
+//! That is for order, not for safety: a holder that is paused between looking at its clock and acting still acts. So
+//! every command and chunk request of background work carries the [`LeaseStamp`], and shards and disks that heard of a
+//! later epoch refuse it. Whoever is told so gives the lease up at once.
+//!
+//! There is one lease per task for the whole cluster, not one per object shard: the healer must weigh the extents of
+//! all shards against each other to rebuild what is in most danger first, and one pace bounds what all repairs may read
+//! and write.
+//!
+//! - [`Watch`]: pure; when a lease may be taken over;
+//! - [`Holder`]: takes, renews, gives up; runs the work while it holds.
+
+use super::{MetaClient, MetaClientError};
+use crate::backoff::Backoff;
+use crate::shards::{random_id, random_per_mille};
+use bytes::Bytes;
+use granary_meta::record::LeaseRecord;
+use granary_meta::{Answer, Command, Query, Reply};
+use granary_placement::id::ShardId;
+use granary_placement::lease::LeaseStamp;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// How leases are timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeaseSettings {
+    /// A lease that was not renewed for this long may be taken over. The holder renews three times in it.
+    pub ttl: Duration,
+}
+
+impl Default for LeaseSettings {
+    fn default() -> LeaseSettings {
+        LeaseSettings { ttl: Duration::from_secs(15) }
+    }
+}
+
+impl LeaseSettings {
+    fn renew_every(&self) -> Duration {
+        self.ttl / 3
+    }
+
+    /// How long a holder works on after its last renewal that was confirmed: less than the TTL, so that it stops first.
+    fn work_on(&self) -> Duration {
+        self.ttl * 2 / 3
+    }
+}
+
+/// What a candidate has seen of a lease. Pure: the clock is handed in.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Watch {
+    /// Epoch and renewals, and since when they have stood still.
+    seen: Option<(u64, u64, Instant)>,
+}
+
+impl Watch {
+    /// Looks at the lease as it is now. Some: it may be taken, by naming this epoch and these renewals.
+    pub fn look(&mut self, lease: Option<&LeaseRecord>, now: Instant, ttl: Duration) -> Option<(u64, u64)> {
+        let Some(lease) = lease else {
+            self.seen = None;
+            return Some((0, 0));
+        };
+        let numbers = (lease.epoch, lease.renewals);
+        match self.seen {
+            Some((epoch, renewals, since)) if (epoch, renewals) == numbers => {
+                let stood_still = now.saturating_duration_since(since) >= ttl;
+                (lease.holder.is_none() || stood_still).then_some(numbers)
+            }
+            _ => {
+                self.seen = Some((numbers.0, numbers.1, now));
+                lease.holder.is_none().then_some(numbers)
+            }
+        }
+    }
+}
+
+/// A lease in hand. Clones are the same lease.
+#[derive(Debug, Clone)]
+pub struct Held {
+    stamp: LeaseStamp,
+    /// Who holds it: another one each time.
+    holder: [u8; 16],
+    /// What the holder before published last.
+    inherited: Bytes,
+    lost: CancellationToken,
+}
+
+impl Held {
+    /// What the holder before published last; empty when there was none.
+    pub fn inherited(&self) -> &Bytes {
+        &self.inherited
+    }
+
+    /// What every command and chunk request of the work carries.
+    pub fn stamp(&self) -> &LeaseStamp {
+        &self.stamp
+    }
+
+    /// A shard or disk refused the stamp: another holder has acted. The work ends.
+    pub fn refused(&self, current: u64) {
+        tracing::info!(task = %self.stamp.task, epoch = self.stamp.epoch, current, "the lease was taken over");
+        self.lost.cancel();
+    }
+
+    /// Is it over?
+    pub fn is_lost(&self) -> bool {
+        self.lost.is_cancelled()
+    }
+
+    /// Ends when the lease is lost.
+    pub async fn lost(&self) {
+        self.lost.cancelled().await;
+    }
+}
+
+/// Wants one task for one gateway.
+pub struct Holder {
+    client: Arc<dyn MetaClient>,
+    settings: LeaseSettings,
+    task: String,
+    /// Where this gateway is found, for status pages.
+    address: String,
+    held: watch::Sender<Option<Held>>,
+}
+
+impl Holder {
+    /// `address` is shown to operators.
+    pub fn new(client: Arc<dyn MetaClient>, settings: LeaseSettings, task: &str, address: String) -> Holder {
+        Holder { client, settings, task: task.to_owned(), address, held: watch::Sender::new(None) }
+    }
+
+    /// The lease in hand, and news of it.
+    pub fn held(&self) -> watch::Receiver<Option<Held>> {
+        self.held.subscribe()
+    }
+
+    /// Waits for the lease, runs `work` while it holds it, and begins anew when it lost it; until `stop`, when it gives
+    /// the lease back. `progress` is published with each renewal. Work is dropped at an await when the lease is lost.
+    pub async fn run<F, W>(&self, progress: impl Fn() -> Bytes, work: W, stop: CancellationToken)
+    where
+        F: Future<Output = ()>,
+        W: Fn(Held) -> F,
+    {
+        loop {
+            let held = tokio::select! {
+                () = stop.cancelled() => return,
+                held = self.acquire() => held,
+            };
+            tracing::info!(task = %self.task, epoch = held.stamp.epoch, "took the lease");
+            self.held.send_replace(Some(held.clone()));
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = held.lost() => {}
+                () = self.keep(&held, &progress) => {}
+                () = work(held.clone()) => {}
+            }
+            held.lost.cancel();
+            self.held.send_replace(None);
+            if stop.is_cancelled() {
+                self.release(&held).await;
+                return;
+            }
+            tracing::warn!(task = %self.task, epoch = held.stamp.epoch, "lost the lease");
+        }
+    }
+
+    /// Takes the lease as soon as that is possible.
+    pub async fn acquire(&self) -> Held {
+        let mut watch = Watch::default();
+        let mut failed = 0u32;
+        let backoff = Backoff { first: self.settings.renew_every() / 4, longest: self.settings.renew_every() };
+        loop {
+            match self.try_acquire(&mut watch).await {
+                Ok(Some(held)) => return held,
+                Ok(None) => failed = 0,
+                Err(error) => {
+                    failed = failed.saturating_add(1);
+                    tracing::debug!(task = %self.task, %error, "leases cannot be asked for");
+                }
+            }
+            // Somebody holds it: looked at as often as it is renewed.
+            tokio::time::sleep(backoff.delay(if failed == 0 { 3 } else { failed }, random_per_mille())).await;
+        }
+    }
+
+    async fn try_acquire(&self, watch: &mut Watch) -> Result<Option<Held>, MetaClientError> {
+        let root = ShardId::ROOT;
+        let leases = match self.client.query(root, Query::ListLeases).await? {
+            Answer::Leases(leases) => leases,
+            other => return Err(MetaClientError::unexpected(root, &other)),
+        };
+        let lease = leases.into_iter().find(|lease| lease.task == self.task);
+        let Some((seen_epoch, seen_renewals)) = watch.look(lease.as_ref(), Instant::now(), self.settings.ttl) else {
+            return Ok(None);
+        };
+        let (task, address) = (self.task.clone(), self.address.clone());
+        let holder = random_id().map_err(|detail| MetaClientError { shard: root, detail })?;
+        let take = Command::TakeLease { task: task.clone(), holder, address, seen_epoch, seen_renewals };
+        match self.client.command(root, take).await? {
+            Reply::Lease(taken) => Ok(Some(Held {
+                stamp: LeaseStamp { task, epoch: taken.epoch },
+                holder,
+                inherited: lease.map(|lease| lease.progress).unwrap_or_default(),
+                lost: CancellationToken::new(),
+            })),
+            Reply::LeaseHeld(_) | Reply::NoSuchLease => Ok(None),
+            other => Err(MetaClientError::unexpected(root, &other)),
+        }
+    }
+
+    /// Renews the lease; ends when it is another's, or when it may be, because no renewal was confirmed for too long.
+    async fn keep(&self, held: &Held, progress: &impl Fn() -> Bytes) {
+        let mut confirmed = Instant::now();
+        loop {
+            tokio::time::sleep(self.settings.renew_every()).await;
+            let sent = Instant::now();
+            let left = (confirmed + self.settings.work_on()).saturating_duration_since(sent);
+            let renew = Command::RenewLease {
+                task: self.task.clone(),
+                holder: held.holder,
+                epoch: held.stamp.epoch,
+                progress: progress(),
+            };
+            match tokio::time::timeout(left, self.client.command(ShardId::ROOT, renew)).await {
+                Ok(Ok(Reply::Lease(_))) => confirmed = sent,
+                Ok(Ok(Reply::LeaseHeld(now))) => return held.refused(now.epoch),
+                Ok(Ok(other)) => {
+                    tracing::warn!(task = %self.task, reply = ?other, "a lease could not be renewed");
+                    return;
+                }
+                Ok(Err(error)) => tracing::debug!(task = %self.task, %error, "a lease was not renewed"),
+                Err(_) => return,
+            }
+            if sent.saturating_duration_since(confirmed) >= self.settings.work_on() {
+                return;
+            }
+        }
+    }
+
+    /// Gives the lease back, so that the next gateway need not wait. That it fails only costs the others the TTL.
+    async fn release(&self, held: &Held) {
+        let (task, holder, epoch) = (self.task.clone(), held.holder, held.stamp.epoch);
+        let release = Command::ReleaseLease { task, holder, epoch };
+        let _ = tokio::time::timeout(self.settings.renew_every(), self.client.command(ShardId::ROOT, release)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use granary_meta::memory::MemoryShard;
+    use granary_meta::{MetaRequest, ShardRequest, ShardResponse};
+    use granary_placement::map::ClusterMap;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::sync::Mutex;
+
+    const TTL: Duration = Duration::from_millis(300);
+
+    /// The real root shard, and a way to cut a gateway off from it.
+    struct Root {
+        shard: Arc<Mutex<MemoryShard>>,
+        cut_off: AtomicBool,
+    }
+
+    impl Root {
+        fn serve(&self, request: &ShardRequest) -> Result<ShardResponse, MetaClientError> {
+            if self.cut_off.load(Ordering::SeqCst) {
+                return Err(MetaClientError { shard: ShardId::ROOT, detail: "cut off".to_owned() });
+            }
+            let bytes = self.shard.lock().unwrap().serve(&request.encode().unwrap()).unwrap();
+            Ok(ShardResponse::decode(&bytes).unwrap())
+        }
+    }
+
+    #[async_trait::async_trait]
+    impl MetaClient for Root {
+        async fn query(&self, _: ShardId, query: Query) -> Result<Answer, MetaClientError> {
+            match self.serve(&ShardRequest::Query(query))? {
+                ShardResponse::Answer(answer) => Ok(answer),
+                other => panic!("{other:?}"),
+            }
+        }
+
+        async fn command(&self, _: ShardId, command: Command) -> Result<Reply, MetaClientError> {
+            let account = granary_meta::record::AccountId::ROOT;
+            let request = MetaRequest { request_id: random_id().unwrap(), now_ms: 0, account, command };
+            match self.serve(&ShardRequest::Command(request))? {
+                ShardResponse::Reply(reply) => Ok(reply),
+                other => panic!("{other:?}"),
+            }
+        }
+
+        fn shards(&self) -> Vec<ShardId> {
+            Vec::new()
+        }
+
+        async fn set_map(&self, _: ClusterMap) -> Result<bool, MetaClientError> {
+            Ok(false)
+        }
+    }
+
+    fn gateways(count: usize) -> Vec<(Arc<Root>, Arc<Holder>)> {
+        let shard = Arc::new(Mutex::new(MemoryShard::new(ShardId::ROOT)));
+        let gateway = |number: usize| {
+            let root = Arc::new(Root { shard: shard.clone(), cut_off: AtomicBool::new(false) });
+            let address = format!("gateway-{number}:9001");
+            (root.clone(), Arc::new(Holder::new(root, LeaseSettings { ttl: TTL }, "heal", address)))
+        };
+        (0..count).map(gateway).collect()
+    }
+
+    fn lease(epoch: u64, renewals: u64, held: bool) -> LeaseRecord {
+        LeaseRecord {
+            task: "heal".to_owned(),
+            epoch,
+            renewals,
+            holder: held.then_some([1; 16]),
+            address: String::new(),
+            taken_ms: 0,
+            renewed_ms: 0,
+            progress: Bytes::new(),
+        }
+    }
+
+    #[test]
+    fn a_lease_may_be_taken_when_it_stood_still_for_the_ttl_or_is_free() {
+        let (mut watch, start) = (Watch::default(), Instant::now());
+        let mut look = |lease: Option<&LeaseRecord>, at_s: u64| {
+            watch.look(lease, start + Duration::from_secs(at_s), Duration::from_secs(15))
+        };
+        assert_eq!(look(None, 0), Some((0, 0)));
+        assert_eq!(look(Some(&lease(1, 0, true)), 0), None);
+        assert_eq!(look(Some(&lease(1, 0, true)), 14), None);
+        assert_eq!(look(Some(&lease(1, 1, true)), 15), None, "renewed");
+        assert_eq!(look(Some(&lease(1, 1, true)), 29), None);
+        assert_eq!(look(Some(&lease(1, 1, true)), 30), Some((1, 1)));
+        assert_eq!(look(Some(&lease(2, 0, true)), 31), None, "another was faster");
+        assert_eq!(look(Some(&lease(2, 0, false)), 32), Some((2, 0)), "given back");
+    }
+
+    /// Runs every gateway until `stop`. Gives how many are at work.
+    fn run(gateways: &[(Arc<Root>, Arc<Holder>)], stop: &CancellationToken) -> Arc<AtomicU64> {
+        struct AtWork(Arc<AtomicU64>);
+        impl Drop for AtWork {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        let now = Arc::new(AtomicU64::new(0));
+        for (_, holder) in gateways {
+            let (holder, stop, now) = (holder.clone(), stop.clone(), now.clone());
+            tokio::spawn(async move {
+                let work = |held: Held| {
+                    let now = now.clone();
+                    async move {
+                        now.fetch_add(1, Ordering::SeqCst);
+                        let _at_work = AtWork(now);
+                        held.lost().await;
+                    }
+                };
+                holder.run(|| Bytes::from_static(b"{}"), work, stop).await;
+            });
+        }
+        now
+    }
+
+    async fn until(what: &str, done: impl Fn() -> bool) {
+        for _ in 0..3000 {
+            if done() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("it did not come about that {what}");
+    }
+
+    fn lease_now(root: &Root) -> Option<LeaseRecord> {
+        match root.shard.lock().unwrap().answer(&Query::ListLeases).unwrap() {
+            Answer::Leases(leases) => leases.into_iter().next(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn owner(gateways: &[(Arc<Root>, Arc<Holder>)]) -> Option<&(Arc<Root>, Arc<Holder>)> {
+        gateways.iter().find(|(_, holder)| holder.held.borrow().is_some())
+    }
+
+    #[tokio::test]
+    async fn a_lease_is_renewed_and_another_gateway_takes_over_when_its_holder_is_cut_off() {
+        let gateways = gateways(3);
+        let stop = CancellationToken::new();
+        let now = run(&gateways, &stop);
+        let renewals = || lease_now(&gateways[0].0).map_or(0, |lease| lease.renewals);
+        until("a lease is renewed", || renewals() >= 3).await;
+        for _ in 0..3 {
+            let epoch = lease_now(&gateways[0].0).unwrap().epoch;
+            let cut = loop {
+                match owner(&gateways) {
+                    Some(owner) => break owner,
+                    None => tokio::time::sleep(Duration::from_millis(5)).await,
+                }
+            };
+            cut.0.cut_off.store(true, Ordering::SeqCst);
+            until("the one that is cut off stops", || cut.1.held.borrow().is_none()).await;
+            until("another took over", || lease_now(&gateways[0].0).unwrap().epoch > epoch).await;
+            until("one works", || now.load(Ordering::SeqCst) == 1 && owner(&gateways).is_some()).await;
+            cut.0.cut_off.store(false, Ordering::SeqCst);
+        }
+        stop.cancel();
+        until("all have ended", || now.load(Ordering::SeqCst) == 0).await;
+    }
+
+    #[tokio::test]
+    async fn a_stop_gives_the_lease_back_and_what_was_published_is_inherited() {
+        let gateways = gateways(2);
+        let (first, second) = (CancellationToken::new(), CancellationToken::new());
+        run(&gateways[..1], &first);
+        until("it publishes", || lease_now(&gateways[0].0).is_some_and(|lease| lease.renewals > 0)).await;
+        first.cancel();
+        until("it is given back", || lease_now(&gateways[0].0).unwrap().holder.is_none()).await;
+        run(&gateways[1..], &second);
+        until("the next holds it", || gateways[1].1.held.borrow().is_some()).await;
+        assert_eq!(gateways[1].1.held.borrow().as_ref().unwrap().inherited()[..], b"{}"[..]);
+    }
+
+    #[tokio::test]
+    async fn a_holder_that_is_told_of_a_successor_stops() {
+        let gateways = gateways(1);
+        let stop = CancellationToken::new();
+        let now = run(&gateways, &stop);
+        until("it works", || now.load(Ordering::SeqCst) == 1 && owner(&gateways).is_some()).await;
+        let held = gateways[0].1.held.borrow().clone().unwrap();
+        gateways[0].0.cut_off.store(true, Ordering::SeqCst);
+        held.refused(held.stamp().epoch + 1);
+        until("it stops", || held.is_lost() && now.load(Ordering::SeqCst) == 0).await;
+    }
+}
