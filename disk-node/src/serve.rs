@@ -88,7 +88,8 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServeError {
     move |source| ServeError::Io { what, source }
 }
 
-/// Ends the process now. Nothing is flushed and nothing is answered: what the disk holds is for the next start to find out.
+/// Ends the process now. Nothing is flushed and nothing is answered: what the disk holds is for the next start to find
+/// out.
 fn end(reason: &str) -> ! {
     tracing::error!(reason, "this disk can no longer be trusted; the process ends");
     std::process::abort();
