@@ -2,6 +2,7 @@
 
 use crate::roles::MetaCounters;
 use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntGauge, Registry, TextEncoder};
+use std::sync::{Mutex, PoisonError};
 
 type Count = fn(&MetaCounters) -> u64;
 
@@ -28,6 +29,8 @@ pub struct Metrics {
     registry: Registry,
     /// In the order of [`META`].
     meta: Vec<IntCounter>,
+    /// Held while `meta` is brought up to date.
+    meta_turn: Mutex<()>,
     replicas_asleep: IntGauge,
     /// Chunks stored.
     pub puts: IntCounter,
@@ -87,6 +90,7 @@ impl Metrics {
             META.iter().map(|(name, help, _)| counter(&format!("meta_{name}"), help)).collect();
         Ok(Metrics {
             meta: meta?,
+            meta_turn: Mutex::new(()),
             replicas_asleep: gauge("meta_replicas_asleep", "Shard replicas whose timers stand still")?,
             puts: counter("chunk_puts_total", "Chunks stored")?,
             put_bytes: counter("chunk_put_bytes_total", "Payload of chunks stored, in bytes")?,
@@ -108,6 +112,8 @@ impl Metrics {
 
     /// Takes over what the shard replicas counted. Their counts only grow.
     pub fn record_meta(&self, counters: &MetaCounters) {
+        // Two scrapes at once would both add what one of them has added already.
+        let _turn = self.meta_turn.lock().unwrap_or_else(PoisonError::into_inner);
         for (metric, (_, _, count)) in self.meta.iter().zip(META) {
             metric.inc_by(count(counters).saturating_sub(metric.get()));
         }
@@ -129,6 +135,17 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn every_metric_has_its_line_in_the_operations_page() {
+        let page = include_str!("../../docs/operations.md");
+        let text = String::from_utf8(Metrics::new().unwrap().render()).unwrap();
+        let names: Vec<&str> =
+            text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+        assert!(names.len() > 20, "{names:?}");
+        let missing: Vec<&&str> = names.iter().filter(|name| !page.contains(&format!("`{name}`"))).collect();
+        assert!(missing.is_empty(), "not in docs/operations.md: {missing:?}");
+    }
 
     #[test]
     fn counts_of_the_replicas_are_rendered_as_they_are_now() {

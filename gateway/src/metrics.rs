@@ -71,6 +71,8 @@ pub struct Shared {
     pub map_epoch: IntGauge,
     /// Chunks in the repair queue at the last look.
     pub repair_queue: IntGauge,
+    /// Slots of placement groups whose chunks are on their way to another disk.
+    pub slots_moving: IntGauge,
     /// Disk nodes started by `granary dev`, first start included, by `disk`.
     pub disk_node_starts: IntCounterVec,
 }
@@ -136,6 +138,7 @@ impl Metrics {
             shard_seconds: histogram_vec(&registry, "granary_shard_seconds", "Time of requests to shards", &["kind"])?,
             map_epoch: gauge(&registry, "granary_map_epoch", "Epoch of the cluster map in use")?,
             repair_queue: gauge(&registry, "granary_repair_queue", "Chunks waiting for repair")?,
+            slots_moving: gauge(&registry, "granary_slots_moving", "Slots whose chunks move to another disk")?,
             disk_node_starts: counter_vec(&registry, "granary_disk_node_starts_total", "Disk node starts", &["disk"])?,
             registry,
         };
@@ -323,6 +326,26 @@ mod tests {
         let text = String::from_utf8(metrics.text().unwrap()).unwrap();
         assert!(text.contains("granary_s3_requests_total{status=\"200\",verb=\"PutObject\"} 1"), "{text}");
         assert!(text.contains("granary_own_total 7"), "{text}");
+    }
+
+    #[test]
+    fn every_metric_has_its_line_in_the_operations_page() {
+        let page = include_str!("../../docs/operations.md");
+        let own = include_str!("metrics.rs").split("#[cfg(test)]").next().unwrap();
+        let mut names: Vec<String> =
+            own.split('"').filter(|text| text.starts_with("granary_")).map(str::to_owned).collect();
+        let sampled = [
+            ("granary_object_", crate::object::ObjectCounters::default().samples()),
+            ("granary_disk_", crate::disks::DiskCounters::default().samples()),
+        ];
+        for (prefix, samples) in sampled {
+            names.extend(samples.iter().map(|(name, ..)| sampled_name(prefix, name)));
+        }
+        assert!(names.len() > 40, "{names:?}");
+        // A name ends where its labels or its code span do.
+        let missing: Vec<&String> =
+            names.iter().filter(|name| !['`', '{'].iter().any(|end| page.contains(&format!("`{name}{end}")))).collect();
+        assert!(missing.is_empty(), "not in docs/operations.md: {missing:?}");
     }
 
     #[test]

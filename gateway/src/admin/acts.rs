@@ -4,9 +4,11 @@ use super::api::{ApiError, Census, Config, ConfigChanged, DiskAct, DiskChanged, 
 use super::api::{
     DrainDisk, GetConfig, GetMap, GetStatus, ReplaceDisk, RunCensus, SetConfig, StartDisk, Status, StopDisk, WeighDisk,
 };
+use super::routes::{on, Shared};
 use super::{AdminContext, LocalDisks};
 use crate::ops::{self, ChangeError, CommitError, Committed, Replacement};
 use crate::settings::cluster::{self, SetError};
+use axum::Router;
 use futures::future::BoxFuture;
 use granary_placement::id::DiskId;
 use granary_placement::map::{ClusterMap, DiskState};
@@ -19,26 +21,50 @@ use std::time::Duration;
 /// How long a new disk's node may take to tell which disk it serves.
 const NEW_DISK: Duration = Duration::from_secs(5);
 
-pub(super) async fn status(context: Arc<AdminContext>, _: GetStatus) -> Result<Status, ApiError> {
+/// Requests that change nothing.
+pub(super) fn listings() -> Router<Shared> {
+    let router = Router::new();
+    let router = on(router, status);
+    let router = on(router, map);
+    on(router, config)
+}
+
+/// Requests that change something and are done soon.
+pub(super) fn changes() -> Router<Shared> {
+    let router = Router::new();
+    let router = on(router, replace_disk);
+    let router = on(router, drain_disk);
+    let router = on(router, weigh_disk);
+    let router = on(router, set_config);
+    let router = on(router, start_disk);
+    on(router, stop_disk)
+}
+
+/// Requests that may take hours.
+pub(super) fn long() -> Router<Shared> {
+    on(Router::new(), census)
+}
+
+async fn status(context: Arc<AdminContext>, _: GetStatus) -> Result<Status, ApiError> {
     Ok(context.status.borrow().as_ref().clone())
 }
 
-pub(super) async fn map(context: Arc<AdminContext>, _: GetMap) -> Result<ClusterMap, ApiError> {
+async fn map(context: Arc<AdminContext>, _: GetMap) -> Result<ClusterMap, ApiError> {
     context.shards.current_map().map(|map| map.as_ref().clone()).ok_or_else(no_map)
 }
 
-pub(super) async fn census(context: Arc<AdminContext>, _: RunCensus) -> Result<Census, ApiError> {
+async fn census(context: Arc<AdminContext>, _: RunCensus) -> Result<Census, ApiError> {
     let healer = context.healer.get().ok_or_else(no_map)?;
     healer.census(|_| {}).await.map_err(|error| ApiError::new(ErrorCode::Unavailable, error))
 }
 
-pub(super) async fn config(context: Arc<AdminContext>, _: GetConfig) -> Result<Config, ApiError> {
+async fn config(context: Arc<AdminContext>, _: GetConfig) -> Result<Config, ApiError> {
     // Disk nodes elsewhere have settings of their own, which nobody tells us.
     let known = |setting: &Setting| !setting.is_for_disk_nodes() || context.local.is_some();
     Ok(Config { settings: context.values.borrow().rows(known) })
 }
 
-pub(super) async fn set_config(context: Arc<AdminContext>, call: SetConfig) -> Result<ConfigChanged, ApiError> {
+async fn set_config(context: Arc<AdminContext>, call: SetConfig) -> Result<ConfigChanged, ApiError> {
     let done = cluster::set(&context.shards, &call.name, call.value.as_deref()).await;
     tracing::info!(name = %call.name, value = call.value.as_deref(), result = ?done, "admin request for a setting of the cluster");
     match done {
@@ -48,15 +74,15 @@ pub(super) async fn set_config(context: Arc<AdminContext>, call: SetConfig) -> R
     }
 }
 
-pub(super) async fn start_disk(context: Arc<AdminContext>, call: StartDisk) -> Result<DiskChanged, ApiError> {
+async fn start_disk(context: Arc<AdminContext>, call: StartDisk) -> Result<DiskChanged, ApiError> {
     local(&context, call.disk, DiskAct::Start, |local| local.start(call.disk)).await
 }
 
-pub(super) async fn stop_disk(context: Arc<AdminContext>, call: StopDisk) -> Result<DiskChanged, ApiError> {
+async fn stop_disk(context: Arc<AdminContext>, call: StopDisk) -> Result<DiskChanged, ApiError> {
     local(&context, call.disk, DiskAct::Stop, |local| local.stop(call.disk)).await
 }
 
-pub(super) async fn replace_disk(context: Arc<AdminContext>, call: ReplaceDisk) -> Result<DiskChanged, ApiError> {
+async fn replace_disk(context: Arc<AdminContext>, call: ReplaceDisk) -> Result<DiskChanged, ApiError> {
     if context.local.is_some() {
         return local(&context, call.disk, DiskAct::Replace, |local| local.replace(call.disk)).await;
     }
@@ -72,7 +98,7 @@ pub(super) async fn replace_disk(context: Arc<AdminContext>, call: ReplaceDisk) 
     change(&context, call.disk, DiskAct::Replace, |map| ops::replace(map, &new)).await
 }
 
-pub(super) async fn drain_disk(context: Arc<AdminContext>, call: DrainDisk) -> Result<DiskChanged, ApiError> {
+async fn drain_disk(context: Arc<AdminContext>, call: DrainDisk) -> Result<DiskChanged, ApiError> {
     let mut changed = change(&context, call.disk, DiskAct::Drain, |map| ops::drain(map, call.disk)).await?;
     let state = |map: &ClusterMap| map.disk(call.disk).map(|disk| disk.state);
     if context.shards.current_map().is_some_and(|map| state(&map) == Some(DiskState::Out)) {
@@ -81,7 +107,7 @@ pub(super) async fn drain_disk(context: Arc<AdminContext>, call: DrainDisk) -> R
     Ok(changed)
 }
 
-pub(super) async fn weigh_disk(context: Arc<AdminContext>, call: WeighDisk) -> Result<DiskChanged, ApiError> {
+async fn weigh_disk(context: Arc<AdminContext>, call: WeighDisk) -> Result<DiskChanged, ApiError> {
     change(&context, call.disk, DiskAct::Weight, |map| ops::set_weight(map, call.disk, call.weight)).await
 }
 

@@ -1,8 +1,8 @@
 //! The admin listener: health, metrics, the status page, and the JSON API under `/v1`.
 //!
 //! - [`api`]: what can be asked and what is answered, as types;
+//! - [`acts`]: what operators ask for and change;
 //! - [`routes`]: which path leads where, and the limits around all of them;
-//! - [`acts`]: what operators change;
 //! - [`status`]: what is known of the cluster, collected each second;
 //! - [`ready`]: whether this gateway should get traffic, and why not;
 //! - [`page`]: the status page;

@@ -13,6 +13,7 @@ use http::{header, HeaderName, HeaderValue, Method, StatusCode};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
+use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::ServiceBuilder;
 use tower_http::limit::RequestBodyLimitLayer;
 use tower_http::request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer};
@@ -50,7 +51,7 @@ impl Default for RequestLimits {
     }
 }
 
-type Shared = Arc<AdminContext>;
+pub(super) type Shared = Arc<AdminContext>;
 
 /// Everything the listener serves.
 pub(super) fn router(context: Shared, limits: &RequestLimits) -> Router {
@@ -61,27 +62,18 @@ pub(super) fn router(context: Shared, limits: &RequestLimits) -> Router {
         .route("/healthz", get(|| async { typed(TEXT, "ok\n") }))
         .route("/readyz", get(readiness))
         .route("/metrics", get(metrics));
-    let listings = Router::new();
-    let listings = on(listings, acts::status);
-    let listings = on(listings, acts::map);
-    let listings = on(listings, acts::config);
-    let quick = on(Router::new(), acts::replace_disk);
-    let quick = on(quick, acts::drain_disk);
-    let quick = on(quick, acts::weigh_disk);
-    let quick = on(quick, acts::set_config);
-    let quick = on(quick, acts::start_disk);
-    let quick = on(quick, acts::stop_disk);
-    // A census reads every chunk and takes as long as it takes.
-    let long = on(Router::new(), acts::census);
     let busy = ServiceBuilder::new()
         .layer(HandleErrorLayer::new(|_: BoxError| async {
             ApiError::new(ErrorCode::Busy, "too many requests of this kind are under way; try again later")
         }))
         .load_shed()
-        .concurrency_limit(limits.acts);
-    let operators = listings
+        // One limit for all of them together; `concurrency_limit` would give each route its own.
+        .layer(GlobalConcurrencyLimitLayer::new(limits.acts));
+    let quick = acts::changes().layer(timeout);
+    let operators = acts::listings()
         .layer(timeout)
-        .merge(quick.layer(timeout).merge(long).layer(busy))
+        // What takes as long as it takes has no time limit.
+        .merge(quick.merge(acts::long()).layer(busy))
         .layer(from_fn_with_state(context.clone(), token));
     let around = ServiceBuilder::new()
         // Ids are ours: what a client sends is of any length and says nothing.
@@ -113,7 +105,7 @@ pub(super) fn router(context: Shared, limits: &RequestLimits) -> Router {
 }
 
 /// Adds the route of a request.
-fn on<C, F, A>(router: Router<Shared>, act: F) -> Router<Shared>
+pub(super) fn on<C, F, A>(router: Router<Shared>, act: F) -> Router<Shared>
 where
     C: Call,
     F: Fn(Shared, C) -> A + Clone + Send + Sync + 'static,

@@ -236,6 +236,8 @@ fn set_gauges(metrics: &Metrics, status: &Status) {
             .set(i64::try_from(row.voters_answering()).unwrap_or(i64::MAX));
     }
     metrics.repair_queue.set(i64::try_from(status.repair_queue.count).unwrap_or(i64::MAX));
+    let moving: usize = status.disks.iter().map(|row| row.slots_leaving).sum::<usize>();
+    metrics.slots_moving.set(i64::try_from(moving).unwrap_or(i64::MAX));
     metrics.map_epoch.set(i64::try_from(status.epoch.0).unwrap_or(i64::MAX));
 }
 

@@ -1,7 +1,9 @@
 //! The admin listener over a socket: what it answers, and that hostile clients stay bounded.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use super::api::{ApiError, ErrorCode, GetMap, GetStatus, Readiness, RunCensus, Status, StopDisk};
+use super::api::{
+    ApiError, DrainDisk, ErrorCode, GetMap, GetStatus, Readiness, RunCensus, StartDisk, Status, StopDisk,
+};
 use super::listener::{self, ListenerLimits};
 use super::routes::{router, RequestLimits};
 use super::{AdminContext, LocalDisks};
@@ -166,6 +168,8 @@ async fn the_verbs_client_gets_typed_answers_and_typed_errors() {
     assert_eq!(no_map, (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable));
     let too_early = refused(call(&address, TOKEN, &RunCensus {}, PATIENCE).await.unwrap_err());
     assert_eq!(too_early, (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable));
+    let no_root = refused(call(&address, TOKEN, &DrainDisk { disk: DiskId(3) }, PATIENCE).await.unwrap_err());
+    assert_eq!(no_root, (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable));
     for (path, sent) in
         [("/v1/disks/three/stop", "{}"), ("/v1/disks/3/stop", "{\"now\":true}"), ("/v1/disks/3/stop", "[")]
     {
@@ -247,7 +251,8 @@ async fn only_so_many_acts_run_at_once_and_listings_go_on() {
     for _ in 0..2 {
         served.local.begun.notified().await;
     }
-    let error = stop().await.unwrap().unwrap_err();
+    // Of another kind, too.
+    let error = call(&address, TOKEN, &StartDisk { disk: DiskId(3) }, PATIENCE).await.unwrap_err();
     assert!(matches!(&error, CallError::Refused { error, .. } if error.code == ErrorCode::Busy), "{error}");
     call(&address, TOKEN, &GetStatus {}, PATIENCE).await.unwrap();
     for _ in 0..2 {
