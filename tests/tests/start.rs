@@ -7,6 +7,10 @@ use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+/// Longer than anything here takes; what hangs ends with its name.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Everything below a folder: paths, and what files hold.
 fn contents(folder: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
@@ -160,4 +164,55 @@ fn a_wrong_setting_is_refused_by_every_program_with_the_nearest_right_one() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("did you mean `node.segment`?"), "{said}");
     assert!(!dir.exists());
+}
+
+#[test]
+fn settings_of_the_cluster_are_given_listed_changed_and_kept() {
+    let set = ["--set", "heal.interval=5s", "--set", "node.segment=16MiB", "--set", "object.replay=4MiB"];
+    let options = Options { extra: set.map(str::to_owned).to_vec(), ..Options::default() };
+    let mut cluster = Cluster::start(options);
+    let dir = cluster.dir().display().to_string();
+    let config = |args: &[&str]| program("granary").arg("config").args(args).args(["--dir", &dir]).output().unwrap();
+    let row = |name: &str| -> (String, String) {
+        let output = config(&["--json"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let rows: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+        let row = rows.iter().find(|row| row["name"] == name).unwrap();
+        let text = |field: &str| row[field].as_str().unwrap_or("-").to_owned();
+        (text("value"), text("source"))
+    };
+    let becomes = |name: &str, value: &str, source: &str| {
+        let started = Instant::now();
+        while row(name) != (value.to_owned(), source.to_owned()) {
+            assert!(started.elapsed() < PATIENCE, "{name} is {:?}, not {value}", row(name));
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let log = cluster.dir().parent().unwrap().join("granary.log");
+    let said = || {
+        let line = "heal.interval of the cluster is 5s from now on; it was the default";
+        std::fs::read_to_string(&log).unwrap().matches(line).count()
+    };
+    becomes("heal.interval", "5s", "cluster");
+    becomes("node.segment", "16MiB", "command-line");
+    becomes("object.replay", "4MiB", "command-line");
+    becomes("shards.attempt", "4s", "default");
+    assert_eq!(said(), 1);
+    assert!(config(&["set", "heal.interval", "3s"]).status.success());
+    becomes("heal.interval", "3s", "cluster");
+    for (name, value, words) in [
+        ("heal.intervall", "3s", "did you mean `heal.interval`?"),
+        ("heal.interval", "3", "it is a time from 10ms to 10min"),
+        ("object.replay", "1MiB", "belongs to each process"),
+    ] {
+        refused(&config(&["set", name, value]), &[words]);
+    }
+    assert!(config(&["unset", "heal.interval"]).status.success());
+    becomes("heal.interval", "2s", "default");
+
+    // A later start with the same options gives it again, and says so.
+    assert_eq!(cluster.stop(), Some(0));
+    cluster.start_again();
+    becomes("heal.interval", "5s", "cluster");
+    assert_eq!(said(), 2);
 }
