@@ -1,8 +1,8 @@
 //! What the gateway counts, in one registry that `/metrics` prints.
 //!
-//! [`Metrics`] is a cheap handle. The families that several parts share stand here as fields; a part with families of its own makes
-//! them with [`Metrics::counter`] and its neighbours and keeps the handles. Labels are always from a small fixed set (verbs, disks,
-//! shards), never keys or bucket names: the registry must not grow with the data.
+//! [`Metrics`] is a cheap handle. The families that several parts share stand here as fields; a part with families of
+//! its own makes them with [`Metrics::counter`] and its neighbours and keeps the handles. Labels are always from a
+//! small fixed set (verbs, disks, shards), never keys or bucket names: the registry must not grow with the data.
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
@@ -210,8 +210,8 @@ impl Metrics {
         register(&self.shared.registry, name, GaugeVec::new(Opts::new(name, help), labels))
     }
 
-    /// Registers counters that a part keeps by itself: `samples` gives (name, help, value) of each, always the same names in the same
-    /// order, and is asked at each scrape. Printed as `{prefix}{name}_total`.
+    /// Registers counters that a part keeps by itself: `samples` gives (name, help, value) of each, always the same
+    /// names in the same order, and is asked at each scrape. Printed as `{prefix}{name}_total`.
     ///
     /// # Errors
     /// As [`Metrics::counter`].

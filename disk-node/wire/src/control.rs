@@ -70,8 +70,8 @@ pub enum ControlRequest {
         /// Which shard each is for, and the message; at most 1,000.
         messages: Vec<(ShardId, Bytes)>,
     },
-    /// The heartbeat of the link between two metadata disks, which stands for those of all shards that sleep; the body is
-    /// granary-replica's own. Answers LinkBeat.
+    /// The heartbeat of the link between two metadata disks, which stands for those of all shards that sleep; the body
+    /// is granary-replica's own. Answers LinkBeat.
     LinkBeat {
         /// Who sends it.
         from: DiskId,

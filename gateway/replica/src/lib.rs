@@ -1,13 +1,13 @@
-//! What runs metadata shards on a disk: Raft carries the commands of [`granary_meta`] to three or five disks, and all replicas of a disk
-//! share two databases. In reading order:
+//! What runs metadata shards on a disk: Raft carries the commands of [`granary_meta`] to three or five disks, and all
+//! replicas of a disk share two databases. In reading order:
 //!
 //! 1. [`store`] (RocksDB's door), [`writer`] (group commit), [`snapshot`]: what is durable when.
 //! 2. [`log`] and [`raft`] (openraft's doors), [`message`]: the log, the replica, the words between replicas.
 //! 3. [`batching`], [`host`]: commands and reads that share their rounds, and [`MetaHost`], which a disk node holds.
 //! 4. [`sleep`]: shards that nobody uses stop their timers.
 //!
-//! What a 200 rests on: a command is acknowledged after a majority of disks synced it in their Raft logs ([`writer`]), in the order of
-//! that log; the state is only a cache of it up to the last flush ([`store`]).
+//! What a 200 rests on: a command is acknowledged after a majority of disks synced it in their Raft logs ([`writer`]),
+//! in the order of that log; the state is only a cache of it up to the last flush ([`store`]).
 
 pub mod batching;
 pub mod counters;

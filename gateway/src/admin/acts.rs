@@ -156,8 +156,9 @@ async fn local(
     Ok(DiskChanged { disk, done: act, epoch: None, slots_moving: 0 })
 }
 
-/// The number on the label of the new disk, told by its node. Asked before the map changes: afterwards the old disk is gone for good,
-/// and a wrong label would leave its place empty. The change itself compares it with the number that the map will give.
+/// The number on the label of the new disk, told by its node. Asked before the map changes: afterwards the old disk is
+/// gone for good, and a wrong label would leave its place empty. The change itself compares it with the number that the
+/// map will give.
 async fn number_of_new(context: &AdminContext, map: &ClusterMap, new: &Replacement) -> Result<DiskId, ApiError> {
     let conflict = |why: String| ApiError::new(ErrorCode::Conflict, why);
     let next = ops::new_disk_id(map);

@@ -40,7 +40,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Disk nodes that this process starts and stops itself: those of `granary dev`.
 pub trait LocalDisks: Send + Sync + 'static {
-    /// Starts the node of a disk, or of the directory where that disk lived; an empty directory becomes a new disk first.
+    /// Starts the node of a disk, or of the directory where that disk lived; an empty directory becomes a new disk
+    /// first.
     fn start(&self, disk: DiskId) -> BoxFuture<'_, Result<(), String>>;
     /// Stops it.
     fn stop(&self, disk: DiskId) -> BoxFuture<'_, Result<(), String>>;
