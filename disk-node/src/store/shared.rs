@@ -45,8 +45,8 @@ pub struct Shared {
 
 /// Memory of cached headers, in bytes.
 const HEADER_CACHE_BYTES: u64 = 16 * 1024 * 1024;
-/// Headers that the cache's tables are first made for. They grow; making them large costs every opening of a store.
-const HEADERS_EXPECTED: usize = 256;
+/// About how many headers that is, when chunks are long; the cache remembers half as many that it dropped.
+const HEADERS_EXPECTED: usize = 16 * 1024;
 /// Segment files kept open.
 const OPEN_FILES: usize = 256;
 /// Read buffers kept for the next read.
