@@ -22,6 +22,8 @@ use std::time::Instant;
 const PAGE: u32 = 500;
 /// Chunks per request.
 const CHUNKS_PER_REQUEST: usize = 1000;
+/// Looks at the queues within the time that garbage has to wait.
+const LOOKS_PER_GRACE: u32 = 20;
 /// Disks deleting at once.
 const DISKS_AT_ONCE: usize = 16;
 
@@ -46,7 +48,9 @@ impl Inner {
                     }
                 }
             }
-            tokio::time::sleep(self.settings().interval).await;
+            // What waited out the grace may wait a little more, and every look asks each shard.
+            let settings = self.settings();
+            tokio::time::sleep(settings.interval.max(settings.garbage_grace / LOOKS_PER_GRACE)).await;
         }
     }
 

@@ -23,6 +23,10 @@ use std::time::{Duration, Instant};
 
 /// Entries of a repair queue per request.
 const PAGE: u32 = 1000;
+/// Looks that found nothing queued before the queues are looked at less often.
+const IDLE_LOOKS: u32 = 5;
+/// How much less often.
+const IDLE_FACTOR: u32 = 4;
 /// How long one write of a rebuilt window may take.
 const WRITE_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -64,6 +68,7 @@ enum Sink {
 impl Inner {
     pub(super) async fn repair_loop(&self, held: &Held) {
         let mut moves = Moves::default();
+        let mut idle_looks = 0u32;
         let mut settings = self.settings.clone();
         loop {
             self.pace.set_bytes_per_s(settings.borrow_and_update().bytes_per_s);
@@ -72,14 +77,23 @@ impl Inner {
             if progress == 0 {
                 progress = self.slots_pass(&mut moves, held).await;
             }
+            // Every look asks each shard: with nothing to do for a while, they are asked less often.
+            idle_looks = if progress == 0 { idle_looks.saturating_add(1) } else { 0 };
             if progress == 0 {
+                let rare = if idle_looks > IDLE_LOOKS && !self.busy() { IDLE_FACTOR } else { 1 };
                 tokio::select! {
-                    () = tokio::time::sleep(self.settings().interval) => {}
+                    () = tokio::time::sleep(self.settings().interval * rare) => {}
                     () = settings_change(&mut settings) => {}
                     () = self.poke.notified() => {}
                 }
             }
         }
+    }
+
+    /// Is anything queued, whether or not it can be done now?
+    fn busy(&self) -> bool {
+        let status = lock(&self.status);
+        status.queued_chunks > 0 || status.queued_slots > 0
     }
 
     /// One look at all queues and the most urgent rebuilds. Answers how many chunks left the queues.

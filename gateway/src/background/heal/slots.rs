@@ -222,8 +222,9 @@ impl Inner {
         }
     }
 
-    /// Deletes the chunks of these slots on their previous disks, which nobody would ask for them again. A slot whose
-    /// previous disk does not answer stays as it is until it does or is out. False when none is left.
+    /// Deletes the chunks of these slots on their previous disks, which nobody would ask for them again, after looking
+    /// once more that the current disks have them; a slot where one does not is queued again. A slot whose previous
+    /// disk does not answer stays as it is until it does or is out. False when none is left.
     async fn clear_previous(
         &self,
         map: &ClusterMap,
@@ -238,7 +239,21 @@ impl Inner {
                 loop {
                     let (extents, more) =
                         self.extents_of(shard, group, after, u32::try_from(BATCH).unwrap_or(1)).await?;
-                    let chunks: Vec<ChunkId> = in_slot(&extents, slot).map(|(id, _, _)| id).collect();
+                    let chunks: Vec<(ChunkId, ChunkRef)> =
+                        in_slot(&extents, slot).map(|(id, chunk, _)| (id, chunk)).collect();
+                    // A gateway with an older map may have written to the previous disk after the slot was looked
+                    // through: nothing goes from there that is not on the current one.
+                    let absent = self.absent(entry.current, &chunks).await;
+                    if absent.as_ref().is_none_or(|absent| !absent.is_empty()) {
+                        if absent.is_some() {
+                            let queue =
+                                Command::QueueRepair { slots: vec![(group, slot)], lease: held.stamp().clone() };
+                            command_under(&*self.meta, held, shard, queue).await?;
+                        }
+                        done.remove(&(group, slot));
+                        break 'shards;
+                    }
+                    let chunks = chunks.into_iter().map(|(id, _)| id).collect();
                     if !self.delete_on(previous, chunks, held).await.is_empty() {
                         done.remove(&(group, slot));
                         break 'shards;
