@@ -162,11 +162,20 @@ impl Node {
             ControlRequest::Status => ControlResponse::Status(self.status()?),
             ControlRequest::DeleteChunks { chunks, lease } => {
                 at_most(chunks.len(), MAX_CHUNKS)?;
-                let _under_lease = match &lease {
+                let under_lease = match &lease {
                     Some(lease) => Some(self.admit(lease).await.map_err(lease_error)?),
                     None => None,
                 };
-                ControlResponse::Deleted(self.store.delete(chunks).await.map_err(control_error)?)
+                // A task of its own: a connection that breaks ends this request, but not the deletion, and a newer
+                // holder of the lease must wait for that.
+                let store = self.store.clone();
+                let deleting = tokio::spawn(async move {
+                    let deleted = store.delete(chunks).await;
+                    drop(under_lease);
+                    deleted
+                });
+                let deleted = deleting.await.map_err(|error| ControlError::Unavailable(error.to_string()))?;
+                ControlResponse::Deleted(deleted.map_err(control_error)?)
             }
             ControlRequest::HaveChunks(ids) => {
                 at_most(ids.len(), MAX_CHUNKS)?;

@@ -53,7 +53,7 @@ pub struct Maps {
     path: PathBuf,
     newest: watch::Sender<Option<Arc<ClusterMap>>>,
     /// One map is written at a time, so that an older one never replaces a newer one.
-    writing: tokio::sync::Mutex<()>,
+    writing: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Maps {
@@ -89,7 +89,7 @@ impl Maps {
             }
             Err(other) => return Err(other),
         };
-        Ok(Maps { label, path, newest: watch::Sender::new(kept.map(Arc::new)), writing: tokio::sync::Mutex::new(()) })
+        Ok(Maps { label, path, newest: watch::Sender::new(kept.map(Arc::new)), writing: Arc::default() })
     }
 
     /// The newest map.
@@ -130,13 +130,19 @@ impl Maps {
             return Ok(false);
         }
         check(&map, &self.label)?;
-        let _one = self.writing.lock().await;
+        let one = self.writing.clone().lock_owned().await;
         if map.epoch <= self.epoch() {
             return Ok(false);
         }
         let (path, kept) = (self.path.clone(), map.clone());
-        let written = tokio::task::spawn_blocking(move || replace_file(&path, &serde_json::to_vec(&*kept)?)).await;
-        let written = written.unwrap_or_else(|error| Err(io::Error::other(error)));
+        // The lock goes along: the writing goes on when the connection of whoever offered the map breaks.
+        let written = tokio::task::spawn_blocking(move || {
+            let written = serde_json::to_vec(&*kept).map_err(io::Error::from);
+            (written.and_then(|text| replace_file(&path, &text)), one)
+        });
+        let (written, _one) = written
+            .await
+            .map_err(|error| MapRefused::File { path: self.path.clone(), source: io::Error::other(error) })?;
         written.map_err(|source| MapRefused::File { path: self.path.clone(), source })?;
         tracing::info!(epoch = map.epoch.0, disks = map.disks.len(), "took a newer cluster map");
         if map.disk(self.label.disk).is_some_and(|disk| disk.state == DiskState::Out) {

@@ -54,6 +54,9 @@ const REPLICA_PREFIX: &[u8] = &[0xff, 0xff, b'G'];
 /// Version of the value under `'G'`, which has nothing else in it.
 const REPLICA_VERSION: u8 = 1;
 
+/// Longest heartbeat of a link, in bytes: all shards that a cluster can have, both ways, fit in.
+const MAX_BEAT_BYTES: usize = 512 * 1024;
+
 /// How a host is set up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostConfig {
@@ -408,6 +411,9 @@ impl MetaHost {
     /// BadRequest for bytes that are no heartbeat; Disk when this disk failed.
     pub fn link_beat(&self, from: DiskId, message: &[u8]) -> Result<Bytes, ControlError> {
         self.inner.fatal.check().map_err(ControlError::Disk)?;
+        if message.len() > MAX_BEAT_BYTES {
+            return Err(ControlError::BadRequest(format!("a heartbeat of {} bytes", message.len())));
+        }
         let beat = decode_message(message).map_err(bad_request)?;
         encode_message(&links::answer(self, from, &beat)).map_err(bad_request)
     }
