@@ -253,6 +253,8 @@ fn flipped_bytes_on_two_disks_are_never_served_and_are_repaired() {
             assert_eq!(client.put(BUCKET, &format!("k{number}"), body(*number)).await.unwrap().status, StatusCode::OK);
         }
     });
+    // A chunk that a busy disk did not take in time would be a third loss beside the two disks.
+    cluster.wait_full_redundancy(Duration::from_secs(60));
     // Every 64 KiB of every segment of two disks gets a flipped byte, behind the daemons' backs.
     let disks = cluster.disks();
     let mut flips = 0u64;
