@@ -11,8 +11,8 @@
 use crate::admin::api::Status;
 use crate::admin::status::{collect, Sources};
 use crate::admin::{AdminContext, LocalDisks};
+use crate::background::heal::{HealSettings, Healer};
 use crate::disks::{DiskSettings, Disks};
-use crate::heal::{HealSettings, Healer};
 use crate::metrics::{MetricError, Metrics};
 use crate::object::{ObjectSettings, ObjectStore};
 use crate::s3::{self, S3Context, S3Settings};

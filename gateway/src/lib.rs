@@ -27,5 +27,3 @@ pub mod ops;
 pub mod s3;
 pub mod settings;
 pub mod shards;
-
-pub use background::heal;

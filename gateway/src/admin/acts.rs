@@ -66,9 +66,14 @@ async fn config(context: Arc<AdminContext>, _: GetConfig) -> Result<Config, ApiE
 
 async fn set_config(context: Arc<AdminContext>, call: SetConfig) -> Result<ConfigChanged, ApiError> {
     let done = cluster::set(&context.shards, &call.name, call.value.as_deref()).await;
-    tracing::info!(name = %call.name, value = call.value.as_deref(), result = ?done, "admin request for a setting of the cluster");
+    // What was asked is logged only when it is the name and the value of a setting: anything else may be any text, or a
+    // secret in the wrong place.
     match done {
-        Ok((setting, value)) => Ok(ConfigChanged { name: setting.name.to_owned(), value: setting.render(&value) }),
+        Ok((setting, value)) => {
+            let (name, value) = (setting.name.to_owned(), setting.render(&value));
+            tracing::info!(%name, %value, "a setting of the cluster was changed");
+            Ok(ConfigChanged { name, value })
+        }
         Err(error @ SetError::Shard(_)) => Err(ApiError::new(ErrorCode::Unavailable, error)),
         Err(error) => Err(ApiError::new(ErrorCode::BadRequest, error)),
     }

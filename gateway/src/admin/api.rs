@@ -21,7 +21,7 @@
 //! Fields are only ever added; a reader of an older release skips what it does not know, and reads a new word of
 //! [`Health`] or [`ErrorCode`] as `unknown`.
 
-pub use crate::heal::{Census, HealStatus};
+pub use crate::background::heal::{Census, HealStatus};
 pub use granary_placement::settings::Row as SettingRow;
 
 use crate::disks::DiskHealth;

@@ -24,8 +24,8 @@ pub mod ready;
 mod routes;
 pub mod status;
 
+use crate::background::heal::Healer;
 use crate::disks::Disks;
-use crate::heal::Healer;
 use crate::metrics::Metrics;
 use crate::settings::Secret;
 use crate::shards::Shards;

@@ -38,6 +38,8 @@ pub(super) struct RequestLimits {
     pub request: Duration,
     /// Requests that change something under way at once; more are refused as busy.
     pub acts: usize,
+    /// Acts without a time limit under way at a time.
+    pub long_acts: usize,
 }
 
 impl Default for RequestLimits {
@@ -47,6 +49,7 @@ impl Default for RequestLimits {
             body_pause: Duration::from_secs(10),
             request: Duration::from_secs(120),
             acts: 8,
+            long_acts: 2,
         }
     }
 }
@@ -62,18 +65,22 @@ pub(super) fn router(context: Shared, limits: &RequestLimits) -> Router {
         .route("/healthz", get(|| async { typed(TEXT, "ok\n") }))
         .route("/readyz", get(readiness))
         .route("/metrics", get(metrics));
-    let busy = ServiceBuilder::new()
-        .layer(HandleErrorLayer::new(|_: BoxError| async {
-            ApiError::new(ErrorCode::Busy, "too many requests of this kind are under way; try again later")
-        }))
-        .load_shed()
-        // One limit for all of them together; `concurrency_limit` would give each route its own.
-        .layer(GlobalConcurrencyLimitLayer::new(limits.acts));
+    let busy = |places: usize| {
+        ServiceBuilder::new()
+            .layer(HandleErrorLayer::new(|_: BoxError| async {
+                ApiError::new(ErrorCode::Busy, "too many requests of this kind are under way; try again later")
+            }))
+            .load_shed()
+            // One limit for all of them together; `concurrency_limit` would give each route its own.
+            .layer(GlobalConcurrencyLimitLayer::new(places))
+    };
     let quick = acts::changes().layer(timeout);
     let operators = acts::listings()
         .layer(timeout)
-        // What takes as long as it takes has no time limit.
-        .merge(quick.merge(acts::long()).layer(busy))
+        .merge(quick.layer(busy(limits.acts)))
+        // What takes as long as it takes has no time limit, and places of its own: hours of counting must not keep an
+        // operator from replacing a disk.
+        .merge(acts::long().layer(busy(limits.long_acts)))
         .layer(from_fn_with_state(context.clone(), token));
     let around = ServiceBuilder::new()
         // Ids are ours: what a client sends is of any length and says nothing.

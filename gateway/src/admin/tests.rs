@@ -29,7 +29,8 @@ use tokio_util::sync::CancellationToken;
 const TOKEN: &str = "0123456789abcdef0123456789abcdef";
 /// Longer than any test should take; a test that hangs ends with its name.
 const PATIENCE: Duration = Duration::from_secs(60);
-const PATIENT: RequestLimits = RequestLimits { body_bytes: 1024, body_pause: PATIENCE, request: PATIENCE, acts: 2 };
+const PATIENT: RequestLimits =
+    RequestLimits { body_bytes: 1024, body_pause: PATIENCE, request: PATIENCE, acts: 2, long_acts: 1 };
 
 /// Disk nodes that stop when they are told to go on.
 #[derive(Default)]

@@ -243,7 +243,7 @@ mod tests {
             ("finish nothing", &map, finish_moves(&map, &[]), Err(ChangeError::NotMoving)),
         ];
         for (what, before, after, expected) in table {
-            assert_eq!(after.as_ref().map(|_| ()), expected.as_ref().map(|()| ()), "{what}");
+            assert_eq!(after.as_ref().map(|_| &()), expected.as_ref(), "{what}");
             let Ok(after) = after else { continue };
             assert_eq!(after.epoch.0, before.epoch.0 + 1, "{what}");
             after.validate().unwrap_or_else(|error| panic!("{what}: {error}"));

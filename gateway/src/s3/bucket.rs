@@ -97,7 +97,8 @@ pub(super) async fn list_buckets(
         for bucket in page.buckets {
             if bucket.owner == call.caller.account && bucket.name.starts_with(&prefix) {
                 if buckets.len() == most {
-                    continuation_token = Some(after);
+                    // The last one told: the names of others' buckets are not for the caller.
+                    continuation_token = buckets.last().and_then(|last: &Bucket| last.name.clone());
                     break 'pages;
                 }
                 buckets.push(Bucket {

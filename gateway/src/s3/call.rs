@@ -52,8 +52,11 @@ impl Call {
     /// # Errors
     /// NoSuchBucket, AccessDenied, 503.
     pub(super) async fn bucket(&self, name: &str) -> S3Result<BucketRecord> {
-        let found = self.cx.shards.get_bucket(name).await.map_err(error::query)?;
-        self.allowed(found)
+        match self.cx.shards.get_bucket(name).await.map_err(error::query)? {
+            // Since it was cached it may have been deleted, and made again by the caller.
+            Some(found) if found.owner != self.caller.account => self.bucket_now(name).await,
+            found => self.allowed(found),
+        }
     }
 
     /// A bucket by name, as the root shard has it now.
@@ -136,8 +139,9 @@ impl Call {
         key: &str,
         upload: UploadId,
     ) -> S3Result<(BucketRecord, Arc<UploadRecord>)> {
-        if let Some(record) = self.cx.uploads.get(&upload) {
-            return Ok((self.bucket(bucket).await?, record));
+        let found = self.bucket(bucket).await?;
+        if let Some(record) = self.cx.uploads.get(&(found.id, key.to_owned(), upload)) {
+            return Ok((found, record));
         }
         let query = |bucket: &BucketRecord| Query::ListParts {
             bucket: bucket.id,
@@ -149,7 +153,7 @@ impl Call {
         match self.ask(bucket, key, query).await? {
             (bucket, Answer::Parts { upload: record, .. }) => {
                 let record = Arc::new(record);
-                self.cx.uploads.insert(upload, record.clone());
+                self.cx.uploads.insert((bucket.id, key.to_owned(), upload), record.clone());
                 Ok((bucket, record))
             }
             (_, other) => Err(error::answer(other)),
@@ -157,7 +161,7 @@ impl Call {
     }
 
     /// Takes an upload out of the cache.
-    pub(super) fn forget_upload(&self, upload: UploadId) {
-        self.cx.uploads.remove(&upload);
+    pub(super) fn forget_upload(&self, bucket: &BucketRecord, key: &str, upload: UploadId) {
+        self.cx.uploads.remove(&(bucket.id, key.to_owned(), upload));
     }
 }

@@ -153,13 +153,14 @@ async fn complete(call: &Call, input: CompleteMultipartUploadInput) -> S3Result<
         rule_epoch: bucket.rule.epoch,
     };
     let accepted = |reply: &Reply| matches!(reply, Reply::Put { .. } | Reply::NoSuchUpload);
+    let under = bucket.clone();
     let etag = match settle(call, bucket, input.key.clone(), command, None, accepted).await? {
         Reply::Put { etag, .. } => etag,
         // Another completion was faster.
         Reply::NoSuchUpload => return again(call, &input, upload, &parts).await,
         other => return Err(error::reply(other)),
     };
-    call.forget_upload(upload);
+    call.forget_upload(&under, &input.key, upload);
     let mut output = answer(&input, etag);
     if let Some(checksum) = &checksum {
         put_checksum!(output, checksum.algorithm, checksums::text(checksum, chosen.len()));

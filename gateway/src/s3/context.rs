@@ -5,12 +5,15 @@ use crate::disks::DiskHealth;
 use crate::metrics::Metrics;
 use crate::object::ObjectStore;
 use crate::shards::Shards;
-use granary_meta::record::{AccountId, UploadId, UploadRecord};
+use granary_meta::record::{AccountId, BucketId, UploadId, UploadRecord};
 use granary_placement::settings::Values;
 use quick_cache::sync::Cache;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// An upload and what it belongs to: an id named with another bucket or key is another upload, which is not there.
+pub(super) type UploadKey = (BucketId, String, UploadId);
 
 /// Most uploads whose records are cached.
 const CACHED_UPLOADS: usize = 10_000;
@@ -67,7 +70,7 @@ pub struct S3Context {
     pub(super) objects: ObjectStore,
     pub(super) settings: S3Settings,
     /// What uploads were created with; see [`Call::upload`](super::call::Call::upload).
-    pub(super) uploads: Cache<UploadId, Arc<UploadRecord>>,
+    pub(super) uploads: Cache<UploadKey, Arc<UploadRecord>>,
 }
 
 impl S3Context {

@@ -276,7 +276,7 @@ pub(super) async fn abort_multipart_upload(
     let bucket = call.bucket(&input.bucket).await?;
     let key = input.key.clone();
     let command = move |bucket: &BucketRecord| Command::AbortUpload { bucket: bucket.id, key: key.clone(), upload };
-    call.forget_upload(upload);
+    call.forget_upload(&bucket, &input.key, upload);
     settle(call, bucket, input.key, command, None, |reply| matches!(reply, Reply::Done)).await?;
     Ok(S3Response::new(AbortMultipartUploadOutput::default()))
 }

@@ -115,7 +115,7 @@ pub fn follow<T: PartialEq + Send + Sync + 'static>(
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
-    use crate::heal::HealSettings;
+    use crate::background::heal::HealSettings;
 
     #[tokio::test]
     async fn a_part_follows_the_settings_it_reads_and_is_not_woken_by_others() {

@@ -1,7 +1,7 @@
 //! Metadata shards as maps: what the healer asks of them and nothing more.
 
 use async_trait::async_trait;
-use granary_gateway::heal::{MetaClient, MetaClientError};
+use granary_gateway::background::heal::{MetaClient, MetaClientError};
 use granary_meta::memory::MemoryShard;
 use granary_meta::record::{AccountId, BucketId, ExtentRecord, ExtentRef, ObjectData};
 use granary_meta::{Answer, ChunkRef, Command, MetaRequest, Query, Reply};

@@ -79,3 +79,56 @@ async fn the_buckets_of_another_account_are_out_of_reach() {
     scene.ask(by_other(Ask::new("DELETE", "/bucket"))).await.expect(403, "AccessDenied");
     scene.ask(Ask::new("DELETE", "/bucket")).await.expect(204, "");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_buckets_names_no_bucket_of_another_account() {
+    let scene = two_accounts().await;
+    for name in ["aaa-secret", "mmm-secret", "zzz-secret"] {
+        scene.ask(by_other(Ask::new("PUT", &format!("/{name}")))).await.ok();
+    }
+    for name in ["lll", "nnn"] {
+        scene.ask(Ask::new("PUT", &format!("/{name}"))).await.ok();
+    }
+    let (mut names, mut token) = (Vec::new(), None::<String>);
+    loop {
+        let ask = Ask::new("GET", "/").query("max-buckets", "1");
+        let ask = token.iter().fold(ask, |ask, token| ask.query("continuation-token", token));
+        let page = scene.ask(ask).await.ok();
+        names.extend(page.all("Name"));
+        match page.all("ContinuationToken").pop() {
+            Some(next) => {
+                assert!(!next.contains("secret"), "{next}");
+                token = Some(next);
+            }
+            None => break,
+        }
+        assert!(names.len() < 10, "{names:?}");
+    }
+    assert_eq!(names, ["bucket", "lll", "nnn"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bucket_that_another_account_gave_up_is_its_new_owners_at_once() {
+    let scene = two_accounts().await;
+    scene.ask(Ask::new("PUT", "/name")).await.ok();
+    scene.ask(Ask::new("HEAD", "/name")).await.ok();
+    // Through another gateway: this one's cache of buckets does not hear of it.
+    let other = scene.cluster.more_shards();
+    other.delete_bucket("name", AccountId::ROOT).await.unwrap();
+    other.create_bucket("name", AccountId(42)).await.unwrap();
+    scene.ask(by_other(Ask::new("PUT", "/name/k").body("x"))).await.ok();
+    scene.ask(Ask::new("GET", "/name/k")).await.expect(403, "AccessDenied");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_is_not_known_under_another_bucket_or_key() {
+    let scene = two_accounts().await;
+    let upload = scene.ask(Ask::new("POST", "/bucket/parts").query("uploads", "")).await.ok().one("UploadId");
+    let part = |path: &str| Ask::new("PUT", path).query("uploadId", &upload).query("partNumber", "1").body("part");
+    scene.ask(part("/bucket/parts")).await.ok();
+    scene.ask(by_other(Ask::new("PUT", "/theirs"))).await.ok();
+    // A checksum that the upload does not ask for: whoever is told of that was told what the upload asks for.
+    let wrong = |path: &str| part(path).header("x-amz-checksum-crc32", "AAAAAA==");
+    scene.ask(wrong("/bucket/other")).await.expect(404, "NoSuchUpload");
+    scene.ask(by_other(wrong("/theirs/parts"))).await.expect(404, "NoSuchUpload");
+}
