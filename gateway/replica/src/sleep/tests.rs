@@ -1,5 +1,8 @@
 use super::*;
 
+/// What is changed in a replica's facts.
+type Change = fn(&mut Facts);
+
 const SHARD: ShardId = ShardId(3);
 const TIMING: SleepTiming = SleepTiming { after: Duration::from_secs(10), lost: Duration::from_secs(1) };
 const AT: Asleep = Asleep { shard: SHARD, term: 4, index: 70 };
@@ -67,7 +70,7 @@ fn a_shard_with_one_member_sleeps_alone_and_the_root_shard_never() {
 
 #[test]
 fn whatever_is_under_way_keeps_a_leader_awake() {
-    let changes: [(&str, fn(&mut Facts)); 6] = [
+    let changes: [(&str, Change); 6] = [
         ("a command", |facts| facts.commands += 1),
         ("an entry", |facts| (facts.last, facts.applied) = (71, 71)),
         ("another term", |facts| facts.term += 1),
@@ -110,7 +113,7 @@ fn a_follower_agrees_only_where_the_leader_stands() {
     let mut sleepers = Sleepers::new(TIMING);
     assert_eq!(sleepers.take(now, disk(1), &beat, &all), [Action::SleepAsFollower(AT, disk(1))]);
     assert_eq!(sleepers.beat_for(disk(1), &all).agreed, [AT]);
-    let changes: [(&str, fn(&mut Facts)); 6] = [
+    let changes: [(&str, Change); 6] = [
         ("lags", |facts| (facts.last, facts.applied) = (69, 69)),
         ("not applied", |facts| facts.applied = 69),
         ("another term", |facts| facts.term = 5),
