@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::api::{
-    ApiError, DrainDisk, ErrorCode, GetMap, GetStatus, Readiness, RunCensus, StartDisk, Status, StopDisk,
+    ApiError, DrainDisk, ErrorCode, GetMap, GetStatus, Readiness, RunCensus, SetConfig, StartDisk, Status, StopDisk,
 };
 use super::listener::{self, ListenerLimits};
 use super::routes::{router, RequestLimits};
@@ -18,7 +18,7 @@ use granary_placement::settings::Values;
 use granary_wire::auth::{ClusterSecret, Credentials};
 use http::StatusCode;
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -264,6 +264,89 @@ async fn only_so_many_acts_run_at_once_and_listings_go_on() {
     for task in running {
         task.await.unwrap().unwrap();
     }
+}
+
+#[tokio::test]
+async fn censuses_and_other_acts_have_places_of_their_own() {
+    let served = Served::start(RequestLimits { acts: 1, long_acts: 1, ..PATIENT }, ListenerLimits::default()).await;
+    let address = served.address.to_string();
+    let code = |error: CallError| match error {
+        CallError::Refused { error, .. } => error.code,
+        other => panic!("{other}"),
+    };
+    let census = || async { code(call(&address, TOKEN, &RunCensus {}, PATIENCE).await.unwrap_err()) };
+    let start = || async { code(call(&address, TOKEN, &StartDisk { disk: DiskId(3) }, PATIENCE).await.unwrap_err()) };
+
+    // The place of a census is taken by one whose body does not come.
+    let mut held = served.connect().await;
+    let request =
+        format!("POST /v1/census HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 2\r\n\r\n");
+    held.write_all(request.as_bytes()).await.unwrap();
+    let until_busy = async {
+        while census().await != ErrorCode::Busy {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, until_busy).await.expect("a second census is refused");
+    // No disk 3 is here; that its node was asked to start is what counts.
+    assert_eq!(start().await, ErrorCode::Conflict);
+    drop(held);
+    let until_free = async {
+        while census().await == ErrorCode::Busy {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, until_free).await.expect("a census that was given up frees its place");
+
+    // The other way round.
+    let stop = call(&address, TOKEN, &StopDisk { disk: DiskId(3) }, PATIENCE);
+    let meanwhile = async {
+        served.local.begun.notified().await;
+        let codes = (start().await, census().await);
+        served.local.go_on.notify_one();
+        codes
+    };
+    let (stopped, codes) = tokio::join!(stop, meanwhile);
+    stopped.unwrap();
+    assert_eq!(codes, (ErrorCode::Busy, ErrorCode::Unavailable));
+}
+
+/// What is logged on this thread.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn nothing_of_a_setting_that_is_refused_is_logged() {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let log = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::DEBUG)
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    let _log = tracing::subscriber::set_default(log);
+    let served = Served::start(PATIENT, ListenerLimits::default()).await;
+    // No setting; a setting of the cluster and no value of it; a setting of each process.
+    for name in ["secretname", "heal.rate", "s3.max_requests"] {
+        let set = SetConfig { name: name.to_owned(), value: Some("secretvalue".to_owned()) };
+        let error = call(&served.address.to_string(), TOKEN, &set, PATIENCE).await.unwrap_err();
+        let refused = matches!(&error, CallError::Refused { error, .. } if error.code == ErrorCode::BadRequest);
+        assert!(refused, "{name}: {error}");
+    }
+    let logged = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+    assert!(logged.contains("/v1/config"), "requests are logged at this level: {logged}");
+    assert!(!logged.contains("secretname") && !logged.contains("secretvalue"), "{logged}");
 }
 
 #[tokio::test]
