@@ -87,3 +87,34 @@ pub enum Reply {
         known: u64,
     },
 }
+
+impl Reply {
+    /// Was the command done? Anything else is a refusal of some kind: nothing was changed by this attempt, which says
+    /// nothing of earlier ones.
+    pub fn is_success(&self) -> bool {
+        match self {
+            Reply::Done
+            | Reply::Put { .. }
+            | Reply::Deleted { .. }
+            | Reply::Bucket(_)
+            | Reply::Fenced { .. }
+            | Reply::Lease(_)
+            | Reply::Settings { .. } => true,
+            Reply::BucketExists(_)
+            | Reply::NoSuchBucket
+            | Reply::BucketFenced
+            | Reply::NoSuchKey
+            | Reply::PreconditionFailed
+            | Reply::NoSuchUpload
+            | Reply::InvalidPart { .. }
+            | Reply::EpochConflict { .. }
+            | Reply::Refused(_)
+            | Reply::StaleAttempt { .. }
+            | Reply::LeaseHeld(_)
+            | Reply::NoSuchLease
+            | Reply::StaleLease { .. }
+            | Reply::StaleRule { .. }
+            | Reply::RuleBehind { .. } => false,
+        }
+    }
+}

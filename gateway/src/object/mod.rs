@@ -18,6 +18,7 @@ mod extent_write;
 pub mod fetch;
 mod lane;
 mod read;
+mod recheck;
 pub mod reports;
 mod staged;
 mod write;

@@ -100,6 +100,11 @@ impl Uncommitted {
         self.batch.writers.push(writers.clone());
     }
 
+    /// Where chunks were written, also those of attempts that were given up.
+    pub(super) fn chunks(&self) -> &[(DiskId, ChunkId)] {
+        &self.batch.chunks
+    }
+
     /// Takes over what another one holds.
     pub(super) fn absorb(&mut self, mut other: Uncommitted) {
         other.armed = false;

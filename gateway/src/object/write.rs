@@ -3,6 +3,7 @@
 use super::choose::{choose, ChooseError, Draw, Usable};
 use super::counters::add;
 use super::extent_write::{Attempt, AttemptError, Written};
+use super::recheck::recheck;
 use super::staged::{Staged, Uncommitted};
 use super::{random, BodyError, ObjectStore};
 use crate::disks::DiskHealth;
@@ -121,6 +122,7 @@ impl ObjectStore {
             });
         }
 
+        let map_before = self.disks().map();
         let longest = self.settings().extent_bytes.clamp(1, MAX_EXTENT_BYTES);
         let mut draw = Draw(u64::from_be_bytes(random()?));
         let mut failed = HashSet::new();
@@ -133,6 +135,15 @@ impl ObjectStore {
             uncommitted.absorb(written.uncommitted);
             extents.push(written.extent);
             missing.extend(written.missing);
+        }
+        // The map was read for each extent; the payload is committed under the one that is in force now.
+        if let (Some(before), Some(map)) = (map_before, self.disks().map()) {
+            if before.epoch != map.epoch {
+                recheck(&map, &extents, uncommitted.chunks(), &mut missing).map_err(|extent| {
+                    add(&self.counters().writes_unavailable, 1);
+                    StageError::Unavailable(format!("extent {extent} was overtaken by moves of its placement group"))
+                })?;
+            }
         }
         Ok(Staged { data: ObjectData::Extents(extents), missing, size_bytes: len_bytes, uncommitted })
     }

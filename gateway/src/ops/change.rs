@@ -44,6 +44,9 @@ pub enum ChangeError {
         /// Its weight.
         weight: u32,
     },
+    /// Slots are on their way already: the disk in the middle of two moves holds what was written since the first.
+    #[error("{0} slots are moving; wait until they have arrived, see `granary status`")]
+    MovesUnderWay(usize),
     /// No slot of these is on its way from and to these disks: the map changed since the move was looked at.
     #[error("none of these moves is under way any more")]
     NotMoving,
@@ -88,7 +91,7 @@ pub fn replace(map: &ClusterMap, new: &Replacement) -> Result<ClusterMap, Change
 /// good.
 ///
 /// # Errors
-/// [`ChangeError::StillHolds`] while it is not empty; [`ChangeError::Out`]; [`ChangeError::Place`] when there is no
+/// [`ChangeError::MovesUnderWay`]; [`ChangeError::StillHolds`] while it is not empty; [`ChangeError::Out`]; [`ChangeError::Place`] when there is no
 /// such disk, or the others cannot keep the scheme.
 pub fn drain(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, ChangeError> {
     let mut next = map.clone();
@@ -97,6 +100,7 @@ pub fn drain(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, ChangeError> 
     match (entry.state, held) {
         (DiskState::Out, _) => Err(ChangeError::Out(disk)),
         (DiskState::In, _) => {
+            none_moving(map)?;
             entry.state = DiskState::Draining;
             Ok(rebalance(&next)?)
         }
@@ -113,7 +117,7 @@ pub fn drain(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, ChangeError> 
 /// Gives a disk another share of the data; slots move to it or away from it.
 ///
 /// # Errors
-/// [`ChangeError::Out`], [`ChangeError::Draining`], [`ChangeError::SameWeight`]; [`ChangeError::Place`] when there is
+/// [`ChangeError::Out`], [`ChangeError::Draining`], [`ChangeError::SameWeight`], [`ChangeError::MovesUnderWay`]; [`ChangeError::Place`] when there is
 /// no such disk, or the scheme cannot be kept with a weight of zero.
 pub fn set_weight(map: &ClusterMap, disk: DiskId, weight: u32) -> Result<ClusterMap, ChangeError> {
     let mut next = map.clone();
@@ -124,6 +128,7 @@ pub fn set_weight(map: &ClusterMap, disk: DiskId, weight: u32) -> Result<Cluster
         DiskState::In if entry.weight == weight => return Err(ChangeError::SameWeight { disk, weight }),
         DiskState::In => entry.weight = weight,
     }
+    none_moving(map)?;
     Ok(rebalance(&next)?)
 }
 
@@ -171,6 +176,15 @@ pub fn held_by(map: &ClusterMap, disk: DiskId) -> (usize, usize) {
     let slots = map.groups.values().flat_map(|group| &group.slots);
     let replicas = map.shards.iter().filter(|shard| shard.members.contains(&disk)).count();
     (slots.filter(|slot| slot.disks().any(|named| named == disk)).count(), replicas)
+}
+
+/// A slot remembers one previous disk. Taken from its current disk in the middle of a move, it would forget that one,
+/// which holds what was written since the move began. Only a disk that is gone is replaced all the same.
+fn none_moving(map: &ClusterMap) -> Result<(), ChangeError> {
+    match slots_moving(map) {
+        0 => Ok(()),
+        moving => Err(ChangeError::MovesUnderWay(moving)),
+    }
 }
 
 fn disk_mut(map: &mut ClusterMap, disk: DiskId) -> Result<&mut Disk, ChangeError> {
@@ -240,6 +254,19 @@ mod tests {
             ("weight of a draining disk", &draining, set_weight(&draining, DISK, 1), Err(ChangeError::Draining(DISK))),
             ("weight of what is out", &out, set_weight(&out, DISK, 1), Err(ChangeError::Out(DISK))),
             ("weight of nobody", &map, set_weight(&map, NOBODY, 1), no_disk()),
+            (
+                "drain while slots move",
+                &draining,
+                drain(&draining, DiskId(1)),
+                Err(ChangeError::MovesUnderWay(slots_moving(&draining))),
+            ),
+            (
+                "weight while slots move",
+                &draining,
+                set_weight(&draining, DiskId(1), 1),
+                Err(ChangeError::MovesUnderWay(slots_moving(&draining))),
+            ),
+            ("replace while slots move", &draining, replace(&draining, &new(DiskId(1), None)), Ok(())),
             ("finish nothing", &map, finish_moves(&map, &[]), Err(ChangeError::NotMoving)),
         ];
         for (what, before, after, expected) in table {

@@ -231,7 +231,14 @@ impl Shards {
     pub async fn command_by(&self, account: AccountId, shard: ShardId, command: Command) -> Result<Reply, ShardError> {
         let request_id = random_id().map_err(|why| ShardError::Refused { shard, why })?;
         let request = ShardRequest::Command(MetaRequest { request_id, now_ms: now_ms(), account, command });
-        match self.timed("command", shard, &request).await? {
+        let (response, in_doubt) = self.timed("command", shard, &request).await?;
+        match response {
+            // Shards remember what they applied for so many commands only: a refusal after an attempt that may have been
+            // applied says nothing of that one.
+            ShardResponse::Reply(reply) if in_doubt && !reply.is_success() => {
+                let detail = "an earlier attempt may have been applied, and a later one was refused".to_owned();
+                Err(ShardError::Unavailable { shard, detail })
+            }
             ShardResponse::Reply(Reply::Refused(why)) => Err(ShardError::Refused { shard, why }),
             ShardResponse::Reply(reply) => Ok(reply),
             ShardResponse::Answer(_) => Err(ShardError::Garbled { shard, why: "an answer to a command".to_owned() }),
@@ -243,7 +250,7 @@ impl Shards {
     /// # Errors
     /// As [`Shards::command`]; nothing is ever applied.
     pub async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, ShardError> {
-        match self.timed("query", shard, &ShardRequest::Query(query)).await? {
+        match self.timed("query", shard, &ShardRequest::Query(query)).await?.0 {
             ShardResponse::Answer(Answer::Refused(why)) => Err(ShardError::Refused { shard, why }),
             ShardResponse::Answer(answer) => Ok(answer),
             ShardResponse::Reply(_) => Err(ShardError::Garbled { shard, why: "a reply to a query".to_owned() }),
@@ -284,7 +291,13 @@ impl Shards {
         }
     }
 
-    async fn timed(&self, kind: &str, shard: ShardId, request: &ShardRequest) -> Result<ShardResponse, ShardError> {
+    /// The answer, and whether an earlier attempt may have been taken too.
+    async fn timed(
+        &self,
+        kind: &str,
+        shard: ShardId,
+        request: &ShardRequest,
+    ) -> Result<(ShardResponse, bool), ShardError> {
         let begun = Instant::now();
         let result = match request.encode() {
             Ok(request) => self.ask(shard, ControlRequest::Shard { shard, request }).await,
@@ -292,8 +305,10 @@ impl Shards {
         };
         // The request was taken: whatever is wrong with its answer, a command may have been applied.
         let garbled = |error: BadBytes| ShardError::Garbled { shard, why: error.to_string() };
-        let result = result.and_then(|response| match response {
-            ControlResponse::Shard(bytes) => ShardResponse::decode(&bytes).map_err(garbled),
+        let result = result.and_then(|(response, in_doubt)| match response {
+            ControlResponse::Shard(bytes) => {
+                ShardResponse::decode(&bytes).map(|response| (response, in_doubt)).map_err(garbled)
+            }
             other => Err(ShardError::Garbled { shard, why: unexpected(&other) }),
         });
         let name = match &result {
@@ -308,8 +323,8 @@ impl Shards {
     }
 
     /// Asks the leader; looks for it among the members when it is not where it was. The request goes out unchanged each
-    /// time.
-    async fn ask(&self, shard: ShardId, request: ControlRequest) -> Result<ControlResponse, ShardError> {
+    /// time. The answer, and whether an earlier attempt may have been taken too.
+    async fn ask(&self, shard: ShardId, request: ControlRequest) -> Result<(ControlResponse, bool), ShardError> {
         let deadline = Instant::now() + self.inner.timing.deadline;
         // Rounds over all members that brought nothing.
         let mut rounds = 0;
@@ -362,7 +377,7 @@ impl Shards {
                     if shard == ShardId::ROOT {
                         *self.inner.root_seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
                     }
-                    return Ok(response);
+                    return Ok((response, in_doubt));
                 }
                 Err(PeerError::TooLarge) => {
                     return Err(ShardError::Refused { shard, why: PeerError::TooLarge.to_string() })

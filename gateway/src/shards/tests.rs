@@ -385,3 +385,19 @@ async fn a_newer_map_is_taken_confirmed_and_offered_to_disks_that_lag() {
     shards.offer_map().await;
     assert_eq!(all_at(3), 6);
 }
+
+#[tokio::test]
+async fn a_refusal_after_an_attempt_in_doubt_leaves_the_outcome_unknown() {
+    let (fake, shards) = cluster();
+    let bucket = BucketId(7);
+    let put = put_command(bucket, "k");
+    let shard = shards.shard_of(bucket, "k").unwrap();
+    // What the shard says of a bucket that is fenced is certain by itself.
+    fake.state.lock().unwrap().fences.insert((shard, bucket.0));
+    let refused = shards.command(shard, put.clone()).await;
+    assert!(refused.as_ref().is_ok_and(|reply| !reply.is_success()), "{refused:?}");
+    // After an attempt that may have been applied it says nothing of that attempt.
+    fake.state.lock().unwrap().faults.push_back(Fault::LoseRequest);
+    let refused = shards.command(shard, put).await.unwrap_err();
+    assert!(refused.outcome_unknown(), "{refused:?}");
+}

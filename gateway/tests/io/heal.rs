@@ -2,11 +2,12 @@ use crate::cluster::{body, payload, seed, Cluster, UNIT};
 use crate::meta::Meta;
 use crate::node::{Damage, Disk};
 use bytes::Bytes;
+use futures::stream::{self, StreamExt};
 use granary_gateway::background::heal::{HealSettings, Healer, HEAL_TASK};
 use granary_gateway::background::leases::{Held, Holder, LeaseSettings};
 use granary_gateway::background::MetaClient;
 use granary_gateway::object::choose::Draw;
-use granary_gateway::object::{chunk_id, ObjectSettings};
+use granary_gateway::object::{chunk_id, ObjectSettings, StageError, Staged};
 use granary_meta::record::{ExtentRef, ObjectData};
 use granary_meta::{ChunkRef, Command, Reply};
 use granary_placement::id::{DiskId, Epoch, HashSlot, PlacementGroupId, ShardId};
@@ -210,6 +211,118 @@ async fn a_slot_that_moves_is_read_from_its_previous_disk_until_all_is_on_the_ne
     for (data, payload) in objects.iter().chain(&new) {
         cluster.check(data, payload, 0..payload.len() as u64).await;
     }
+}
+
+/// Stages a payload of three extents; after the first, `change` is made and known to the gateway.
+async fn stage_while_the_map_changes(
+    cluster: &Cluster,
+    draw: &mut Draw,
+    change: impl Fn() + Send + Sync,
+) -> Result<Staged, StageError> {
+    let len = 25 * UNIT;
+    let payload = payload(len, draw);
+    let pieces: Vec<Bytes> = (0..25).map(|at| payload.slice(at * UNIT as usize..(at + 1) * UNIT as usize)).collect();
+    let epoch = || cluster.store.disks().map().map(|map| map.epoch);
+    let (before, change) = (epoch(), &change);
+    let body = stream::iter(pieces).enumerate().then(|(at, piece)| async move {
+        if at == 15 {
+            change();
+            while epoch() == before {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        Ok(piece)
+    });
+    cluster.store.stage(None, HashSlot::of(1, "k"), len, body).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_payload_that_came_while_its_slots_moved_names_what_lies_elsewhere_or_is_refused() {
+    let mut draw = seed("a_payload_that_came_while_its_slots_moved_names_what_lies_elsewhere_or_is_refused");
+    let cluster = Cluster::with_disks(4, 2, 9, small()).await;
+    let staged = stage_while_the_map_changes(&cluster, &mut draw, || give_slot_to(&cluster, 7)).await.unwrap();
+    let first = &staged.data.extents()[0];
+    assert!(staged.missing.contains(&chunk(first, 2)), "{:?}", staged.missing);
+    drop(staged);
+    // Three slots move, and their moves are over before the body is.
+    let leave_three = || {
+        cluster.map.send_modify(|map| {
+            let mut next = (**map.as_ref().unwrap()).clone();
+            next.epoch.0 += 1;
+            let slots = &mut next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots;
+            for (slot, disk) in [(0, 8), (1, 9), (2, 3)] {
+                slots[slot] = GroupSlot::new(DiskId(disk));
+            }
+            *map = Some(Arc::new(next));
+        });
+    };
+    let refused = stage_while_the_map_changes(&cluster, &mut draw, leave_three).await;
+    assert!(matches!(refused, Err(StageError::Unavailable(_))), "{refused:?}");
+    cluster.until("its chunks are gone", || cluster.chunks() == 0).await;
+}
+
+/// The chunks of a shard's extents that belong into the slot that moves.
+fn chunks_in_slot(meta: &Meta, shard: u16) -> Vec<ChunkId> {
+    let state = meta.shard(ShardId(shard));
+    let in_slot = |record: &granary_meta::record::ExtentRecord| {
+        let index = record.extent.slots.iter().position(|slot| *slot == 2)?;
+        Some(chunk_id(&record.extent, index as u8))
+    };
+    state.extents.values().filter_map(in_slot).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_extent_beyond_repair_keeps_no_other_from_its_new_disk_and_the_move_does_not_end() {
+    let mut draw = seed("an_extent_beyond_repair_keeps_no_other_from_its_new_disk_and_the_move_does_not_end");
+    let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
+    meta.page.store(2, Ordering::Relaxed);
+    *meta.map.lock().unwrap() = Some(cluster.map.clone());
+    fill(&cluster, &meta, &mut draw).await;
+    // The first extent of the busier shard, so that others come behind it, loses three chunks.
+    let shard = if chunks_in_slot(&meta, 1).len() > chunks_in_slot(&meta, 2).len() { 1 } else { 2 };
+    let wanted: Vec<ChunkId> = [1, 2].into_iter().flat_map(|shard| chunks_in_slot(&meta, shard)).collect();
+    let lost = meta.shard(ShardId(shard)).extents.values().next().unwrap().extent.clone();
+    for index in [0u8, 1, 2] {
+        cluster.holder(&lost, index).chunks.lock().unwrap().remove(&chunk_id(&lost, index));
+    }
+    give_slot_to(&cluster, 7);
+    let (healer, _stop) = heal(&cluster, &meta);
+    let here = |id: &ChunkId| cluster.disks[6].chunks.lock().unwrap().contains_key(id);
+    let rest: Vec<&ChunkId> = wanted.iter().filter(|id| id.extent != lost.extent).collect();
+    assert!(rest.len() >= 3);
+    cluster.until("all others are on the new disk", || rest.iter().all(|id| here(id))).await;
+    cluster.until("one slot is left", || healer.status().queued_slots == 1).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(slot(&cluster), GroupSlot { current: DiskId(7), previous: Some(DiskId(3)) }, "the move is not over");
+    // It is deleted: then nothing keeps the move from ending.
+    {
+        let mut state = meta.shard(ShardId(shard));
+        state.extents.remove(&(lost.group, lost.extent));
+        state.missing.retain(|chunk, _| chunk.extent != lost.extent);
+    }
+    cluster.until("the move is done", || slot(&cluster) == GroupSlot::new(DiskId(7))).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_does_not_answer_keeps_only_its_own_extents_waiting() {
+    let mut draw = seed("a_shard_that_does_not_answer_keeps_only_its_own_extents_waiting");
+    let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
+    *meta.map.lock().unwrap() = Some(cluster.map.clone());
+    fill(&cluster, &meta, &mut draw).await;
+    meta.silent.store(1, Ordering::Relaxed);
+    give_slot_to(&cluster, 7);
+    let (_healer, _stop) = heal(&cluster, &meta);
+    let (silent, others) = (chunks_in_slot(&meta, 1), chunks_in_slot(&meta, 2));
+    assert!(!silent.is_empty() && !others.is_empty());
+    let here =
+        |ids: &[ChunkId]| ids.iter().filter(|id| cluster.disks[6].chunks.lock().unwrap().contains_key(id)).count();
+    cluster.until("those of the other shard are there", || here(&others) == others.len()).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(here(&silent), 0);
+    assert_eq!(slot(&cluster), GroupSlot { current: DiskId(7), previous: Some(DiskId(3)) }, "the move is not over");
+    meta.silent.store(0, Ordering::Relaxed);
+    cluster.until("the move is done", || slot(&cluster) == GroupSlot::new(DiskId(7))).await;
+    assert_eq!(here(&silent), silent.len());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

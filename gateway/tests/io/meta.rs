@@ -26,6 +26,8 @@ pub struct Meta {
     /// Where a map that is set goes to.
     pub map: Mutex<Option<watch::Sender<Option<Arc<ClusterMap>>>>>,
     shards: [Mutex<Shard>; 2],
+    /// This shard does not answer; 0: all do.
+    pub silent: AtomicU64,
     /// Pages are no longer than this, so that paging is tried with few extents.
     pub page: AtomicU64,
 }
@@ -38,6 +40,7 @@ impl Default for Meta {
             requests: AtomicU64::new(1),
             map: Mutex::default(),
             shards: Default::default(),
+            silent: AtomicU64::new(0),
             page: AtomicU64::new(0),
         }
     }
@@ -80,6 +83,13 @@ impl Meta {
         real[usize::from(shard.0)].apply(&request).map_err(|error| MetaClientError { shard, detail: error.to_string() })
     }
 
+    fn reach(&self, shard: ShardId) -> Result<(), MetaClientError> {
+        if shard != ShardId::ROOT && u64::from(shard.0) == self.silent.load(Ordering::Relaxed) {
+            return Err(MetaClientError { shard, detail: "it does not answer in this test".to_owned() });
+        }
+        Ok(())
+    }
+
     fn limit(&self, limit: u32) -> usize {
         match self.page.load(Ordering::Relaxed) {
             0 => limit as usize,
@@ -98,6 +108,7 @@ fn page<T>(all: impl Iterator<Item = T>, limit: usize) -> (Vec<T>, bool) {
 #[async_trait]
 impl MetaClient for Meta {
     async fn command(&self, shard: ShardId, command: Command) -> Result<Reply, MetaClientError> {
+        self.reach(shard)?;
         let of_slots = matches!(
             command,
             Command::QueueRepair { .. } | Command::AdvanceRepair { .. } | Command::RepairSlotDone { .. }
@@ -131,6 +142,7 @@ impl MetaClient for Meta {
     }
 
     async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, MetaClientError> {
+        self.reach(shard)?;
         if shard == ShardId::ROOT || matches!(query, Query::ListRepairSlots { .. }) {
             return Ok(self.real.lock().unwrap()[usize::from(shard.0)].answer(&query).unwrap());
         }

@@ -14,16 +14,18 @@ use super::plan::Task;
 use super::{lock, unexpected, Inner, MetaClientError};
 use crate::background::command_under;
 use crate::background::leases::Held;
+use crate::backoff::Backoff;
 use crate::object::{add, chunk_id};
 use crate::ops::change::FinishedMove;
 use crate::ops::finish_moves;
+use crate::shards::random_per_mille;
 use futures::stream::{self, StreamExt};
 use granary_meta::record::{ExtentRecord, RepairSlotRecord};
 use granary_meta::{Answer, ChunkRef, Command, Query};
 use granary_placement::id::{DiskId, Epoch, ExtentId, HashSlot, PlacementGroupId, ShardId};
 use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
 use granary_wire::chunk::ChunkId;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
 
 /// Extents looked at between two notes of the cursor.
@@ -39,9 +41,23 @@ type SlotId = (PlacementGroupId, u8);
 /// Which moves were queued, by which map. Kept by whoever holds the lease, for as long as it does.
 #[derive(Debug, Default)]
 pub(super) struct Moves {
-    /// The map whose moves were queued in every shard, and when that was.
+    /// The map whose moves are looked after, and since when.
     epoch: Option<(Epoch, Instant)>,
-    queued: BTreeMap<SlotId, GroupSlot>,
+    /// What each shard was told.
+    queued: BTreeMap<ShardId, BTreeMap<SlotId, GroupSlot>>,
+    /// Slots of which something could not be brought.
+    failed: HashMap<(ShardId, SlotId), Failed>,
+}
+
+/// What is known of a sweep over a slot that did not bring everything.
+#[derive(Debug, Default)]
+struct Failed {
+    /// In the sweep under way something failed.
+    now: bool,
+    /// Sweeps in which something failed, one after the other.
+    sweeps: u32,
+    /// Before this the next sweep does not begin.
+    not_before: Option<Instant>,
 }
 
 /// What came of a look at one queued slot.
@@ -76,41 +92,39 @@ impl Inner {
 
     async fn try_slots_pass(&self, map: &ClusterMap, moves: &mut Moves, held: &Held) -> Result<usize, MetaClientError> {
         let moving = moving(map);
+        moves.failed.retain(|(_, slot), _| moving.contains_key(slot));
         if moves.epoch.is_none_or(|(epoch, _)| epoch != map.epoch) {
-            // Without knowing what an earlier holder had seen, all that moves is looked at from the beginning.
-            let anew = moving.iter().filter(|(id, slot)| moves.queued.get(id) != Some(slot));
-            let anew: Vec<SlotId> = anew.map(|(id, _)| *id).collect();
-            for shard in self.meta.shards() {
-                for slots in anew.chunks(SLOTS_PER_COMMAND) {
-                    let queue = Command::QueueRepair { slots: slots.to_vec(), lease: held.stamp().clone() };
-                    command_under(&*self.meta, held, shard, queue).await?;
+            moves.epoch = Some((map.epoch, Instant::now()));
+        }
+        // One shard that does not answer keeps moves from ending, but nothing from being brought for the others.
+        let (mut told, mut all_looked_at) = (Vec::new(), true);
+        for shard in self.meta.shards() {
+            match self.queue_moves(shard, &moving, moves, held).await {
+                Ok(()) => told.push(shard),
+                Err(error) => {
+                    tracing::debug!(%shard, %error, "slots that move could not be queued");
+                    all_looked_at = false;
                 }
             }
-            (moves.epoch, moves.queued) = (Some((map.epoch, Instant::now())), moving.clone());
         }
         // Gateways that have not heard of the map yet may still write to the disks that it took slots from.
         if moves.epoch.is_none_or(|(_, since)| since.elapsed() < self.settings().move_settle) {
             return Ok(0);
         }
         let (mut progress, mut left) = (0, BTreeSet::new());
-        for shard in self.meta.shards() {
-            for (group, slot, record) in self.queued_slots(shard).await? {
-                match self.look_at_slot(map, shard, (group, slot), &record, held).await? {
-                    Look::Done => progress += 1,
-                    Look::Further => {
-                        progress += 1;
-                        left.insert((group, slot));
-                    }
-                    Look::Waits => {
-                        left.insert((group, slot));
-                    }
+        for shard in told {
+            match self.look_at_shard(map, shard, moves, held, &mut left).await {
+                Ok(further) => progress += further,
+                Err(error) => {
+                    tracing::debug!(%shard, %error, "slots that move could not be looked after");
+                    all_looked_at = false;
                 }
             }
         }
         lock(&self.status).queued_slots = u64::try_from(left.len()).unwrap_or(u64::MAX);
         let mut done = moving;
         done.retain(|id, _| !left.contains(id));
-        if !done.is_empty() && self.clear_previous(map, &mut done, held).await? {
+        if all_looked_at && !done.is_empty() && self.clear_previous(map, &mut done, held).await? {
             let finished: Vec<FinishedMove> = (done.iter())
                 .map(|((group, slot), was)| FinishedMove { group: *group, slot: usize::from(*slot), was: *was })
                 .collect();
@@ -121,6 +135,51 @@ impl Inner {
                     self.meta.set_map(next).await?;
                 }
                 Err(error) => tracing::warn!(%error, "moves of slots are done, but the map cannot say so"),
+            }
+        }
+        Ok(progress)
+    }
+
+    /// Queues in a shard what moves and what it was not told yet. Without knowing what an earlier holder of the lease had
+    /// seen, all that moves is looked at from the beginning.
+    async fn queue_moves(
+        &self,
+        shard: ShardId,
+        moving: &BTreeMap<SlotId, GroupSlot>,
+        moves: &mut Moves,
+        held: &Held,
+    ) -> Result<(), MetaClientError> {
+        let known = moves.queued.entry(shard).or_default();
+        let anew: Vec<SlotId> =
+            moving.iter().filter(|(id, slot)| known.get(id) != Some(slot)).map(|(id, _)| *id).collect();
+        for slots in anew.chunks(SLOTS_PER_COMMAND) {
+            let queue = Command::QueueRepair { slots: slots.to_vec(), lease: held.stamp().clone() };
+            command_under(&*self.meta, held, shard, queue).await?;
+        }
+        known.clone_from(moving);
+        Ok(())
+    }
+
+    /// One page of each slot that is queued in a shard. Answers how many came further; `left` gets those that are not done.
+    async fn look_at_shard(
+        &self,
+        map: &ClusterMap,
+        shard: ShardId,
+        moves: &mut Moves,
+        held: &Held,
+        left: &mut BTreeSet<SlotId>,
+    ) -> Result<usize, MetaClientError> {
+        let mut progress = 0;
+        for (group, slot, record) in self.queued_slots(shard).await? {
+            match self.look_at_slot(map, shard, (group, slot), &record, moves, held).await? {
+                Look::Done => progress += 1,
+                Look::Further => {
+                    progress += 1;
+                    left.insert((group, slot));
+                }
+                Look::Waits => {
+                    left.insert((group, slot));
+                }
             }
         }
         Ok(progress)
@@ -152,6 +211,7 @@ impl Inner {
         shard: ShardId,
         (group, slot): SlotId,
         record: &RepairSlotRecord,
+        moves: &mut Moves,
         held: &Held,
     ) -> Result<Look, MetaClientError> {
         let Some(entry) = map.group(group).and_then(|entry| entry.slots.get(usize::from(slot))) else {
@@ -159,6 +219,15 @@ impl Inner {
         };
         if self.pace.is_paused() || !self.store.disks().writable(entry.current) {
             return Ok(Look::Waits);
+        }
+        let key = (shard, (group, slot));
+        if record.cursor.is_none() {
+            if let Some(failed) = moves.failed.get_mut(&key) {
+                if failed.not_before.is_some_and(|not_before| Instant::now() < not_before) {
+                    return Ok(Look::Waits);
+                }
+                failed.now = false;
+            }
         }
         let after = record.cursor.map(|extent| (group, extent));
         let (extents, more) = self.extents_of(shard, group, after, PAGE).await?;
@@ -188,9 +257,10 @@ impl Inner {
             .buffer_unordered(self.settings().extents_at_once.max(1))
             .fold(0, |sum, one| async move { sum + one })
             .await;
+        // What cannot be brought keeps the move from ending, but not what comes behind it from being brought. What was
+        // deleted meanwhile is not listed any more the next time.
         if brought < count {
-            // What was deleted meanwhile is not listed any more the next time.
-            return Ok(Look::Waits);
+            moves.failed.entry(key).or_default().now = true;
         }
         let (generation, lease) = (record.generation, held.stamp().clone());
         match extents.last() {
@@ -200,7 +270,19 @@ impl Inner {
                 command_under(&*self.meta, held, shard, advance).await?;
                 Ok(Look::Further)
             }
+            _ if moves.failed.get(&key).is_some_and(|failed| failed.now) => {
+                let queue = Command::QueueRepair { slots: vec![(group, slot)], lease };
+                command_under(&*self.meta, held, shard, queue).await?;
+                let failed = moves.failed.entry(key).or_default();
+                failed.sweeps = failed.sweeps.saturating_add(1);
+                let settings = self.settings();
+                let backoff = Backoff { first: settings.first_backoff, longest: settings.longest_backoff };
+                failed.not_before = Some(Instant::now() + backoff.delay(failed.sweeps, random_per_mille()));
+
+                Ok(Look::Waits)
+            }
             _ => {
+                moves.failed.remove(&key);
                 let done = Command::RepairSlotDone { group, slot, generation, lease };
                 command_under(&*self.meta, held, shard, done).await?;
                 Ok(Look::Done)
