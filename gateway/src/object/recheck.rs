@@ -1,8 +1,8 @@
 //! What a payload is worth by the map that is in force when it is whole. Pure.
 //!
-//! A body may take minutes, and slots may move meanwhile. What is committed must lie where the map looks for it: a chunk
-//! on a slot's previous disk counts and is to be brought to the current one; a chunk on a disk that the slot does not
-//! name any more is as good as lost.
+//! A body may take minutes, and slots may move meanwhile. What is committed must lie where the map looks for it: a
+//! chunk on a slot's previous disk counts and is to be brought to the current one; a chunk on a disk that the slot does
+//! not name any more is as good as lost.
 
 use super::slot_of;
 use granary_meta::record::ExtentRef;

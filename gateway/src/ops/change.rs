@@ -91,8 +91,8 @@ pub fn replace(map: &ClusterMap, new: &Replacement) -> Result<ClusterMap, Change
 /// good.
 ///
 /// # Errors
-/// [`ChangeError::MovesUnderWay`]; [`ChangeError::StillHolds`] while it is not empty; [`ChangeError::Out`]; [`ChangeError::Place`] when there is no
-/// such disk, or the others cannot keep the scheme.
+/// [`ChangeError::MovesUnderWay`]; [`ChangeError::StillHolds`] while it is not empty; [`ChangeError::Out`];
+/// [`ChangeError::Place`] when there is no such disk, or the others cannot keep the scheme.
 pub fn drain(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, ChangeError> {
     let mut next = map.clone();
     let held = held_by(map, disk);
@@ -117,8 +117,8 @@ pub fn drain(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, ChangeError> 
 /// Gives a disk another share of the data; slots move to it or away from it.
 ///
 /// # Errors
-/// [`ChangeError::Out`], [`ChangeError::Draining`], [`ChangeError::SameWeight`], [`ChangeError::MovesUnderWay`]; [`ChangeError::Place`] when there is
-/// no such disk, or the scheme cannot be kept with a weight of zero.
+/// [`ChangeError::Out`], [`ChangeError::Draining`], [`ChangeError::SameWeight`], [`ChangeError::MovesUnderWay`];
+/// [`ChangeError::Place`] when there is no such disk, or the scheme cannot be kept with a weight of zero.
 pub fn set_weight(map: &ClusterMap, disk: DiskId, weight: u32) -> Result<ClusterMap, ChangeError> {
     let mut next = map.clone();
     let entry = disk_mut(&mut next, disk)?;

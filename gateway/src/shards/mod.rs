@@ -233,8 +233,8 @@ impl Shards {
         let request = ShardRequest::Command(MetaRequest { request_id, now_ms: now_ms(), account, command });
         let (response, in_doubt) = self.timed("command", shard, &request).await?;
         match response {
-            // Shards remember what they applied for so many commands only: a refusal after an attempt that may have been
-            // applied says nothing of that one.
+            // Shards remember what they applied for so many commands only: a refusal after an attempt that may have
+            // been applied says nothing of that one.
             ShardResponse::Reply(reply) if in_doubt && !reply.is_success() => {
                 let detail = "an earlier attempt may have been applied, and a later one was refused".to_owned();
                 Err(ShardError::Unavailable { shard, detail })

@@ -140,8 +140,8 @@ impl Inner {
         Ok(progress)
     }
 
-    /// Queues in a shard what moves and what it was not told yet. Without knowing what an earlier holder of the lease had
-    /// seen, all that moves is looked at from the beginning.
+    /// Queues in a shard what moves and what it was not told yet. Without knowing what an earlier holder of the lease
+    /// had seen, all that moves is looked at from the beginning.
     async fn queue_moves(
         &self,
         shard: ShardId,
@@ -160,7 +160,8 @@ impl Inner {
         Ok(())
     }
 
-    /// One page of each slot that is queued in a shard. Answers how many came further; `left` gets those that are not done.
+    /// One page of each slot that is queued in a shard. Answers how many came further; `left` gets those that are not
+    /// done.
     async fn look_at_shard(
         &self,
         map: &ClusterMap,
