@@ -280,6 +280,7 @@ fn write_census(out: &mut dyn Write, census: &Census) -> io::Result<()> {
         (census.bytes, "bytes"),
         (census.chunks_expected, "chunks expected"),
         (census.good, "good"),
+        (census.good_on_previous, "of these not on their new disk yet"),
         (census.missing, "missing"),
         (census.corrupt, "corrupt"),
         (census.unreachable, "unreachable"),

@@ -7,7 +7,7 @@ use granary_gateway::background::heal::{HealSettings, Healer, HEAL_TASK};
 use granary_gateway::background::leases::{Held, Holder, LeaseSettings};
 use granary_gateway::background::MetaClient;
 use granary_gateway::object::choose::Draw;
-use granary_gateway::object::{chunk_id, ObjectSettings, StageError, Staged};
+use granary_gateway::object::{chunk_id, ObjectSettings, ReadError, StageError, Staged};
 use granary_meta::record::{ExtentRef, ObjectData};
 use granary_meta::{ChunkRef, Command, Reply};
 use granary_placement::id::{DiskId, Epoch, HashSlot, PlacementGroupId, ShardId};
@@ -211,6 +211,64 @@ async fn a_slot_that_moves_is_read_from_its_previous_disk_until_all_is_on_the_ne
     for (data, payload) in objects.iter().chain(&new) {
         cluster.check(data, payload, 0..payload.len() as u64).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_census_calls_nothing_missing_that_lies_on_the_disk_its_slot_leaves() {
+    let mut draw = seed("a_census_calls_nothing_missing_that_lies_on_the_disk_its_slot_leaves");
+    let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let waits = HealSettings { move_settle: Duration::from_secs(3600), ..settings() };
+    let stop = CancellationToken::new();
+    let healer = Healer::start(cluster.store.clone(), meta.clone(), watch::channel(waits).1, stop.clone());
+    let _stop = stop.drop_guard();
+    give_slot_to(&cluster, 7);
+    let known = || cluster.store.disks().map().is_some_and(|map| map.epoch == Epoch(2));
+    cluster.until("the new disk is up", || known() && cluster.store.disks().writable(DiskId(7))).await;
+    let moving = cluster.disks[2].count() as u64;
+    let census = healer.census(|_| {}).await.unwrap();
+    assert!(census.is_complete() && moving > 2, "{census:?}");
+    assert_eq!((census.good_on_previous, census.queued_for_repair, meta.missing()), (moving, 0, 0));
+    // What is on neither is missing; one of each kind that a disk does not answer for is not.
+    let extent = &objects[3].0.extents()[0];
+    let index = extent.slots.iter().position(|slot| *slot == 2).unwrap() as u8;
+    cluster.disks[2].chunks.lock().unwrap().remove(&chunk_id(extent, index));
+    let census = healer.census(|_| {}).await.unwrap();
+    assert_eq!((census.missing, census.good_on_previous, census.queued_for_repair), (1, moving - 1, 1));
+    cluster.kill(6).await;
+    let census = healer.census(|_| {}).await.unwrap();
+    assert_eq!((census.missing, census.unreachable, census.good_on_previous), (0, 1, moving - 1));
+    cluster.kill(2).await;
+    let census = healer.census(|_| {}).await.unwrap();
+    assert_eq!((census.missing, census.unreachable, census.extents_lost), (0, moving, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_silent_new_disk_may_have_is_not_called_lost() {
+    let mut draw = seed("what_a_silent_new_disk_may_have_is_not_called_lost");
+    let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
+    give_slot_to(&cluster, 7);
+    let known = || cluster.store.disks().map().is_some_and(|map| map.epoch == Epoch(2));
+    cluster.until("the new disk is up", || known() && cluster.store.disks().writable(DiskId(7))).await;
+    let objects = objects_of(&cluster, &meta, &mut draw, &[UNIT * 4]).await;
+    assert!(cluster.disks[6].count() > 0, "it was written to the new disk");
+    let (data, payload) = &objects[0];
+    // Two chunks are away for certain, and the third is on the new disk, which dies without anybody noticing yet.
+    let places = [0, 1];
+    places.iter().for_each(|place| cluster.disks[*place].blind.store(true, Ordering::SeqCst));
+    for wait in [false, true] {
+        cluster.disks[6].kill();
+        if wait {
+            cluster.kill(6).await;
+        }
+        let error = cluster.read(data, 0..payload.len() as u64).await.unwrap_err();
+        assert!(matches!(error, ReadError::Unreachable { .. }), "{error:?}");
+        let reported = cluster.store.reports().take(1000);
+        let of_slot = |chunk: u8| data.extents()[0].slots[usize::from(chunk)] == 2;
+        assert!(reported.iter().all(|report| !of_slot(report.chunk.index)), "{reported:?}");
+        cluster.revive(6).await;
+    }
+    cluster.check(data, payload, 0..payload.len() as u64).await;
 }
 
 /// Stages a payload of three extents; after the first, `change` is made and known to the gateway.

@@ -1,15 +1,17 @@
 //! A count of chunks made by reading their bytes, never by trusting a job's word.
 //!
-//! Every shard lists its extents, and every chunk of them is read and checked by the disk node that holds it. What it
-//! finds missing or corrupt it queues for repair. Memory: a page of extents, whatever the size of the cluster.
+//! Every shard lists its extents, and every chunk of them is read and checked by the disk node that holds it. While a
+//! slot moves, what its current disk does not have may lie on the previous one: that is asked too. What is missing or
+//! corrupt it queues for repair. Memory: a page of extents, whatever the size of the cluster.
 
 use super::{unexpected, MetaClient, MetaClientError};
 use crate::disks::DiskHealth;
-use crate::object::{chunk_id, disk_of, ObjectStore};
+use crate::object::{chunk_id, slot_of, ObjectStore};
 use futures::stream::{self, StreamExt};
 use granary_meta::record::ExtentRecord;
 use granary_meta::{Answer, ChunkRef, Command, Query};
 use granary_placement::id::{DiskId, ExtentId, PlacementGroupId, ShardId};
+use granary_placement::map::DiskState;
 use granary_wire::chunk::{ChunkHealth, ChunkId};
 use granary_wire::control::{ControlRequest, ControlResponse};
 use serde::{Deserialize, Serialize};
@@ -40,6 +42,9 @@ pub struct Census {
     pub chunks_expected: u64,
     /// Chunks read from their disk with every checksum right.
     pub good: u64,
+    /// Of the good ones, those that still lie on the disk that their slot leaves only.
+    #[serde(default)]
+    pub good_on_previous: u64,
     /// Chunks that are not on their disk.
     pub missing: u64,
     /// Chunks with a wrong checksum or that cannot be read.
@@ -118,9 +123,9 @@ pub async fn census(
                     other => return Err(unexpected(shard, &other)),
                 };
             after = extents.last().map(|record| (record.extent.group, record.extent.extent));
-            let health = verify(store, &extents, verify_deadline).await;
-            extents.iter().for_each(|record| count(&mut census, record, &health));
-            census.queued_for_repair += queue_damage(meta, shard, &extents, &health).await;
+            let found = verify(store, &extents, verify_deadline).await;
+            extents.iter().for_each(|record| count(&mut census, record, &found));
+            census.queued_for_repair += queue_damage(meta, shard, &extents, &found).await;
             progress(&CensusProgress { shards_done, shards: shards.len(), extents: census.extents, good: census.good });
             if !more || after.is_none() {
                 break;
@@ -136,12 +141,12 @@ async fn queue_damage(
     meta: &dyn MetaClient,
     shard: ShardId,
     extents: &[ExtentRecord],
-    health: &HashMap<ChunkId, ChunkHealth>,
+    found: &HashMap<ChunkId, Found>,
 ) -> u64 {
     let mut damaged = Vec::new();
     for ExtentRecord { extent, .. } in extents {
         for index in 0..extent.k.saturating_add(extent.m) {
-            if matches!(health.get(&chunk_id(extent, index)), Some(ChunkHealth::Missing | ChunkHealth::Corrupt)) {
+            if found.get(&chunk_id(extent, index)).is_some_and(|found| found.to_repair()) {
                 damaged.push(ChunkRef { group: extent.group, extent: extent.extent, index });
             }
         }
@@ -157,16 +162,18 @@ async fn queue_damage(
 }
 
 /// Adds one extent.
-fn count(census: &mut Census, record: &ExtentRecord, health: &HashMap<ChunkId, ChunkHealth>) {
+fn count(census: &mut Census, record: &ExtentRecord, found: &HashMap<ChunkId, Found>) {
     let extent = &record.extent;
     let (mut good, mut unreachable) = (0u8, 0u8);
     census.extents += 1;
     census.bytes = census.bytes.saturating_add(extent.len_bytes);
     for index in 0..extent.k.saturating_add(extent.m) {
         census.chunks_expected += 1;
-        match health.get(&chunk_id(extent, index)) {
+        let found = found.get(&chunk_id(extent, index)).copied().unwrap_or_default();
+        match found.verdict() {
             Some(ChunkHealth::Good) => {
                 census.good += 1;
+                census.good_on_previous += u64::from(found.current != Some(ChunkHealth::Good));
                 good += 1;
             }
             Some(ChunkHealth::Missing) => census.missing += 1,
@@ -196,18 +203,74 @@ fn count(census: &mut Census, record: &ExtentRecord, health: &HashMap<ChunkId, C
     }
 }
 
+/// What the disks of a chunk's slot say of it. None: such a disk did not answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Found {
+    /// The current one.
+    current: Option<ChunkHealth>,
+    /// The previous one, where the slot moves and it was asked: only when the current one does not have the chunk.
+    previous: Option<Option<ChunkHealth>>,
+}
+
+impl Found {
+    /// How the chunk is; None when nobody can tell before a disk answers that did not.
+    fn verdict(self) -> Option<ChunkHealth> {
+        use ChunkHealth::{Corrupt, Good, Missing};
+        match (self.current, self.previous) {
+            (current, None) => current,
+            (Some(Good), _) | (_, Some(Some(Good))) => Some(Good),
+            (None, _) | (_, Some(None)) => None,
+            (Some(Corrupt), _) | (_, Some(Some(Corrupt))) => Some(Corrupt),
+            (Some(Missing), Some(Some(Missing))) => Some(Missing),
+        }
+    }
+
+    /// Is it to be rebuilt? What merely has not come to its new disk yet is brought there by the move.
+    fn to_repair(self) -> bool {
+        self.current == Some(ChunkHealth::Corrupt)
+            || matches!(self.verdict(), Some(ChunkHealth::Missing | ChunkHealth::Corrupt))
+    }
+}
+
 /// Has the chunks of a page read by their disks. A chunk without an entry could not be asked for.
-async fn verify(store: &ObjectStore, extents: &[ExtentRecord], deadline: Duration) -> HashMap<ChunkId, ChunkHealth> {
+async fn verify(store: &ObjectStore, extents: &[ExtentRecord], deadline: Duration) -> HashMap<ChunkId, Found> {
     let Some(map) = store.disks().map() else { return HashMap::new() };
-    let mut by_disk: BTreeMap<DiskId, Vec<(ChunkId, u64)>> = BTreeMap::new();
+    let (mut on_current, mut on_previous) = (ByDisk::new(), HashMap::new());
     for record in extents {
         let len_bytes = record.extent.layout().chunk_len();
         for index in 0..record.extent.k.saturating_add(record.extent.m) {
-            if let Some(disk) = disk_of(&map, &record.extent, index) {
-                by_disk.entry(disk).or_default().push((chunk_id(&record.extent, index), len_bytes));
+            let Some(slot) = slot_of(&map, &record.extent, index) else { continue };
+            let chunk = (chunk_id(&record.extent, index), len_bytes);
+            on_current.entry(slot.current).or_default().push(chunk);
+            // One that left for good took its chunks with it.
+            let serves = |disk: &DiskId| map.disk(*disk).is_some_and(|disk| disk.state != DiskState::Out);
+            if let Some(previous) = slot.previous.filter(serves) {
+                on_previous.insert(chunk.0, (previous, len_bytes));
             }
         }
     }
+    let mut found: HashMap<ChunkId, Found> = HashMap::new();
+    for (id, health) in verify_all(store, on_current, deadline).await {
+        found.entry(id).or_default().current = Some(health);
+    }
+    let mut second = ByDisk::new();
+    for (id, (disk, len_bytes)) in on_previous {
+        let found = found.entry(id).or_default();
+        if found.current != Some(ChunkHealth::Good) {
+            found.previous = Some(None);
+            second.entry(disk).or_default().push((id, len_bytes));
+        }
+    }
+    for (id, health) in verify_all(store, second, deadline).await {
+        found.entry(id).or_default().previous = Some(Some(health));
+    }
+    found
+}
+
+/// Chunks with their lengths in bytes, by the disk that is asked for them.
+type ByDisk = BTreeMap<DiskId, Vec<(ChunkId, u64)>>;
+
+async fn verify_all(store: &ObjectStore, by_disk: ByDisk, deadline: Duration) -> Vec<(ChunkId, ChunkHealth)> {
     let answers: Vec<Vec<(ChunkId, ChunkHealth)>> = stream::iter(by_disk)
         .map(|(disk, chunks)| verify_on(store, disk, chunks, deadline))
         .buffer_unordered(DISKS_AT_ONCE)

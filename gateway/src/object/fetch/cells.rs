@@ -95,9 +95,9 @@ impl Grid {
         self.cells.get(start..start + self.columns).unwrap_or_default()
     }
 
-    /// The disk does not have the chunk at all.
-    pub(super) fn set_untried_gone(&mut self, chunk: u8) {
-        self.row_mut(chunk).iter_mut().filter(|cell| **cell == Cell::Untried).for_each(|cell| *cell = Cell::Gone);
+    /// What a chunk's disk said goes for all of the chunk: cells that were not asked for become that too.
+    pub(super) fn set_untried(&mut self, chunk: u8, becomes: impl Fn() -> Cell) {
+        self.row_mut(chunk).iter_mut().filter(|cell| **cell == Cell::Untried).for_each(|cell| *cell = becomes());
     }
 
     /// Stops counting on what a chunk's disk was asked for.

@@ -78,6 +78,7 @@ pub async fn fetch(
         reads: FuturesUnordered::new(),
         corrupt: vec![0; extent.slots.len()],
         at_previous: ChunkSet::EMPTY,
+        unasked_at_current: ChunkSet::EMPTY,
         bad: ChunkSet::EMPTY,
         owner: None,
     };
@@ -114,6 +115,8 @@ struct Fetch<'a> {
     corrupt: Vec<u32>,
     /// Chunks whose slot moves and that are read from its previous disk, because the current one did not give them.
     at_previous: ChunkSet,
+    /// Of these, the ones whose current disk did not answer: they may lie there, whatever the previous disk says.
+    unasked_at_current: ChunkSet,
     /// Chunks to be reported.
     bad: ChunkSet,
     /// The shard that owns the extent, by the hash slot that good chunks name.
@@ -124,8 +127,9 @@ impl Fetch<'_> {
     async fn run(&mut self) -> Result<(), ReadError> {
         // A current disk that does not answer is not waited for while the previous one does.
         for chunk in self.grid.chunks() {
-            if self.disk_of(chunk).is_some_and(|disk| self.store.disks().health(disk) == DiskHealth::Down) {
-                self.turn_to_previous(chunk);
+            let down = self.disk_of(chunk).is_some_and(|disk| self.store.disks().health(disk) == DiskHealth::Down);
+            if down && self.turn_to_previous(chunk) {
+                self.unasked_at_current.insert(chunk);
             }
         }
         self.read_directly();
@@ -277,14 +281,23 @@ impl Fetch<'_> {
             // Not there yet: the slot moves, and what is missing on its new disk is being brought there already.
             if !matches!(error, ChunkError::NotFound | ChunkError::Corrupt { .. }) {
                 self.store.disks().failed(disk, &error);
+                self.unasked_at_current.insert(chunk);
             }
             self.read_again(chunk, blocks);
             return;
         }
         match error {
+            // What the previous disk lacks may lie on the current one, which did not answer: away, not gone.
+            ChunkError::NotFound if self.unasked_at_current.contains(chunk) => {
+                self.grid.set_untried(chunk, || Cell::Away);
+                self.grid.set(chunk, blocks, || Cell::Away);
+            }
+            ChunkError::Corrupt { .. } if self.unasked_at_current.contains(chunk) => {
+                self.grid.set(chunk, blocks, || Cell::Away);
+            }
             ChunkError::NotFound => {
                 self.bad.insert(chunk);
-                self.grid.set_untried_gone(chunk);
+                self.grid.set_untried(chunk, || Cell::Gone);
                 self.grid.set(chunk, blocks, || Cell::Gone);
             }
             ChunkError::Corrupt { block } if blocks.contains(&block) => {
