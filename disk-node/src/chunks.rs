@@ -73,12 +73,18 @@ impl ChunkSink for Sink {
 
     fn finish(self: Box<Self>, crcs: Vec<u32>) -> BoxFuture<'static, Result<(), ChunkError>> {
         async move {
+            let Sink { upload, lease } = *self;
+            let Some((lease, leases, on_fatal)) = lease else { return Ok(upload.finish(crcs).await?) };
             // Again: the lease may have been taken over while the payload came.
-            let _under_lease = match &self.lease {
-                Some((lease, leases, on_fatal)) => Some(admit(leases, lease, &**on_fatal).await.map_err(chunk_error)?),
-                None => None,
-            };
-            Ok(self.upload.finish(crcs).await?)
+            let under_lease = admit(&leases, &lease, &*on_fatal).await.map_err(chunk_error)?;
+            // A task of its own: a connection that breaks ends this request, but the chunk may become visible all the
+            // same, and a newer holder of the lease must wait for that.
+            let finishing = tokio::spawn(async move {
+                let finished = upload.finish(crcs).await;
+                drop(under_lease);
+                finished
+            });
+            Ok(finishing.await.map_err(|error| ChunkError::Disk(error.to_string()))??)
         }
         .boxed()
     }
@@ -257,5 +263,81 @@ impl Node {
 
     async fn admit(&self, lease: &LeaseStamp) -> Result<UnderLease, LeaseRefused> {
         admit(&self.leases, lease, &*self.on_fatal).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+    use crate::store::file_device::FileDevice;
+    use crate::store::index_rocksdb::RocksEngine;
+    use crate::store::StoreSettings;
+    use granary_placement::id::{DiskUuid, ExtentId, HashSlot, PlacementGroupId};
+    use granary_placement::scheme::CodecId;
+    use granary_wire::chunk::block_crc;
+
+    #[tokio::test]
+    async fn nothing_becomes_visible_under_a_lease_after_a_newer_holder_was_let_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = Arc::new(FileDevice::open(&dir.path().join("segments")).unwrap());
+        let engine = Box::new(RocksEngine::open(&dir.path().join("index")).unwrap());
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let settings = StoreSettings { segment_bytes: 64 << 20, reserve_bytes: 0, ..StoreSettings::default() };
+        let failed = Arc::new(|reason: &str| panic!("{reason}"));
+        let (store, _) = Store::open(device, engine, DiskUuid([7; 16]), settings, metrics, failed).unwrap();
+        let leases = Arc::new(Leases::open(dir.path()).unwrap());
+        let on_fatal: OnFatal = Arc::new(|reason| panic!("{reason}"));
+        let stamp = |epoch: u64| LeaseStamp { task: "heal".to_owned(), epoch };
+        let id = |number: u64, index: u8| ChunkId {
+            group: PlacementGroupId(1),
+            extent: ExtentId(u128::from(number).to_be_bytes()),
+            index,
+            generation: 1,
+        };
+        let begin = async |id: ChunkId, data: &Bytes| {
+            let len_bytes = data.len() as u64;
+            let spec = ChunkSpec {
+                codec: CodecId::Np16,
+                k: 4,
+                m: 2,
+                unit_bytes: 65536,
+                extent_len_bytes: len_bytes * 4,
+                len_bytes,
+                owner: HashSlot(3),
+                created_ms: 5,
+            };
+            let mut upload = store.begin(id, spec).await.unwrap();
+            upload.write(data.clone()).await.unwrap();
+            let crcs = data.chunks(65536).zip(0..).map(|(bytes, block)| block_crc(&id, block, bytes)).collect();
+            (upload, crcs)
+        };
+        let (large, small) = (Bytes::from(vec![5; 8 << 20]), Bytes::from_static(&[6; 40_000]));
+        let mut written = 0;
+        for round in 1..=12u64 {
+            // The writer has much to do before it comes to the chunk under the lease.
+            let mut busy = Vec::new();
+            for index in 1..6 {
+                let (upload, crcs) = begin(id(round, index), &large).await;
+                busy.push(tokio::spawn(upload.finish(crcs)));
+            }
+            let (upload, crcs) = begin(id(round, 0), &small).await;
+            let lease = Some((stamp(round), leases.clone(), on_fatal.clone()));
+            let request = tokio::spawn(Box::new(Sink { upload, lease }).finish(crcs));
+            // As when the connection breaks: the request is dropped at some point of its way.
+            for _ in 0..round {
+                tokio::time::sleep(std::time::Duration::from_micros(500)).await;
+            }
+            request.abort();
+            drop(leases.admit(&stamp(round + 1)).await.unwrap());
+            let before = store.have(vec![id(round, 0)]).await.unwrap();
+            for other in busy {
+                other.await.unwrap().unwrap();
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            assert_eq!(store.have(vec![id(round, 0)]).await.unwrap(), before, "round {round}");
+            written += u64::from(before == [true]);
+        }
+        assert!(written > 0, "none was in time: nothing was shown");
     }
 }

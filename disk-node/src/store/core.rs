@@ -246,7 +246,7 @@ impl Core {
         };
         file.fdatasync().map_err(|error| self.fail("sync of a new segment", error))?;
         device.sync_dir().map_err(|error| self.fail("sync of the segment folder", error))?;
-        self.shared.cache_segment(number, file.clone());
+        self.shared.files.insert(number, file.clone());
         let info = SegmentInfo {
             uuid,
             length_bytes,
@@ -631,7 +631,7 @@ impl Core {
             let file = match files.entry(hole.segment) {
                 Entry::Occupied(open) => open.into_mut(),
                 Entry::Vacant(place) => {
-                    place.insert(self.shared.segment(hole.segment).map_err(|error| self.fail("open segment", error))?)
+                    place.insert(self.shared.files.get(hole.segment).map_err(|error| self.fail("open segment", error))?)
                 }
             };
             file.punch(hole.offset, hole.len_bytes).map_err(|error| self.fail("punch", error))?;
@@ -669,11 +669,7 @@ impl Core {
         }
         self.flush()?;
         for number in &dead {
-            self.shared.uncache_segment(*number);
-            match self.shared.device.unlink(*number) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.fail("remove segment", error)),
-                _ => {}
-            }
+            self.shared.files.unlink(*number).map_err(|error| self.fail("remove segment", error))?;
         }
         self.shared.device.sync_dir().map_err(|error| self.fail("sync of the segment folder", error))?;
         for number in &dead {

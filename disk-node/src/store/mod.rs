@@ -25,6 +25,7 @@ pub mod handle;
 pub mod index;
 pub mod index_memory;
 pub mod index_rocksdb;
+mod open_files;
 pub mod read;
 pub mod recover;
 pub mod shared;

@@ -75,7 +75,7 @@ impl Shared {
             io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof => corrupt.clone(),
             _ => StoreError::Unreadable(error.to_string()),
         };
-        let file = self.segment(at.segment).map_err(failed)?;
+        let file = self.files.get(at.segment).map_err(failed)?;
         let region = header_region_bytes(at.spec.len_bytes);
         let (from, until) =
             (u64::from(first_block) * BLOCK_BYTES, (u64::from(last) * BLOCK_BYTES).min(at.spec.len_bytes));

@@ -1,16 +1,16 @@
 //! What the writer and the readers of one store share: the device, the index, bounded caches, and the failure that ends
 //! the store.
 
-use super::device::{Device, SegmentFile};
+use super::device::Device;
 use super::format::RecordHeader;
 use super::index::{Index, IndexError};
+use super::open_files::OpenFiles;
 use super::{StoreError, StoreSettings};
 use crate::metrics::Metrics;
 use granary_placement::id::DiskUuid;
 use granary_wire::chunk::ChunkId;
 use quick_cache::sync::Cache;
 use quick_cache::Weighter;
-use std::io;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -38,7 +38,8 @@ pub struct Shared {
     /// Headers by chunk and sequence number of the record.
     pub(super) headers: Cache<(ChunkId, u64), Arc<RecordHeader>, HeaderWeight>,
     pub(super) buffers: Arc<BufferPool>,
-    files: Cache<u32, Arc<dyn SegmentFile>>,
+    /// Its segment files.
+    pub(super) files: OpenFiles,
     failed: OnceLock<String>,
     on_fatal: OnFatal,
 }
@@ -47,8 +48,6 @@ pub struct Shared {
 const HEADER_CACHE_BYTES: u64 = 16 * 1024 * 1024;
 /// About how many headers that is, when chunks are long; the cache remembers half as many that it dropped.
 const HEADERS_EXPECTED: usize = 16 * 1024;
-/// Segment files kept open.
-const OPEN_FILES: usize = 256;
 /// Read buffers kept for the next read.
 const POOLED_BUFFERS: usize = 16;
 
@@ -62,6 +61,7 @@ impl Shared {
         metrics: Arc<Metrics>,
         on_fatal: OnFatal,
     ) -> Shared {
+        let files = OpenFiles::new(device.clone());
         Shared {
             device,
             index,
@@ -73,7 +73,7 @@ impl Shared {
             open_bytes: AtomicU64::new(0),
             headers: Cache::with_weighter(HEADERS_EXPECTED, HEADER_CACHE_BYTES, HeaderWeight),
             buffers: Arc::new(BufferPool::default()),
-            files: Cache::new(OPEN_FILES),
+            files,
             failed: OnceLock::new(),
             on_fatal,
         }
@@ -109,29 +109,6 @@ impl Shared {
             self.index.mark_damaged();
         }
         self.fail(error.to_string())
-    }
-
-    /// An open segment, from the cache or the disk.
-    ///
-    /// # Errors
-    /// `NotFound` when the segment is gone.
-    pub fn segment(&self, number: u32) -> io::Result<Arc<dyn SegmentFile>> {
-        if let Some(file) = self.files.get(&number) {
-            return Ok(file);
-        }
-        let file = self.device.open(number)?;
-        self.files.insert(number, file.clone());
-        Ok(file)
-    }
-
-    /// Puts a segment that was just created into the cache.
-    pub fn cache_segment(&self, number: u32, file: Arc<dyn SegmentFile>) {
-        self.files.insert(number, file);
-    }
-
-    /// Takes a segment that is being removed out of the cache.
-    pub fn uncache_segment(&self, number: u32) {
-        self.files.remove(&number);
     }
 }
 
