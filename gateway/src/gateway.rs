@@ -245,7 +245,7 @@ async fn heal(
     if shards.confirmed().wait_for(|confirmed| *confirmed).await.is_err() {
         return;
     }
-    let healer = place.get_or_init(|| Healer::start(store, Arc::new(shards), settings, stop.clone()));
+    let healer = place.get_or_init(|| Healer::start(store, shards, settings, stop.clone()));
     healer.stopped().await;
 }
 

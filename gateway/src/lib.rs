@@ -11,6 +11,10 @@
 //!    [`admin`]: health, metrics, status page and the admin API; [`cli`]: the `granary` command on top of it;
 //! 7. [`dev`]: a whole cluster on one machine, for `granary dev`.
 
+// Files that tests/ shares with the tests in here name the crate.
+#[cfg(test)]
+extern crate self as granary_gateway;
+
 pub mod admin;
 pub mod background;
 pub mod backoff;

@@ -16,16 +16,15 @@
 //! - [`Watch`]: pure; when a lease may be taken over;
 //! - [`Holder`]: takes, renews, gives up; runs the work while it holds.
 
-use super::{MetaClient, MetaClientError};
 use crate::backoff::Backoff;
-use crate::shards::{random_id, random_per_mille};
+use crate::shards::buckets::{odd_answer, odd_reply};
+use crate::shards::{random_id, random_per_mille, ShardError, Shards};
 use bytes::Bytes;
 use granary_meta::record::LeaseRecord;
 use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::ShardId;
 use granary_placement::lease::LeaseStamp;
 use std::future::Future;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -124,7 +123,7 @@ impl Held {
 
 /// Wants one task for one gateway.
 pub struct Holder {
-    client: Arc<dyn MetaClient>,
+    shards: Shards,
     settings: LeaseSettings,
     task: String,
     /// Where this gateway is found, for status pages.
@@ -134,8 +133,8 @@ pub struct Holder {
 
 impl Holder {
     /// `address` is shown to operators.
-    pub fn new(client: Arc<dyn MetaClient>, settings: LeaseSettings, task: &str, address: String) -> Holder {
-        Holder { client, settings, task: task.to_owned(), address, held: watch::Sender::new(None) }
+    pub fn new(shards: Shards, settings: LeaseSettings, task: &str, address: String) -> Holder {
+        Holder { shards, settings, task: task.to_owned(), address, held: watch::Sender::new(None) }
     }
 
     /// The lease in hand, and news of it.
@@ -192,20 +191,20 @@ impl Holder {
         }
     }
 
-    async fn try_acquire(&self, watch: &mut Watch) -> Result<Option<Held>, MetaClientError> {
+    async fn try_acquire(&self, watch: &mut Watch) -> Result<Option<Held>, ShardError> {
         let root = ShardId::ROOT;
-        let leases = match self.client.query(root, Query::ListLeases).await? {
+        let leases = match self.shards.query(root, Query::ListLeases).await? {
             Answer::Leases(leases) => leases,
-            other => return Err(MetaClientError::unexpected(root, &other)),
+            other => return Err(odd_answer(root, &other)),
         };
         let lease = leases.into_iter().find(|lease| lease.task == self.task);
         let Some((seen_epoch, seen_renewals)) = watch.look(lease.as_ref(), Instant::now(), self.settings.ttl) else {
             return Ok(None);
         };
         let (task, address) = (self.task.clone(), self.address.clone());
-        let holder = random_id().map_err(|detail| MetaClientError { shard: root, detail })?;
+        let holder = random_id().map_err(|why| ShardError::Refused { shard: root, why })?;
         let take = Command::TakeLease { task: task.clone(), holder, address, seen_epoch, seen_renewals };
-        match self.client.command(root, take).await? {
+        match self.shards.command(root, take).await? {
             Reply::Lease(taken) => Ok(Some(Held {
                 stamp: LeaseStamp { task, epoch: taken.epoch },
                 holder,
@@ -213,7 +212,7 @@ impl Holder {
                 lost: CancellationToken::new(),
             })),
             Reply::LeaseHeld(_) | Reply::NoSuchLease => Ok(None),
-            other => Err(MetaClientError::unexpected(root, &other)),
+            other => Err(odd_reply(root, &other)),
         }
     }
 
@@ -230,7 +229,7 @@ impl Holder {
                 epoch: held.stamp.epoch,
                 progress: progress(),
             };
-            match tokio::time::timeout(left, self.client.command(ShardId::ROOT, renew)).await {
+            match tokio::time::timeout(left, self.shards.command(ShardId::ROOT, renew)).await {
                 Ok(Ok(Reply::Lease(_))) => confirmed = sent,
                 Ok(Ok(Reply::LeaseHeld(now))) => return held.refused(now.epoch),
                 Ok(Ok(other)) => {
@@ -250,7 +249,7 @@ impl Holder {
     async fn release(&self, held: &Held) {
         let (task, holder, epoch) = (self.task.clone(), held.holder, held.stamp.epoch);
         let release = Command::ReleaseLease { task, holder, epoch };
-        let _ = tokio::time::timeout(self.settings.renew_every(), self.client.command(ShardId::ROOT, release)).await;
+        let _ = tokio::time::timeout(self.settings.renew_every(), self.shards.command(ShardId::ROOT, release)).await;
     }
 }
 
@@ -258,63 +257,26 @@ impl Holder {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
-    use granary_meta::memory::MemoryShard;
-    use granary_meta::{MetaRequest, ShardRequest, ShardResponse};
-    use granary_placement::map::ClusterMap;
-    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-    use std::sync::Mutex;
+    use crate::metrics::Metrics;
+    use crate::shards::fake::map;
+    use crate::shards::memory::MemoryPeers;
+    use crate::shards::tests::HURRY;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::Arc;
 
     const TTL: Duration = Duration::from_millis(300);
 
-    /// The real root shard, and a way to cut a gateway off from it.
-    struct Root {
-        shard: Arc<Mutex<MemoryShard>>,
-        cut_off: AtomicBool,
-    }
+    /// Who wants the lease, and the way of that gateway alone to the root shard.
+    type Gateway = (Arc<MemoryPeers>, Arc<Holder>);
 
-    impl Root {
-        fn serve(&self, request: &ShardRequest) -> Result<ShardResponse, MetaClientError> {
-            if self.cut_off.load(Ordering::SeqCst) {
-                return Err(MetaClientError { shard: ShardId::ROOT, detail: "cut off".to_owned() });
-            }
-            let bytes = self.shard.lock().unwrap().serve(&request.encode().unwrap()).unwrap();
-            Ok(ShardResponse::decode(&bytes).unwrap())
-        }
-    }
-
-    #[async_trait::async_trait]
-    impl MetaClient for Root {
-        async fn query(&self, _: ShardId, query: Query) -> Result<Answer, MetaClientError> {
-            match self.serve(&ShardRequest::Query(query))? {
-                ShardResponse::Answer(answer) => Ok(answer),
-                other => panic!("{other:?}"),
-            }
-        }
-
-        async fn command(&self, _: ShardId, command: Command) -> Result<Reply, MetaClientError> {
-            let account = granary_meta::record::AccountId::ROOT;
-            let request = MetaRequest { request_id: random_id().unwrap(), now_ms: 0, account, command };
-            match self.serve(&ShardRequest::Command(request))? {
-                ShardResponse::Reply(reply) => Ok(reply),
-                other => panic!("{other:?}"),
-            }
-        }
-
-        fn shards(&self) -> Vec<ShardId> {
-            Vec::new()
-        }
-
-        async fn set_map(&self, _: ClusterMap) -> Result<bool, MetaClientError> {
-            Ok(false)
-        }
-    }
-
-    fn gateways(count: usize) -> Vec<(Arc<Root>, Arc<Holder>)> {
-        let shard = Arc::new(Mutex::new(MemoryShard::new(ShardId::ROOT)));
+    fn gateways(count: usize) -> Vec<Gateway> {
+        let root = MemoryPeers::new(&map(5, 2, 1));
         let gateway = |number: usize| {
-            let root = Arc::new(Root { shard: shard.clone(), cut_off: AtomicBool::new(false) });
+            let peers = root.another_way();
+            let map = watch::Sender::new(Some(Arc::new(map(5, 2, 1))));
+            let shards = Shards::with_timing(peers.clone(), map, Metrics::new().unwrap(), HURRY);
             let address = format!("gateway-{number}:9001");
-            (root.clone(), Arc::new(Holder::new(root, LeaseSettings { ttl: TTL }, "heal", address)))
+            (peers, Arc::new(Holder::new(shards, LeaseSettings { ttl: TTL }, "heal", address)))
         };
         (0..count).map(gateway).collect()
     }
@@ -349,7 +311,7 @@ mod tests {
     }
 
     /// Runs every gateway until `stop`. Gives how many are at work.
-    fn run(gateways: &[(Arc<Root>, Arc<Holder>)], stop: &CancellationToken) -> Arc<AtomicU64> {
+    fn run(gateways: &[Gateway], stop: &CancellationToken) -> Arc<AtomicU64> {
         struct AtWork(Arc<AtomicU64>);
         impl Drop for AtWork {
             fn drop(&mut self) {
@@ -384,14 +346,14 @@ mod tests {
         panic!("it did not come about that {what}");
     }
 
-    fn lease_now(root: &Root) -> Option<LeaseRecord> {
-        match root.shard.lock().unwrap().answer(&Query::ListLeases).unwrap() {
+    fn lease_now(peers: &MemoryPeers) -> Option<LeaseRecord> {
+        match peers.query(ShardId::ROOT, &Query::ListLeases) {
             Answer::Leases(leases) => leases.into_iter().next(),
             other => panic!("{other:?}"),
         }
     }
 
-    fn owner(gateways: &[(Arc<Root>, Arc<Holder>)]) -> Option<&(Arc<Root>, Arc<Holder>)> {
+    fn owner(gateways: &[Gateway]) -> Option<&Gateway> {
         gateways.iter().find(|(_, holder)| holder.held.borrow().is_some())
     }
 
@@ -410,11 +372,11 @@ mod tests {
                     None => tokio::time::sleep(Duration::from_millis(5)).await,
                 }
             };
-            cut.0.cut_off.store(true, Ordering::SeqCst);
+            cut.0.cut_off(true);
             until("the one that is cut off stops", || cut.1.held.borrow().is_none()).await;
             until("another took over", || lease_now(&gateways[0].0).unwrap().epoch > epoch).await;
             until("one works", || now.load(Ordering::SeqCst) == 1 && owner(&gateways).is_some()).await;
-            cut.0.cut_off.store(false, Ordering::SeqCst);
+            cut.0.cut_off(false);
         }
         stop.cancel();
         until("all have ended", || now.load(Ordering::SeqCst) == 0).await;
@@ -440,7 +402,7 @@ mod tests {
         let now = run(&gateways, &stop);
         until("it works", || now.load(Ordering::SeqCst) == 1 && owner(&gateways).is_some()).await;
         let held = gateways[0].1.held.borrow().clone().unwrap();
-        gateways[0].0.cut_off.store(true, Ordering::SeqCst);
+        gateways[0].0.cut_off(true);
         held.refused(held.stamp().epoch + 1);
         until("it stops", || held.is_lost() && now.load(Ordering::SeqCst) == 0).await;
     }

@@ -353,17 +353,17 @@ impl Shards {
     }
 }
 
-pub(super) fn odd_reply(shard: ShardId, reply: &Reply) -> ShardError {
+pub(crate) fn odd_reply(shard: ShardId, reply: &Reply) -> ShardError {
     match reply {
         Reply::BucketFenced => ShardError::BucketFenced,
-        other => ShardError::Refused { shard, why: format!("reply of another kind: {}", short(other)) },
+        other => ShardError::Garbled { shard, why: format!("reply of another kind: {}", short(other)) },
     }
 }
 
-pub(super) fn odd_answer(shard: ShardId, answer: &Answer) -> ShardError {
+pub(crate) fn odd_answer(shard: ShardId, answer: &Answer) -> ShardError {
     match answer {
         Answer::BucketFenced => ShardError::BucketFenced,
-        other => ShardError::Refused { shard, why: format!("answer of another kind: {}", short(other)) },
+        other => ShardError::Garbled { shard, why: format!("answer of another kind: {}", short(other)) },
     }
 }
 

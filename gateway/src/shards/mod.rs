@@ -21,6 +21,10 @@ pub mod rules;
 
 #[cfg(test)]
 pub(crate) mod fake;
+#[cfg(test)]
+#[allow(missing_docs, dead_code, clippy::unwrap_used, clippy::expect_used)] // the tests in tests/io use it too
+#[path = "../../tests/io/peers.rs"]
+pub(crate) mod memory;
 
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
@@ -96,6 +100,14 @@ pub enum ShardError {
     /// The bucket was fenced in a shard: it is being deleted, or is gone. Look its name up again.
     #[error("the bucket is being deleted or gone")]
     BucketFenced,
+    /// Background work under a lease that another gateway took over. Nothing was done.
+    #[error("shard {shard}: the lease was taken over (epoch {current})")]
+    LeaseLost {
+        /// Which shard.
+        shard: ShardId,
+        /// The highest epoch of the task known there.
+        current: u64,
+    },
     /// An answer came, and this build makes no sense of it. A command may have been applied.
     #[error("shard {shard} gave an answer that makes no sense here: {why}")]
     Garbled {
@@ -461,4 +473,4 @@ pub(crate) fn now_ms() -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 const OBJECT_SHARDS: usize = 5;
 
 /// The default times, twenty times as fast.
-const HURRY: Timing = Timing {
+pub(crate) const HURRY: Timing = Timing {
     deadline: Duration::from_millis(1000),
     attempt: Duration::from_millis(200),
     silence: Duration::from_millis(100),

@@ -1,13 +1,17 @@
 //! Some disks, a map of them, and an object store on top.
 
 use crate::node::{Damage, Disk};
+use crate::peers::MemoryPeers;
 use bytes::{Bytes, BytesMut};
 use futures::stream::{self, Stream, StreamExt, TryStreamExt};
 use granary_gateway::disks::{DiskHealth, DiskSettings, Disks};
+use granary_gateway::metrics::Metrics;
 use granary_gateway::object::choose::Draw;
 use granary_gateway::object::{chunk_id, BodyError, ObjectSettings, ObjectStore, ReadError, StageError, Staged};
+use granary_gateway::shards::{Shards, Timing};
 use granary_meta::record::{ExtentRef, ObjectData};
-use granary_placement::id::{ClusterId, DiskId, Epoch, HashSlot, PlacementGroupId};
+use granary_meta::{Answer, Command, Query, Reply};
+use granary_placement::id::{ClusterId, DiskId, Epoch, HashSlot, PlacementGroupId, ShardId};
 use granary_placement::map::{
     deal_hash_slots, ClusterMap, Disk as MapDisk, DiskState, GroupSlot, Location, PlacementGroup, Roles, ShardReplicas,
 };
@@ -27,6 +31,9 @@ pub const OWNER: HashSlot = HashSlot(7);
 pub struct Cluster {
     pub disks: Vec<Arc<Disk>>,
     pub store: ObjectStore,
+    pub peers: Arc<MemoryPeers>,
+    /// The way of the gateway to the shards.
+    pub shards: Shards,
     pub map: watch::Sender<Option<Arc<ClusterMap>>>,
     addresses: Vec<SocketAddr>,
     pub credentials: Credentials,
@@ -111,10 +118,41 @@ impl Cluster {
             shards: vec![ShardReplicas { members: vec![DiskId(1)] }; 3],
             slot_shards: deal_hash_slots(2),
         };
+        let peers = MemoryPeers::new(&map);
         let (sender, receiver) = watch::channel(Some(Arc::new(map)));
+        let timing = Timing { deadline: Duration::from_millis(300), ..Timing::default() };
+        let shards = Shards::with_timing(peers.clone(), sender.clone(), Metrics::new().unwrap(), timing);
         let watched = Disks::new(receiver, credentials.clone(), None, quick_disks());
         assert!(watched.wait_ready(Duration::from_secs(10)).await);
-        Cluster { disks, store: ObjectStore::new(watched, settings), map: sender, addresses, credentials }
+        Cluster {
+            disks,
+            store: ObjectStore::new(watched, settings),
+            peers,
+            shards,
+            map: sender,
+            addresses,
+            credentials,
+        }
+    }
+
+    /// Changes the map in the root shard, and tells the gateway at once.
+    pub fn change_map(&self, change: impl Fn(&mut ClusterMap)) {
+        loop {
+            let Answer::Map(mut next) = self.peers.query(ShardId::ROOT, &Query::GetMap { newer_than: Epoch(0) }) else {
+                panic!("the root shard has a map")
+            };
+            next.epoch.0 += 1;
+            change(&mut next);
+            match self.peers.command(ShardId::ROOT, Command::SetMap { map: next.clone() }) {
+                Reply::Done => {
+                    self.map.send_replace(Some(next.into()));
+                    return;
+                }
+                // The healer ended a move meanwhile.
+                Reply::EpochConflict { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     pub fn disk(&self, id: DiskId) -> &Arc<Disk> {

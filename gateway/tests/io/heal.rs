@@ -5,7 +5,6 @@ use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use granary_gateway::background::heal::{HealSettings, Healer, HEAL_TASK};
 use granary_gateway::background::leases::{Held, Holder, LeaseSettings};
-use granary_gateway::background::MetaClient;
 use granary_gateway::object::choose::Draw;
 use granary_gateway::object::{chunk_id, ObjectSettings, ReadError, StageError, Staged};
 use granary_meta::record::{ExtentRef, ObjectData};
@@ -17,7 +16,6 @@ use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::error::ChunkError;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -38,9 +36,12 @@ fn small() -> ObjectSettings {
     ObjectSettings { extent_bytes: 11 * UNIT + 77, ..ObjectSettings::default() }
 }
 
-fn heal(cluster: &Cluster, meta: &Arc<Meta>) -> (Healer, DropGuard) {
+fn heal(cluster: &Cluster, meta: &Meta) -> (Healer, DropGuard) {
     let stop = CancellationToken::new();
-    (Healer::start(cluster.store.clone(), meta.clone(), watch::channel(settings()).1, stop.clone()), stop.drop_guard())
+    (
+        Healer::start(cluster.store.clone(), meta.shards.clone(), watch::channel(settings()).1, stop.clone()),
+        stop.drop_guard(),
+    )
 }
 
 /// Objects in both shards, with what they hold.
@@ -98,8 +99,9 @@ fn counter(value: &AtomicU64) -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn missing_and_corrupt_chunks_come_back_byte_for_byte() {
     let mut draw = seed("missing_and_corrupt_chunks_come_back_byte_for_byte");
-    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
-    meta.page.store(3, Ordering::Relaxed);
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    meta.page(3);
     let objects = fill(&cluster, &meta, &mut draw).await;
     let before = all_contents(&cluster);
     let mut broken = 0;
@@ -112,11 +114,7 @@ async fn missing_and_corrupt_chunks_come_back_byte_for_byte() {
                 cluster.damage(extent, second, block as u32, Damage::Flip);
             }
             for index in [first, second] {
-                let shard = [1, 2]
-                    .map(ShardId)
-                    .into_iter()
-                    .find(|shard| meta.shard(*shard).extents.contains_key(&(extent.group, extent.extent)));
-                meta.shard(shard.unwrap()).missing.insert(chunk(extent, index), 1);
+                [1, 2].into_iter().for_each(|shard| meta.report(ShardId(shard), chunk(extent, index)));
             }
             broken += if first == second { 1 } else { 2 };
         }
@@ -136,20 +134,17 @@ async fn missing_and_corrupt_chunks_come_back_byte_for_byte() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_substitute_disk_is_filled_without_being_told() {
     let mut draw = seed("a_substitute_disk_is_filled_without_being_told");
-    let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
-    meta.page.store(2, Ordering::Relaxed);
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
+    meta.page(2);
     let objects = fill(&cluster, &meta, &mut draw).await;
-    *meta.map.lock().unwrap() = Some(cluster.map.clone());
     let (healer, _stop) = heal(&cluster, &meta);
     cluster.until("all disks are walked", || healer.status().walks_done >= 6).await;
     let before = contents(&cluster.disks[2]);
     cluster.kill(2).await;
-    cluster.map.send_modify(|map| {
-        let mut next = (**map.as_ref().unwrap()).clone();
-        next.epoch = Epoch(2);
+    cluster.change_map(|next| {
         next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2].give_to(DiskId(7));
         next.disks.get_mut(&DiskId(3)).unwrap().state = DiskState::Out;
-        *map = Some(Arc::new(next));
     });
     cluster.until("the substitute holds all", || cluster.disks[6].count() == before.len() && meta.missing() == 0).await;
     cluster.until("the move is done", || slot(&cluster) == GroupSlot::new(DiskId(7))).await;
@@ -168,20 +163,15 @@ fn slot(cluster: &Cluster) -> GroupSlot {
 }
 
 fn give_slot_to(cluster: &Cluster, disk: u32) {
-    cluster.map.send_modify(|map| {
-        let mut next = (**map.as_ref().unwrap()).clone();
-        next.epoch.0 += 1;
-        next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2].give_to(DiskId(disk));
-        *map = Some(Arc::new(next));
-    });
+    cluster.change_map(|next| next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2].give_to(DiskId(disk)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slot_that_moves_is_read_from_its_previous_disk_until_all_is_on_the_new_one() {
     let mut draw = seed("a_slot_that_moves_is_read_from_its_previous_disk_until_all_is_on_the_new_one");
-    let (cluster, meta) = (Cluster::with_disks(4, 2, 8, small()).await, Arc::new(Meta::default()));
-    meta.page.store(2, Ordering::Relaxed);
-    *meta.map.lock().unwrap() = Some(cluster.map.clone());
+    let cluster = Cluster::with_disks(4, 2, 8, small()).await;
+    let meta = Meta::of(&cluster);
+    meta.page(2);
     let objects = fill(&cluster, &meta, &mut draw).await;
     let before = contents(&cluster.disks[2]);
     give_slot_to(&cluster, 7);
@@ -204,7 +194,7 @@ async fn a_slot_that_moves_is_read_from_its_previous_disk_until_all_is_on_the_ne
     assert!(before.iter().all(|(id, chunk)| on_new.get(id) == Some(chunk)), "all of it is there");
     assert_eq!(on_new.len(), before.len() + cluster.disks[6].count(), "and what the dead disk had taken");
     assert_eq!(cluster.disks[2].count(), 0, "nothing stays behind on the disk it came from");
-    assert_eq!((healer.status().queued_slots, meta.missing()), (0, 0));
+    cluster.until("the queues are empty", || healer.status().queued_slots == 0 && meta.missing() == 0).await;
     // Two more may die now.
     cluster.kill(0).await;
     cluster.kill(1).await;
@@ -216,11 +206,12 @@ async fn a_slot_that_moves_is_read_from_its_previous_disk_until_all_is_on_the_ne
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_census_calls_nothing_missing_that_lies_on_the_disk_its_slot_leaves() {
     let mut draw = seed("a_census_calls_nothing_missing_that_lies_on_the_disk_its_slot_leaves");
-    let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
     let objects = fill(&cluster, &meta, &mut draw).await;
     let waits = HealSettings { move_settle: Duration::from_secs(3600), ..settings() };
     let stop = CancellationToken::new();
-    let healer = Healer::start(cluster.store.clone(), meta.clone(), watch::channel(waits).1, stop.clone());
+    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), watch::channel(waits).1, stop.clone());
     let _stop = stop.drop_guard();
     give_slot_to(&cluster, 7);
     let known = || cluster.store.disks().map().is_some_and(|map| map.epoch == Epoch(2));
@@ -246,7 +237,8 @@ async fn a_census_calls_nothing_missing_that_lies_on_the_disk_its_slot_leaves() 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_silent_new_disk_may_have_is_not_called_lost() {
     let mut draw = seed("what_a_silent_new_disk_may_have_is_not_called_lost");
-    let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
     give_slot_to(&cluster, 7);
     let known = || cluster.store.disks().map().is_some_and(|map| map.epoch == Epoch(2));
     cluster.until("the new disk is up", || known() && cluster.store.disks().writable(DiskId(7))).await;
@@ -304,14 +296,11 @@ async fn a_payload_that_came_while_its_slots_moved_names_what_lies_elsewhere_or_
     drop(staged);
     // Three slots move, and their moves are over before the body is.
     let leave_three = || {
-        cluster.map.send_modify(|map| {
-            let mut next = (**map.as_ref().unwrap()).clone();
-            next.epoch.0 += 1;
+        cluster.change_map(|next| {
             let slots = &mut next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots;
             for (slot, disk) in [(0, 8), (1, 9), (2, 3)] {
                 slots[slot] = GroupSlot::new(DiskId(disk));
             }
-            *map = Some(Arc::new(next));
         });
     };
     let refused = stage_while_the_map_changes(&cluster, &mut draw, leave_three).await;
@@ -321,25 +310,24 @@ async fn a_payload_that_came_while_its_slots_moved_names_what_lies_elsewhere_or_
 
 /// The chunks of a shard's extents that belong into the slot that moves.
 fn chunks_in_slot(meta: &Meta, shard: u16) -> Vec<ChunkId> {
-    let state = meta.shard(ShardId(shard));
     let in_slot = |record: &granary_meta::record::ExtentRecord| {
         let index = record.extent.slots.iter().position(|slot| *slot == 2)?;
         Some(chunk_id(&record.extent, index as u8))
     };
-    state.extents.values().filter_map(in_slot).collect()
+    meta.extents(ShardId(shard)).iter().filter_map(in_slot).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_extent_beyond_repair_keeps_no_other_from_its_new_disk_and_the_move_does_not_end() {
     let mut draw = seed("an_extent_beyond_repair_keeps_no_other_from_its_new_disk_and_the_move_does_not_end");
-    let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
-    meta.page.store(2, Ordering::Relaxed);
-    *meta.map.lock().unwrap() = Some(cluster.map.clone());
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
+    meta.page(2);
     fill(&cluster, &meta, &mut draw).await;
     // The first extent of the busier shard, so that others come behind it, loses three chunks.
     let shard = if chunks_in_slot(&meta, 1).len() > chunks_in_slot(&meta, 2).len() { 1 } else { 2 };
     let wanted: Vec<ChunkId> = [1, 2].into_iter().flat_map(|shard| chunks_in_slot(&meta, shard)).collect();
-    let lost = meta.shard(ShardId(shard)).extents.values().next().unwrap().extent.clone();
+    let lost = meta.extents(ShardId(shard))[0].extent.clone();
     for index in [0u8, 1, 2] {
         cluster.holder(&lost, index).chunks.lock().unwrap().remove(&chunk_id(&lost, index));
     }
@@ -353,21 +341,17 @@ async fn an_extent_beyond_repair_keeps_no_other_from_its_new_disk_and_the_move_d
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(slot(&cluster), GroupSlot { current: DiskId(7), previous: Some(DiskId(3)) }, "the move is not over");
     // It is deleted: then nothing keeps the move from ending.
-    {
-        let mut state = meta.shard(ShardId(shard));
-        state.extents.remove(&(lost.group, lost.extent));
-        state.missing.retain(|chunk, _| chunk.extent != lost.extent);
-    }
+    meta.delete(ShardId(shard), &lost, now_ms());
     cluster.until("the move is done", || slot(&cluster) == GroupSlot::new(DiskId(7))).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_shard_that_does_not_answer_keeps_only_its_own_extents_waiting() {
     let mut draw = seed("a_shard_that_does_not_answer_keeps_only_its_own_extents_waiting");
-    let (cluster, meta) = (Cluster::with_disks(4, 2, 7, small()).await, Arc::new(Meta::default()));
-    *meta.map.lock().unwrap() = Some(cluster.map.clone());
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
     fill(&cluster, &meta, &mut draw).await;
-    meta.silent.store(1, Ordering::Relaxed);
+    meta.silence(ShardId(1), true);
     give_slot_to(&cluster, 7);
     let (_healer, _stop) = heal(&cluster, &meta);
     let (silent, others) = (chunks_in_slot(&meta, 1), chunks_in_slot(&meta, 2));
@@ -378,7 +362,7 @@ async fn a_shard_that_does_not_answer_keeps_only_its_own_extents_waiting() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(here(&silent), 0);
     assert_eq!(slot(&cluster), GroupSlot { current: DiskId(7), previous: Some(DiskId(3)) }, "the move is not over");
-    meta.silent.store(0, Ordering::Relaxed);
+    meta.silence(ShardId(1), false);
     cluster.until("the move is done", || slot(&cluster) == GroupSlot::new(DiskId(7))).await;
     assert_eq!(here(&silent), silent.len());
 }
@@ -386,7 +370,8 @@ async fn a_shard_that_does_not_answer_keeps_only_its_own_extents_waiting() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_comes_back_empty_is_filled_again() {
     let mut draw = seed("a_disk_that_comes_back_empty_is_filled_again");
-    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
     fill(&cluster, &meta, &mut draw).await;
     let (healer, _stop) = heal(&cluster, &meta);
     let before = contents(&cluster.disks[4]);
@@ -401,7 +386,8 @@ async fn a_disk_that_comes_back_empty_is_filled_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_write_could_not_place_is_placed_when_the_disk_is_back() {
     let mut draw = seed("what_a_write_could_not_place_is_placed_when_the_disk_is_back");
-    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
     let (healer, _stop) = heal(&cluster, &meta);
     cluster.kill(3).await;
     fill(&cluster, &meta, &mut draw).await;
@@ -418,7 +404,8 @@ async fn what_a_write_could_not_place_is_placed_when_the_disk_is_back() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_reader_finds_is_repaired_and_what_is_good_is_left_alone() {
     let mut draw = seed("what_a_reader_finds_is_repaired_and_what_is_good_is_left_alone");
-    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
     let objects = fill(&cluster, &meta, &mut draw).await;
     let before = all_contents(&cluster);
     let (healer, _stop) = heal(&cluster, &meta);
@@ -428,7 +415,7 @@ async fn what_a_reader_finds_is_repaired_and_what_is_good_is_left_alone() {
     cluster.until("all disks are walked", || healer.status().walks_done == 6).await;
     cluster.holder(extent, 1).chunks.lock().unwrap().remove(&chunk_id(extent, 1));
     cluster.damage(extent, 3, 0, Damage::Noticed);
-    meta.shard(ShardId(1)).missing.insert(chunk(&objects[1].0.extents()[0], 0), 1);
+    meta.report(ShardId(1), chunk(&objects[1].0.extents()[0], 0));
     cluster.check(data, payload, 0..payload.len() as u64).await;
     let counters = cluster.store.counters();
     cluster.until("both are rebuilt", || counter(&counters.chunks_rebuilt) == 2 && meta.missing() == 0).await;
@@ -439,12 +426,13 @@ async fn what_a_reader_finds_is_repaired_and_what_is_good_is_left_alone() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_extent_beyond_repair_stays_queued_and_untouched_and_is_not_tried_all_the_time() {
     let mut draw = seed("an_extent_beyond_repair_stays_queued_and_untouched_and_is_not_tried_all_the_time");
-    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
     let objects = fill(&cluster, &meta, &mut draw).await;
     let extent = &objects[1].0.extents()[0];
     for index in [0, 2, 4] {
         cluster.damage(extent, index, 0, Damage::Flip);
-        meta.shard(ShardId(1)).missing.insert(chunk(extent, index), 1);
+        meta.report(ShardId(1), chunk(extent, index));
     }
     let before = all_contents(&cluster);
     let (healer, _stop) = heal(&cluster, &meta);
@@ -464,28 +452,26 @@ async fn an_extent_beyond_repair_stays_queued_and_untouched_and_is_not_tried_all
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn garbage_goes_after_its_grace_and_nothing_that_is_alive_ever_does() {
     let mut draw = seed("garbage_goes_after_its_grace_and_nothing_that_is_alive_ever_does");
-    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
     let objects = fill(&cluster, &meta, &mut draw).await;
     let (old, young, alive) = (&objects[0].0, &objects[1].0, &objects[3].0);
     let shard_of =
         |data: &ObjectData| ShardId(1 + (data.extents().iter().map(|extent| extent.len_bytes).sum::<u64>() % 2) as u16);
     cluster.kill(5).await;
-    meta.delete(shard_of(old), old, now_ms() - 61_000);
-    meta.delete(shard_of(young), young, now_ms());
+    meta.delete(shard_of(old), &old.extents()[0], now_ms() - 61_000);
+    meta.delete(shard_of(young), &young.extents()[0], now_ms());
     // Queued and alive at once: a fault somewhere else, which must not become a loss.
     for extent in alive.extents() {
-        meta.shard(shard_of(alive)).garbage.push((1, extent.clone()));
+        meta.condemn(shard_of(alive), 1, extent);
     }
     let old_id = chunk_id(&old.extents()[0], 0);
     let (_healer, _stop) = heal(&cluster, &meta);
     cluster.until("it is gone from the disks that answer", || !contents(&cluster.disks[0]).contains_key(&old_id)).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
-    assert!(
-        meta.shard(shard_of(old)).garbage.iter().any(|(_, extent)| extent.extent == old_id.extent),
-        "one disk has not answered"
-    );
+    assert!(meta.is_garbage(shard_of(old), &old.extents()[0]), "one disk has not answered");
     cluster.revive(5).await;
-    let gone = || !meta.shard(shard_of(old)).garbage.iter().any(|(_, extent)| extent.extent == old_id.extent);
+    let gone = || !meta.is_garbage(shard_of(old), &old.extents()[0]);
     cluster.until("it is gone", gone).await;
     let left: usize = objects[1..].iter().map(|(data, _)| data.extents().len() * 6).sum();
     assert_eq!(cluster.chunks(), left, "the young and the living are all there");
@@ -496,12 +482,13 @@ async fn garbage_goes_after_its_grace_and_nothing_that_is_alive_ever_does() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_census_counts_what_is_there() {
     let mut draw = seed("a_census_counts_what_is_there");
-    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
-    meta.page.store(2, Ordering::Relaxed);
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    meta.page(2);
     let objects = fill(&cluster, &meta, &mut draw).await;
     let stop = CancellationToken::new();
     // A paused healer: the census must not see it at work.
-    let healer = Healer::start(cluster.store.clone(), meta.clone(), watch::channel(settings()).1, stop.clone());
+    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), watch::channel(settings()).1, stop.clone());
     healer.pace().pause(Duration::from_secs(600));
     let extents: Vec<ExtentRef> = objects.iter().flat_map(|(data, _)| data.extents().to_vec()).collect();
     let expected = extents.len() as u64 * 6;
@@ -542,10 +529,11 @@ async fn a_census_counts_what_is_there() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_paused_holder_whose_lease_was_taken_over_can_neither_delete_nor_write() {
     let mut draw = seed("a_paused_holder_whose_lease_was_taken_over_can_neither_delete_nor_write");
-    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
     let objects = fill(&cluster, &meta, &mut draw).await;
     let ttl = Duration::from_millis(200);
-    let holder = |name: &str| Holder::new(meta.clone(), LeaseSettings { ttl }, HEAL_TASK, name.to_owned());
+    let holder = |name: &str| Holder::new(meta.shards.clone(), LeaseSettings { ttl }, HEAL_TASK, name.to_owned());
     // The first takes the lease and is paused from then on: it renews nothing, and does not know what happens.
     let paused = holder("paused").acquire().await;
     let successor = holder("successor").acquire().await;
@@ -564,27 +552,29 @@ async fn a_paused_holder_whose_lease_was_taken_over_can_neither_delete_nor_write
     let (spec, bytes) = disk.chunks.lock().unwrap().get(&id).map(|stored| (stored.spec, stored.bytes.clone())).unwrap();
     let other = ChunkId { extent: granary_placement::id::ExtentId([9; 16]), ..id };
     let repaired = |held: &Held| Command::RepairDone { chunks: vec![chunk(extent, 0)], lease: held.stamp().clone() };
-    meta.shard(ShardId(1)).missing.insert(chunk(extent, 0), 1);
+    meta.report(ShardId(1), chunk(extent, 0));
 
     // As long as the successor has not acted, nobody knows of it; then the paused one is refused everywhere it acted.
     assert_eq!(delete(&successor, other).await, ControlResponse::Deleted(0));
-    let noted = meta.command(ShardId(1), Command::GarbageDone { extents: vec![], lease: successor.stamp().clone() });
+    let noted =
+        meta.shards.command(ShardId(1), Command::GarbageDone { extents: vec![], lease: successor.stamp().clone() });
     assert_eq!(noted.await.unwrap(), Reply::Done);
     let before = all_contents(&cluster);
     let refused = ControlResponse::Error(ControlError::StaleLease { current: 2 });
     assert_eq!(delete(&paused, id).await, refused);
     let write = client.put_chunk_under(paused.stamp(), other, spec, vec![bytes]).await;
     assert_eq!(write, Err(ChunkError::StaleLease { current: 2 }));
-    assert_eq!(meta.command(ShardId(1), repaired(&paused)).await.unwrap(), Reply::StaleLease { current: 2 });
+    assert_eq!(meta.shards.command(ShardId(1), repaired(&paused)).await.unwrap(), Reply::StaleLease { current: 2 });
     assert!(all_contents(&cluster) == before && meta.missing() == 1);
-    assert_eq!(meta.command(ShardId(1), repaired(&successor)).await.unwrap(), Reply::Done);
+    assert_eq!(meta.shards.command(ShardId(1), repaired(&successor)).await.unwrap(), Reply::Done);
     assert_eq!(meta.missing(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn several_healers_do_no_harm_to_each_other() {
     let mut draw = seed("several_healers_do_no_harm_to_each_other");
-    let (cluster, meta) = (Cluster::start(4, 2, small()).await, Arc::new(Meta::default()));
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
     fill(&cluster, &meta, &mut draw).await;
     let before = all_contents(&cluster);
     let _healers = [heal(&cluster, &meta), heal(&cluster, &meta), heal(&cluster, &meta)];

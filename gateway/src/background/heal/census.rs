@@ -4,9 +4,10 @@
 //! slot moves, what its current disk does not have may lie on the previous one: that is asked too. What is missing or
 //! corrupt it queues for repair. Memory: a page of extents, whatever the size of the cluster.
 
-use super::{unexpected, MetaClient, MetaClientError};
 use crate::disks::DiskHealth;
 use crate::object::{chunk_id, slot_of, ObjectStore};
+use crate::shards::buckets::odd_answer;
+use crate::shards::{ShardError, Shards};
 use futures::stream::{self, StreamExt};
 use granary_meta::record::ExtentRecord;
 use granary_meta::{Answer, ChunkRef, Command, Query};
@@ -108,19 +109,19 @@ pub struct CensusProgress {
 /// A shard that does not answer.
 pub async fn census(
     store: &ObjectStore,
-    meta: &dyn MetaClient,
+    meta: &Shards,
     verify_deadline: Duration,
     mut progress: impl FnMut(&CensusProgress) + Send,
-) -> Result<Census, MetaClientError> {
+) -> Result<Census, ShardError> {
     let mut census = Census::default();
-    let shards = meta.shards();
+    let shards = meta.object_shards();
     for (shards_done, shard) in shards.iter().copied().enumerate() {
         let mut after = None;
         loop {
             let (extents, more) =
                 match meta.query(shard, Query::ExtentsOfGroup { group: None, after, limit: PAGE }).await? {
                     Answer::Extents { extents, more } => (extents, more),
-                    other => return Err(unexpected(shard, &other)),
+                    other => return Err(odd_answer(shard, &other)),
                 };
             after = extents.last().map(|record| (record.extent.group, record.extent.extent));
             let found = verify(store, &extents, verify_deadline).await;
@@ -137,12 +138,7 @@ pub async fn census(
 
 /// Puts what is missing or corrupt on the shard's repair queue: nobody may ever read it, so nobody else may find it.
 /// Gives how many. Failing to does not fail the census, whose first duty is the count.
-async fn queue_damage(
-    meta: &dyn MetaClient,
-    shard: ShardId,
-    extents: &[ExtentRecord],
-    found: &HashMap<ChunkId, Found>,
-) -> u64 {
+async fn queue_damage(meta: &Shards, shard: ShardId, extents: &[ExtentRecord], found: &HashMap<ChunkId, Found>) -> u64 {
     let mut damaged = Vec::new();
     for ExtentRecord { extent, .. } in extents {
         for index in 0..extent.k.saturating_add(extent.m) {

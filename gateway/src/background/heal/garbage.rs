@@ -4,10 +4,12 @@
 //! It leaves the queue only when every disk that may hold a chunk of it has answered; a disk that is down keeps it
 //! queued.
 
-use super::{unexpected, Inner, MetaClientError};
+use super::Inner;
 use crate::background::command_under;
 use crate::background::leases::Held;
 use crate::object::{add, chunk_id, now_ms, slot_of};
+use crate::shards::buckets::odd_answer;
+use crate::shards::ShardError;
 use futures::stream::{self, StreamExt};
 use granary_meta::record::ExtentRef;
 use granary_meta::{Answer, Command, Query};
@@ -31,7 +33,7 @@ impl Inner {
     pub(super) async fn garbage_loop(&self, held: &Held) {
         let mut not_before: HashMap<ShardId, Instant> = HashMap::new();
         loop {
-            for shard in self.meta.shards() {
+            for shard in self.meta.object_shards() {
                 if not_before.get(&shard).is_some_and(|at| Instant::now() < *at) {
                     continue;
                 }
@@ -55,13 +57,13 @@ impl Inner {
     }
 
     /// Empties a shard's queue of what is old enough. False when something had to stay.
-    async fn collect(&self, shard: ShardId, held: &Held) -> Result<bool, MetaClientError> {
+    async fn collect(&self, shard: ShardId, held: &Held) -> Result<bool, ShardError> {
         let grace_ms = u64::try_from(self.settings().garbage_grace.as_millis()).unwrap_or(u64::MAX);
         let until_ms = now_ms().saturating_sub(grace_ms);
         loop {
             let (queued, more) = match self.meta.query(shard, Query::ListGarbage { until_ms, limit: PAGE }).await? {
                 Answer::Garbage { extents, more } => (extents, more),
-                other => return Err(unexpected(shard, &other)),
+                other => return Err(odd_answer(shard, &other)),
             };
             // The shard was asked not to list younger ones; it is cheap to see to it.
             let queued: Vec<(u64, ExtentRef)> =
@@ -89,7 +91,7 @@ impl Inner {
             let (count, stuck) = (done.len(), failed.len());
             if count > 0 {
                 let done = Command::GarbageDone { extents: done, lease: held.stamp().clone() };
-                command_under(&*self.meta, held, shard, done).await?;
+                command_under(&self.meta, held, shard, done).await?;
                 add(&self.counters().garbage_extents_deleted, u64::try_from(count).unwrap_or(0));
             }
             if stuck > 0 || count == 0 {

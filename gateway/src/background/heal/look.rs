@@ -4,10 +4,12 @@
 //! slots, and when it comes back after having been away: it may have come back empty, or with less than it had. A walk
 //! compares what the shards say should lie on the disk with the disk's index; it reads no payload.
 
-use super::{lock, unexpected, Inner, MetaClientError};
+use super::{lock, Inner};
 use crate::disks::DiskHealth;
 use crate::object::reports::Report;
 use crate::object::{add, chunk_id};
+use crate::shards::buckets::odd_answer;
+use crate::shards::ShardError;
 use granary_meta::{Answer, ChunkRef, Command, Query};
 use granary_placement::id::{DiskId, ExtentId, PlacementGroupId, ShardId};
 use granary_placement::map::ClusterMap;
@@ -58,7 +60,7 @@ impl Inner {
     /// Sends reports to their shards, or to all where the owner is not known; answers those that could not be
     /// delivered.
     async fn deliver(&self, reports: Vec<Report>) -> Vec<Report> {
-        let all = self.meta.shards();
+        let all = self.meta.object_shards();
         let mut by_shard: BTreeMap<ShardId, Vec<ChunkRef>> = BTreeMap::new();
         for report in reports {
             match report.owner {
@@ -76,7 +78,7 @@ impl Inner {
         undelivered
     }
 
-    async fn report(&self, shard: ShardId, chunks: Vec<ChunkRef>) -> Result<(), MetaClientError> {
+    async fn report(&self, shard: ShardId, chunks: Vec<ChunkRef>) -> Result<(), ShardError> {
         if chunks.is_empty() {
             return Ok(());
         }
@@ -142,7 +144,7 @@ impl Inner {
         // One pass over everything is cheaper than many over most groups.
         let passes: Vec<Option<PlacementGroupId>> =
             if groups.len() * 2 >= map.groups.len() { vec![None] } else { groups.into_iter().map(Some).collect() };
-        for shard in self.meta.shards() {
+        for shard in self.meta.object_shards() {
             for group in &passes {
                 if due.is_empty() {
                     return;
@@ -173,13 +175,13 @@ impl Inner {
         shard: ShardId,
         group: Option<PlacementGroupId>,
         due: &mut Due,
-    ) -> Result<(), MetaClientError> {
+    ) -> Result<(), ShardError> {
         let mut after: Option<(PlacementGroupId, ExtentId)> = None;
         loop {
             let limit = u32::try_from(BATCH).unwrap_or(1);
             let (extents, more) = match self.meta.query(shard, Query::ExtentsOfGroup { group, after, limit }).await? {
                 Answer::Extents { extents, more } => (extents, more),
-                other => return Err(unexpected(shard, &other)),
+                other => return Err(odd_answer(shard, &other)),
             };
             after = extents.last().map(|record| (record.extent.group, record.extent.extent));
             let mut batches: BTreeMap<DiskId, Batch> = BTreeMap::new();

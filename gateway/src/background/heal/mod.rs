@@ -26,11 +26,12 @@ pub mod plan;
 mod rebuild;
 mod slots;
 
-pub use super::{MetaClient, MetaClientError};
 pub use census::{Census, CensusProgress};
 
 use super::leases::{Held, Holder, LeaseSettings};
 use crate::object::{ObjectCounters, ObjectStore};
+use crate::shards::buckets::odd_answer;
+use crate::shards::{ShardError, Shards};
 use bytes::Bytes;
 use granary_meta::{Answer, Query};
 use granary_placement::id::{DiskId, ExtentId, ShardId};
@@ -149,7 +150,7 @@ pub struct Healer {
 
 struct Inner {
     store: ObjectStore,
-    meta: Arc<dyn MetaClient>,
+    meta: Shards,
     settings: watch::Receiver<HealSettings>,
     pace: Pace,
     poke: Notify,
@@ -167,7 +168,7 @@ impl Healer {
     /// the settings that are in force when it begins.
     pub fn start(
         store: ObjectStore,
-        meta: Arc<dyn MetaClient>,
+        meta: Shards,
         settings: watch::Receiver<HealSettings>,
         stop: CancellationToken,
     ) -> Healer {
@@ -241,9 +242,9 @@ impl Healer {
     ///
     /// # Errors
     /// A shard that does not answer: a census with holes is none. A disk that does not answer is part of the count.
-    pub async fn census(&self, progress: impl FnMut(&CensusProgress) + Send) -> Result<Census, MetaClientError> {
+    pub async fn census(&self, progress: impl FnMut(&CensusProgress) + Send) -> Result<Census, ShardError> {
         let inner = &self.inner;
-        census::census(&inner.store, &*inner.meta, inner.settings().verify_deadline, progress).await
+        census::census(&inner.store, &inner.meta, inner.settings().verify_deadline, progress).await
     }
 
     /// Waits until all tasks have ended after `stop`.
@@ -289,11 +290,11 @@ impl Inner {
         &self,
         shard: ShardId,
         extents: Vec<(granary_placement::id::PlacementGroupId, ExtentId)>,
-    ) -> Result<Vec<bool>, MetaClientError> {
+    ) -> Result<Vec<bool>, ShardError> {
         let asked = extents.len();
         match self.meta.query(shard, Query::ExtentsAlive { extents }).await? {
             Answer::Alive(alive) if alive.len() == asked => Ok(alive),
-            other => Err(unexpected(shard, &other)),
+            other => Err(odd_answer(shard, &other)),
         }
     }
 }
@@ -303,10 +304,6 @@ async fn settings_change(seen: &mut watch::Receiver<HealSettings>) {
     if seen.changed().await.is_err() {
         std::future::pending().await
     }
-}
-
-fn unexpected(shard: ShardId, answer: &impl std::fmt::Debug) -> MetaClientError {
-    MetaClientError::unexpected(shard, answer)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -2,13 +2,15 @@
 
 use super::plan::{Planner, Target, Task};
 use super::slots::Moves;
-use super::{lock, settings_change, unexpected, Inner, MetaClientError};
+use super::{lock, settings_change, Inner};
 use crate::background::command_under;
 use crate::background::leases::Held;
 use crate::backoff::Backoff;
 use crate::disks::DiskHealth;
 use crate::object::fetch::{block_len, fetch, Avoid, Blocks, Wanted};
 use crate::object::{add, chunk_id, disk_of, now_ms, slot_of, ReadError};
+use crate::shards::buckets::odd_answer;
+use crate::shards::ShardError;
 use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use granary_meta::record::ExtentRef;
@@ -42,7 +44,7 @@ pub(super) enum RebuildError {
     #[error("what was written is not there: chunk {index} is {health:?}")]
     NotThere { index: u8, health: ChunkHealth },
     #[error("{0}")]
-    Meta(#[from] MetaClientError),
+    Meta(#[from] ShardError),
     #[error("{0}")]
     Record(String),
 }
@@ -109,7 +111,7 @@ impl Inner {
         let ready = |extent| lock(&self.backoff).is_ready(extent, now);
         let mut planner = Planner::new(self.settings().extents_per_pass.max(1), target, ready);
         let mut ends = Vec::new();
-        for shard in self.meta.shards() {
+        for shard in self.meta.object_shards() {
             match self.read_queue(shard, &mut planner).await {
                 Ok(end) => ends.push((shard, end)),
                 Err(error) => tracing::debug!(%error, "a repair queue cannot be read"),
@@ -146,12 +148,12 @@ impl Inner {
         &self,
         shard: granary_placement::id::ShardId,
         planner: &mut Planner<'_>,
-    ) -> Result<Option<ChunkRef>, MetaClientError> {
+    ) -> Result<Option<ChunkRef>, ShardError> {
         let mut after = lock(&self.cursors).get(&shard).copied();
         for _ in 0..self.settings().pages_per_pass.max(1) {
             let (chunks, more) = match self.meta.query(shard, Query::ListMissing { after, limit: PAGE }).await? {
                 Answer::Missing { chunks, more } => (chunks, more),
-                other => return Err(unexpected(shard, &other)),
+                other => return Err(odd_answer(shard, &other)),
             };
             let last = chunks.last().map(|(chunk, _, _)| *chunk);
             for (chunk, queued_ms, record) in chunks {
@@ -174,7 +176,7 @@ impl Inner {
         if !done.is_empty() {
             let chunks = done.iter().map(|index| chunk(*index)).collect();
             let done = Command::RepairDone { chunks, lease: held.stamp().clone() };
-            if let Err(error) = command_under(&*self.meta, held, task.shard, done).await {
+            if let Err(error) = command_under(&self.meta, held, task.shard, done).await {
                 // They stay queued, and the next look finds them good.
                 tracing::debug!(%error, "a repair could not be taken off its queue");
                 finished = 0;

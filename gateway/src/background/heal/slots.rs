@@ -11,14 +11,16 @@
 
 use super::look::BATCH;
 use super::plan::Task;
-use super::{lock, unexpected, Inner, MetaClientError};
+use super::{lock, Inner};
 use crate::background::command_under;
 use crate::background::leases::Held;
 use crate::backoff::Backoff;
 use crate::object::{add, chunk_id};
 use crate::ops::change::FinishedMove;
-use crate::ops::finish_moves;
+use crate::ops::{commit, finish_moves, ChangeError, CommitError};
+use crate::shards::buckets::odd_answer;
 use crate::shards::random_per_mille;
+use crate::shards::ShardError;
 use futures::stream::{self, StreamExt};
 use granary_meta::record::{ExtentRecord, RepairSlotRecord};
 use granary_meta::{Answer, ChunkRef, Command, Query};
@@ -90,7 +92,7 @@ impl Inner {
         }
     }
 
-    async fn try_slots_pass(&self, map: &ClusterMap, moves: &mut Moves, held: &Held) -> Result<usize, MetaClientError> {
+    async fn try_slots_pass(&self, map: &ClusterMap, moves: &mut Moves, held: &Held) -> Result<usize, ShardError> {
         let moving = moving(map);
         moves.failed.retain(|(_, slot), _| moving.contains_key(slot));
         if moves.epoch.is_none_or(|(epoch, _)| epoch != map.epoch) {
@@ -98,7 +100,7 @@ impl Inner {
         }
         // One shard that does not answer keeps moves from ending, but nothing from being brought for the others.
         let (mut told, mut all_looked_at) = (Vec::new(), true);
-        for shard in self.meta.shards() {
+        for shard in self.meta.object_shards() {
             match self.queue_moves(shard, &moving, moves, held).await {
                 Ok(()) => told.push(shard),
                 Err(error) => {
@@ -128,13 +130,17 @@ impl Inner {
             let finished: Vec<FinishedMove> = (done.iter())
                 .map(|((group, slot), was)| FinishedMove { group: *group, slot: usize::from(*slot), was: *was })
                 .collect();
-            // On the map that was looked at: when another was installed since, this one is refused and looked at again.
-            match finish_moves(map, &finished) {
-                Ok(next) => {
-                    tracing::info!(slots = finished.len(), epoch = next.epoch.0, "moves of slots are done");
-                    self.meta.set_map(next).await?;
+            // On the map that was looked at, or not at all: when another was installed since, that one is looked at.
+            let made = commit(&self.meta, |newest| {
+                (newest.epoch == map.epoch).then_some(()).ok_or(ChangeError::NotMoving)?;
+                finish_moves(newest, &finished)
+            });
+            match made.await {
+                Ok(made) => {
+                    tracing::info!(slots = finished.len(), epoch = made.after.epoch.0, "moves of slots are done");
                 }
-                Err(error) => tracing::warn!(%error, "moves of slots are done, but the map cannot say so"),
+                Err(CommitError::Refused(ChangeError::NotMoving)) => {}
+                Err(error) => tracing::warn!(%error, "moves of slots are done, but the map does not say so yet"),
             }
         }
         Ok(progress)
@@ -148,13 +154,13 @@ impl Inner {
         moving: &BTreeMap<SlotId, GroupSlot>,
         moves: &mut Moves,
         held: &Held,
-    ) -> Result<(), MetaClientError> {
+    ) -> Result<(), ShardError> {
         let known = moves.queued.entry(shard).or_default();
         let anew: Vec<SlotId> =
             moving.iter().filter(|(id, slot)| known.get(id) != Some(slot)).map(|(id, _)| *id).collect();
         for slots in anew.chunks(SLOTS_PER_COMMAND) {
             let queue = Command::QueueRepair { slots: slots.to_vec(), lease: held.stamp().clone() };
-            command_under(&*self.meta, held, shard, queue).await?;
+            command_under(&self.meta, held, shard, queue).await?;
         }
         known.clone_from(moving);
         Ok(())
@@ -169,7 +175,7 @@ impl Inner {
         moves: &mut Moves,
         held: &Held,
         left: &mut BTreeSet<SlotId>,
-    ) -> Result<usize, MetaClientError> {
+    ) -> Result<usize, ShardError> {
         let mut progress = 0;
         for (group, slot, record) in self.queued_slots(shard).await? {
             match self.look_at_slot(map, shard, (group, slot), &record, moves, held).await? {
@@ -186,16 +192,13 @@ impl Inner {
         Ok(progress)
     }
 
-    async fn queued_slots(
-        &self,
-        shard: ShardId,
-    ) -> Result<Vec<(PlacementGroupId, u8, RepairSlotRecord)>, MetaClientError> {
+    async fn queued_slots(&self, shard: ShardId) -> Result<Vec<(PlacementGroupId, u8, RepairSlotRecord)>, ShardError> {
         let (mut all, mut after) = (Vec::new(), None);
         loop {
             let query = Query::ListRepairSlots { after, limit: SLOTS_PER_PAGE };
             let (slots, more) = match self.meta.query(shard, query).await? {
                 Answer::RepairSlots { slots, more } => (slots, more),
-                other => return Err(unexpected(shard, &other)),
+                other => return Err(odd_answer(shard, &other)),
             };
             after = slots.last().map(|(group, slot, _)| (*group, *slot));
             all.extend(slots);
@@ -214,7 +217,7 @@ impl Inner {
         record: &RepairSlotRecord,
         moves: &mut Moves,
         held: &Held,
-    ) -> Result<Look, MetaClientError> {
+    ) -> Result<Look, ShardError> {
         let Some(entry) = map.group(group).and_then(|entry| entry.slots.get(usize::from(slot))) else {
             return Ok(Look::Waits);
         };
@@ -268,12 +271,12 @@ impl Inner {
             Some(last) if more => {
                 let cursor = last.extent.extent;
                 let advance = Command::AdvanceRepair { group, slot, generation, cursor, lease };
-                command_under(&*self.meta, held, shard, advance).await?;
+                command_under(&self.meta, held, shard, advance).await?;
                 Ok(Look::Further)
             }
             _ if moves.failed.get(&key).is_some_and(|failed| failed.now) => {
                 let queue = Command::QueueRepair { slots: vec![(group, slot)], lease };
-                command_under(&*self.meta, held, shard, queue).await?;
+                command_under(&self.meta, held, shard, queue).await?;
                 let failed = moves.failed.entry(key).or_default();
                 failed.sweeps = failed.sweeps.saturating_add(1);
                 let settings = self.settings();
@@ -285,7 +288,7 @@ impl Inner {
             _ => {
                 moves.failed.remove(&key);
                 let done = Command::RepairSlotDone { group, slot, generation, lease };
-                command_under(&*self.meta, held, shard, done).await?;
+                command_under(&self.meta, held, shard, done).await?;
                 Ok(Look::Done)
             }
         }
@@ -297,11 +300,11 @@ impl Inner {
         group: PlacementGroupId,
         after: Option<(PlacementGroupId, ExtentId)>,
         limit: u32,
-    ) -> Result<(Vec<ExtentRecord>, bool), MetaClientError> {
+    ) -> Result<(Vec<ExtentRecord>, bool), ShardError> {
         let query = Query::ExtentsOfGroup { group: Some(group), after, limit };
         match self.meta.query(shard, query).await? {
             Answer::Extents { extents, more } => Ok((extents, more)),
-            other => Err(unexpected(shard, &other)),
+            other => Err(odd_answer(shard, &other)),
         }
     }
 
@@ -313,11 +316,11 @@ impl Inner {
         map: &ClusterMap,
         done: &mut BTreeMap<SlotId, GroupSlot>,
         held: &Held,
-    ) -> Result<bool, MetaClientError> {
+    ) -> Result<bool, ShardError> {
         let serves = |disk: DiskId| map.disk(disk).is_some_and(|disk| disk.state != DiskState::Out);
         for ((group, slot), entry) in done.clone() {
             let Some(previous) = entry.previous.filter(|disk| serves(*disk)) else { continue };
-            'shards: for shard in self.meta.shards() {
+            'shards: for shard in self.meta.object_shards() {
                 let mut after = None;
                 loop {
                     let (extents, more) =
@@ -331,7 +334,7 @@ impl Inner {
                         if absent.is_some() {
                             let queue =
                                 Command::QueueRepair { slots: vec![(group, slot)], lease: held.stamp().clone() };
-                            command_under(&*self.meta, held, shard, queue).await?;
+                            command_under(&self.meta, held, shard, queue).await?;
                         }
                         done.remove(&(group, slot));
                         break 'shards;
