@@ -258,9 +258,8 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
     use crate::metrics::Metrics;
-    use crate::shards::fake::map;
     use crate::shards::memory::MemoryPeers;
-    use crate::shards::tests::HURRY;
+    use crate::shards::tests::{map, HURRY};
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::Arc;
 

@@ -20,8 +20,6 @@ pub mod peers;
 pub mod rules;
 
 #[cfg(test)]
-pub(crate) mod fake;
-#[cfg(test)]
 #[allow(missing_docs, dead_code, clippy::unwrap_used, clippy::expect_used)] // the tests in tests/io use it too
 #[path = "../../tests/io/peers.rs"]
 pub(crate) mod memory;

@@ -93,52 +93,21 @@ impl Shards {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::super::buckets::Created;
-    use super::super::fake::map;
-    use super::super::peers::{PeerError, Peers};
+    use super::super::memory::MemoryPeers;
+    use super::super::tests::map;
     use super::super::Timing;
     use super::*;
     use crate::metrics::Metrics;
-    use futures::future::BoxFuture;
-    use granary_meta::memory::MemoryShards;
     use granary_meta::record::{AccountId, ObjectMeta, UploadId, UploadRecord};
-    use granary_placement::id::DiskId;
-    use granary_wire::control::{ControlRequest, ControlResponse};
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
     use std::time::Duration;
     use tokio::sync::watch;
 
-    /// The real state machines; shards in `dead` do not answer.
-    struct Cluster {
-        shards: Mutex<MemoryShards>,
-        dead: Mutex<Vec<ShardId>>,
+    fn cluster() -> Arc<MemoryPeers> {
+        MemoryPeers::new(&map(5, 4, 1))
     }
 
-    impl Peers for Cluster {
-        fn control(
-            &self,
-            _: DiskId,
-            request: ControlRequest,
-            _: Duration,
-        ) -> BoxFuture<'_, Result<ControlResponse, PeerError>> {
-            Box::pin(async move {
-                let ControlRequest::Shard { shard, request } = request else {
-                    return Err(PeerError::Lost("not in this test".to_owned()));
-                };
-                if self.dead.lock().unwrap().contains(&shard) {
-                    return Err(PeerError::Lost("dead".to_owned()));
-                }
-                let answer = self.shards.lock().unwrap().serve(shard, &request).unwrap();
-                Ok(ControlResponse::Shard(answer))
-            })
-        }
-    }
-
-    fn cluster() -> Arc<Cluster> {
-        let shards = Mutex::new(MemoryShards::new(&map(5, 4, 1)).unwrap());
-        Arc::new(Cluster { shards, dead: Mutex::default() })
-    }
-
-    fn gateway(cluster: &Arc<Cluster>) -> Shards {
+    fn gateway(cluster: &Arc<MemoryPeers>) -> Shards {
         let timing = Timing {
             deadline: Duration::from_millis(200),
             first_pause: Duration::from_millis(1),
@@ -198,12 +167,12 @@ mod tests {
         let cluster = cluster();
         let (one, other) = (gateway(&cluster), gateway(&cluster));
         let created = create(&one).await;
-        cluster.dead.lock().unwrap().push(ShardId(2));
+        cluster.state().silent.insert(ShardId(2));
         assert!(one.set_rule(&created, Versioning::Enabled, false, 0).await.unwrap_err().outcome_unknown());
         // It is told in part, and still pending: a shard that was not told says that it is behind.
         let pending = other.fresh_bucket("b").await.unwrap().unwrap();
         assert!(pending.rule_pending && pending.rule.epoch == 1);
-        cluster.dead.lock().unwrap().clear();
+        cluster.state().silent.clear();
         let behind = &keys(&one, &created)[1];
         assert_eq!(put(&other, &pending, behind).await, Reply::RuleBehind { known: 0 });
         for _ in 0..1000 {

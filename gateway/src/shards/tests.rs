@@ -1,14 +1,20 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::buckets::{Created, Removed};
-use super::fake::{map, naive_list, FakeCluster, Fault};
 use super::list::merge;
 use super::map_watch::MapSet;
+use super::memory::{Fault, MemoryPeers};
 use super::{random_below, ShardError, Shards, Timing};
 use crate::metrics::Metrics;
-use granary_meta::record::{AccountId, BucketId, BucketRecord, ObjectMeta, UploadId, UploadRecord};
-use granary_meta::{Command, ListFrom, Query, Reply};
-use granary_placement::id::{DiskId, Epoch, ShardId};
+use bytes::Bytes;
+use granary_meta::keys::{kind, Keys};
+use granary_meta::kv::Overlay;
+use granary_meta::record::{AccountId, BucketId, BucketRecord, ObjectData, ObjectMeta, ObjectRecord, VersionSeq};
+use granary_meta::{Answer, Command, Conditions, ListFrom, ListItem, ObjectSummary, Query, Reply, VersionPick};
+use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ShardId};
+use granary_placement::map::{ClusterMap, Location, Roles};
+use granary_placement::place::{new_map, NewCluster, NewDisk};
+use granary_placement::scheme::{FailureDomain, Scheme};
 use granary_wire::control::ControlError;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -27,16 +33,101 @@ pub(crate) const HURRY: Timing = Timing {
     settle: Duration::from_millis(150),
 };
 
-fn cluster() -> (Arc<FakeCluster>, Shards) {
-    let fake = Arc::new(FakeCluster::new(&map(5, OBJECT_SHARDS + 1, 1)));
-    let shards = another_gateway(&fake);
-    (fake, shards)
+/// A valid map: 3+2, every disk with both roles, every shard on five of them.
+pub(crate) fn map(disks: u32, shards: usize, epoch: u64) -> ClusterMap {
+    let disk = |id: u32| NewDisk {
+        uuid: DiskUuid([u8::try_from(id).unwrap(); 16]),
+        address: format!("127.0.0.1:{}", 4000 + id),
+        location: Location { zone: "z".into(), rack: "r".into(), server: "s".into() },
+        weight: 1,
+        roles: Roles { storage: true, metadata: true },
+    };
+    let map = new_map(NewCluster {
+        cluster_id: ClusterId([7; 16]),
+        disks: (1..=disks).map(disk).collect(),
+        scheme_name: "3+2".into(),
+        scheme: Scheme::new(3, 2, FailureDomain::Disk).unwrap(),
+        object_shards: u16::try_from(shards - 1).unwrap(),
+        replicas: Some(5),
+        groups_per_disk: 2,
+    });
+    ClusterMap { epoch: Epoch(epoch), ..map.unwrap() }
+}
+
+fn cluster() -> (Arc<MemoryPeers>, Shards) {
+    let peers = MemoryPeers::new(&map(5, OBJECT_SHARDS + 1, 1));
+    let shards = another_gateway(&peers);
+    (peers, shards)
 }
 
 /// Knows the cluster, and nothing of other gateways.
-fn another_gateway(fake: &Arc<FakeCluster>) -> Shards {
+fn another_gateway(peers: &Arc<MemoryPeers>) -> Shards {
     let known = watch::Sender::new(Some(Arc::new(map(5, OBJECT_SHARDS + 1, 1))));
-    Shards::with_timing(fake.clone(), known, Metrics::new().unwrap(), HURRY)
+    Shards::with_timing(peers.clone(), known, Metrics::new().unwrap(), HURRY)
+}
+
+/// How many shards have a fence around the bucket up.
+fn fences(peers: &MemoryPeers, bucket: BucketId) -> usize {
+    let query = Query::ListObjects { bucket, prefix: "".into(), delimiter: "".into(), from: ListFrom::Start, limit: 1 };
+    let fenced = |shard| peers.query(ShardId(shard), &query) == Answer::BucketFenced;
+    (1..).take(OBJECT_SHARDS).filter(|shard| fenced(*shard)).count()
+}
+
+/// Objects of all buckets in a shard, those in fenced buckets too.
+fn objects_in(peers: &MemoryPeers, shard: ShardId) -> usize {
+    let mut state = peers.state();
+    let range = Keys::new(shard).kind_range(kind::OBJECT);
+    Overlay::new(&state.shards.shard(shard).unwrap().kv).scan(&range.from, &range.to, 1000).unwrap().len()
+}
+
+/// The bucket `b` as the root shard has it.
+fn bucket_b(peers: &MemoryPeers) -> Option<BucketRecord> {
+    match peers.query(ShardId::ROOT, &Query::GetBucket { name: "b".into() }) {
+        Answer::Bucket(bucket) => Some(bucket),
+        Answer::NoSuchBucket => None,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What a listing must be, by the plainest means: all keys, folded, sorted, cut.
+fn naive_list(
+    keys: &BTreeSet<String>,
+    prefix: &str,
+    delimiter: &str,
+    from: &ListFrom,
+    limit: usize,
+) -> (Vec<ListItem>, bool) {
+    let mut items: Vec<ListItem> = Vec::new();
+    for key in keys.iter().filter(|key| key.starts_with(prefix)) {
+        let rest = &key[prefix.len()..];
+        let folded = (!delimiter.is_empty()).then(|| rest.find(delimiter)).flatten();
+        let item = match folded {
+            Some(at) => ListItem::Prefix(format!("{prefix}{}", &rest[..at + delimiter.len()])),
+            None => ListItem::Object(summary(key)),
+        };
+        let after = match from {
+            ListFrom::Start => true,
+            ListFrom::After(last) => key > last && item.sort_key() != last,
+        };
+        if after && items.last() != Some(&item) {
+            items.push(item);
+        }
+    }
+    let more = items.len() > limit;
+    items.truncate(limit);
+    (items, more)
+}
+
+fn summary(key: &str) -> ObjectSummary {
+    ObjectSummary {
+        key: key.to_owned(),
+        size_bytes: 1,
+        etag: String::new(),
+        modified_ms: 1,
+        storage_class: String::new(),
+        owner: AccountId::ROOT,
+        checksum: None,
+    }
 }
 
 /// A small generator, so that a failing seed can be run again.
@@ -52,8 +143,23 @@ impl Dice {
 }
 
 fn put_command(bucket: BucketId, key: &str) -> Command {
-    let record = UploadRecord { initiated_ms: 1, meta: ObjectMeta::default(), checksum: None, owner: AccountId::ROOT };
-    Command::CreateUpload { bucket, key: key.to_owned(), upload: UploadId([1; 16]), record, rule_epoch: 0 }
+    let bytes = Bytes::from_static(b"1");
+    let record = ObjectRecord {
+        version: VersionSeq(0),
+        null_version: true,
+        delete_marker: false,
+        modified_ms: 1,
+        size_bytes: 1,
+        etag: String::new(),
+        part_sizes: Vec::new(),
+        checksum: None,
+        part_checksums: Vec::new(),
+        meta: ObjectMeta::default(),
+        owner: AccountId::ROOT,
+        data: ObjectData::Inline { crc32: crc32fast::hash(&bytes), bytes },
+    };
+    let (key, missing, conditions) = (key.to_owned(), Vec::new(), Conditions::default());
+    Command::PutObject { bucket, key, record, missing, conditions, rule_epoch: 0 }
 }
 
 async fn put(shards: &Shards, bucket: BucketId, key: &str) -> Result<Reply, ShardError> {
@@ -62,42 +168,46 @@ async fn put(shards: &Shards, bucket: BucketId, key: &str) -> Result<Reply, Shar
 
 #[tokio::test]
 async fn a_request_follows_the_leader_and_remembers_it() {
-    let (fake, shards) = cluster();
-    fake.state.lock().unwrap().leaders.insert(ShardId(2), DiskId(4));
+    let (peers, shards) = cluster();
+    peers.state().leaders.insert(ShardId(2), DiskId(4));
     assert_eq!(shards.command(ShardId(2), Command::Noop).await.unwrap(), Reply::Done);
-    let asked = fake.state.lock().unwrap().asked.len();
+    let asked = peers.state().asked.len();
     assert!(asked <= 2, "a hint leads straight to the leader: {asked} requests");
     shards.command(ShardId(2), Command::Noop).await.unwrap();
-    assert_eq!(fake.state.lock().unwrap().asked.len(), asked + 1);
+    assert_eq!(peers.state().asked.len(), asked + 1);
     assert_eq!(shards.leader(ShardId(2)), Some(DiskId(4)));
 }
 
 #[tokio::test]
 async fn a_command_whose_answer_is_lost_is_applied_once() {
-    let (fake, shards) = cluster();
+    let (peers, shards) = cluster();
+    // Learns who leads.
+    shards.query(ShardId::ROOT, Query::ListLeases).await.unwrap();
     let faults = [
         Fault::LoseAnswer,
         Fault::LoseRequest,
         Fault::Answer(ControlError::Unavailable("election".into())),
         Fault::LoseAnswer,
     ];
-    fake.state.lock().unwrap().faults.extend(faults);
+    peers.state().faults.extend(faults);
     let created = shards.create_bucket("b", AccountId::ROOT).await.unwrap();
     assert!(matches!(created, Created::New(_)), "{created:?}");
-    let state = fake.state.lock().unwrap();
-    assert_eq!(state.applied.len(), 1, "{:?}", state.applied);
+    let state = peers.state();
+    let ids: BTreeSet<[u8; 16]> = state.commands.iter().map(|(_, request)| request.request_id).collect();
+    assert_eq!((state.commands.len(), ids.len()), (3, 1), "served three times, under one id: {:?}", state.commands);
 }
 
 #[tokio::test]
 async fn a_hung_leader_that_the_others_still_name_costs_one_attempt_not_the_deadline() {
-    let (fake, shards) = cluster();
+    let (peers, shards) = cluster();
+    peers.state().leaders.insert(ShardId(1), DiskId(1));
     shards.command(ShardId(1), Command::Noop).await.unwrap();
-    fake.state.lock().unwrap().hung.insert(DiskId(1));
+    peers.state().hung.insert(DiskId(1));
     let begun = tokio::time::Instant::now();
-    let moving = fake.clone();
+    let moving = peers.clone();
     tokio::spawn(async move {
         tokio::time::sleep(Duration::from_millis(225)).await;
-        moving.state.lock().unwrap().leaders.insert(ShardId(1), DiskId(3));
+        moving.state().leaders.insert(ShardId(1), DiskId(3));
     });
     shards.command(ShardId(1), Command::Noop).await.unwrap();
     assert!(begun.elapsed() < Duration::from_millis(700), "{:?}", begun.elapsed());
@@ -105,8 +215,8 @@ async fn a_hung_leader_that_the_others_still_name_costs_one_attempt_not_the_dead
 
 #[tokio::test]
 async fn without_an_answer_the_deadline_ends_it_and_the_outcome_is_unknown() {
-    let (fake, shards) = cluster();
-    fake.state.lock().unwrap().leaders.remove(&ShardId(1));
+    let (peers, shards) = cluster();
+    peers.state().leaders.remove(&ShardId(1));
     let begun = tokio::time::Instant::now();
     let error = shards.command(ShardId(1), Command::Noop).await.unwrap_err();
     assert!(error.outcome_unknown(), "{error}");
@@ -115,14 +225,14 @@ async fn without_an_answer_the_deadline_ends_it_and_the_outcome_is_unknown() {
         "{:?}",
         begun.elapsed()
     );
-    let asked = fake.state.lock().unwrap().asked.len();
+    let asked = peers.state().asked.len();
     assert!(asked < 300, "backs off: {asked} requests");
 }
 
 #[tokio::test]
 async fn a_senseless_request_is_refused_at_once() {
-    let (fake, shards) = cluster();
-    fake.state.lock().unwrap().faults.push_back(Fault::Answer(ControlError::BadRequest("no".into())));
+    let (peers, shards) = cluster();
+    peers.state().faults.push_back(Fault::Answer(ControlError::BadRequest("no".into())));
     let error = shards.query(ShardId(1), Query::GetMap { newer_than: Epoch(0) }).await.unwrap_err();
     assert_eq!(error, ShardError::Refused { shard: ShardId(1), why: "no".into() });
     assert!(matches!(shards.command(ShardId(99), Command::Noop).await, Err(ShardError::NoMap(ShardId(99)))));
@@ -130,13 +240,13 @@ async fn a_senseless_request_is_refused_at_once() {
 
 #[tokio::test]
 async fn a_command_that_may_have_been_applied_is_not_called_refused_by_a_later_answer() {
-    let (fake, shards) = cluster();
+    let (peers, shards) = cluster();
     // Learns who leads.
     shards.command(ShardId(1), Command::Noop).await.unwrap();
     let refusal = Fault::Answer(ControlError::BadRequest("not known to this build".into()));
-    fake.state.lock().unwrap().faults.extend([Fault::LoseAnswer, refusal]);
+    peers.state().faults.extend([Fault::LoseAnswer, refusal]);
     let error = shards.command(ShardId(1), Command::Noop).await.unwrap_err();
-    assert_eq!(fake.state.lock().unwrap().applied.len(), 2);
+    assert_eq!(peers.state().commands.len(), 2);
     assert!(error.outcome_unknown(), "{error}");
 }
 
@@ -151,7 +261,7 @@ async fn listings_over_shards_equal_a_naive_sort() {
 async fn listings_equal_a_naive_sort(seed: u64) {
     let mut dice = Dice(seed);
     for _ in 0..40 {
-        let (fake, shards) = cluster();
+        let (peers, shards) = cluster();
         let bucket = BucketId(9);
         let alphabet = ["a", "b", "/", ".", "é", "a/", "-"];
         let mut keys = BTreeSet::new();
@@ -159,7 +269,7 @@ async fn listings_equal_a_naive_sort(seed: u64) {
             let length = 1 + dice.below(6);
             let key: String = (0..length).map(|_| alphabet[dice.below(alphabet.len())]).collect();
             let shard = shards.shard_of(bucket, &key).unwrap();
-            fake.state.lock().unwrap().keys.entry((shard, bucket.0)).or_default().insert(key.clone());
+            peers.command(shard, put_command(bucket, &key));
             keys.insert(key);
         }
         for (prefix, delimiter) in [("", ""), ("", "/"), ("a", "/"), ("a/", "/"), ("a", ""), ("", "a/"), ("zz", "/")] {
@@ -205,22 +315,26 @@ async fn a_merge_of_large_uneven_sources_reads_little_more_than_it_gives() {
 
 #[tokio::test]
 async fn a_listing_fails_rather_than_leave_a_shard_out() {
-    let (fake, shards) = cluster();
+    let (peers, shards) = cluster();
     put(&shards, BucketId(1), "k").await.unwrap();
-    fake.state.lock().unwrap().leaders.remove(&ShardId(3));
+    peers.state().leaders.remove(&ShardId(3));
     assert!(shards.list_objects(BucketId(1), "", "", ListFrom::Start, 10).await.unwrap_err().outcome_unknown());
 }
 
 #[tokio::test]
 async fn a_bucket_is_deleted_only_when_empty_and_its_name_is_free_again_under_a_new_id() {
-    let (fake, shards) = cluster();
+    let (peers, shards) = cluster();
     let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
     put(&shards, bucket.id, "k").await.unwrap();
     assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::NotEmpty);
-    assert!(fake.state.lock().unwrap().fences.is_empty());
-    assert_eq!(put(&shards, bucket.id, "k2").await.unwrap(), Reply::Done);
+    assert_eq!(fences(&peers, bucket.id), 0);
+    assert!(put(&shards, bucket.id, "k2").await.unwrap().is_success());
 
-    fake.state.lock().unwrap().keys.clear();
+    for key in ["k", "k2"] {
+        let (version, conditions) = (VersionPick::Current, Conditions::default());
+        let delete = Command::DeleteObject { bucket: bucket.id, key: key.into(), version, conditions, rule_epoch: 0 };
+        assert!(shards.command_for(AccountId::ROOT, bucket.id, key, delete).await.unwrap().is_success());
+    }
     assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::Done);
     assert_eq!(put(&shards, bucket.id, "k3").await.unwrap(), Reply::BucketFenced);
     assert_eq!(shards.get_bucket("b").await.unwrap(), None);
@@ -232,7 +346,7 @@ async fn a_bucket_is_deleted_only_when_empty_and_its_name_is_free_again_under_a_
 #[tokio::test]
 async fn a_deletion_that_was_broken_off_is_finished_by_the_next_one_or_by_create() {
     for finish_by_create in [false, true] {
-        let (fake, shards) = cluster();
+        let (peers, shards) = cluster();
         let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
         shards
             .command(ShardId::ROOT, Command::BeginDeleteBucket { name: "b".into(), bucket: bucket.id })
@@ -247,7 +361,7 @@ async fn a_deletion_that_was_broken_off_is_finished_by_the_next_one_or_by_create
         } else {
             assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::Done);
         }
-        assert_eq!(fake.state.lock().unwrap().fences.len(), OBJECT_SHARDS);
+        assert_eq!(fences(&peers, bucket.id), OBJECT_SHARDS);
     }
 }
 
@@ -261,67 +375,64 @@ async fn begin_delete(shards: &Shards, name: &str, bucket: BucketId) -> u64 {
 
 #[tokio::test]
 async fn a_late_unfence_of_one_deletion_leaves_the_fences_of_the_next() {
-    let (fake, shards) = cluster();
+    let (peers, shards) = cluster();
     let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
-    let attempt = begin_delete(&another_gateway(&fake), "b", bucket.id).await;
+    let attempt = begin_delete(&another_gateway(&peers), "b", bucket.id).await;
     let shard = shards.shard_of(bucket.id, "k").unwrap();
-    fake.state.lock().unwrap().before_end =
+    peers.state().before_end =
         vec![(shard, Command::UnfenceBucket { bucket: bucket.id, attempt }), (shard, put_command(bucket.id, "k"))];
     assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::Done);
-    let state = fake.state.lock().unwrap();
-    assert!(state.keys.values().all(BTreeSet::is_empty), "an acknowledged upload lies in a deleted bucket");
-    assert_eq!(state.fences.len(), OBJECT_SHARDS);
+    assert_eq!(objects_in(&peers, shard), 0, "an acknowledged object lies in a deleted bucket");
+    assert_eq!(fences(&peers, bucket.id), OBJECT_SHARDS);
 }
 
 #[tokio::test]
 async fn a_deletion_that_was_taken_over_does_not_remove_what_the_other_found_not_empty() {
-    let (fake, shards) = cluster();
+    let (peers, shards) = cluster();
     let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
     let id = bucket.id;
     let shard = shards.shard_of(id, "k").unwrap();
     // The other one took the fences off, where a PUT comes in at once, and ends before this one does.
-    fake.state.lock().unwrap().before_end = vec![
+    peers.state().before_end = vec![
         (ShardId::ROOT, Command::BeginDeleteBucket { name: "b".into(), bucket: id }),
         (shard, Command::UnfenceBucket { bucket: id, attempt: 2 }),
         (shard, put_command(id, "k")),
         (ShardId::ROOT, Command::EndDeleteBucket { name: "b".into(), bucket: id, attempt: 2, remove: false }),
     ];
     assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::NotEmpty);
-    let state = fake.state.lock().unwrap();
-    assert_eq!(state.keys[&(shard, id.0)].len(), 1);
-    assert_eq!(state.buckets["b"], BucketRecord { delete_attempt: 2, ..bucket });
+    assert_eq!(objects_in(&peers, shard), 1);
+    assert_eq!(bucket_b(&peers), Some(BucketRecord { delete_attempt: 2, ..bucket }));
 }
 
 #[tokio::test]
 async fn a_deletion_that_was_taken_over_goes_on_when_the_other_is_broken_off() {
-    let (fake, shards) = cluster();
+    let (peers, shards) = cluster();
     let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
-    fake.state.lock().unwrap().before_end = vec![
+    peers.state().before_end = vec![
         (ShardId::ROOT, Command::BeginDeleteBucket { name: "b".into(), bucket: bucket.id }),
         (ShardId(2), Command::FenceBucket { bucket: bucket.id, attempt: 2 }),
     ];
     assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::Done);
-    let state = fake.state.lock().unwrap();
-    let removals: Vec<u64> = state
-        .applied
+    let removals: Vec<u64> = peers
+        .state()
+        .commands
         .iter()
-        .filter_map(|(_, command)| match command {
+        .filter_map(|(_, request)| match &request.command {
             Command::EndDeleteBucket { attempt, remove: true, .. } => Some(*attempt),
             _ => None,
         })
         .collect();
     assert_eq!(removals, [1, 3], "the attempt that was taken over, and a third");
-    assert!(state.buckets.is_empty());
-    assert_eq!(state.fences.len(), OBJECT_SHARDS);
+    assert_eq!((bucket_b(&peers), fences(&peers, bucket.id)), (None, OBJECT_SHARDS));
 }
 
 #[tokio::test]
 async fn of_deletions_by_several_gateways_one_removes_the_bucket() {
     for _ in 0..50 {
-        let (fake, shards) = cluster();
+        let (peers, shards) = cluster();
         shards.create_bucket("b", AccountId::ROOT).await.unwrap();
         let deletes = (0..3).map(|_| {
-            let gateway = another_gateway(&fake);
+            let gateway = another_gateway(&peers);
             async move { gateway.delete_bucket("b", AccountId::ROOT).await.unwrap() }
         });
         let mut removed = futures::future::join_all(deletes).await;
@@ -333,35 +444,34 @@ async fn of_deletions_by_several_gateways_one_removes_the_bucket() {
 #[tokio::test]
 async fn no_acknowledged_put_is_lost_in_a_race_with_deletions() {
     for round in 0..200 {
-        let (fake, shards) = cluster();
+        let (peers, shards) = cluster();
         let Created::New(bucket) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
         let puts = (0..3).map(|n| {
             let shards = shards.clone();
             tokio::spawn(async move { put(&shards, bucket.id, &format!("key{round}-{n}")).await.unwrap() })
         });
         // Two in one gateway, which take turns, and one in another.
-        let deletes = [shards.clone(), shards.clone(), another_gateway(&fake)]
+        let deletes = [shards.clone(), shards.clone(), another_gateway(&peers)]
             .into_iter()
             .map(|shards| tokio::spawn(async move { shards.delete_bucket("b", AccountId::ROOT).await.unwrap() }));
         let (puts, deletes): (Vec<_>, Vec<_>) = (puts.collect(), deletes.collect());
         let puts = futures::future::try_join_all(puts).await.unwrap();
         let deletes = futures::future::try_join_all(deletes).await.unwrap();
-        let stored = puts.iter().filter(|reply| **reply == Reply::Done).count();
-        let state = fake.state.lock().unwrap();
-        let gone = !state.buckets.contains_key("b");
+        let stored = puts.iter().filter(|reply| reply.is_success()).count();
+        let gone = bucket_b(&peers).is_none();
         assert_eq!(
             deletes.iter().filter(|removed| **removed == Removed::Done).count(),
             usize::from(gone),
             "{deletes:?}"
         );
         assert!(!gone || stored == 0, "round {round}: {stored} acknowledged puts in a deleted bucket");
-        assert!(gone || state.fences.is_empty(), "round {round}: a living bucket keeps a fence");
+        assert!(gone || fences(&peers, bucket.id) == 0, "round {round}: a living bucket keeps a fence");
     }
 }
 
 #[tokio::test]
 async fn a_newer_map_is_taken_confirmed_and_offered_to_disks_that_lag() {
-    let (fake, shards) = cluster();
+    let (peers, shards) = cluster();
     assert!(!*shards.confirmed().borrow());
     assert!(!shards.refresh_map().await.unwrap());
     assert!(*shards.confirmed().borrow());
@@ -369,35 +479,36 @@ async fn a_newer_map_is_taken_confirmed_and_offered_to_disks_that_lag() {
     assert_eq!(shards.set_map(map(5, OBJECT_SHARDS + 1, 2)).await.unwrap(), MapSet::Conflict { current: Epoch(2) });
     assert_eq!(shards.current_map().unwrap().epoch, Epoch(2));
     let all_at = |epoch| {
-        let state = fake.state.lock().unwrap();
+        let state = peers.state();
         assert!((1..=5).all(|disk| state.epochs.get(&DiskId(disk)) == Some(&Epoch(epoch))), "{:?}", state.epochs);
         state.diffs_taken
     };
     // They knew nothing, so they were told the whole; from then on what changes.
     assert_eq!(all_at(2), 0);
-    fake.state.lock().unwrap().map = Some(map(5, OBJECT_SHARDS + 1, 3));
+    let third = Command::SetMap { map: Box::new(map(5, OBJECT_SHARDS + 1, 3)) };
+    assert_eq!(peers.command(ShardId::ROOT, third), Reply::Done);
     assert!(shards.refresh_map().await.unwrap());
-    fake.state.lock().unwrap().epochs.insert(DiskId(4), Epoch(1));
+    peers.state().epochs.insert(DiskId(4), Epoch(1));
     shards.offer_map().await;
     assert_eq!(all_at(3), 6, "two steps for the disk that lags by two");
     // One that is further behind than anybody remembers is told the whole.
-    fake.state.lock().unwrap().epochs.insert(DiskId(4), Epoch(0));
+    peers.state().epochs.insert(DiskId(4), Epoch(0));
     shards.offer_map().await;
     assert_eq!(all_at(3), 6);
 }
 
 #[tokio::test]
 async fn a_refusal_after_an_attempt_in_doubt_leaves_the_outcome_unknown() {
-    let (fake, shards) = cluster();
+    let (peers, shards) = cluster();
     let bucket = BucketId(7);
     let put = put_command(bucket, "k");
     let shard = shards.shard_of(bucket, "k").unwrap();
     // What the shard says of a bucket that is fenced is certain by itself.
-    fake.state.lock().unwrap().fences.insert((shard, bucket.0));
+    assert_eq!(peers.command(shard, Command::FenceBucket { bucket, attempt: 1 }), Reply::Fenced { empty: true });
     let refused = shards.command(shard, put.clone()).await;
     assert!(refused.as_ref().is_ok_and(|reply| !reply.is_success()), "{refused:?}");
     // After an attempt that may have been applied it says nothing of that attempt.
-    fake.state.lock().unwrap().faults.push_back(Fault::LoseRequest);
+    peers.state().faults.push_back(Fault::LoseRequest);
     let refused = shards.command(shard, put).await.unwrap_err();
     assert!(refused.outcome_unknown(), "{refused:?}");
 }

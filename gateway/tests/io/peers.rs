@@ -17,7 +17,7 @@ use std::time::Duration;
 /// What the next request to a shard meets, whoever it goes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
-    /// It is served, and the answer is lost.
+    /// It is served, and the answer is lost. Waits for a request that goes to the leader.
     LoseAnswer,
     /// It is lost on the way.
     LoseRequest,
@@ -152,7 +152,8 @@ impl State {
     fn serve_shard(&mut self, disk: DiskId, shard: ShardId, request: &[u8]) -> Result<ControlResponse, PeerError> {
         self.asked.push((disk, shard));
         let lost = |what: &str| Err(PeerError::Lost(format!("{what} was lost on purpose")));
-        let fault = self.faults.pop_front();
+        let leader = self.leaders.get(&shard).copied();
+        let fault = self.faults.pop_front_if(|fault| *fault != Fault::LoseAnswer || leader == Some(disk));
         match &fault {
             Some(Fault::LoseRequest) => return lost("the request"),
             Some(Fault::Answer(error)) => return Ok(ControlResponse::Error(error.clone())),
@@ -161,7 +162,6 @@ impl State {
         if self.silent.contains(&shard) {
             return lost("the request");
         }
-        let leader = self.leaders.get(&shard).copied();
         if leader != Some(disk) {
             return Ok(ControlResponse::Error(ControlError::NotLeader { leader }));
         }

@@ -5,63 +5,23 @@ use super::node::Disk;
 use crate::disks::{DiskSettings, Disks};
 use crate::metrics::Metrics;
 use crate::object::{ObjectSettings, ObjectStore};
-use crate::shards::peers::{PeerError, Peers};
+use crate::shards::memory::MemoryPeers;
 use crate::shards::{Shards, Timing};
-use bytes::Bytes;
-use futures::future::BoxFuture;
 use futures::TryStreamExt;
-use granary_meta::memory::MemoryShards;
 use granary_meta::record::{AccountId, BucketRecord, ObjectRecord, Versioning};
-use granary_meta::{Answer, Command, MetaRequest, Query, Reply, ShardRequest, VersionPick};
-use granary_placement::id::{ClusterId, DiskId, DiskUuid, PlacementGroupId, ShardId};
+use granary_meta::{Answer, Command, MetaRequest, Query, Reply, VersionPick};
+use granary_placement::id::{ClusterId, DiskUuid, PlacementGroupId, ShardId};
 use granary_placement::map::{ClusterMap, Location, Roles};
 use granary_placement::place::{new_map, NewCluster, NewDisk};
 use granary_placement::scheme::{FailureDomain, Scheme};
-use granary_wire::control::{ControlRequest, ControlResponse};
 use granary_wire::{ClusterSecret, Credentials};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 const DISKS: u32 = 4;
-
-/// All shards of a cluster, reached through whichever disk is asked.
-pub struct MemoryPeers {
-    pub shards: Mutex<MemoryShards>,
-    /// Requests are served, and their answers lost.
-    pub lose_answers: AtomicBool,
-    /// Commands are applied, and answered with this instead of their reply.
-    pub garbled_reply: Mutex<Option<Bytes>>,
-    /// The commands that arrived, in order.
-    pub commands: Arc<Mutex<Vec<MetaRequest>>>,
-    /// Every request waits this long before it is served.
-    pub delay_ms: AtomicU64,
-}
-
-impl Peers for MemoryPeers {
-    fn control(
-        &self,
-        _: DiskId,
-        request: ControlRequest,
-        _: Duration,
-    ) -> BoxFuture<'_, Result<ControlResponse, PeerError>> {
-        Box::pin(async move {
-            tokio::time::sleep(Duration::from_millis(self.delay_ms.load(Ordering::SeqCst))).await;
-            let ControlRequest::Shard { shard, request } = request else { panic!("an S3 request asks shards only") };
-            let answer = self.shards.lock().unwrap().serve(shard, &request).unwrap();
-            let is_command = matches!(ShardRequest::decode(&request), Ok(ShardRequest::Command(_)));
-            if let Some(garbled) = self.garbled_reply.lock().unwrap().clone().filter(|_| is_command) {
-                return Ok(ControlResponse::Shard(garbled));
-            }
-            if self.lose_answers.load(Ordering::SeqCst) {
-                return Err(PeerError::Lost("the answer was lost on purpose".to_owned()));
-            }
-            Ok(ControlResponse::Shard(answer))
-        })
-    }
-}
 
 pub struct Cluster {
     pub peers: Arc<MemoryPeers>,
@@ -112,19 +72,7 @@ impl Cluster {
             disks.push(disk);
         }
         let map = map_of(&addresses);
-        let mut shards = MemoryShards::new(&map).unwrap();
-        let commands: Arc<Mutex<Vec<MetaRequest>>> = Arc::default();
-        let seen = commands.clone();
-        shards.observe(Box::new(move |_: ShardId, request: &MetaRequest, _: &Reply| {
-            seen.lock().unwrap().push(request.clone());
-        }));
-        let peers = Arc::new(MemoryPeers {
-            shards: Mutex::new(shards),
-            garbled_reply: Mutex::default(),
-            commands,
-            lose_answers: AtomicBool::new(false),
-            delay_ms: AtomicU64::new(0),
-        });
+        let peers = MemoryPeers::new(&map);
         let (_, map) = watch::channel(Some(Arc::new(map)));
         let watched = Disks::new(map.clone(), credentials, None, DiskSettings::default());
         assert!(watched.wait_ready(Duration::from_secs(10)).await);
@@ -161,7 +109,7 @@ impl Cluster {
 
     /// Sends a command to the root shard, behind the back of all gateways.
     pub fn command_root(&self, command: Command) -> Reply {
-        self.peers.shards.lock().unwrap().command(ShardId::ROOT, 1, command).unwrap()
+        self.peers.command(ShardId::ROOT, command)
     }
 
     /// Switches versioning on in the root shard. No object shard hears of it.
@@ -178,7 +126,7 @@ impl Cluster {
 
     /// The commands that arrived since the last call.
     pub fn take_commands(&self) -> Vec<MetaRequest> {
-        std::mem::take(&mut *self.peers.commands.lock().unwrap())
+        std::mem::take(&mut self.peers.state().commands).into_iter().map(|(_, request)| request).collect()
     }
 
     /// Gives an object that lies in its record another time of writing.

@@ -1,5 +1,4 @@
 use super::client::{read_answer, Ask, Scene};
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -41,7 +40,7 @@ async fn send_head(scene: &Scene, ask: Ask) -> (TcpStream, Vec<u8>, Vec<u8>) {
 async fn a_waiting_client_gets_its_100_after_authorisation_and_before_any_lookup() {
     // This gateway has to look the bucket up: it was made through another.
     let scene = Scene::new().await.another().await;
-    scene.cluster.peers.delay_ms.store(3000, Ordering::SeqCst);
+    scene.cluster.peers.state().delay = Duration::from_millis(3000);
     let put = || Ask::new("PUT", "/bucket/k").header("expect", "100-continue").body(vec![1u8; 100_000]);
     let began = Instant::now();
     let (mut stream, body, _) = send_head(&scene, put()).await;
@@ -49,7 +48,7 @@ async fn a_waiting_client_gets_its_100_after_authorisation_and_before_any_lookup
     stream.read_exact(&mut interim).await.unwrap();
     assert_eq!(&interim, b"HTTP/1.1 100 Continue\r\n\r\n");
     assert!(began.elapsed() < Duration::from_millis(2000), "the 100 waited for a lookup");
-    scene.cluster.peers.delay_ms.store(0, Ordering::SeqCst);
+    scene.cluster.peers.state().delay = Duration::from_millis(0);
     stream.write_all(&body).await.unwrap();
     assert_eq!(read_answer(&mut stream, false).await.status, 200);
 
@@ -97,7 +96,7 @@ async fn one_connection_serves_many_requests() {
 #[tokio::test(flavor = "multi_thread")]
 async fn beyond_a_bound_requests_are_told_to_slow_down() {
     let scene = Scene::with(|settings| settings.max_requests = 1).await;
-    scene.cluster.peers.delay_ms.store(500, Ordering::SeqCst);
+    scene.cluster.peers.state().delay = Duration::from_millis(500);
     let slow = scene.ask(Ask::new("PUT", "/bucket/a").body("x"));
     let refused = async {
         tokio::time::sleep(Duration::from_millis(150)).await;

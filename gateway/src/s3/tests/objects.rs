@@ -2,7 +2,6 @@ use super::client::{b64, encode, md5_hex, Ask, Got, Scene};
 use bytes::Bytes;
 use granary_meta::record::ChecksumAlgorithm;
 use granary_meta::{Answer, Reply, ShardResponse};
-use std::sync::atomic::Ordering;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_legal_key_comes_back_as_it_went() {
@@ -320,9 +319,9 @@ async fn a_lost_answer_never_deletes_what_may_be_committed() {
     let scene = Scene::new().await;
     let cluster = &scene.cluster;
     let (one, two) = (vec![1u8; 100_000], vec![2u8; 100_000]);
-    cluster.peers.lose_answers.store(true, Ordering::SeqCst);
+    cluster.peers.state().lose_answers = true;
     scene.ask(Ask::new("PUT", "/bucket/k").body(one.clone())).await.expect(503, "ServiceUnavailable");
-    cluster.peers.lose_answers.store(false, Ordering::SeqCst);
+    cluster.peers.state().lose_answers = false;
     assert_eq!((cluster.dropped_chunks(), cluster.chunk_count()), (0, 3));
     assert!(scene.get("k").await.ok().body == one);
     scene
@@ -338,7 +337,7 @@ async fn a_lost_answer_never_deletes_what_may_be_committed() {
 async fn a_reply_that_makes_no_sense_never_deletes_what_may_be_committed() {
     let scene = Scene::new().await;
     let cluster = &scene.cluster;
-    let garbled = |reply: Option<Bytes>| *cluster.peers.garbled_reply.lock().unwrap() = reply;
+    let garbled = |reply: Option<Bytes>| cluster.peers.state().garbled_reply = reply;
     let odd = ShardResponse::Reply(Reply::Done).encode().unwrap();
     let answer = ShardResponse::Answer(Answer::NoSuchKey).encode().unwrap();
     for (count, reply) in [odd, answer, Bytes::from_static(b"\xff of a later version")].into_iter().enumerate() {
