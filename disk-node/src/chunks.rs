@@ -201,6 +201,12 @@ impl Node {
                 let (chunks, more) = self.store.list(after, limit).await.map_err(control_error)?;
                 ControlResponse::Chunks { chunks, more }
             }
+            ControlRequest::Quarantine { chunks, into, lease } => {
+                at_most(chunks.len(), MAX_CHUNKS)?;
+                let _under_lease = self.admit(&lease).await.map_err(lease_error)?;
+                self.store.quarantine(chunks, into).await.map_err(control_error)?;
+                ControlResponse::Done
+            }
             ControlRequest::Shard { shard, request } => {
                 ControlResponse::Shard(self.roles.serve_shard(shard, &request).await?)
             }

@@ -234,6 +234,24 @@ async fn a_disk_node_stores_reads_verifies_lists_and_deletes_over_kill_and_stop(
         panic!()
     };
     assert_eq!((chunks.iter().map(|chunk| chunk.id).collect::<Vec<_>>(), more), (vec![chunk(2), chunk(3)], false));
+    assert!(chunks.iter().all(|chunk| chunk.quarantined_ms.is_none()));
+    let quarantine = async |ids: &[u8], into: bool, epoch: u64| {
+        let lease = LeaseStamp { task: "heal".to_owned(), epoch };
+        let chunks = ids.iter().map(|id| chunk(*id)).collect();
+        ask(&client, ControlRequest::Quarantine { chunks, into, lease }).await
+    };
+    let marked = async || {
+        let answer = ask(&client, ControlRequest::ListChunks { after: None, limit: 10 }).await;
+        let ControlResponse::Chunks { chunks, .. } = answer else { panic!("{answer:?}") };
+        chunks.iter().filter(|chunk| chunk.quarantined_ms.is_some()).map(|chunk| chunk.id).collect::<Vec<_>>()
+    };
+    assert_eq!(quarantine(&[2, 3, 9], true, 9).await, ControlResponse::Done);
+    assert_eq!(marked().await, [chunk(2), chunk(3)]);
+    assert_eq!(get(&client, 2).await.unwrap(), payload(2, 70_000));
+    let refused = ControlResponse::Error(ControlError::StaleLease { current: 9 });
+    assert_eq!(quarantine(&[2], false, 8).await, refused);
+    assert_eq!(quarantine(&[2], false, 9).await, ControlResponse::Done);
+    assert_eq!(marked().await, [chunk(3)]);
     let ControlResponse::Status(status) = ask(&client, ControlRequest::Status).await else { panic!() };
     assert_eq!((status.chunks, status.chunk_bytes), (2, 3_070_000));
     assert!(status.free_bytes > 0 && status.free_bytes < status.capacity_bytes);

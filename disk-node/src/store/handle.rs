@@ -4,12 +4,13 @@
 use super::core::{Done, Op};
 use super::device::Device;
 use super::format::{record_bytes, RECORDS_AT};
-use super::index::{Engine, Index};
+use super::index::{Batch, Engine, Index};
 use super::read::Blocks;
 use super::recover::{recover, Recovered};
 use super::shared::{OnFatal, Shared};
 use super::writer::{self, Queue, Reserved};
 use super::{OpenError, StoreError, StoreSettings};
+use crate::label::now_ms;
 use crate::metrics::Metrics;
 use bytes::{Bytes, BytesMut};
 use granary_placement::id::DiskUuid;
@@ -228,9 +229,42 @@ impl Store {
             shared.check_running()?;
             let found = shared.index.chunks(after.as_ref(), limit + 1).map_err(|error| shared.fail_index(&error))?;
             let more = found.len() > limit;
-            Ok((found.into_iter().take(limit).map(|(id, at)| ChunkInfo { id, spec: at.spec }).collect(), more))
+            let now_ms = now_ms();
+            let chunks = found.into_iter().take(limit).map(|(id, at)| {
+                let since_ms = shared.index.quarantined_ms(&id).map_err(|error| shared.fail_index(&error))?;
+                let quarantined_ms = since_ms.map(|since_ms| now_ms.saturating_sub(since_ms));
+                let age_ms = now_ms.saturating_sub(at.spec.created_ms);
+                Ok(ChunkInfo { id, spec: at.spec, age_ms, quarantined_ms })
+            });
+            Ok((chunks.collect::<Result<_, _>>()?, more))
         };
         self.0.readers.run(look).await
+    }
+
+    /// Puts chunks into quarantine, or takes them out. The mark lies in the index alone: when that is lost, or written
+    /// and not flushed yet when the power fails, the time begins anew.
+    ///
+    /// # Errors
+    /// [`StoreError::Overloaded`], [`StoreError::Failed`].
+    pub async fn quarantine(&self, ids: Vec<ChunkId>, into: bool) -> Result<(), StoreError> {
+        let mark = move |shared: &Shared| {
+            shared.check_running()?;
+            let mut batch = Batch::default();
+            for id in &ids {
+                let marked = shared.index.quarantined_ms(id).map_err(|error| shared.fail_index(&error))?.is_some();
+                match into {
+                    true if !marked => {
+                        if shared.index.chunk(id).map_err(|error| shared.fail_index(&error))?.is_some() {
+                            batch.put_quarantine(id, now_ms());
+                        }
+                    }
+                    false if marked => batch.remove_quarantine(id),
+                    _ => {}
+                }
+            }
+            shared.index.write(batch).map_err(|error| shared.fail_index(&error))
+        };
+        self.0.readers.run(mark).await
     }
 
     /// How full the store is.

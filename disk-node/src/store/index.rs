@@ -214,6 +214,13 @@ fn segment_key(segment: u32) -> Vec<u8> {
     key
 }
 
+/// When a chunk was put into quarantine.
+fn quarantine_key(id: &ChunkId) -> Vec<u8> {
+    let mut key = vec![b'q'];
+    key.extend_from_slice(&id.to_bytes());
+    key
+}
+
 const DISK_KEY: &[u8] = b"m";
 
 fn encode_location(at: &Location) -> Vec<u8> {
@@ -289,6 +296,17 @@ impl Batch {
     /// The chunk is gone.
     pub fn remove_chunk(&mut self, id: &ChunkId) {
         self.changes.push((chunk_key(id), None));
+        self.changes.push((quarantine_key(id), None));
+    }
+
+    /// The chunk is in quarantine since then, in milliseconds since 1970.
+    pub fn put_quarantine(&mut self, id: &ChunkId, since_ms: u64) {
+        self.changes.push((quarantine_key(id), Some(ValueWriter::new().u64(since_ms).0)));
+    }
+
+    /// The chunk is out of quarantine.
+    pub fn remove_quarantine(&mut self, id: &ChunkId) {
+        self.changes.push((quarantine_key(id), None));
     }
 
     /// This piece is dead; its hole is to be punched.
@@ -381,6 +399,16 @@ impl Index {
             })
             .collect::<Option<Vec<_>>>()
             .ok_or_else(|| damaged("chunk"))
+    }
+
+    /// Since when a chunk is in quarantine, in milliseconds since 1970.
+    ///
+    /// # Errors
+    /// When the engine fails.
+    pub fn quarantined_ms(&self, id: &ChunkId) -> Result<Option<u64>, IndexError> {
+        let Some(value) = self.engine.get(&quarantine_key(id))? else { return Ok(None) };
+        let since = ValueReader::new(&value).and_then(|mut reader| reader.u64());
+        since.map(Some).ok_or_else(|| damaged("quarantine"))
     }
 
     fn walk(&self, prefix: u8, mut each: impl FnMut(&[u8], &[u8]) -> Option<()>) -> Result<(), IndexError> {

@@ -158,4 +158,8 @@ pub struct ChunkInfo {
     pub id: ChunkId,
     /// What it is part of.
     pub spec: ChunkSpec,
+    /// Milliseconds since it was written, by the clocks of its writer and of the disk's server.
+    pub age_ms: u64,
+    /// Milliseconds since it was put into quarantine, by the clock of the disk's server; None when it is not in it.
+    pub quarantined_ms: Option<u64>,
 }

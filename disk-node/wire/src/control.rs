@@ -78,6 +78,17 @@ pub enum ControlRequest {
         /// The message.
         message: Bytes,
     },
+    /// Puts chunks into quarantine, or takes them out: a mark with the time of its setting, which ListChunks shows.
+    /// Nothing else changes; a chunk in quarantine is read like any other. A chunk that is in it already keeps its
+    /// time, one that is not there is left out. Answers Done.
+    Quarantine {
+        /// Which, at most 1,000.
+        chunks: Vec<ChunkId>,
+        /// Into it, or out of it.
+        into: bool,
+        /// The lease under which it is done.
+        lease: LeaseStamp,
+    },
 }
 
 /// The answer of a disk node.

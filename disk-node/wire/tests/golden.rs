@@ -114,6 +114,7 @@ fn requests() -> Vec<ControlRequest> {
         ControlRequest::OfferMapDiff(Box::new(map_diff())),
         ControlRequest::RaftBatch { from: DiskId(2), messages: vec![(ShardId(3), Bytes::from_static(b"raft"))] },
         ControlRequest::LinkBeat { from: DiskId(2), message: Bytes::from_static(b"beat") },
+        ControlRequest::Quarantine { chunks: vec![chunk()], into: true, lease: lease() },
     ]
 }
 
@@ -134,7 +135,10 @@ fn responses() -> Vec<ControlResponse> {
         ControlResponse::Deleted(3),
         ControlResponse::Have(vec![true, false]),
         ControlResponse::Health(vec![ChunkHealth::Good, ChunkHealth::Missing, ChunkHealth::Corrupt]),
-        ControlResponse::Chunks { chunks: vec![ChunkInfo { id: chunk(), spec: spec() }], more: true },
+        ControlResponse::Chunks {
+            chunks: vec![ChunkInfo { id: chunk(), spec: spec(), age_ms: 8, quarantined_ms: Some(9) }],
+            more: true,
+        },
         ControlResponse::Shard(Bytes::from_static(b"shard")),
         ControlResponse::Raft(Bytes::from_static(b"raft")),
         ControlResponse::Map(Some(Box::new(map()))),

@@ -285,6 +285,8 @@ fn write_census(out: &mut dyn Write, census: &Census) -> io::Result<()> {
         (census.corrupt, "corrupt"),
         (census.unreachable, "unreachable"),
         (census.queued_for_repair, "queued for repair"),
+        (census.orphans, "chunks that no object owns"),
+        (census.orphans_quarantined, "of these in quarantine"),
         (census.extents_lost, "extents lost"),
         (census.extents_lost_unless_disks_return, "extents lost unless disks return"),
     ] {

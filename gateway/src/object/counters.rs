@@ -64,6 +64,8 @@ counters! {
     rebuilds_refuted,
     /// Extents whose chunks were all deleted as garbage.
     garbage_extents_deleted,
+    /// Chunks that no shard knew all their time in quarantine, deleted.
+    orphans_deleted,
     /// Extents in a garbage queue that their shard still owns; never deleted.
     garbage_extents_alive,
     /// Chunks that a walk over a disk's groups found absent and queued.

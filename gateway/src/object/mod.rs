@@ -64,6 +64,8 @@ pub struct ObjectSettings {
     pub read_deadline: Duration,
     /// Bytes of one chunk per read request; a unit at least. A reader holds two windows of K of these.
     pub window_bytes: u64,
+    /// A payload that has taken longer to arrive is refused.
+    pub longest_upload: Duration,
     /// The shortest time after which other disks are asked for what one is late with.
     pub hedge_floor: Duration,
     /// Extra reads for slow disks, in percent of all reads. Reads in place of failed disks are not counted.
@@ -81,6 +83,7 @@ impl ObjectSettings {
             write_deadline: values.time("object.write_deadline"),
             read_deadline: values.time("object.read_deadline"),
             window_bytes: values.number("object.window"),
+            longest_upload: values.time("object.longest_upload"),
             hedge_floor: values.time("object.hedge_floor"),
             hedge_percent: values.number("object.hedge_percent"),
         }

@@ -15,6 +15,7 @@ use granary_placement::extent::MAX_EXTENT_BYTES;
 use granary_placement::id::{DiskId, ExtentId, HashSlot};
 use std::collections::{HashSet, VecDeque};
 use std::pin::Pin;
+use std::time::Instant;
 
 /// Attempts to write one extent, each without the disks that failed the ones before.
 const ATTEMPTS: u32 = 3;
@@ -122,7 +123,7 @@ impl ObjectStore {
             });
         }
 
-        let map_before = self.disks().map();
+        let (begun, map_before) = (Instant::now(), self.disks().map());
         let longest = self.settings().extent_bytes.clamp(1, MAX_EXTENT_BYTES);
         let mut draw = Draw(u64::from_be_bytes(random()?));
         let mut failed = HashSet::new();
@@ -135,6 +136,11 @@ impl ObjectStore {
             uncommitted.absorb(written.uncommitted);
             extents.push(written.extent);
             missing.extend(written.missing);
+        }
+        // Sweeps take chunks that nobody owns for left over when they are older than this.
+        if begun.elapsed() > self.settings().longest_upload {
+            add(&self.counters().writes_unavailable, 1);
+            return Err(StageError::Unavailable("the payload took longer than object.longest_upload".to_owned()));
         }
         // The map was read for each extent; the payload is committed under the one that is in force now.
         if let (Some(before), Some(map)) = (map_before, self.disks().map()) {

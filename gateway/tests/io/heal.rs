@@ -20,7 +20,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-fn settings() -> HealSettings {
+pub fn settings() -> HealSettings {
     HealSettings {
         interval: Duration::from_millis(50),
         move_settle: Duration::from_millis(100),
@@ -32,7 +32,7 @@ fn settings() -> HealSettings {
     }
 }
 
-fn small() -> ObjectSettings {
+pub fn small() -> ObjectSettings {
     ObjectSettings { extent_bytes: 11 * UNIT + 77, ..ObjectSettings::default() }
 }
 
@@ -45,7 +45,7 @@ fn heal(cluster: &Cluster, meta: &Meta) -> (Healer, DropGuard) {
 }
 
 /// Objects in both shards, with what they hold.
-async fn fill(cluster: &Cluster, meta: &Meta, draw: &mut Draw) -> Vec<(ObjectData, Bytes)> {
+pub async fn fill(cluster: &Cluster, meta: &Meta, draw: &mut Draw) -> Vec<(ObjectData, Bytes)> {
     objects_of(cluster, meta, draw, &[8193, UNIT * 4, UNIT * 9 + 5, UNIT * 25 + 1000]).await
 }
 
@@ -162,7 +162,7 @@ fn slot(cluster: &Cluster) -> GroupSlot {
     cluster.map.borrow().as_ref().unwrap().groups[&PlacementGroupId(1)].slots[2]
 }
 
-fn give_slot_to(cluster: &Cluster, disk: u32) {
+pub fn give_slot_to(cluster: &Cluster, disk: u32) {
     cluster.change_map(|next| next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2].give_to(DiskId(disk)));
 }
 

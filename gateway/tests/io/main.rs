@@ -4,7 +4,7 @@
 //! - [`node`]: such a disk node; [`cluster`]: some of them, a map, and an object store on top;
 //! - [`write`], [`read`]: what staging and reading promise;
 //! - [`peers`]: the metadata shards, in memory; [`meta`]: what tests do in them behind the gateways' backs;
-//! - [`heal`]: what repair, garbage collection and census promise.
+//! - [`heal`]: what repair, garbage collection and census promise; [`sweep`]: what becomes of chunks that nobody owns.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -15,4 +15,5 @@ mod node;
 #[allow(dead_code)] // the tests inside the gateway use more of it
 mod peers;
 mod read;
+mod sweep;
 mod write;

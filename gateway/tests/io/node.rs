@@ -4,7 +4,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use granary_placement::id::{DiskId, DiskUuid, Epoch};
 use granary_placement::lease::LeaseStamp;
-use granary_wire::chunk::{block_count, block_crc, ChunkHealth, ChunkId, ChunkSpec, BLOCK_BYTES};
+use granary_wire::chunk::{block_count, block_crc, ChunkHealth, ChunkId, ChunkInfo, ChunkSpec, BLOCK_BYTES};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::error::ChunkError;
 use granary_wire::server::{serve, ChunkBlocks, ChunkSink, NodeService, ServerLimits};
@@ -50,9 +50,13 @@ pub struct Disk {
     /// The server is gone after so many bytes written from now on.
     pub die_after_bytes: AtomicU64,
     pub full: AtomicBool,
+    /// All its chunks are that old, in milliseconds.
+    pub age_ms: AtomicU64,
     pub reads_begun: AtomicU64,
     pub reads_ended: AtomicU64,
     pub deletes: AtomicU64,
+    /// Chunks in quarantine, and for how long, in milliseconds.
+    pub quarantine: Mutex<BTreeMap<ChunkId, u64>>,
     /// The highest epoch of each background task that was obeyed.
     pub leases: Mutex<BTreeMap<String, u64>>,
     server: Mutex<Option<JoinHandle<()>>>,
@@ -70,9 +74,11 @@ impl Disk {
             read_delay_ms: AtomicU64::new(0),
             die_after_bytes: AtomicU64::new(u64::MAX),
             full: AtomicBool::new(false),
+            age_ms: AtomicU64::new(0),
             reads_begun: AtomicU64::new(0),
             reads_ended: AtomicU64::new(0),
             deletes: AtomicU64::new(0),
+            quarantine: Mutex::default(),
             leases: Mutex::default(),
             server: Mutex::new(None),
         })
@@ -196,11 +202,43 @@ impl NodeService for Service {
                     let mut chunks = disk.chunks.lock().unwrap();
                     let mut damage = disk.damage.lock().unwrap();
                     damage.retain(|(id, _), _| !ids.contains(id));
+                    disk.quarantine.lock().unwrap().retain(|id, _| !ids.contains(id));
                     ControlResponse::Deleted(ids.iter().filter(|id| chunks.remove(id).is_some()).count() as u32)
                 }
                 ControlRequest::HaveChunks(ids) => {
                     let chunks = disk.chunks.lock().unwrap();
                     ControlResponse::Have(ids.iter().map(|id| chunks.contains_key(id)).collect())
+                }
+                ControlRequest::ListChunks { after, limit } => {
+                    let (chunks, quarantine) = (disk.chunks.lock().unwrap(), disk.quarantine.lock().unwrap());
+                    let mut listed: Vec<ChunkInfo> = chunks
+                        .iter()
+                        .filter(|(id, _)| after.is_none_or(|after| **id > after))
+                        .take(limit as usize + 1)
+                        .map(|(id, stored)| ChunkInfo {
+                            id: *id,
+                            spec: stored.spec,
+                            age_ms: disk.age_ms.load(Ordering::SeqCst),
+                            quarantined_ms: quarantine.get(id).copied(),
+                        })
+                        .collect();
+                    let more = listed.len() > limit as usize;
+                    listed.truncate(limit as usize);
+                    ControlResponse::Chunks { chunks: listed, more }
+                }
+                ControlRequest::Quarantine { chunks: ids, into, lease } => {
+                    if let Err(current) = disk.admit(&Some(lease)) {
+                        return ControlResponse::Error(ControlError::StaleLease { current });
+                    }
+                    let mut quarantine = disk.quarantine.lock().unwrap();
+                    for id in ids {
+                        if into {
+                            quarantine.entry(id).or_insert(0);
+                        } else {
+                            quarantine.remove(&id);
+                        }
+                    }
+                    ControlResponse::Done
                 }
                 ControlRequest::VerifyChunks(ids) => {
                     ControlResponse::Health(ids.iter().map(|id| disk.health(id)).collect())

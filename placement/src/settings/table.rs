@@ -62,6 +62,7 @@ pub const TABLE: &[Setting] = &[
     time("object.write_deadline", Process, s(10), DEADLINE, "How long one write to one disk may take, and how long its answer may take after the last byte."),
     time("object.read_deadline", Process, s(10), DEADLINE, "How long one read from one disk may take."),
     bytes("object.window", Process, MIB, [128 * KIB, 16 * MIB], "Bytes of one chunk per read request. A reader holds two windows of K of these."),
+    time("object.longest_upload", Process, min(24 * 60), [min(1), min(60 * 24 * 7)], "A payload that has taken longer to arrive is refused: what it wrote may be taken for left over."),
     time("object.hedge_floor", Process, ms(30), [ms(1), s(60)], "The shortest time after which other disks are asked for what one is late with."),
     of("object.hedge_percent", Process, Value::Number(10), Kind::Percent(0, 100), "Extra reads for slow disks, in percent of all reads. Reads in place of failed disks are not counted."),
     // Repair and garbage: the same for all gateways, changed while they run.
@@ -75,6 +76,10 @@ pub const TABLE: &[Setting] = &[
     time("heal.longest_backoff", Cluster, min(5), WAIT, "Longest such pause."),
     time("heal.garbage_grace", Cluster, min(10), [s(1), min(60 * 24)], "Garbage younger than this stays: readers may be in the middle of it."),
     time("heal.garbage_backoff", Cluster, s(30), WAIT, "Pause after garbage could not be deleted everywhere."),
+    time("heal.sweep_interval", Cluster, min(6 * 60), [ms(10), min(60 * 24 * 30)], "Time between two sweeps over all disks for chunks that no shard knows."),
+    time("heal.orphan_age", Cluster, min(48 * 60), [ms(10), min(60 * 24 * 30)], "Chunks that no shard knows stay at least this long: they may belong to an upload. To be longer than object.longest_upload."),
+    time("heal.quarantine", Cluster, min(7 * 24 * 60), [ms(10), min(60 * 24 * 365)], "How long chunks that no shard knows are kept in quarantine before they are deleted."),
+    of("heal.orphan_limit", Cluster, Value::Number(1), Kind::Percent(0, 100), "A disk of whose chunks more than this part is known to no shard is left alone until this is raised."),
     time("heal.control_deadline", Cluster, s(10), DEADLINE, "How long a request to a disk that reads no chunks may take."),
     time("heal.verify_deadline", Cluster, min(1), DEADLINE, "How long a disk may take to verify a batch of chunks."),
     // How gateways watch disks and talk to them.

@@ -54,6 +54,12 @@ pub struct Census {
     pub unreachable: u64,
     /// Missing and corrupt chunks that the census put on the repair queue.
     pub queued_for_repair: u64,
+    /// Chunks on disks that no shard knows, of uploads under way among others.
+    #[serde(default)]
+    pub orphans: u64,
+    /// Of these, in quarantine.
+    #[serde(default)]
+    pub orphans_quarantined: u64,
     /// Extents with fewer than K good chunks.
     pub extents_lost: u64,
     /// Of these, such that chunks on disks that did not answer may bring them back.

@@ -78,7 +78,7 @@ impl Inner {
         undelivered
     }
 
-    async fn report(&self, shard: ShardId, chunks: Vec<ChunkRef>) -> Result<(), ShardError> {
+    pub(super) async fn report(&self, shard: ShardId, chunks: Vec<ChunkRef>) -> Result<(), ShardError> {
         if chunks.is_empty() {
             return Ok(());
         }

@@ -8,6 +8,7 @@
 //! - [`plan`]: pure; what to rebuild first;
 //! - [`rebuild`]: one extent: read K, decode, write, verify; [`pace`]: how much of that at a time;
 //! - [`garbage`]: chunks of extents that their shard says are dead;
+//! - [`sweep`]: chunks on disks that no shard knows;
 //! - [`census`]: counts chunks by reading their bytes, never by trusting a job's word.
 //!
 //! One gateway at a time heals, and one collects garbage (see [`leases`](super::leases)); reports of readers go out
@@ -25,6 +26,7 @@ pub mod pace;
 pub mod plan;
 mod rebuild;
 mod slots;
+mod sweep;
 
 pub use census::{Census, CensusProgress};
 
@@ -71,6 +73,14 @@ pub struct HealSettings {
     pub garbage_grace: Duration,
     /// Pause after garbage could not be deleted everywhere.
     pub garbage_backoff: Duration,
+    /// Time between two sweeps over all disks.
+    pub sweep_interval: Duration,
+    /// Younger chunks that no shard knows are left alone: they may belong to an upload.
+    pub orphan_age: Duration,
+    /// How long a chunk that no shard knows stays before it is deleted.
+    pub quarantine: Duration,
+    /// A disk with more orphans than this part of its chunks is left alone, in percent.
+    pub orphan_limit_percent: u64,
     /// How long a slot that got another disk is left alone: by then every gateway writes to the new one.
     pub move_settle: Duration,
     /// How long a control request without disk reads may take.
@@ -99,6 +109,10 @@ impl HealSettings {
             garbage_backoff: values.time("heal.garbage_backoff"),
             control_deadline: values.time("heal.control_deadline"),
             verify_deadline: values.time("heal.verify_deadline"),
+            sweep_interval: values.time("heal.sweep_interval"),
+            orphan_age: values.time("heal.orphan_age"),
+            quarantine: values.time("heal.quarantine"),
+            orphan_limit_percent: values.number("heal.orphan_limit"),
             move_settle: Duration::from_secs(10),
             lease: LeaseSettings::default(),
             address: String::new(),
@@ -136,6 +150,14 @@ pub struct HealStatus {
     pub disks_to_walk: Vec<DiskId>,
     /// Walks over disks that came to their end since the start.
     pub walks_done: u64,
+    /// Chunks on disks that no shard knows, at the last sweep.
+    pub orphans: u64,
+    /// Of these, in quarantine before that sweep.
+    pub orphans_quarantined: u64,
+    /// Disks with more orphans than `heal.orphan_limit`: an operator is to look.
+    pub disks_beyond_orphan_limit: Vec<DiskId>,
+    /// Sweeps that came to their end since the start.
+    pub sweeps_done: u64,
     /// Bytes per second allowed; 0 for no ceiling.
     pub bytes_per_s: u64,
     /// Healing is paused.
@@ -190,7 +212,7 @@ impl Healer {
         let reports = healer.inner.clone();
         healer.spawn(async move { reports.report_loop().await });
         healer.own(HEAL_TASK, |inner, held| async move {
-            tokio::join!(inner.repair_loop(&held), inner.walk_loop());
+            tokio::join!(inner.repair_loop(&held), inner.walk_loop(), inner.sweep_loop(&held));
         });
         healer.own(GARBAGE_TASK, |inner, held| async move { inner.garbage_loop(&held).await });
         healer.inner.tasks.close();
@@ -244,7 +266,15 @@ impl Healer {
     /// A shard that does not answer: a census with holes is none. A disk that does not answer is part of the count.
     pub async fn census(&self, progress: impl FnMut(&CensusProgress) + Send) -> Result<Census, ShardError> {
         let inner = &self.inner;
-        census::census(&inner.store, &inner.meta, inner.settings().verify_deadline, progress).await
+        let deadline = inner.settings().verify_deadline;
+        let mut census = census::census(&inner.store, &inner.meta, deadline, progress).await?;
+        for disk in inner.store.disks().view() {
+            if let Some(swept) = inner.look_for_orphans(disk.id).await? {
+                census.orphans += swept.orphans;
+                census.orphans_quarantined += swept.quarantined;
+            }
+        }
+        Ok(census)
     }
 
     /// Waits until all tasks have ended after `stop`.

@@ -1,0 +1,332 @@
+//! The sweep: what lies on disks and belongs to nobody.
+//!
+//! Writes whose outcome stayed unknown, gateways that died in the middle of one, and uploads given up while a disk was
+//! away leave chunks that no shard knows. Now and then every disk is listed, and the shard that a chunk's owner slot
+//! names is asked for each by a linearizable read. A chunk is an orphan when
+//!
+//! - its shard does not know its extent, or
+//! - its disk serves no slot of its group, and a disk that does has the same chunk.
+//!
+//! An orphan older than the longest upload goes into quarantine, which is a mark on its disk and nothing else. What is
+//! still an orphan when its time in quarantine is over is deleted; what turns out to be owned is taken out of it.
+//!
+//! **Invariant:** a disk with more orphans than the limit is left alone until an operator raises the limit: so many are
+//! rather a fault of the metadata than leftovers.
+
+use super::Inner;
+use crate::background::leases::Held;
+use crate::disks::DiskHealth;
+use crate::object::add;
+use crate::shards::ShardError;
+use granary_meta::ChunkRef;
+use granary_placement::id::{DiskId, ExtentId, PlacementGroupId, ShardId};
+use granary_placement::map::ClusterMap;
+use granary_wire::chunk::{ChunkId, ChunkInfo};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
+
+/// Chunks per page of a listing, and per request.
+const PAGE: u32 = 1000;
+/// So many orphans on a disk are no reason to wait for an operator, however few chunks it has.
+const ALWAYS_ALLOWED: u64 = 16;
+/// Pause between two pages: a sweep is in no hurry, clients are.
+const PAGE_PAUSE: Duration = Duration::from_millis(5);
+/// The first sweep of a new holder of the lease waits so long: gateways that start have other things to do.
+const FIRST: Duration = Duration::from_secs(60);
+
+/// What a disk holds that nobody owns.
+#[derive(Debug, Default)]
+pub(super) struct Swept {
+    /// Chunks on the disk.
+    pub(super) chunks: u64,
+    /// Orphans of any age.
+    pub(super) orphans: u64,
+    /// Of these, in quarantine.
+    pub(super) quarantined: u64,
+    /// Orphans that are old enough to be judged.
+    old: u64,
+    /// Of the old ones, those without the mark; empty when there are more than the limit.
+    to_mark: Vec<ChunkId>,
+    /// Those whose time in quarantine is over; empty when there are more than the limit.
+    to_delete: Vec<ChunkId>,
+    /// Chunks in quarantine that are owned after all.
+    to_release: Vec<ChunkId>,
+    /// Owned chunks that no disk of their group has: their shards are told.
+    missing_at_home: Vec<(ShardId, ChunkRef)>,
+}
+
+/// So many old orphans may be on a disk with so many chunks.
+fn allowed(chunks: u64, limit_percent: u64) -> u64 {
+    ALWAYS_ALLOWED.max(chunks.saturating_mul(limit_percent) / 100)
+}
+
+impl Swept {
+    fn is_beyond(&self, limit_percent: u64) -> bool {
+        self.old > allowed(self.chunks, limit_percent)
+    }
+
+    /// Takes in an orphan. `at_most`: so many are remembered by name.
+    fn orphan(&mut self, chunk: &ChunkInfo, age: Duration, quarantine: Duration, at_most: u64) {
+        self.orphans += 1;
+        self.quarantined += u64::from(chunk.quarantined_ms.is_some());
+        if Duration::from_millis(chunk.age_ms) < age {
+            return;
+        }
+        self.old += 1;
+        if self.old > at_most {
+            self.to_mark.clear();
+            self.to_delete.clear();
+            return;
+        }
+        match chunk.quarantined_ms {
+            None => self.to_mark.push(chunk.id),
+            Some(ms) if Duration::from_millis(ms) >= quarantine => self.to_delete.push(chunk.id),
+            Some(_) => {}
+        }
+    }
+}
+
+impl Inner {
+    pub(super) async fn sweep_loop(&self, held: &Held) {
+        let mut settings = self.settings.clone();
+        let mut wait = self.settings().sweep_interval.min(FIRST);
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                // A shorter interval counts at once.
+                () = super::settings_change(&mut settings) => {
+                    wait = wait.min(self.settings().sweep_interval);
+                    continue;
+                }
+            }
+            self.sweep(held).await;
+            wait = self.settings().sweep_interval;
+        }
+    }
+
+    /// Looks at all disks that answer, and acts on what is found.
+    async fn sweep(&self, held: &Held) {
+        let (mut orphans, mut quarantined, mut beyond) = (0, 0, Vec::new());
+        for disk in self.store.disks().view().into_iter().filter(|disk| disk.health == DiskHealth::Up) {
+            let swept = match self.look_for_orphans(disk.id).await {
+                Ok(Some(swept)) => swept,
+                Ok(None) => continue,
+                Err(error) => {
+                    tracing::debug!(disk = %disk.id, %error, "a sweep was broken off");
+                    continue;
+                }
+            };
+            orphans += swept.orphans;
+            quarantined += swept.quarantined;
+            let limit = self.settings().orphan_limit_percent;
+            if swept.is_beyond(limit) {
+                tracing::error!(
+                    disk = %disk.id, orphans = swept.old, chunks = swept.chunks, limit_percent = limit,
+                    "too many chunks belong to nobody: they stay until `granary config set heal.orphan_limit` allows more"
+                );
+                beyond.push(disk.id);
+            }
+            self.act(disk.id, &swept, held).await;
+            if held.is_lost() {
+                return;
+            }
+        }
+        let mut status = super::lock(&self.status);
+        status.orphans = orphans;
+        status.orphans_quarantined = quarantined;
+        status.disks_beyond_orphan_limit = beyond;
+        status.sweeps_done += 1;
+    }
+
+    /// Lists a disk and asks the shards for what lies there. None: the disk does not answer.
+    pub(super) async fn look_for_orphans(&self, disk: DiskId) -> Result<Option<Swept>, ShardError> {
+        let settings = self.settings();
+        let mut swept = Swept::default();
+        let (Some(map), Some(client)) = (self.store.disks().map(), self.store.disks().client(disk)) else {
+            return Ok(None);
+        };
+        let at_most = match client.control(ControlRequest::Status, settings.control_deadline).await {
+            Ok(ControlResponse::Status(status)) => allowed(status.chunks, settings.orphan_limit_percent),
+            _ => return Ok(None),
+        };
+        let mut after = None;
+        loop {
+            let request = ControlRequest::ListChunks { after, limit: PAGE };
+            let (chunks, more) = match client.control(request, settings.control_deadline).await {
+                Ok(ControlResponse::Chunks { chunks, more }) => (chunks, more),
+                Ok(answer) => {
+                    tracing::debug!(%disk, ?answer, "a disk could not be swept");
+                    return Ok(None);
+                }
+                Err(error) => {
+                    tracing::debug!(%disk, %error, "a disk could not be swept");
+                    return Ok(None);
+                }
+            };
+            after = chunks.last().map(|chunk| chunk.id);
+            swept.chunks += u64::try_from(chunks.len()).unwrap_or(0);
+            let owned = self.owned(&map, &chunks).await?;
+            let strays = self.strays(&map, disk, &chunks, &owned, &mut swept).await;
+            for chunk in &chunks {
+                match owned.get(&(chunk.id.group, chunk.id.extent)) {
+                    // Its shard cannot be named by this map: nobody was asked.
+                    None => {}
+                    Some((_, true)) if !strays.contains(&chunk.id) => {
+                        swept.to_release.extend(chunk.quarantined_ms.map(|_| chunk.id));
+                    }
+                    Some(_) => swept.orphan(chunk, settings.orphan_age, settings.quarantine, at_most),
+                }
+            }
+            if !more || after.is_none() {
+                return Ok(Some(swept));
+            }
+            tokio::time::sleep(PAGE_PAUSE).await;
+        }
+    }
+
+    /// Which extents of a page their shards own, with the shards.
+    async fn owned(&self, map: &ClusterMap, chunks: &[ChunkInfo]) -> Result<Owned, ShardError> {
+        let mut by_shard: BTreeMap<ShardId, HashSet<(PlacementGroupId, ExtentId)>> = BTreeMap::new();
+        for chunk in chunks {
+            if let Some(shard) = map.shard_of_slot(chunk.spec.owner) {
+                by_shard.entry(shard).or_default().insert((chunk.id.group, chunk.id.extent));
+            }
+        }
+        let mut owned = Owned::new();
+        for (shard, extents) in by_shard {
+            let extents: Vec<(PlacementGroupId, ExtentId)> = extents.into_iter().collect();
+            let alive = self.alive(shard, extents.clone()).await?;
+            owned.extend(extents.into_iter().zip(alive.into_iter().map(|alive| (shard, alive))));
+        }
+        Ok(owned)
+    }
+
+    /// Owned chunks of a page that lie here for nothing: the disk serves no slot of their group, and one that does has
+    /// them. Where none has, it is noted in `swept` what their shards are to be told.
+    async fn strays(
+        &self,
+        map: &ClusterMap,
+        disk: DiskId,
+        chunks: &[ChunkInfo],
+        owned: &Owned,
+        swept: &mut Swept,
+    ) -> HashSet<ChunkId> {
+        let mut by_group: BTreeMap<PlacementGroupId, Vec<(ChunkId, ShardId)>> = BTreeMap::new();
+        for chunk in chunks {
+            let Some((shard, true)) = owned.get(&(chunk.id.group, chunk.id.extent)).copied() else { continue };
+            let serves = |group: &granary_placement::map::PlacementGroup| {
+                group.slots.iter().any(|slot| slot.disks().any(|serving| serving == disk))
+            };
+            if map.group(chunk.id.group).is_some_and(|group| !serves(group)) {
+                by_group.entry(chunk.id.group).or_default().push((chunk.id, shard));
+            }
+        }
+        let mut strays = HashSet::new();
+        for (group, chunks) in by_group {
+            let asked: Vec<(ChunkId, ChunkRef)> = chunks
+                .iter()
+                .map(|(id, _)| (*id, ChunkRef { group: id.group, extent: id.extent, index: id.index }))
+                .collect();
+            let homes = map.group(group).map(|group| group.slots.iter().map(|slot| slot.current).collect::<Vec<_>>());
+            let (mut all_answered, mut elsewhere) = (true, HashSet::new());
+            for home in homes.unwrap_or_default() {
+                match self.absent(home, &asked).await {
+                    Some(absent) => {
+                        let absent: HashSet<ChunkRef> = absent.into_iter().collect();
+                        elsewhere.extend(asked.iter().filter(|(_, chunk)| !absent.contains(chunk)).map(|(id, _)| *id));
+                    }
+                    None => all_answered = false,
+                }
+            }
+            for (id, shard) in chunks {
+                if elsewhere.contains(&id) {
+                    strays.insert(id);
+                } else if all_answered {
+                    let chunk = ChunkRef { group: id.group, extent: id.extent, index: id.index };
+                    swept.missing_at_home.push((shard, chunk));
+                }
+            }
+        }
+        strays
+    }
+
+    async fn act(&self, disk: DiskId, swept: &Swept, held: &Held) {
+        let mut told: HashMap<ShardId, Vec<ChunkRef>> = HashMap::new();
+        swept.missing_at_home.iter().for_each(|(shard, chunk)| told.entry(*shard).or_default().push(*chunk));
+        for (shard, chunks) in told {
+            for part in chunks.chunks(super::look::BATCH) {
+                if let Err(error) = self.report(shard, part.to_vec()).await {
+                    tracing::debug!(%error, "chunks found by a sweep could not be reported as missing");
+                }
+            }
+        }
+        self.mark(disk, &swept.to_release, false, held).await;
+        self.mark(disk, &swept.to_mark, true, held).await;
+        if !swept.to_delete.is_empty() {
+            let left = self.delete_on(disk, swept.to_delete.clone(), held).await.len();
+            let deleted = swept.to_delete.len().saturating_sub(left);
+            add(&self.counters().orphans_deleted, u64::try_from(deleted).unwrap_or(0));
+            tracing::info!(%disk, chunks = deleted, "deleted chunks that belonged to nobody all their time in quarantine");
+        }
+    }
+
+    /// Puts chunks into quarantine, or takes them out.
+    async fn mark(&self, disk: DiskId, chunks: &[ChunkId], into: bool, held: &Held) {
+        let Some(client) = self.store.disks().client(disk) else { return };
+        if into && !chunks.is_empty() {
+            tracing::warn!(%disk, chunks = chunks.len(), "chunks that belong to nobody go into quarantine");
+        }
+        for part in chunks.chunks(usize::try_from(PAGE).unwrap_or(1)) {
+            let request = ControlRequest::Quarantine { chunks: part.to_vec(), into, lease: held.stamp().clone() };
+            match client.control(request, self.settings().control_deadline).await {
+                Ok(ControlResponse::Done) => {}
+                Ok(ControlResponse::Error(ControlError::StaleLease { current })) => return held.refused(current),
+                Ok(answer) => return tracing::debug!(%disk, ?answer, "quarantine could not be set"),
+                Err(error) => return tracing::debug!(%disk, %error, "quarantine could not be set"),
+            }
+        }
+    }
+}
+
+/// Extents with the shards that were asked for them, and whether these own them.
+type Owned = HashMap<(PlacementGroupId, ExtentId), (ShardId, bool)>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_with_too_many_orphans_is_left_alone() {
+        assert_eq!((allowed(0, 1), allowed(1600, 1), allowed(1700, 1), allowed(50, 100)), (16, 16, 17, 50));
+        let chunk = |number: u128, age_s: u64, quarantined_s: Option<u64>| ChunkInfo {
+            id: ChunkId { group: PlacementGroupId(1), extent: ExtentId(number.to_be_bytes()), index: 0, generation: 1 },
+            spec: granary_wire::chunk::ChunkSpec {
+                codec: granary_placement::scheme::CodecId::Np16,
+                k: 4,
+                m: 2,
+                unit_bytes: 65536,
+                extent_len_bytes: 4,
+                len_bytes: 1,
+                owner: granary_placement::id::HashSlot(1),
+                created_ms: 1,
+            },
+            age_ms: age_s * 1000,
+            quarantined_ms: quarantined_s.map(|s| s * 1000),
+        };
+        let (age, quarantine) = (Duration::from_secs(100), Duration::from_secs(1000));
+        let mut swept = Swept { chunks: 60, ..Swept::default() };
+        swept.orphan(&chunk(1, 99, None), age, quarantine, 3);
+        swept.orphan(&chunk(2, 100, None), age, quarantine, 3);
+        swept.orphan(&chunk(3, 100, Some(999)), age, quarantine, 3);
+        swept.orphan(&chunk(4, 100, Some(1000)), age, quarantine, 3);
+        assert_eq!((swept.orphans, swept.old, swept.quarantined), (4, 3, 2));
+        assert_eq!((swept.to_mark.len(), swept.to_delete.len()), (1, 1));
+        for more in 5..20 {
+            swept.orphan(&chunk(more, 100, None), age, quarantine, 3);
+        }
+        assert!(swept.to_mark.is_empty() && swept.to_delete.is_empty(), "beyond the limit nothing is touched");
+        assert_eq!(swept.old, 18);
+        assert!(swept.is_beyond(1) && !swept.is_beyond(50));
+    }
+}

@@ -1,0 +1,140 @@
+use crate::cluster::{payload, seed, Cluster, UNIT};
+use crate::heal::{fill, give_slot_to, settings, small};
+use crate::meta::Meta;
+use granary_gateway::background::heal::{HealSettings, Healer};
+use granary_placement::id::{Epoch, ShardId};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// Sweeps all the time.
+fn sweeping() -> HealSettings {
+    HealSettings { sweep_interval: Duration::from_millis(20), ..settings() }
+}
+
+async fn sweeps(cluster: &Cluster, healer: &Healer, more: u64) {
+    let seen = healer.status().sweeps_done;
+    cluster.until("it was swept again", || healer.status().sweeps_done >= seen + more).await;
+}
+
+fn all(cluster: &Cluster, value: u64) {
+    cluster.disks.iter().for_each(|disk| disk.age_ms.store(value, Ordering::SeqCst));
+}
+
+fn quarantined(cluster: &Cluster) -> usize {
+    cluster.disks.iter().map(|disk| disk.quarantine.lock().unwrap().len()).sum()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_nobody_owns_goes_after_its_age_and_its_quarantine_and_nothing_else_ever_does() {
+    let mut draw = seed("what_nobody_owns_goes_after_its_age_and_its_quarantine_and_nothing_else_ever_does");
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let owned = cluster.chunks();
+    // A gateway that dies between writing and committing, twice.
+    let lost = payload(UNIT * 4, &mut draw);
+    let (_orphan, later) = (cluster.put(&lost, &mut draw).await, cluster.put(&lost, &mut draw).await);
+    let all_chunks = cluster.chunks();
+    let orphans = all_chunks - owned;
+    let stop = CancellationToken::new();
+    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), watch::channel(sweeping()).1, stop.clone());
+    let _stop = stop.drop_guard();
+
+    // Too young: it may be an upload under way.
+    all(&cluster, 47 * 3600 * 1000);
+    sweeps(&cluster, &healer, 3).await;
+    assert_eq!((healer.status().orphans, quarantined(&cluster)), (orphans as u64, 0));
+    all(&cluster, 49 * 3600 * 1000);
+    cluster.until("they are in quarantine", || quarantined(&cluster) == orphans).await;
+    // One of the two was committed after all.
+    meta.commit(ShardId(1), "late", &later, &[]);
+    cluster.until("it is out of quarantine", || quarantined(&cluster) == orphans / 2).await;
+    let census = healer.census(|_| {}).await.unwrap();
+    assert_eq!((census.orphans, census.orphans_quarantined), (orphans as u64 / 2, orphans as u64 / 2));
+
+    let in_quarantine = |time: Duration| {
+        for disk in &cluster.disks {
+            disk.quarantine.lock().unwrap().values_mut().for_each(|ms| *ms = time.as_millis() as u64);
+        }
+    };
+    in_quarantine(DAY * 7 - Duration::from_secs(1));
+    sweeps(&cluster, &healer, 3).await;
+    assert_eq!(cluster.chunks(), all_chunks, "its time is not over");
+    in_quarantine(DAY * 7);
+    cluster.until("the orphans are gone", || cluster.chunks() == all_chunks - orphans / 2).await;
+    sweeps(&cluster, &healer, 3).await;
+    let census = healer.census(|_| {}).await.unwrap();
+    assert!(census.is_complete(), "{census:?}");
+    assert_eq!((census.orphans, quarantined(&cluster)), (0, 0));
+    for (data, payload) in objects.iter().chain([&(later, lost)]) {
+        cluster.check(data, payload, 0..payload.len() as u64).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_full_of_orphans_waits_for_an_operator_and_a_silent_shard_condemns_nothing() {
+    let mut draw = seed("a_disk_full_of_orphans_waits_for_an_operator_and_a_silent_shard_condemns_nothing");
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    for _ in 0..17 {
+        cluster.put(&payload(UNIT, &mut draw), &mut draw).await;
+    }
+    all(&cluster, 49 * 3600 * 1000);
+    meta.silence(ShardId(1), true);
+    let (change, settings) = watch::channel(sweeping());
+    let stop = CancellationToken::new();
+    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), settings, stop.clone());
+    let _stop = stop.drop_guard();
+    sweeps(&cluster, &healer, 3).await;
+    assert_eq!((healer.status().orphans, quarantined(&cluster)), (0, 0), "who did not answer denied nothing");
+    meta.silence(ShardId(1), false);
+    cluster.until("they are seen", || healer.status().orphans == 17 * 6).await;
+    sweeps(&cluster, &healer, 3).await;
+    assert_eq!((healer.status().disks_beyond_orphan_limit.len(), quarantined(&cluster)), (6, 0));
+    change.send_modify(|settings| settings.orphan_limit_percent = 100);
+    cluster.until("the operator's word counts", || quarantined(&cluster) == 17 * 6).await;
+    sweeps(&cluster, &healer, 1).await;
+    assert!(healer.status().disks_beyond_orphan_limit.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_disk_keeps_of_a_slot_it_left_goes_only_when_it_lies_at_home() {
+    let mut draw = seed("what_a_disk_keeps_of_a_slot_it_left_goes_only_when_it_lies_at_home");
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let left: Vec<_> =
+        cluster.disks[2].chunks.lock().unwrap().iter().map(|(id, stored)| (*id, stored.clone())).collect();
+    all(&cluster, 49 * 3600 * 1000);
+    let stop = CancellationToken::new();
+    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), watch::channel(sweeping()).1, stop.clone());
+    let _stop = stop.drop_guard();
+    give_slot_to(&cluster, 7);
+    let over = || cluster.map.borrow().as_ref().is_some_and(|map| map.epoch == Epoch(3));
+    cluster.until("the move is over", || over() && cluster.disks[2].count() == 0).await;
+    // All of it comes back, as when the old disk was away while it was emptied; the new one loses one chunk.
+    cluster.disks[2].chunks.lock().unwrap().extend(left.iter().cloned());
+    cluster.until("strays are in quarantine", || quarantined(&cluster) == left.len()).await;
+    healer.pace().pause(DAY);
+    let lost = left[0].0;
+    cluster.disks[6].chunks.lock().unwrap().remove(&lost);
+    cluster.until("it is out of quarantine again", || quarantined(&cluster) == left.len() - 1).await;
+    cluster.disks[2].quarantine.lock().unwrap().values_mut().for_each(|ms| *ms = DAY.as_millis() as u64 * 8);
+    cluster.until("the other strays are gone", || cluster.disks[2].count() == 1).await;
+    sweeps(&cluster, &healer, 3).await;
+    let has = |disk: usize| cluster.disks[disk].chunks.lock().unwrap().contains_key(&lost);
+    assert!(has(2) && meta.missing() == 1, "the only copy stays, and its shard knows that it is missing at home");
+    healer.pace().pause(Duration::ZERO);
+    cluster.until("it is rebuilt at home", || has(6)).await;
+    cluster.until("the last stray is in quarantine", || quarantined(&cluster) == 1).await;
+    cluster.disks[2].quarantine.lock().unwrap().values_mut().for_each(|ms| *ms = DAY.as_millis() as u64 * 8);
+    cluster.until("it is gone", || cluster.disks[2].count() == 0).await;
+    assert!(healer.census(|_| {}).await.unwrap().is_complete());
+    for (data, payload) in &objects {
+        cluster.check(data, payload, 0..payload.len() as u64).await;
+    }
+}
