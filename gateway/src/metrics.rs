@@ -63,7 +63,8 @@ pub struct Shared {
     pub shard_voters: IntGaugeVec,
     /// Commands and queries sent to shards, by `kind` (command, query) and `result` (ok, unavailable, refused).
     pub shard_requests: IntCounterVec,
-    /// Attempts beyond the first of those, by `reason` (not_leader, unavailable, link, overloaded).
+    /// Attempts beyond the first of those, by `reason` (not_leader, unavailable, link, not_sent,
+    /// overloaded).
     pub shard_retries: IntCounterVec,
     /// Time of commands and queries, retries included, by `kind`, in seconds.
     pub shard_seconds: HistogramVec,

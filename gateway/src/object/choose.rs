@@ -5,7 +5,7 @@
 //! it is written narrower, so that as many further disks may still fail as the scheme promises (4+2 with two of six
 //! disks dead: 2+2 on the four left).
 
-use granary_placement::id::{DiskId, Epoch, PlacementGroupId};
+use granary_placement::id::{DiskId, PlacementGroupId};
 use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
 use granary_placement::scheme::Scheme;
 use std::collections::HashMap;
@@ -27,7 +27,6 @@ pub enum Usable {
 /// The groups of each scheme, by one map.
 #[derive(Debug)]
 pub struct GroupIndex {
-    epoch: Epoch,
     by_scheme: HashMap<String, Vec<PlacementGroupId>>,
 }
 
@@ -38,12 +37,7 @@ impl GroupIndex {
         for (id, group) in &map.groups {
             by_scheme.entry(group.scheme.clone()).or_default().push(*id);
         }
-        GroupIndex { epoch: map.epoch, by_scheme }
-    }
-
-    /// Of which map.
-    pub fn epoch(&self) -> Epoch {
-        self.epoch
+        GroupIndex { by_scheme }
     }
 }
 
@@ -189,7 +183,7 @@ impl Draw {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
-    use granary_placement::id::{ClusterId, DiskUuid};
+    use granary_placement::id::{ClusterId, DiskUuid, Epoch};
     use granary_placement::map::{Disk, Location, PlacementGroup, Roles};
     use granary_placement::scheme::FailureDomain;
     use std::collections::BTreeMap;

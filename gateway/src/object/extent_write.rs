@@ -1,12 +1,12 @@
 //! One attempt to bring one extent onto the disks of one group.
 //!
 //! Stripe by stripe: gather K units of payload into one buffer (the only copy), encode M units into another, hand
-//! slices of both to the lanes. A lane that fails is left behind while at least K+1 go on; its chunk is named as
+//! slices of both to the chunk writes. One that fails is left behind while at least K+1 go on; its chunk is named as
 //! missing.
 
 use super::choose::Choice;
+use super::chunk_write::{ChunkTarget, ChunkWrite, HEALTH_LOOK};
 use super::counters::add;
-use super::lane::{Lane, LaneTarget, HEALTH_LOOK};
 use super::staged::Uncommitted;
 use super::write::{Source, StageError};
 use super::{chunk_id, now_ms, ObjectStore};
@@ -43,23 +43,18 @@ pub(super) struct Written {
     pub(super) uncommitted: Uncommitted,
 }
 
-/// Why an attempt came to nothing.
-pub(super) enum AttemptError {
-    /// Not the disks' fault: the body, or the codec. Not to be tried again.
-    Stage(StageError),
-    /// These disks failed, and too few are left.
-    Disks { failed: Vec<DiskId>, why: String },
-}
-
-impl From<StageError> for AttemptError {
-    fn from(error: StageError) -> AttemptError {
-        AttemptError::Stage(error)
-    }
+/// These disks failed, and too few are left: worth another attempt without them.
+pub(super) struct TooFew {
+    pub(super) failed: Vec<DiskId>,
+    pub(super) why: String,
 }
 
 impl Attempt<'_> {
-    /// Runs it. On an error the chunks written so far are deleted in the background.
-    pub(super) async fn run<S>(&self, source: &mut Source<'_, S>) -> Result<Written, AttemptError>
+    /// Runs it. When it comes to nothing the chunks written so far are deleted in the background.
+    ///
+    /// # Errors
+    /// What is not the disks' fault: the body, or the codec. Not to be tried again.
+    pub(super) async fn run<S>(&self, source: &mut Source<'_, S>) -> Result<Result<Written, TooFew>, StageError>
     where
         S: Stream<Item = Result<Bytes, super::BodyError>> + Send,
     {
@@ -97,12 +92,12 @@ impl Attempt<'_> {
             };
             let id = chunk_id(&extent, index);
             uncommitted.add_chunk(disk, id);
-            targets.push(LaneTarget { index, disk, client, id });
+            targets.push(ChunkTarget { index, disk, client, id });
         }
         let deadline = self.store.settings().write_deadline;
         let mut failed = Vec::new();
 
-        let lanes = if layout.chunk_len() <= self.store.settings().whole_chunk_bytes {
+        let writes = if layout.chunk_len() <= self.store.settings().whole_chunk_bytes {
             let mut chunks: Vec<Vec<Bytes>> = vec![Vec::new(); scheme.width()];
             for number in 0..layout.stripes() {
                 let Some(stripe) = layout.stripe(number) else { break };
@@ -113,17 +108,23 @@ impl Attempt<'_> {
             if self.last {
                 source.end().await?;
             }
-            let whole = |target: LaneTarget| {
+            let whole = |target: ChunkTarget| {
                 let units = chunks.get_mut(usize::from(target.index)).map(std::mem::take).unwrap_or_default();
-                Lane::whole(target, spec, units, deadline, &tasks)
+                ChunkWrite::whole(target, spec, units, deadline, &tasks)
             };
             targets.into_iter().map(whole).collect()
         } else {
-            let lanes = targets.into_iter().map(|target| Lane::stream(target, spec, deadline, &tasks)).collect();
-            self.feed(lanes, &mut failed, source, &codec, &layout).await?
+            let writes = targets.into_iter().map(|target| ChunkWrite::stream(target, spec, deadline, &tasks)).collect();
+            match self.feed(writes, &mut failed, source, &codec, &layout).await? {
+                Ok(writes) => writes,
+                Err(too_few) => return Ok(Err(too_few)),
+            }
         };
         tasks.close();
-        let durable = self.settle(lanes, &mut failed).await?;
+        let durable = match self.settle(writes, &mut failed).await {
+            Ok(durable) => durable,
+            Err(too_few) => return Ok(Err(too_few)),
+        };
 
         let missing: Vec<ChunkRef> = (0..u8::try_from(scheme.width()).unwrap_or(u8::MAX))
             .filter(|index| !durable.contains(index))
@@ -133,7 +134,7 @@ impl Attempt<'_> {
         add(&counters.extents_written, 1);
         add(&counters.extents_narrow, u64::from(self.choice.narrow));
         add(&counters.chunks_missing_at_write, u64::try_from(missing.len()).unwrap_or(0));
-        Ok(Written { extent, missing, uncommitted })
+        Ok(Ok(Written { extent, missing, uncommitted }))
     }
 
     /// Gathers and codes one stripe: K+M units in order of their chunk indices.
@@ -177,15 +178,15 @@ impl Attempt<'_> {
         Ok(all)
     }
 
-    /// Sends all stripes down the lanes; gives back the lanes that still run, their last unit handed over.
+    /// Sends all stripes; gives back the writes that still run, their last unit handed over.
     async fn feed<S>(
         &self,
-        mut lanes: Vec<Lane>,
+        mut writes: Vec<ChunkWrite>,
         failed: &mut Vec<DiskId>,
         source: &mut Source<'_, S>,
         codec: &Codec,
         layout: &granary_placement::extent::ExtentLayout,
-    ) -> Result<Vec<Lane>, AttemptError>
+    ) -> Result<Result<Vec<ChunkWrite>, TooFew>, StageError>
     where
         S: Stream<Item = Result<Bytes, super::BodyError>> + Send,
     {
@@ -193,48 +194,48 @@ impl Attempt<'_> {
         for number in 0..layout.stripes() {
             let Some(stripe) = layout.stripe(number) else { break };
             let units = self.stripe(&stripe, codec, source).await?;
-            let mut going = Vec::with_capacity(lanes.len());
-            let mut left = lanes.len();
-            for lane in lanes {
-                let unit = units.get(usize::from(lane.index)).cloned().unwrap_or_default();
-                if lane.send(unit, self.store.disks(), left > quorum).await {
-                    going.push(lane);
+            let mut going = Vec::with_capacity(writes.len());
+            let mut left = writes.len();
+            for write in writes {
+                let unit = units.get(usize::from(write.index)).cloned().unwrap_or_default();
+                if write.send(unit, self.store.disks(), left > quorum).await {
+                    going.push(write);
                 } else {
                     left -= 1;
-                    self.lane_failed(lane, failed).await;
+                    self.write_failed(write, failed).await;
                 }
             }
-            lanes = going;
-            if lanes.len() < quorum {
-                return Err(self.too_few(lanes.len(), failed));
+            writes = going;
+            if writes.len() < quorum {
+                return Ok(Err(self.too_few(writes.len(), failed)));
             }
         }
         if self.last {
             // Before any chunk is finished: a body that turns out wrong at its very end leaves nothing on the disks.
             source.end().await?;
         }
-        let mut going = Vec::with_capacity(lanes.len());
-        let mut left = lanes.len();
-        for lane in lanes {
-            if lane.finish(self.store.disks(), left > quorum).await {
-                going.push(lane);
+        let mut going = Vec::with_capacity(writes.len());
+        let mut left = writes.len();
+        for write in writes {
+            if write.finish(self.store.disks(), left > quorum).await {
+                going.push(write);
             } else {
                 left -= 1;
-                self.lane_failed(lane, failed).await;
+                self.write_failed(write, failed).await;
             }
         }
-        Ok(going)
+        Ok(Ok(going))
     }
 
-    /// Waits until every lane has ended; gives back the indices of the durable chunks, at least a quorum of them. Once
-    /// there is a quorum, lanes whose disk is not up are waited for no longer.
-    async fn settle(&self, lanes: Vec<Lane>, failed: &mut Vec<DiskId>) -> Result<Vec<u8>, AttemptError> {
+    /// Waits until every write has ended; gives back the indices of the durable chunks, at least a quorum of them. Once
+    /// there is a quorum, writes whose disk is not up are waited for no longer.
+    async fn settle(&self, writes: Vec<ChunkWrite>, failed: &mut Vec<DiskId>) -> Result<Vec<u8>, TooFew> {
         let quorum = self.choice.quorum();
-        let mut durable = Vec::with_capacity(lanes.len());
+        let mut durable = Vec::with_capacity(writes.len());
         let mut waiting: Vec<(DiskId, tokio::task::AbortHandle)> =
-            lanes.iter().map(|lane| (lane.disk, lane.task.abort_handle())).collect();
+            writes.iter().map(|write| (write.disk, write.task.abort_handle())).collect();
         let mut ends: FuturesUnordered<_> =
-            lanes.into_iter().map(|lane| async move { (lane.index, lane.disk, lane.task.await) }).collect();
+            writes.into_iter().map(|write| async move { (write.index, write.disk, write.task.await) }).collect();
         while !ends.is_empty() {
             if durable.len() + ends.len() < quorum {
                 break;
@@ -263,18 +264,18 @@ impl Attempt<'_> {
         Ok(durable)
     }
 
-    /// A lane that takes nothing more: what it says of itself if it has ended, a timeout if it had to be left behind.
-    async fn lane_failed(&self, lane: Lane, failed: &mut Vec<DiskId>) {
-        let disk = lane.disk;
-        let error = if lane.task.is_finished() {
-            match lane.task.await {
+    /// A write that takes nothing more: what it says of itself if it has ended, a timeout if it had to be left behind.
+    async fn write_failed(&self, write: ChunkWrite, failed: &mut Vec<DiskId>) {
+        let disk = write.disk;
+        let error = if write.task.is_finished() {
+            match write.task.await {
                 Ok(Err(error)) => error,
                 _ => ChunkError::Link(LinkError::Closed("the writer ended early".to_owned())),
             }
         } else {
             // Its queue may have closed a moment before the task is seen as finished; it gets that moment.
-            let abort = lane.task.abort_handle();
-            match tokio::time::timeout(std::time::Duration::from_millis(20), lane.task).await {
+            let abort = write.task.abort_handle();
+            match tokio::time::timeout(std::time::Duration::from_millis(20), write.task).await {
                 Ok(Ok(Err(error))) => error,
                 _ => {
                     abort.abort();
@@ -291,9 +292,9 @@ impl Attempt<'_> {
         failed.push(disk);
     }
 
-    fn too_few(&self, good: usize, failed: &mut Vec<DiskId>) -> AttemptError {
+    fn too_few(&self, good: usize, failed: &mut Vec<DiskId>) -> TooFew {
         let scheme = self.choice.scheme;
         let why = format!("{good} of {} chunks could be written, {} are needed", scheme.width(), self.choice.quorum());
-        AttemptError::Disks { failed: std::mem::take(failed), why }
+        TooFew { failed: std::mem::take(failed), why }
     }
 }

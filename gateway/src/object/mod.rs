@@ -3,7 +3,7 @@
 //! Reading order:
 //! - [`choose`]: pure; which placement group an extent goes to, and how wide it is while disks are down;
 //! - [`write`]: [`ObjectStore::stage`], the body's way into extents; [`extent_write`]: one extent's way onto its disks,
-//!   by [`lane`], one task per chunk; [`staged`]: what happens to chunks whose commit never came;
+//!   by [`chunk_write`], one task per chunk; [`staged`]: what happens to chunks whose commit never came;
 //! - [`read`]: [`ObjectStore::read`], a range as a stream of windows; [`fetch`]: blocks of one extent from whichever
 //!   disks can give them, decoding what is lost, slow or corrupt;
 //! - [`reports`]: chunks that readers found missing or corrupt, on their way to the healer.
@@ -13,10 +13,10 @@
 //! that were. **Invariant:** nothing here deletes a chunk of an extent whose commit may have happened.
 
 pub mod choose;
+mod chunk_write;
 mod counters;
 mod extent_write;
 pub mod fetch;
-mod lane;
 mod read;
 mod recheck;
 pub mod reports;
@@ -107,7 +107,7 @@ struct Inner {
     settings: ObjectSettings,
     counters: Arc<ObjectCounters>,
     codecs: Mutex<HashMap<(u8, u8), Codec>>,
-    groups: Mutex<Option<Arc<GroupIndex>>>,
+    groups: Mutex<Option<(Arc<ClusterMap>, Arc<GroupIndex>)>>,
     pulse: Pulse,
     reports: Reports,
     cleaner: Cleaner,
@@ -167,14 +167,14 @@ impl ObjectStore {
         Ok(codec)
     }
 
-    /// The groups of each scheme by the map of that epoch; made once per epoch.
-    fn group_index(&self, map: &ClusterMap) -> Arc<GroupIndex> {
+    /// The groups of each scheme by that map; made once per map.
+    fn group_index(&self, map: &Arc<ClusterMap>) -> Arc<GroupIndex> {
         let mut groups = self.inner.groups.lock().unwrap_or_else(PoisonError::into_inner);
         match &*groups {
-            Some(index) if index.epoch() == map.epoch => index.clone(),
+            Some((of, index)) if Arc::ptr_eq(of, map) => index.clone(),
             _ => {
                 let index = Arc::new(GroupIndex::new(map));
-                *groups = Some(index.clone());
+                *groups = Some((map.clone(), index.clone()));
                 index
             }
         }

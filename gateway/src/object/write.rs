@@ -2,7 +2,7 @@
 
 use super::choose::{choose, ChooseError, Draw, Usable};
 use super::counters::add;
-use super::extent_write::{Attempt, AttemptError, Written};
+use super::extent_write::{Attempt, TooFew, Written};
 use super::recheck::recheck;
 use super::staged::{Staged, Uncommitted};
 use super::{random, BodyError, ObjectStore};
@@ -193,10 +193,9 @@ impl ObjectStore {
             source.begin_extent();
             let try_this =
                 Attempt { store: self, choice: &choice, extent: ExtentId(random()?), owner, len_bytes, last };
-            match try_this.run(source).await {
+            match try_this.run(source).await? {
                 Ok(written) => return Ok(written),
-                Err(AttemptError::Stage(error)) => return Err(error),
-                Err(AttemptError::Disks { failed: disks, why }) => {
+                Err(TooFew { failed: disks, why }) => {
                     failed.extend(disks);
                     if attempt >= ATTEMPTS || !source.rewind() {
                         add(&self.counters().writes_unavailable, 1);

@@ -12,7 +12,7 @@ use futures::TryStreamExt;
 use granary_meta::record::{BucketId, BucketRecord, ChecksumAlgorithm, ObjectRecord};
 use granary_meta::{Command, Conditions, Reply};
 use granary_placement::id::HashSlot;
-use s3s::S3Result;
+use s3s::{S3Error, S3Result};
 
 /// Whose payload it is and how it is stored.
 #[derive(Debug, Clone, Copy)]
@@ -42,7 +42,8 @@ pub(super) async fn stage(
 ) -> S3Result<(Staged, Digests)> {
     let owner = HashSlot::of(spec.bucket.0, spec.key);
     let (body, mut digests) = upload_body(source, spec.len_bytes, algorithm);
-    let body = body.map_err(|fault| Box::new(fault) as BodyError);
+    // As what the client is to be told: the object store hands it back untouched.
+    let body = body.map_err(|fault| Box::new(S3Error::from(fault)) as BodyError);
     let objects = &call.cx.objects;
     let staged = if spec.is_part {
         objects.stage_part(spec.scheme, owner, spec.len_bytes, body).await

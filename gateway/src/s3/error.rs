@@ -1,6 +1,5 @@
 //! The one place where anything becomes an S3 error code.
 
-use super::upload_body::BodyFault;
 use crate::object::{ReadError, StageError};
 use crate::shards::ShardError;
 use granary_meta::{Answer, Reply};
@@ -61,8 +60,8 @@ pub(super) fn query(error: ShardError) -> S3Error {
 /// A payload was not staged. `disks_are_full`: see [`super::context::S3Context::disks_are_full`].
 pub(super) fn stage(error: StageError, disks_are_full: bool) -> S3Error {
     match error {
-        StageError::Body(cause) => match cause.downcast::<BodyFault>() {
-            Ok(fault) => (*fault).into(),
+        StageError::Body(cause) => match cause.downcast::<S3Error>() {
+            Ok(error) => *error,
             Err(cause) => internal(cause),
         },
         StageError::TooShort { .. } | StageError::TooLong { .. } => s3_error!(IncompleteBody),

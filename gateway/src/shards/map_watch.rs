@@ -70,13 +70,12 @@ impl Shards {
         }
     }
 
-    /// Asks the root shard for the map once. True when it is newer than the one known.
+    /// Asks the root shard for the map once. True when it is another than the one known.
     ///
     /// # Errors
-    /// The root shard does not answer or has no map yet.
+    /// The root shard does not answer, has no map yet, or one that cannot be used.
     pub async fn refresh_map(&self) -> Result<bool, ShardError> {
-        // The map given at start may be another of the same epoch: only one that the root shard told is asked to be
-        // continued.
+        // Only a map that the root shard told is asked to be continued.
         let known = self.current_map().filter(|_| *self.inner.confirmed.borrow());
         let newer_than = known.as_ref().map_or(Epoch(0), |map| map.epoch);
         let mut answer = self.query(ShardId::ROOT, Query::GetMap { newer_than }).await?;
@@ -91,43 +90,47 @@ impl Shards {
             };
         }
         match answer {
-            Answer::Map(map) => {
-                let changed = self.take_map(*map);
-                self.inner.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
-                Ok(changed)
-            }
+            Answer::Map(map) => self.take_map(*map),
             Answer::MapUnchanged => Ok(false),
             Answer::NoMap => Err(ShardError::NoMap(ShardId::ROOT)),
             other => Err(super::buckets::odd_answer(ShardId::ROOT, &other)),
         }
     }
 
-    /// Publishes a map if its epoch is higher than the known one's.
-    fn take_map(&self, map: ClusterMap) -> bool {
-        let epoch = map.epoch;
-        if let Err(error) = map.validate() {
-            tracing::error!(epoch = epoch.0, %error, "the root shard's cluster map is not valid and is not used");
-            return false;
+    /// Publishes a map that the root shard has or had, unless a newer one is known from it. One that was given at start
+    /// gives way whatever its epoch: it may be another map of the same epoch, and differences would be applied to the
+    /// wrong one. True when it is another than before.
+    fn take_map(&self, map: ClusterMap) -> Result<bool, ShardError> {
+        let (epoch, shard) = (map.epoch, ShardId::ROOT);
+        map.validate().map_err(|error| ShardError::Garbled { shard, why: format!("its map is not valid: {error}") })?;
+        if self.inner.map.borrow().as_ref().is_some_and(|known| known.cluster_id != map.cluster_id) {
+            return Err(ShardError::Garbled { shard, why: "its map is of another cluster".to_owned() });
         }
+        let confirmed = *self.inner.confirmed.borrow();
         let taken = self.inner.map.send_if_modified(|known| {
-            let newer =
-                known.as_ref().is_none_or(|known| known.cluster_id == map.cluster_id && known.epoch < map.epoch);
-            if newer {
-                if let Some(before) = known {
-                    let mut kept = self.inner.map_diffs.lock().unwrap_or_else(PoisonError::into_inner);
-                    kept.push_back(Arc::new(diff(before, &map)));
-                    let surplus = kept.len().saturating_sub(KEPT_DIFFS);
-                    kept.drain(..surplus);
+            let other = known.as_ref().is_none_or(|known| match known.epoch.cmp(&epoch) {
+                std::cmp::Ordering::Less => true,
+                std::cmp::Ordering::Equal => **known != map,
+                std::cmp::Ordering::Greater => !confirmed,
+            });
+            if other {
+                let mut kept = self.inner.map_diffs.lock().unwrap_or_else(PoisonError::into_inner);
+                match known.as_ref().filter(|known| confirmed && known.epoch < epoch) {
+                    Some(before) => kept.push_back(Arc::new(diff(before, &map))),
+                    None => kept.clear(),
                 }
+                let surplus = kept.len().saturating_sub(KEPT_DIFFS);
+                kept.drain(..surplus);
                 *known = Some(Arc::new(map));
             }
-            newer
+            other
         });
         if taken {
             tracing::info!(epoch = epoch.0, "cluster map in use");
             self.inner.metrics.map_epoch.set(i64::try_from(epoch.0).unwrap_or(i64::MAX));
         }
-        taken
+        self.inner.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
+        Ok(taken)
     }
 
     /// Installs a map whose epoch is one above the one in force.
@@ -137,8 +140,7 @@ impl Shards {
     pub async fn set_map(&self, map: ClusterMap) -> Result<MapSet, ShardError> {
         match self.command(ShardId::ROOT, Command::SetMap { map: Box::new(map.clone()) }).await? {
             Reply::Done => {
-                self.take_map(map);
-                self.inner.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
+                self.take_map(map)?;
                 self.offer_map().await;
                 Ok(MapSet::Done)
             }

@@ -32,7 +32,8 @@ use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_placement::settings::Values;
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
-use peers::{PeerError, Peers};
+use granary_wire::error::LinkError;
+use peers::Peers;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -207,7 +208,7 @@ impl Shards {
         disk: DiskId,
         request: ControlRequest,
         deadline: Duration,
-    ) -> Result<ControlResponse, PeerError> {
+    ) -> Result<ControlResponse, LinkError> {
         self.inner.peers.control(disk, request, deadline).await
     }
 
@@ -389,12 +390,17 @@ impl Shards {
                     }
                     return Ok((response, in_doubt));
                 }
-                Err(PeerError::TooLarge) => {
-                    return Err(ShardError::Refused { shard, why: PeerError::TooLarge.to_string() })
+                Err(LinkError::TooLarge) if !in_doubt => {
+                    return Err(ShardError::Refused { shard, why: LinkError::TooLarge.to_string() })
                 }
-                Err(PeerError::Lost(detail)) => {
+                Err(error) => {
                     silent.insert(target, Instant::now() + self.inner.timing.silence);
-                    ("link", format!("disk {target}: {detail}"))
+                    // Without a connection, or a place on it, the request was certainly not sent.
+                    let reason = match error {
+                        LinkError::Connect(_) | LinkError::Busy => "not_sent",
+                        _ => "link",
+                    };
+                    (reason, format!("disk {target}: {error}"))
                 }
             };
             in_doubt |= matches!(reason, "link" | "unavailable");

@@ -498,6 +498,44 @@ async fn a_newer_map_is_taken_confirmed_and_offered_to_disks_that_lag() {
 }
 
 #[tokio::test]
+async fn a_map_given_at_start_gives_way_to_the_root_shards_whatever_its_epoch() {
+    for epoch in [1, 2, 9] {
+        let (peers, _) = cluster();
+        let next = Command::SetMap { map: Box::new(map(5, OBJECT_SHARDS + 1, 2)) };
+        assert_eq!(peers.command(ShardId::ROOT, next), Reply::Done);
+        // What the file at hand says of a disk is not so.
+        let mut given = map(5, OBJECT_SHARDS + 1, epoch);
+        given.disks.get_mut(&DiskId(3)).unwrap().weight += 7;
+        let shards = Shards::with_timing(
+            peers.clone(),
+            watch::Sender::new(Some(Arc::new(given))),
+            Metrics::new().unwrap(),
+            HURRY,
+        );
+        assert!(shards.refresh_map().await.unwrap());
+        assert_eq!(*shards.current_map().unwrap(), map(5, OBJECT_SHARDS + 1, 2), "epoch {epoch}");
+        // And what is new is a difference to that.
+        let mut third = map(5, OBJECT_SHARDS + 1, 3);
+        third.disks.get_mut(&DiskId(2)).unwrap().weight += 1;
+        assert_eq!(peers.command(ShardId::ROOT, Command::SetMap { map: Box::new(third.clone()) }), Reply::Done);
+        assert!(shards.refresh_map().await.unwrap());
+        assert_eq!(*shards.current_map().unwrap(), third);
+        assert!(!shards.refresh_map().await.unwrap());
+    }
+}
+
+#[tokio::test]
+async fn a_map_of_another_cluster_is_never_confirmed() {
+    let (peers, _) = cluster();
+    let given = ClusterMap { cluster_id: ClusterId([9; 16]), ..map(5, OBJECT_SHARDS + 1, 1) };
+    let known = watch::Sender::new(Some(Arc::new(given.clone())));
+    let shards = Shards::with_timing(peers, known, Metrics::new().unwrap(), HURRY);
+    assert!(shards.refresh_map().await.is_err());
+    assert!(!*shards.confirmed().borrow());
+    assert_eq!(*shards.current_map().unwrap(), given);
+}
+
+#[tokio::test]
 async fn a_refusal_after_an_attempt_in_doubt_leaves_the_outcome_unknown() {
     let (peers, shards) = cluster();
     let bucket = BucketId(7);
@@ -505,6 +543,10 @@ async fn a_refusal_after_an_attempt_in_doubt_leaves_the_outcome_unknown() {
     let shard = shards.shard_of(bucket, "k").unwrap();
     // What the shard says of a bucket that is fenced is certain by itself.
     assert_eq!(peers.command(shard, Command::FenceBucket { bucket, attempt: 1 }), Reply::Fenced { empty: true });
+    let refused = shards.command(shard, put.clone()).await;
+    assert!(refused.as_ref().is_ok_and(|reply| !reply.is_success()), "{refused:?}");
+    // So it is when an attempt before found no connection: that one was not sent.
+    peers.state().faults.push_back(Fault::NoConnection);
     let refused = shards.command(shard, put.clone()).await;
     assert!(refused.as_ref().is_ok_and(|reply| !reply.is_success()), "{refused:?}");
     // After an attempt that may have been applied it says nothing of that attempt.

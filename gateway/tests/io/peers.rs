@@ -3,12 +3,13 @@
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use granary_gateway::shards::peers::{PeerError, Peers};
+use granary_gateway::shards::peers::Peers;
 use granary_meta::memory::MemoryShards;
 use granary_meta::{Answer, Command, MetaRequest, Query, Reply, ShardRequest};
 use granary_placement::id::{DiskId, DiskUuid, Epoch, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
+use granary_wire::error::LinkError;
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -21,6 +22,8 @@ pub enum Fault {
     LoseAnswer,
     /// It is lost on the way.
     LoseRequest,
+    /// There is no connection to send it on.
+    NoConnection,
     /// This answer instead of doing anything.
     Answer(ControlError),
 }
@@ -119,7 +122,7 @@ impl MemoryPeers {
 }
 
 impl State {
-    fn serve(&mut self, disk: DiskId, request: ControlRequest) -> Result<ControlResponse, PeerError> {
+    fn serve(&mut self, disk: DiskId, request: ControlRequest) -> Result<ControlResponse, LinkError> {
         let known = self.epochs.get(&disk).copied().unwrap_or_default();
         match request {
             ControlRequest::Status => Ok(ControlResponse::Status(NodeStatus {
@@ -149,13 +152,14 @@ impl State {
         }
     }
 
-    fn serve_shard(&mut self, disk: DiskId, shard: ShardId, request: &[u8]) -> Result<ControlResponse, PeerError> {
+    fn serve_shard(&mut self, disk: DiskId, shard: ShardId, request: &[u8]) -> Result<ControlResponse, LinkError> {
         self.asked.push((disk, shard));
-        let lost = |what: &str| Err(PeerError::Lost(format!("{what} was lost on purpose")));
+        let lost = |what: &str| Err(LinkError::Closed(format!("{what} was lost on purpose")));
         let leader = self.leaders.get(&shard).copied();
         let fault = self.faults.pop_front_if(|fault| *fault != Fault::LoseAnswer || leader == Some(disk));
         match &fault {
             Some(Fault::LoseRequest) => return lost("the request"),
+            Some(Fault::NoConnection) => return Err(LinkError::Connect("on purpose".into())),
             Some(Fault::Answer(error)) => return Ok(ControlResponse::Error(error.clone())),
             Some(Fault::LoseAnswer) | None => {}
         }
@@ -213,7 +217,7 @@ impl Peers for MemoryPeers {
         disk: DiskId,
         request: ControlRequest,
         deadline: Duration,
-    ) -> BoxFuture<'_, Result<ControlResponse, PeerError>> {
+    ) -> BoxFuture<'_, Result<ControlResponse, LinkError>> {
         Box::pin(async move {
             // Lets the tasks of a race mix.
             let mut dice = [0u8; 1];
@@ -222,7 +226,7 @@ impl Peers for MemoryPeers {
                 tokio::task::yield_now().await;
             }
             if self.cut_off.load(Ordering::SeqCst) {
-                return Err(PeerError::Lost("cut off".into()));
+                return Err(LinkError::Closed("cut off".into()));
             }
             let (hung, delay) = {
                 let state = self.state();
@@ -230,7 +234,7 @@ impl Peers for MemoryPeers {
             };
             if hung {
                 tokio::time::sleep(deadline).await;
-                return Err(PeerError::Lost("timed out".into()));
+                return Err(LinkError::Timeout);
             }
             if !delay.is_zero() {
                 tokio::time::sleep(delay).await;

@@ -1,7 +1,7 @@
-//! One chunk's way onto its disk: a task that begins it, sends its units as they come, and finishes it.
+//! The write of one chunk to its disk: a task that begins it, sends its units as they come, and finishes it.
 //!
-//! Every step has a deadline, so a lane always ends; when it ends early its queue closes and the extent goes on without
-//! it.
+//! Every step has a deadline, so a chunk write always ends; when it ends early its queue closes and the extent goes on
+//! without it.
 
 use crate::disks::{DiskHealth, Disks};
 use bytes::Bytes;
@@ -14,9 +14,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
-/// Units that wait for a lane. With the one it is sending and the one being gathered, three stripes are in memory.
+/// Units that wait to be sent. With the one being sent and the one being gathered, three stripes are in memory.
 const QUEUED_UNITS: usize = 1;
-/// How often somebody who waits for a lane looks whether its disk is still up.
+/// How often somebody who waits for a chunk write looks whether its disk is still up.
 pub(super) const HEALTH_LOOK: Duration = Duration::from_millis(100);
 
 enum Message {
@@ -24,8 +24,8 @@ enum Message {
     Finish,
 }
 
-/// What a lane is for.
-pub(super) struct LaneTarget {
+/// Which chunk is written, and where.
+pub(super) struct ChunkTarget {
     /// Chunk index.
     pub index: u8,
     /// Its disk.
@@ -36,19 +36,19 @@ pub(super) struct LaneTarget {
     pub id: ChunkId,
 }
 
-/// The sending end of one chunk.
-pub(super) struct Lane {
+/// The sending end of one chunk write.
+pub(super) struct ChunkWrite {
     pub(super) index: u8,
     pub(super) disk: DiskId,
     queue: Option<mpsc::Sender<Message>>,
     pub(super) task: JoinHandle<Result<(), ChunkError>>,
 }
 
-impl Lane {
-    /// A lane that gets its units one by one by [`Lane::send`].
-    pub(super) fn stream(target: LaneTarget, spec: ChunkSpec, deadline: Duration, tasks: &TaskTracker) -> Lane {
+impl ChunkWrite {
+    /// A chunk that gets its units one by one by [`ChunkWrite::send`].
+    pub(super) fn stream(target: ChunkTarget, spec: ChunkSpec, deadline: Duration, tasks: &TaskTracker) -> ChunkWrite {
         let (queue, mut messages) = mpsc::channel(QUEUED_UNITS);
-        let LaneTarget { index, disk, client, id } = target;
+        let ChunkTarget { index, disk, client, id } = target;
         let task = tasks.spawn(async move {
             let mut writer = within(deadline, client.begin_chunk(id, spec)).await?;
             while let Some(message) = messages.recv().await {
@@ -60,24 +60,24 @@ impl Lane {
             // The extent was given up: dropping the writer aborts the chunk.
             Err(ChunkError::Link(LinkError::Closed("given up".to_owned())))
         });
-        Lane { index, disk, queue: Some(queue), task }
+        ChunkWrite { index, disk, queue: Some(queue), task }
     }
 
-    /// A lane that has all its units at once.
+    /// A chunk that has all its units at once.
     pub(super) fn whole(
-        target: LaneTarget,
+        target: ChunkTarget,
         spec: ChunkSpec,
         units: Vec<Bytes>,
         deadline: Duration,
         tasks: &TaskTracker,
-    ) -> Lane {
-        let LaneTarget { index, disk, client, id } = target;
+    ) -> ChunkWrite {
+        let ChunkTarget { index, disk, client, id } = target;
         let task = tasks.spawn(async move { stored(within(deadline, client.put_chunk(id, spec, units)).await) });
-        Lane { index, disk, queue: None, task }
+        ChunkWrite { index, disk, queue: None, task }
     }
 
-    /// Hands the next unit over; waits while the lane is behind. False when the lane has ended, or when it is behind,
-    /// its disk is not up and `spare` says that the extent can do without it.
+    /// Hands the next unit over; waits while the write is behind. False when it has ended, or when it is behind, its
+    /// disk is not up and `spare` says that the extent can do without it.
     pub(super) async fn send(&self, unit: Bytes, disks: &Disks, spare: bool) -> bool {
         self.deliver(Message::Unit(unit), disks, spare).await
     }
@@ -106,7 +106,7 @@ impl Lane {
     }
 }
 
-/// The disk has the chunk already: ids are random, so it is the one this lane sent before a connection was lost.
+/// The disk has the chunk already: ids are random, so it is the one this write sent before a connection was lost.
 fn stored(result: Result<(), ChunkError>) -> Result<(), ChunkError> {
     match result {
         Err(ChunkError::AlreadyThere) => Ok(()),
