@@ -49,6 +49,8 @@ pub struct GatewayConfig {
     pub region: String,
     /// What opens the admin API.
     pub admin_token: Secret,
+    /// Where the admin listener listens; operators are told which gateway does background work.
+    pub admin: SocketAddr,
     /// Settings of this process.
     pub values: Values,
 }
@@ -167,7 +169,15 @@ impl Gateway {
         background(Box::pin(cluster::watch(gateway.shards.clone(), gateway.values.clone())));
         let (settings, following) = cluster::follow(gateway.values.subscribe(), HealSettings::from_settings);
         background(Box::pin(following));
-        background(Box::pin(heal(gateway.store.clone(), gateway.shards.clone(), settings, healer.clone(), stop())));
+        let found_at = reachable(config.admin);
+        background(Box::pin(heal(
+            gateway.store.clone(),
+            gateway.shards.clone(),
+            settings,
+            found_at,
+            healer.clone(),
+            stop(),
+        )));
         if let Some(path) = config.keep_map {
             background(Box::pin(keep_map(gateway.shards.map(), path, stop())));
         }
@@ -239,14 +249,24 @@ async fn heal(
     store: ObjectStore,
     shards: Shards,
     settings: watch::Receiver<HealSettings>,
+    address: String,
     place: Arc<OnceLock<Healer>>,
     stop: CancellationToken,
 ) {
     if shards.confirmed().wait_for(|confirmed| *confirmed).await.is_err() {
         return;
     }
-    let healer = place.get_or_init(|| Healer::start(store, shards, settings, stop.clone()));
+    let healer = place.get_or_init(|| Healer::start(store, shards, settings, address, stop.clone()));
     healer.stopped().await;
+}
+
+/// An address for others: the name of this machine where the listener listens on all its addresses.
+fn reachable(listener: SocketAddr) -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    match name.trim() {
+        name if listener.ip().is_unspecified() && !name.is_empty() => format!("{name}:{}", listener.port()),
+        _ => listener.to_string(),
+    }
 }
 
 async fn keep_map(mut map: watch::Receiver<Option<Arc<ClusterMap>>>, path: PathBuf, stop: CancellationToken) {

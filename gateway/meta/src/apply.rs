@@ -228,10 +228,12 @@ fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Co
         Command::SetMap { map } => maps::set(tx, map),
         Command::Noop => Ok(Reply::Done),
         Command::SetFeatureLevel { level } => level::set(tx, *level),
-        Command::TakeLease { task, holder, address, seen_epoch, seen_renewals } => {
-            leases::take(tx, task, *holder, address, (*seen_epoch, *seen_renewals))
+        Command::TakeLease { task, holder, address, ttl_ms, seen_epoch, seen_renewals } => {
+            leases::take(tx, task, *holder, address, *ttl_ms, (*seen_epoch, *seen_renewals))
         }
-        Command::RenewLease { task, holder, epoch, progress } => leases::renew(tx, task, *holder, *epoch, progress),
+        Command::RenewLease { task, holder, epoch, ttl_ms, progress } => {
+            leases::renew(tx, task, *holder, *epoch, *ttl_ms, progress)
+        }
         Command::ReleaseLease { task, holder, epoch } => leases::release(tx, task, *holder, *epoch),
         Command::SetSetting { name, value } => settings::set(tx, name, value.as_deref()),
         Command::BeginBucketRule { name, bucket, versioning, lock, policy_epoch } => {

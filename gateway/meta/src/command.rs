@@ -240,6 +240,8 @@ pub enum Command {
         holder: [u8; 16],
         /// Where the holder can be reached, for status pages; at most 256 bytes.
         address: String,
+        /// How long others wait after the last renewal before they take it over, in milliseconds.
+        ttl_ms: u64,
         /// The epoch seen; 0 when there was no lease.
         seen_epoch: u64,
         /// The renewals seen.
@@ -254,6 +256,8 @@ pub enum Command {
         holder: [u8; 16],
         /// The epoch it took.
         epoch: u64,
+        /// As in TakeLease, from now on.
+        ttl_ms: u64,
         /// What status pages show, made by the holder (JSON); at most 4 KiB.
         progress: Bytes,
     },

@@ -62,6 +62,7 @@ pub fn take<K: Kv + ?Sized>(
     task: &str,
     holder: [u8; 16],
     address: &str,
+    ttl_ms: u64,
     seen: (u64, u64),
 ) -> Result<Reply, StateError> {
     if let Err(why) = check_task(task) {
@@ -88,6 +89,7 @@ pub fn take<K: Kv + ?Sized>(
         renewals: 0,
         holder: Some(holder),
         address: address.to_owned(),
+        ttl_ms,
         taken_ms: tx.now_ms,
         renewed_ms: tx.now_ms,
         progress: Bytes::new(),
@@ -102,6 +104,7 @@ pub fn renew<K: Kv + ?Sized>(
     task: &str,
     holder: [u8; 16],
     epoch: u64,
+    ttl_ms: u64,
     progress: &Bytes,
 ) -> Result<Reply, StateError> {
     if progress.len() > MAX_PROGRESS_BYTES {
@@ -113,7 +116,7 @@ pub fn renew<K: Kv + ?Sized>(
         return Ok(Reply::LeaseHeld(told(there)));
     }
     let renewals = there.renewals + 1;
-    let renewed = LeaseRecord { renewals, renewed_ms: tx.now_ms, progress: progress.clone(), ..there };
+    let renewed = LeaseRecord { renewals, ttl_ms, renewed_ms: tx.now_ms, progress: progress.clone(), ..there };
     tx.store(key, &renewed)?;
     Ok(Reply::Lease(told(renewed)))
 }

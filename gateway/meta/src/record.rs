@@ -298,6 +298,8 @@ pub struct LeaseRecord {
     pub holder: Option<[u8; 16]>,
     /// Where the holder can be reached; empty after a release.
     pub address: String,
+    /// The time to live that the holder reckons with, in milliseconds: nobody takes the lease over earlier.
+    pub ttl_ms: u64,
     /// When it was taken, Unix milliseconds by the holder's clock. For status pages; nothing is decided by it.
     pub taken_ms: u64,
     /// When it was last taken, renewed or released, likewise.

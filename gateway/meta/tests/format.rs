@@ -139,10 +139,11 @@ fn root_shard_requests() -> Vec<MetaRequest> {
             task: task.clone(),
             holder,
             address: "gateway:9000".to_owned(),
+            ttl_ms: 15_000,
             seen_epoch: 0,
             seen_renewals: 0,
         },
-        Command::RenewLease { task, holder, epoch: 1, progress: Bytes::from_static(b"{}") },
+        Command::RenewLease { task, holder, epoch: 1, ttl_ms: 15_000, progress: Bytes::from_static(b"{}") },
         Command::SetSetting { name: "heal.out_after".to_owned(), value: Some("15s".to_owned()) },
     ])
 }

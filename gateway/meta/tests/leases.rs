@@ -17,11 +17,12 @@ const B: [u8; 16] = [0xb; 16];
 
 fn take(holder: [u8; 16], seen_epoch: u64, seen_renewals: u64) -> Command {
     let (task, address) = ("heal".to_owned(), "gateway:9000".to_owned());
-    Command::TakeLease { task, holder, address, seen_epoch, seen_renewals }
+    Command::TakeLease { task, holder, address, ttl_ms: 15_000, seen_epoch, seen_renewals }
 }
 
 fn renew(holder: [u8; 16], epoch: u64) -> Command {
-    Command::RenewLease { task: "heal".to_owned(), holder, epoch, progress: Bytes::from_static(b"{\"at\":1}") }
+    let progress = Bytes::from_static(b"{\"at\":1}");
+    Command::RenewLease { task: "heal".to_owned(), holder, epoch, ttl_ms: 60_000, progress }
 }
 
 fn release(holder: [u8; 16], epoch: u64) -> Command {
@@ -112,6 +113,7 @@ fn malformed_lease_commands_are_refused_and_leases_are_bounded() {
         task: task.to_owned(),
         holder: A,
         address: String::new(),
+        ttl_ms: 15_000,
         seen_epoch: 0,
         seen_renewals: 0,
     };
@@ -128,7 +130,7 @@ fn malformed_lease_commands_are_refused_and_leases_are_bounded() {
     }
     assert!(matches!(root.send(named("one.more")), Reply::Refused(_)));
     let progress = Bytes::from(vec![0; MAX_PROGRESS_BYTES + 1]);
-    let long = Command::RenewLease { task: "task.0".to_owned(), holder: A, epoch: 1, progress };
+    let long = Command::RenewLease { task: "task.0".to_owned(), holder: A, epoch: 1, ttl_ms: 1, progress };
     assert!(matches!(root.send(long), Reply::Refused(_)));
     assert_eq!(root.leases().len(), MAX_LEASES);
     let mut object_shard = MemoryShard::new(ShardId(1));

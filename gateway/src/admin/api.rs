@@ -302,6 +302,9 @@ pub struct Status {
     pub repair_queue: Count,
     /// How healing stands; None before it begins.
     pub heal: Option<HealStatus>,
+    /// The admin address of the gateway that heals; None when none does.
+    #[serde(default)]
+    pub heals_at: Option<String>,
     /// Buckets, the first by name.
     pub buckets: Vec<BucketRow>,
     /// There are more buckets than shown.

@@ -64,6 +64,7 @@ pub async fn collect(sources: Sources, out: watch::Sender<Arc<Status>>, stop: Ca
                 found = work => found,
                 () = stop.cancelled() => return,
             };
+            found.heals_at = slow.heals_at.clone();
             found.repair_queue = slow.repair_queue;
             found.buckets = slow.buckets.clone();
             found.more_buckets = slow.more_buckets;
@@ -171,6 +172,7 @@ fn shard_rows(map: &ClusterMap, answers: &[(DiskId, Vec<ShardStatus>)]) -> Vec<S
 struct Slow {
     /// What the gateway that heals has published with its lease.
     heal: Option<HealStatus>,
+    heals_at: Option<String>,
     repair_queue: Count,
     buckets: Vec<BucketRow>,
     more_buckets: bool,
@@ -196,14 +198,15 @@ impl Slow {
             Ok(Ok(Answer::Leases(leases))) => leases.into_iter().find(|lease| lease.task == HEAL_TASK),
             _ => None,
         };
+        let heals_at = heal.as_ref().filter(|lease| lease.holder.is_some()).map(|lease| lease.address.clone());
         let heal = heal.and_then(|lease| serde_json::from_slice(&lease.progress).ok());
         let listed = tokio::time::timeout(ASK, shards.list_buckets("", MAX_BUCKETS)).await;
-        let Ok(Ok(page)) = listed else { return Slow { heal, repair_queue, ..Slow::default() } };
+        let Ok(Ok(page)) = listed else { return Slow { heal, heals_at, repair_queue, ..Slow::default() } };
         let rows = stream::iter(page.buckets).map(|bucket| async move {
             let usage = tokio::time::timeout(ASK, shards.bucket_usage(bucket.id)).await;
             BucketRow { name: bucket.name, usage: usage.ok().and_then(Result::ok).map(UsageRow::from) }
         });
-        Slow { heal, repair_queue, buckets: rows.buffered(4).collect().await, more_buckets: page.more }
+        Slow { heal, heals_at, repair_queue, buckets: rows.buffered(4).collect().await, more_buckets: page.more }
     }
 }
 

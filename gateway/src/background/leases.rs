@@ -33,17 +33,16 @@ use tokio_util::sync::CancellationToken;
 /// How leases are timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LeaseSettings {
-    /// A lease that was not renewed for this long may be taken over. The holder renews three times in it.
+    /// A lease that was not renewed for this long may be taken over. The holder renews three times in it. A record
+    /// tells what its holder reckons with, so that holders and candidates of different minds do not meet.
     pub ttl: Duration,
 }
 
-impl Default for LeaseSettings {
-    fn default() -> LeaseSettings {
-        LeaseSettings { ttl: Duration::from_secs(15) }
-    }
-}
-
 impl LeaseSettings {
+    fn ttl_ms(&self) -> u64 {
+        u64::try_from(self.ttl.as_millis()).unwrap_or(u64::MAX)
+    }
+
     fn renew_every(&self) -> Duration {
         self.ttl / 3
     }
@@ -62,7 +61,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Looks at the lease as it is now. Some: it may be taken, by naming this epoch and these renewals.
+    /// Looks at the lease as it is now. It has to stand still for `ttl` and for the time its holder reckons with. Some: it may be taken, by naming this epoch and these renewals.
     pub fn look(&mut self, lease: Option<&LeaseRecord>, now: Instant, ttl: Duration) -> Option<(u64, u64)> {
         let Some(lease) = lease else {
             self.seen = None;
@@ -71,6 +70,7 @@ impl Watch {
         let numbers = (lease.epoch, lease.renewals);
         match self.seen {
             Some((epoch, renewals, since)) if (epoch, renewals) == numbers => {
+                let ttl = ttl.max(Duration::from_millis(lease.ttl_ms));
                 let stood_still = now.saturating_duration_since(since) >= ttl;
                 (lease.holder.is_none() || stood_still).then_some(numbers)
             }
@@ -88,6 +88,8 @@ pub struct Held {
     stamp: LeaseStamp,
     /// Who holds it: another one each time.
     holder: [u8; 16],
+    /// What the root shard was told when it was taken.
+    settings: LeaseSettings,
     /// What the holder before published last.
     inherited: Bytes,
     lost: CancellationToken,
@@ -124,7 +126,7 @@ impl Held {
 /// Wants one task for one gateway.
 pub struct Holder {
     shards: Shards,
-    settings: LeaseSettings,
+    settings: Box<dyn Fn() -> LeaseSettings + Send + Sync>,
     task: String,
     /// Where this gateway is found, for status pages.
     address: String,
@@ -132,9 +134,14 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// `address` is shown to operators.
-    pub fn new(shards: Shards, settings: LeaseSettings, task: &str, address: String) -> Holder {
-        Holder { shards, settings, task: task.to_owned(), address, held: watch::Sender::new(None) }
+    /// `settings` is asked before each look and each renewal; `address` is shown to operators.
+    pub fn new(
+        shards: Shards,
+        settings: impl Fn() -> LeaseSettings + Send + Sync + 'static,
+        task: &str,
+        address: String,
+    ) -> Holder {
+        Holder { shards, settings: Box::new(settings), task: task.to_owned(), address, held: watch::Sender::new(None) }
     }
 
     /// The lease in hand, and news of it.
@@ -176,9 +183,10 @@ impl Holder {
     pub async fn acquire(&self) -> Held {
         let mut watch = Watch::default();
         let mut failed = 0u32;
-        let backoff = Backoff { first: self.settings.renew_every() / 4, longest: self.settings.renew_every() };
         loop {
-            match self.try_acquire(&mut watch).await {
+            let settings = (self.settings)();
+            let backoff = Backoff { first: settings.renew_every() / 4, longest: settings.renew_every() };
+            match self.try_acquire(&mut watch, settings).await {
                 Ok(Some(held)) => return held,
                 Ok(None) => failed = 0,
                 Err(error) => {
@@ -191,23 +199,25 @@ impl Holder {
         }
     }
 
-    async fn try_acquire(&self, watch: &mut Watch) -> Result<Option<Held>, ShardError> {
+    async fn try_acquire(&self, watch: &mut Watch, settings: LeaseSettings) -> Result<Option<Held>, ShardError> {
         let root = ShardId::ROOT;
         let leases = match self.shards.query(root, Query::ListLeases).await? {
             Answer::Leases(leases) => leases,
             other => return Err(odd_answer(root, &other)),
         };
         let lease = leases.into_iter().find(|lease| lease.task == self.task);
-        let Some((seen_epoch, seen_renewals)) = watch.look(lease.as_ref(), Instant::now(), self.settings.ttl) else {
+        let Some((seen_epoch, seen_renewals)) = watch.look(lease.as_ref(), Instant::now(), settings.ttl) else {
             return Ok(None);
         };
         let (task, address) = (self.task.clone(), self.address.clone());
         let holder = random_id().map_err(|why| ShardError::Refused { shard: root, why })?;
-        let take = Command::TakeLease { task: task.clone(), holder, address, seen_epoch, seen_renewals };
+        let ttl_ms = settings.ttl_ms();
+        let take = Command::TakeLease { task: task.clone(), holder, address, ttl_ms, seen_epoch, seen_renewals };
         match self.shards.command(root, take).await? {
             Reply::Lease(taken) => Ok(Some(Held {
                 stamp: LeaseStamp { task, epoch: taken.epoch },
                 holder,
+                settings,
                 inherited: lease.map(|lease| lease.progress).unwrap_or_default(),
                 lost: CancellationToken::new(),
             })),
@@ -218,19 +228,21 @@ impl Holder {
 
     /// Renews the lease; ends when it is another's, or when it may be, because no renewal was confirmed for too long.
     async fn keep(&self, held: &Held, progress: &impl Fn() -> Bytes) {
-        let mut confirmed = Instant::now();
+        // What counts is what the root shard has confirmed, and others know.
+        let (mut confirmed, mut settings) = (Instant::now(), held.settings);
         loop {
-            tokio::time::sleep(self.settings.renew_every()).await;
-            let sent = Instant::now();
-            let left = (confirmed + self.settings.work_on()).saturating_duration_since(sent);
+            tokio::time::sleep(settings.renew_every()).await;
+            let (sent, next) = (Instant::now(), (self.settings)());
+            let left = (confirmed + settings.work_on()).saturating_duration_since(sent);
             let renew = Command::RenewLease {
                 task: self.task.clone(),
                 holder: held.holder,
                 epoch: held.stamp.epoch,
+                ttl_ms: next.ttl_ms(),
                 progress: progress(),
             };
             match tokio::time::timeout(left, self.shards.command(ShardId::ROOT, renew)).await {
-                Ok(Ok(Reply::Lease(_))) => confirmed = sent,
+                Ok(Ok(Reply::Lease(_))) => (confirmed, settings) = (sent, next),
                 Ok(Ok(Reply::LeaseHeld(now))) => return held.refused(now.epoch),
                 Ok(Ok(other)) => {
                     tracing::warn!(task = %self.task, reply = ?other, "a lease could not be renewed");
@@ -239,7 +251,7 @@ impl Holder {
                 Ok(Err(error)) => tracing::debug!(task = %self.task, %error, "a lease was not renewed"),
                 Err(_) => return,
             }
-            if sent.saturating_duration_since(confirmed) >= self.settings.work_on() {
+            if sent.saturating_duration_since(confirmed) >= settings.work_on() {
                 return;
             }
         }
@@ -249,7 +261,7 @@ impl Holder {
     async fn release(&self, held: &Held) {
         let (task, holder, epoch) = (self.task.clone(), held.holder, held.stamp.epoch);
         let release = Command::ReleaseLease { task, holder, epoch };
-        let _ = tokio::time::timeout(self.settings.renew_every(), self.shards.command(ShardId::ROOT, release)).await;
+        let _ = tokio::time::timeout(held.settings.renew_every(), self.shards.command(ShardId::ROOT, release)).await;
     }
 }
 
@@ -275,7 +287,7 @@ mod tests {
             let map = watch::Sender::new(Some(Arc::new(map(5, 2, 1))));
             let shards = Shards::with_timing(peers.clone(), map, Metrics::new().unwrap(), HURRY);
             let address = format!("gateway-{number}:9001");
-            (peers, Arc::new(Holder::new(shards, LeaseSettings { ttl: TTL }, "heal", address)))
+            (peers, Arc::new(Holder::new(shards, || LeaseSettings { ttl: TTL }, "heal", address)))
         };
         (0..count).map(gateway).collect()
     }
@@ -287,6 +299,7 @@ mod tests {
             renewals,
             holder: held.then_some([1; 16]),
             address: String::new(),
+            ttl_ms: 0,
             taken_ms: 0,
             renewed_ms: 0,
             progress: Bytes::new(),
@@ -307,6 +320,39 @@ mod tests {
         assert_eq!(look(Some(&lease(1, 1, true)), 30), Some((1, 1)));
         assert_eq!(look(Some(&lease(2, 0, true)), 31), None, "another was faster");
         assert_eq!(look(Some(&lease(2, 0, false)), 32), Some((2, 0)), "given back");
+        let patient = LeaseRecord { ttl_ms: 60_000, ..lease(3, 0, true) };
+        assert_eq!((look(Some(&patient), 40), look(Some(&patient), 99)), (None, None), "its holder renews less often");
+        assert_eq!(look(Some(&patient), 100), Some((3, 0)));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_holder_whose_ttl_is_raised_and_lowered_while_it_works_keeps_its_lease() {
+        let root = MemoryPeers::new(&map(5, 2, 1));
+        let ttl_ms = Arc::new(AtomicU64::new(300));
+        let make = |ttl: Arc<AtomicU64>| {
+            let map = watch::Sender::new(Some(Arc::new(map(5, 2, 1))));
+            let shards = Shards::with_timing(root.another_way(), map, Metrics::new().unwrap(), HURRY);
+            let settings = move || LeaseSettings { ttl: Duration::from_millis(ttl.load(Ordering::SeqCst)) };
+            Holder::new(shards, settings, "heal", String::new())
+        };
+        let (holder, impatient) = (make(ttl_ms.clone()), make(Arc::new(AtomicU64::new(150))));
+        let held = holder.acquire().await;
+        let waiting = tokio::spawn(async move { impatient.acquire().await.stamp.epoch });
+        let keeping = async {
+            tokio::select! {
+                () = holder.keep(&held, &Bytes::new) => panic!("the lease is gone"),
+                () = tokio::time::sleep(Duration::from_secs(3)) => {}
+            }
+        };
+        let changing = async {
+            for ttl in [300, 2400, 200, 900] {
+                ttl_ms.store(ttl, Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_millis(700)).await;
+            }
+        };
+        tokio::join!(keeping, changing);
+        assert!(!waiting.is_finished() && !held.is_lost());
+        assert_eq!(waiting.await.unwrap(), 2, "once nobody renews it, it is taken");
     }
 
     /// Runs every gateway until `stop`. Gives how many are at work.

@@ -246,6 +246,9 @@ fn write_status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     let led = status.shards.iter().filter(|shard| shard.leader.is_some()).count();
     writeln!(out, "shards with a leader: {led} of {}", status.shards.len())?;
     let more = if status.repair_queue.more { " or more" } else { "" };
+    if let Some(at) = &status.heals_at {
+        writeln!(out, "healing is done by the gateway at {at}")?;
+    }
     writeln!(out, "chunks waiting for repair: {}{more}", status.repair_queue.count)
 }
 

@@ -204,6 +204,7 @@ async fn run_gateway(args: GatewayArgs, stop: CancellationToken) -> Result<(), B
         domain: args.domain,
         region: args.region,
         admin_token,
+        admin: admin_address,
         values,
     })?;
     gateway.serve_admin(admin, s3_address, None);

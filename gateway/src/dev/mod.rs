@@ -127,6 +127,7 @@ pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), Dev
         domain: options.domain.clone(),
         region: options.region.clone(),
         admin_token,
+        admin: admin_address,
         values: values.clone(),
     })?;
     let readier =

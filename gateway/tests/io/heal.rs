@@ -39,7 +39,13 @@ pub fn small() -> ObjectSettings {
 fn heal(cluster: &Cluster, meta: &Meta) -> (Healer, DropGuard) {
     let stop = CancellationToken::new();
     (
-        Healer::start(cluster.store.clone(), meta.shards.clone(), watch::channel(settings()).1, stop.clone()),
+        Healer::start(
+            cluster.store.clone(),
+            meta.shards.clone(),
+            watch::channel(settings()).1,
+            String::new(),
+            stop.clone(),
+        ),
         stop.drop_guard(),
     )
 }
@@ -211,7 +217,8 @@ async fn a_census_calls_nothing_missing_that_lies_on_the_disk_its_slot_leaves() 
     let objects = fill(&cluster, &meta, &mut draw).await;
     let waits = HealSettings { move_settle: Duration::from_secs(3600), ..settings() };
     let stop = CancellationToken::new();
-    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), watch::channel(waits).1, stop.clone());
+    let healer =
+        Healer::start(cluster.store.clone(), meta.shards.clone(), watch::channel(waits).1, String::new(), stop.clone());
     let _stop = stop.drop_guard();
     give_slot_to(&cluster, 7);
     let known = || cluster.store.disks().map().is_some_and(|map| map.epoch == Epoch(2));
@@ -488,7 +495,13 @@ async fn a_census_counts_what_is_there() {
     let objects = fill(&cluster, &meta, &mut draw).await;
     let stop = CancellationToken::new();
     // A paused healer: the census must not see it at work.
-    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), watch::channel(settings()).1, stop.clone());
+    let healer = Healer::start(
+        cluster.store.clone(),
+        meta.shards.clone(),
+        watch::channel(settings()).1,
+        String::new(),
+        stop.clone(),
+    );
     healer.pace().pause(Duration::from_secs(600));
     let extents: Vec<ExtentRef> = objects.iter().flat_map(|(data, _)| data.extents().to_vec()).collect();
     let expected = extents.len() as u64 * 6;
@@ -533,7 +546,8 @@ async fn a_paused_holder_whose_lease_was_taken_over_can_neither_delete_nor_write
     let meta = Meta::of(&cluster);
     let objects = fill(&cluster, &meta, &mut draw).await;
     let ttl = Duration::from_millis(200);
-    let holder = |name: &str| Holder::new(meta.shards.clone(), LeaseSettings { ttl }, HEAL_TASK, name.to_owned());
+    let holder =
+        |name: &str| Holder::new(meta.shards.clone(), move || LeaseSettings { ttl }, HEAL_TASK, name.to_owned());
     // The first takes the lease and is paused from then on: it renews nothing, and does not know what happens.
     let paused = holder("paused").acquire().await;
     let successor = holder("successor").acquire().await;

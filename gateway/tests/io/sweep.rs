@@ -41,7 +41,13 @@ async fn what_nobody_owns_goes_after_its_age_and_its_quarantine_and_nothing_else
     let all_chunks = cluster.chunks();
     let orphans = all_chunks - owned;
     let stop = CancellationToken::new();
-    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), watch::channel(sweeping()).1, stop.clone());
+    let healer = Healer::start(
+        cluster.store.clone(),
+        meta.shards.clone(),
+        watch::channel(sweeping()).1,
+        String::new(),
+        stop.clone(),
+    );
     let _stop = stop.drop_guard();
 
     // Too young: it may be an upload under way.
@@ -87,7 +93,7 @@ async fn a_disk_full_of_orphans_waits_for_an_operator_and_a_silent_shard_condemn
     meta.silence(ShardId(1), true);
     let (change, settings) = watch::channel(sweeping());
     let stop = CancellationToken::new();
-    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), settings, stop.clone());
+    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), settings, String::new(), stop.clone());
     let _stop = stop.drop_guard();
     sweeps(&cluster, &healer, 3).await;
     assert_eq!((healer.status().orphans, quarantined(&cluster)), (0, 0), "who did not answer denied nothing");
@@ -111,7 +117,13 @@ async fn what_a_disk_keeps_of_a_slot_it_left_goes_only_when_it_lies_at_home() {
         cluster.disks[2].chunks.lock().unwrap().iter().map(|(id, stored)| (*id, stored.clone())).collect();
     all(&cluster, 49 * 3600 * 1000);
     let stop = CancellationToken::new();
-    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), watch::channel(sweeping()).1, stop.clone());
+    let healer = Healer::start(
+        cluster.store.clone(),
+        meta.shards.clone(),
+        watch::channel(sweeping()).1,
+        String::new(),
+        stop.clone(),
+    );
     let _stop = stop.drop_guard();
     give_slot_to(&cluster, 7);
     let over = || cluster.map.borrow().as_ref().is_some_and(|map| map.epoch == Epoch(3));

@@ -80,6 +80,8 @@ pub const TABLE: &[Setting] = &[
     time("heal.orphan_age", Cluster, min(48 * 60), [ms(10), min(60 * 24 * 30)], "Chunks that no shard knows stay at least this long: they may belong to an upload. To be longer than object.longest_upload."),
     time("heal.quarantine", Cluster, min(7 * 24 * 60), [ms(10), min(60 * 24 * 365)], "How long chunks that no shard knows are kept in quarantine before they are deleted."),
     of("heal.orphan_limit", Cluster, Value::Number(1), Kind::Percent(0, 100), "A disk of whose chunks more than this part is known to no shard is left alone until this is raised."),
+    time("heal.move_settle", Cluster, s(10), [ms(10), min(60)], "How long a slot that got another disk is left alone: by then every gateway writes to the new one."),
+    time("heal.lease_ttl", Cluster, s(15), [s(1), min(10)], "A lease of background work that was not renewed for this long is taken over by another gateway."),
     time("heal.control_deadline", Cluster, s(10), DEADLINE, "How long a request to a disk that reads no chunks may take."),
     time("heal.verify_deadline", Cluster, min(1), DEADLINE, "How long a disk may take to verify a batch of chunks."),
     // How gateways watch disks and talk to them.

@@ -89,8 +89,6 @@ pub struct HealSettings {
     pub verify_deadline: Duration,
     /// Leases of the tasks.
     pub lease: LeaseSettings,
-    /// Where this gateway is found, for the status pages of others.
-    pub address: String,
 }
 
 impl HealSettings {
@@ -113,9 +111,8 @@ impl HealSettings {
             orphan_age: values.time("heal.orphan_age"),
             quarantine: values.time("heal.quarantine"),
             orphan_limit_percent: values.number("heal.orphan_limit"),
-            move_settle: Duration::from_secs(10),
-            lease: LeaseSettings::default(),
-            address: String::new(),
+            move_settle: values.time("heal.move_settle"),
+            lease: LeaseSettings { ttl: values.time("heal.lease_ttl") },
         }
     }
 }
@@ -174,6 +171,8 @@ struct Inner {
     store: ObjectStore,
     meta: Shards,
     settings: watch::Receiver<HealSettings>,
+    /// Where this gateway is found, for the status pages of others.
+    address: String,
     pace: Pace,
     poke: Notify,
     tasks: TaskTracker,
@@ -187,11 +186,13 @@ struct Inner {
 
 impl Healer {
     /// Starts the tasks; they end when `stop` is cancelled. Must be called inside a tokio runtime. Every pass works by
-    /// the settings that are in force when it begins.
+    /// the settings that are in force when it begins. `address` is where operators
+    /// find this gateway.
     pub fn start(
         store: ObjectStore,
         meta: Shards,
         settings: watch::Receiver<HealSettings>,
+        address: String,
         stop: CancellationToken,
     ) -> Healer {
         let pace = Pace::new(settings.borrow().bytes_per_s);
@@ -200,6 +201,7 @@ impl Healer {
             store,
             meta,
             settings,
+            address,
             poke: Notify::new(),
             tasks: TaskTracker::new(),
             stop: stop.clone(),
@@ -236,8 +238,8 @@ impl Healer {
         work: impl Fn(Arc<Inner>, Held) -> F + Send + Sync + 'static,
     ) {
         let (inner, stop) = (self.inner.clone(), self.inner.stop.clone());
-        let settings = inner.settings();
-        let holder = Holder::new(inner.meta.clone(), settings.lease, task, settings.address.clone());
+        let timing = inner.settings.clone();
+        let holder = Holder::new(inner.meta.clone(), move || timing.borrow().lease, task, inner.address.clone());
         self.inner.tasks.spawn(async move {
             let progress = || inner.progress(task);
             holder.run(progress, |held| work(inner.clone(), held), stop).await;
