@@ -2,12 +2,13 @@
 
 use crate::codec::{decode, CompletedUpload, Fence, QueuedAt, Record};
 use crate::keys::{
-    kind, split_garbage_key, split_missing_key, split_repair_slot_key, split_upload_key, KeyRange, Keys,
+    kind, split_bucket_of_key, split_garbage_key, split_missing_key, split_repair_slot_key, split_upload_key, KeyRange,
+    Keys,
 };
 use crate::kv::{Kv, StateError};
 use crate::level::level_in;
 use crate::record::{
-    BucketId, BucketRecord, ExtentRecord, ExtentRef, LeaseRecord, ObjectData, ObjectRecord, PartRecord,
+    AccountId, BucketId, BucketRecord, ExtentRecord, ExtentRef, LeaseRecord, ObjectData, ObjectRecord, PartRecord,
     RepairSlotRecord, SettingsRecord, UploadId, UploadRecord, Usage,
 };
 use crate::{list, maps};
@@ -126,7 +127,7 @@ pub fn answer<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<A
             Some(bucket) => Answer::Bucket(bucket),
             None => Answer::NoSuchBucket,
         }),
-        Query::ListBuckets { after, limit } => list_buckets(kv, &keys, after, *limit),
+        Query::ListBuckets { owner, prefix, after, limit } => list_buckets(kv, &keys, (*owner, prefix), after, *limit),
         Query::GetMap { newer_than } => maps::answer(kv, &keys, *newer_than),
         Query::FeatureLevel => Ok(Answer::FeatureLevel(level_in(kv.get(&keys.single(kind::LEVEL))?)?)),
         Query::ListLeases => {
@@ -322,16 +323,28 @@ fn list_garbage<K: Kv + ?Sized>(kv: &K, keys: &Keys, until_ms: u64, limit: u32) 
     Ok(Answer::Garbage { extents, more })
 }
 
-fn list_buckets<K: Kv + ?Sized>(kv: &K, keys: &Keys, after: &str, limit: u32) -> Result<Answer, StateError> {
-    let mut range = keys.kind_range(kind::BUCKET);
+fn list_buckets<K: Kv + ?Sized>(
+    kv: &K,
+    keys: &Keys,
+    (owner, prefix): (Option<AccountId>, &str),
+    after: &str,
+    limit: u32,
+) -> Result<Answer, StateError> {
+    let mut range = keys.buckets_of(owner, prefix);
     if !after.is_empty() {
-        range.from = just_after(keys.bucket(after));
+        let after = owner.map_or_else(|| keys.bucket(after), |owner| keys.bucket_of(owner, after));
+        range.from = range.from.max(just_after(after));
     }
     let limit = limit.clamp(1, MAX_ITEMS) as usize;
     let mut buckets = Vec::new();
     // One more than asked for, because a bucket being deleted behind the last one must not count as more.
-    page(kv, &range, limit + 1, |_, value| {
-        let bucket: BucketRecord = decode(value)?;
+    page(kv, &range, limit + 1, |key, value| {
+        let bucket: BucketRecord = match owner {
+            None => decode(value)?,
+            Some(_) => split_bucket_of_key(key)
+                .map_or(Ok(None), |name| load(kv, &keys.bucket(name)))?
+                .ok_or_else(|| StateError::Value("a bucket of an owner is not there".to_owned()))?,
+        };
         let listed = !bucket.deleting;
         if listed {
             buckets.push(bucket);

@@ -67,6 +67,7 @@ pub fn create<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, name: &str, owner: Account
         rule_pending: false,
     };
     tx.store(key, &bucket)?;
+    tx.batch.put(tx.keys.bucket_of(owner, name), Vec::new());
     Ok(Reply::Bucket(bucket))
 }
 
@@ -100,6 +101,7 @@ pub fn end_delete<K: Kv + ?Sized>(
             }
             if remove {
                 tx.batch.delete(key);
+                tx.batch.delete(tx.keys.bucket_of(there.owner, name));
             } else {
                 tx.store(key, &BucketRecord { deleting: false, ..there })?;
             }

@@ -6,7 +6,7 @@
 //! Object keys contain no NUL byte, so `key | 0x00 | suffix` keeps the byte order of whole keys, and everything of one
 //! key is one range.
 
-use crate::record::{BucketId, UploadId, VersionSeq};
+use crate::record::{AccountId, BucketId, UploadId, VersionSeq};
 use crate::ChunkRef;
 use granary_placement::id::{Epoch, ExtentId, PlacementGroupId, ShardId};
 
@@ -38,6 +38,8 @@ pub mod kind {
     pub const LOCK: u8 = b'L';
     /// Root shard: buckets by name.
     pub const BUCKET: u8 = b'B';
+    /// Root shard: names of buckets by owner.
+    pub const BUCKET_OF: u8 = b'W';
     /// Root shard: the bucket id counter.
     pub const BUCKET_COUNTER: u8 = b'I';
     /// Root shard: the cluster map.
@@ -234,6 +236,19 @@ impl Keys {
         self.key(kind::BUCKET, &[name.as_bytes()])
     }
 
+    /// A bucket by owner and name.
+    pub fn bucket_of(&self, owner: AccountId, name: &str) -> Vec<u8> {
+        self.key(kind::BUCKET_OF, &[&owner.0.to_be_bytes(), name.as_bytes()])
+    }
+
+    /// All buckets of an owner whose names begin so, or of all owners.
+    pub fn buckets_of(&self, owner: Option<AccountId>, prefix: &str) -> KeyRange {
+        match owner {
+            Some(owner) => self.range(kind::BUCKET_OF, &[&owner.0.to_be_bytes(), prefix.as_bytes()]),
+            None => self.range(kind::BUCKET, &[prefix.as_bytes()]),
+        }
+    }
+
     /// The rule of a bucket.
     pub fn rule(&self, bucket: BucketId) -> Vec<u8> {
         self.key(kind::RULE, &[&bucket.0.to_be_bytes()])
@@ -287,6 +302,11 @@ pub fn split_repair_slot_key(key: &[u8]) -> Option<(PlacementGroupId, u8)> {
     let rest = key.get(3..)?;
     let group = u32::from_be_bytes(rest.get(0..4)?.try_into().ok()?);
     Some((PlacementGroupId(group), *rest.get(4)?))
+}
+
+/// Takes the name out of the key of a bucket by owner.
+pub fn split_bucket_of_key(key: &[u8]) -> Option<&str> {
+    std::str::from_utf8(key.get(11..)?).ok()
 }
 
 /// Takes the time out of a garbage-queue key.

@@ -117,8 +117,12 @@ pub enum Query {
         /// Name.
         name: String,
     },
-    /// Root shard: buckets in order of name. Answers Buckets.
+    /// Root shard: buckets in order of name, those being deleted left out. Answers Buckets.
     ListBuckets {
+        /// Only those of this account. Others' cost nothing.
+        owner: Option<AccountId>,
+        /// Only names with this prefix; may be empty.
+        prefix: String,
         /// After this name; empty for the first.
         after: String,
         /// At most this many, 1 to 1,000.

@@ -193,6 +193,7 @@ fn check_entry(key: &[u8], value: &[u8]) -> Result<(), StateError> {
         (kind::REPAIR_SLOT, _) => is::<RepairSlotRecord>(value),
         (kind::SETTINGS, _) => is::<SettingsRecord>(value),
         (kind::COUNTERS, _) => is::<Counters>(value),
+        (kind::BUCKET_OF, _) if value.is_empty() => Ok(()),
         // Orders: their values are ids and keys as they are.
         (kind::COMPLETED | kind::REQUEST, Some(1)) => Ok(()),
         (other, _) => panic!("no such kind: {other}"),
@@ -210,7 +211,7 @@ fn every_type_of_record_in_version_1_can_be_read() {
         kinds.insert(key[2]);
     }
     // All but the level, which has its first value by not being there, and what the replica writes.
-    assert_eq!(String::from_utf8(kinds.into_iter().collect()).unwrap(), "#BCDEFGIJKMOPQRSTUVXY");
+    assert_eq!(String::from_utf8(kinds.into_iter().collect()).unwrap(), "#BCDEFGIJKMOPQRSTUVWXY");
 }
 
 /// The fixture is written when GRANARY_WRITE_GOLDEN is set: for a new version's file, never for an old one's.

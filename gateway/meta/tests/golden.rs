@@ -274,7 +274,7 @@ fn queries() -> Vec<Query> {
         Query::ListGarbage { until_ms: 17, limit: 1000 },
         Query::BucketUsage { bucket: BUCKET },
         Query::GetBucket { name: "photos".into() },
-        Query::ListBuckets { after: "photos".into(), limit: 1000 },
+        Query::ListBuckets { owner: Some(AccountId::ROOT), prefix: "p".into(), after: "photos".into(), limit: 1000 },
         Query::GetMap { newer_than: Epoch(12) },
         Query::ListLeases,
         Query::GetSettings { newer_than: 300 },

@@ -200,7 +200,7 @@ impl Slow {
         };
         let heals_at = heal.as_ref().filter(|lease| lease.holder.is_some()).map(|lease| lease.address.clone());
         let heal = heal.and_then(|lease| serde_json::from_slice(&lease.progress).ok());
-        let listed = tokio::time::timeout(ASK, shards.list_buckets("", MAX_BUCKETS)).await;
+        let listed = tokio::time::timeout(ASK, shards.list_buckets(None, "", "", MAX_BUCKETS)).await;
         let Ok(Ok(page)) = listed else { return Slow { heal, heals_at, repair_queue, ..Slow::default() } };
         let rows = stream::iter(page.buckets).map(|bucket| async move {
             let usage = tokio::time::timeout(ASK, shards.bucket_usage(bucket.id)).await;

@@ -93,21 +93,19 @@ pub(super) async fn list_buckets(
     let mut buckets = Vec::new();
     let mut continuation_token = None;
     'pages: loop {
-        let page = call.cx.shards.list_buckets(&after, QUERY_BUCKETS).await.map_err(error::query)?;
+        let owner = Some(call.caller.account);
+        let page = call.cx.shards.list_buckets(owner, &prefix, &after, QUERY_BUCKETS).await.map_err(error::query)?;
         for bucket in page.buckets {
-            if bucket.owner == call.caller.account && bucket.name.starts_with(&prefix) {
-                if buckets.len() == most {
-                    // The last one told: the names of others' buckets are not for the caller.
-                    continuation_token = buckets.last().and_then(|last: &Bucket| last.name.clone());
-                    break 'pages;
-                }
-                buckets.push(Bucket {
-                    name: Some(bucket.name.clone()),
-                    creation_date: Some(super::meta::timestamp(bucket.created_ms)),
-                    bucket_region: Some(call.cx.settings.region.clone()),
-                    ..Default::default()
-                });
+            if buckets.len() == most {
+                continuation_token = Some(after);
+                break 'pages;
             }
+            buckets.push(Bucket {
+                name: Some(bucket.name.clone()),
+                creation_date: Some(super::meta::timestamp(bucket.created_ms)),
+                bucket_region: Some(call.cx.settings.region.clone()),
+                ..Default::default()
+            });
             after = bucket.name;
         }
         if !page.more {

@@ -19,10 +19,11 @@ use granary_meta::{Answer, Command, ListFrom, Query, Reply};
 use granary_placement::id::ShardId;
 use quick_cache::sync::Cache;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::time::Instant;
 
-/// Most buckets remembered by name.
+/// Most buckets remembered by name, and most names remembered as free.
 const CACHE_BUCKETS: usize = 10_000;
 
 /// Most attempts of one DeleteBucket. Each but the first follows one of another gateway that took over and then broke
@@ -60,20 +61,38 @@ pub struct BucketPage {
     pub more: bool,
 }
 
-/// Buckets by name. Only what exists is remembered: that a name is free may change at any time, while a bucket that was
-/// deleted answers for itself by its fences.
+/// Buckets by name. A bucket is remembered for long: one that was deleted answers for itself by its fences. That a name
+/// is free may change at any time, and is remembered for [`Timing::recent`](super::Timing::recent) only.
 pub(super) struct BucketCache {
-    by_name: Cache<String, BucketRecord>,
+    by_name: Cache<String, Seen>,
+    free: Mutex<FreeNames>,
     /// Rules that were found pending, and since when.
-    pub(super) pending: Cache<(BucketId, u64), tokio::time::Instant>,
+    pub(super) pending: Cache<(BucketId, u64), Instant>,
     /// One deletion of a bucket at a time in this gateway: a second would only take the first one over.
     deleting: Mutex<HashMap<BucketId, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+/// A bucket, and when it was last looked up.
+#[derive(Clone)]
+struct Seen {
+    bucket: BucketRecord,
+    at: Instant,
+}
+
+/// Names that no bucket had, and when they were looked up. Changes of the cache of buckets are made under its lock, so
+/// that what was looked up before a bucket was made here never hides that bucket.
+#[derive(Default)]
+struct FreeNames {
+    since: HashMap<String, Instant>,
+    /// Buckets made by this gateway.
+    made: u64,
 }
 
 impl Default for BucketCache {
     fn default() -> BucketCache {
         BucketCache {
             by_name: Cache::new(CACHE_BUCKETS),
+            free: Mutex::default(),
             pending: Cache::new(CACHE_BUCKETS),
             deleting: Mutex::default(),
         }
@@ -81,8 +100,39 @@ impl Default for BucketCache {
 }
 
 impl BucketCache {
-    pub(super) fn put(&self, bucket: &BucketRecord) {
-        self.by_name.insert(bucket.name.clone(), bucket.clone());
+    fn free(&self) -> MutexGuard<'_, FreeNames> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Remembers a bucket that was looked up at that time. Ids and epochs of rules rise: what is later stays.
+    pub(super) fn put(&self, bucket: &BucketRecord, at: Instant) {
+        let mut free = self.free();
+        free.since.remove(&bucket.name);
+        let age = |bucket: &BucketRecord| (bucket.id, bucket.rule.epoch);
+        if self.by_name.get(&bucket.name).is_none_or(|seen| age(&seen.bucket) <= age(bucket)) {
+            self.by_name.insert(bucket.name.clone(), Seen { bucket: bucket.clone(), at });
+        }
+    }
+
+    /// Remembers a bucket that this gateway has made.
+    fn put_made(&self, bucket: &BucketRecord) {
+        self.free().made += 1;
+        self.put(bucket, Instant::now());
+    }
+
+    /// Remembers that a name was free, unless a bucket was made here since there were `made` of them.
+    fn put_free(&self, name: &str, at: Instant, made: u64, recent: Duration) {
+        let mut free = self.free();
+        if free.since.len() >= CACHE_BUCKETS {
+            free.since.retain(|_, since| since.elapsed() < recent);
+        }
+        if free.made == made && free.since.len() < CACHE_BUCKETS {
+            free.since.insert(name.to_owned(), at);
+        }
+    }
+
+    fn is_free(&self, name: &str, recent: Duration) -> bool {
+        self.free().since.get(name).is_some_and(|since| since.elapsed() < recent)
     }
 
     fn turn(&self, bucket: BucketId) -> Arc<tokio::sync::Mutex<()>> {
@@ -95,14 +145,30 @@ impl BucketCache {
 impl Shards {
     /// The bucket of that name, from memory when it was seen before. For requests that go on to an object shard: that
     /// shard answers BucketFenced when the bucket is gone, and the caller then takes [`Shards::fresh_bucket`] and tries
-    /// once more. A bucket that is being deleted comes back with `deleting` set.
+    /// once more. A bucket that is being deleted comes back with `deleting` set. A bucket that this gateway made is
+    /// there at once; one that another made, where there was none, after
+    /// [`Timing::recent`](super::Timing::recent) at the latest.
     ///
     /// # Errors
     /// The root shard does not answer.
     pub async fn get_bucket(&self, name: &str) -> Result<Option<BucketRecord>, ShardError> {
         match self.inner.buckets.by_name.get(name) {
-            Some(bucket) => Ok(Some(bucket)),
+            Some(seen) => Ok(Some(seen.bucket)),
+            None if self.inner.buckets.is_free(name, self.inner.timing.recent) => Ok(None),
             None => self.fresh_bucket(name).await,
+        }
+    }
+
+    /// The bucket of that name as the root shard had it no longer than [`Timing::recent`](super::Timing::recent) ago.
+    /// For requests that are about to be turned away because the bucket is another account's.
+    ///
+    /// # Errors
+    /// The root shard does not answer.
+    pub async fn recent_bucket(&self, name: &str) -> Result<Option<BucketRecord>, ShardError> {
+        match self.inner.buckets.by_name.get(name) {
+            Some(seen) if seen.at.elapsed() < self.inner.timing.recent => Ok(Some(seen.bucket)),
+            None if self.inner.buckets.is_free(name, self.inner.timing.recent) => Ok(None),
+            _ => self.fresh_bucket(name).await,
         }
     }
 
@@ -115,26 +181,31 @@ impl Shards {
     /// The root shard does not answer.
     pub async fn fresh_bucket(&self, name: &str) -> Result<Option<BucketRecord>, ShardError> {
         self.inner.buckets.by_name.remove(name);
-        let deadline = tokio::time::Instant::now() + self.inner.timing.settle;
+        let deadline = Instant::now() + self.inner.timing.settle;
         let mut pause = Duration::from_millis(10);
         loop {
+            let (at, made) = (Instant::now(), self.inner.buckets.free().made);
             let mut found = self.look_up(name).await?;
             if let Some(bucket) = found.as_mut().filter(|bucket| bucket.rule_pending && !bucket.deleting) {
                 self.finish_rule_left_pending(bucket).await;
             }
             match &found {
-                Some(bucket) if bucket.deleting && tokio::time::Instant::now() + pause < deadline => {
+                Some(bucket) if bucket.deleting && Instant::now() + pause < deadline => {
                     tokio::time::sleep(super::jitter(pause)).await;
                     pause = (pause * 2).min(Duration::from_millis(500));
                 }
                 Some(bucket) if !bucket.deleting => {
                     // One whose rule is pending is looked up again each time, until somebody has finished it.
                     if !bucket.rule_pending {
-                        self.inner.buckets.put(bucket);
+                        self.inner.buckets.put(bucket, at);
                     }
                     return Ok(found);
                 }
-                _ => return Ok(found),
+                Some(_) => return Ok(found),
+                None => {
+                    self.inner.buckets.put_free(name, at, made, self.inner.timing.recent);
+                    return Ok(None);
+                }
             }
         }
     }
@@ -167,7 +238,7 @@ impl Shards {
     async fn create_once(&self, name: &str, owner: AccountId) -> Result<Created, ShardError> {
         match self.command_by(owner, ShardId::ROOT, Command::CreateBucket { name: name.to_owned(), owner }).await? {
             Reply::Bucket(bucket) => {
-                self.inner.buckets.put(&bucket);
+                self.inner.buckets.put_made(&bucket);
                 Ok(Created::New(bucket))
             }
             Reply::BucketExists(bucket) => Ok(Created::Exists(bucket)),
@@ -311,15 +382,20 @@ impl Shards {
         failed.map_or(Ok(replies), Err)
     }
 
-    /// Buckets in order of name, those being deleted left out. `limit`: 1 to 1,000.
+    /// Buckets in order of name, those being deleted left out; all, or those of one account, whose names begin with
+    /// `prefix`. `limit`: 1 to 1,000.
     ///
     /// # Errors
     /// The root shard does not answer.
-    pub async fn list_buckets(&self, after: &str, limit: u32) -> Result<BucketPage, ShardError> {
-        match self
-            .query(ShardId::ROOT, Query::ListBuckets { after: after.to_owned(), limit: limit.clamp(1, 1000) })
-            .await?
-        {
+    pub async fn list_buckets(
+        &self,
+        owner: Option<AccountId>,
+        prefix: &str,
+        after: &str,
+        limit: u32,
+    ) -> Result<BucketPage, ShardError> {
+        let (prefix, after, limit) = (prefix.to_owned(), after.to_owned(), limit.clamp(1, 1000));
+        match self.query(ShardId::ROOT, Query::ListBuckets { owner, prefix, after, limit }).await? {
             Answer::Buckets { buckets, more } => Ok(BucketPage { buckets, more }),
             other => Err(odd_answer(ShardId::ROOT, &other)),
         }
@@ -369,4 +445,55 @@ pub(crate) fn odd_answer(shard: ShardId, answer: &Answer) -> ShardError {
 
 fn short(value: &dyn std::fmt::Debug) -> String {
     format!("{value:?}").chars().take(60).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use granary_meta::record::BucketRule;
+
+    fn bucket(id: u64, epoch: u64) -> BucketRecord {
+        BucketRecord {
+            id: BucketId(id),
+            name: "b".to_owned(),
+            created_ms: 1,
+            owner: AccountId::ROOT,
+            deleting: false,
+            delete_attempt: 0,
+            rule: BucketRule { epoch, ..BucketRule::default() },
+            rule_pending: false,
+        }
+    }
+
+    #[test]
+    fn what_was_looked_up_before_never_hides_what_is_later() {
+        let (cache, now, long) = (BucketCache::default(), Instant::now(), Duration::from_secs(3600));
+        let made = cache.free().made;
+        cache.put_free("b", now, made, long);
+        assert!(cache.is_free("b", long) && !cache.is_free("c", long));
+        cache.put_made(&bucket(2, 1));
+        assert!(!cache.is_free("b", long));
+        // Its answer was under way while the bucket was made.
+        cache.put_free("b", now, made, long);
+        assert!(!cache.is_free("b", long));
+        for older in [bucket(1, 9), bucket(2, 0)] {
+            cache.put(&older, now);
+            assert_eq!(cache.by_name.get("b").unwrap().bucket, bucket(2, 1));
+        }
+        cache.put(&bucket(3, 0), now);
+        assert_eq!(cache.by_name.get("b").unwrap().bucket, bucket(3, 0));
+    }
+
+    #[test]
+    fn free_names_are_not_remembered_without_bound() {
+        let (cache, now, long) = (BucketCache::default(), Instant::now(), Duration::from_secs(3600));
+        for number in 0..CACHE_BUCKETS + 5 {
+            cache.put_free(&number.to_string(), now, 0, long);
+        }
+        assert!(cache.is_free("0", long) && cache.free().since.len() == CACHE_BUCKETS);
+        // Those whose time is over make room.
+        cache.put_free("new", now, 0, Duration::ZERO);
+        assert!(cache.is_free("new", long) && cache.free().since.len() == 1);
+    }
 }

@@ -57,6 +57,9 @@ pub struct Timing {
     pub longest_pause: Duration,
     /// How long a bucket lookup waits for a deletion under way to end one way or the other.
     pub settle: Duration,
+    /// For how long the root shard is not asked again about a name that was free, or another account's, when it was
+    /// looked up. What another gateway does with the name meanwhile is seen here that much later.
+    pub recent: Duration,
 }
 
 impl Timing {
@@ -69,6 +72,7 @@ impl Timing {
             first_pause: values.time("shards.first_pause"),
             longest_pause: values.time("shards.longest_pause"),
             settle: values.time("shards.settle"),
+            recent: RECENT,
         }
     }
 }
@@ -79,6 +83,8 @@ impl Default for Timing {
     }
 }
 
+/// See [`Timing::recent`].
+const RECENT: Duration = Duration::from_secs(1);
 /// In the leader cache: not known. Disk ids begin far below.
 const NO_LEADER: u32 = u32::MAX;
 

@@ -48,9 +48,10 @@ impl Shards {
             Err(ShardError::Refused { why, .. }) => return Ok(RuleSet::Forbidden(why)),
             Err(error) => return Err(error),
         };
+        let begun_at = tokio::time::Instant::now();
         self.finish_rule(&begun).await?;
         let done = BucketRecord { rule_pending: false, ..begun };
-        self.inner.buckets.put(&done);
+        self.inner.buckets.put(&done, begun_at);
         Ok(RuleSet::Done(done))
     }
 

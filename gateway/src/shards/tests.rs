@@ -31,6 +31,7 @@ pub(crate) const HURRY: Timing = Timing {
     first_pause: Duration::from_millis(1),
     longest_pause: Duration::from_millis(50),
     settle: Duration::from_millis(150),
+    recent: Duration::from_millis(50),
 };
 
 /// A valid map: 3+2, every disk with both roles, every shard on five of them.
@@ -62,8 +63,12 @@ fn cluster() -> (Arc<MemoryPeers>, Shards) {
 
 /// Knows the cluster, and nothing of other gateways.
 fn another_gateway(peers: &Arc<MemoryPeers>) -> Shards {
+    gateway(peers, HURRY)
+}
+
+fn gateway(peers: &Arc<MemoryPeers>, timing: Timing) -> Shards {
     let known = watch::Sender::new(Some(Arc::new(map(5, OBJECT_SHARDS + 1, 1))));
-    Shards::with_timing(peers.clone(), known, Metrics::new().unwrap(), HURRY)
+    Shards::with_timing(peers.clone(), known, Metrics::new().unwrap(), timing)
 }
 
 /// How many shards have a fence around the bucket up.
@@ -341,6 +346,34 @@ async fn a_bucket_is_deleted_only_when_empty_and_its_name_is_free_again_under_a_
     assert_eq!(shards.delete_bucket("b", AccountId::ROOT).await.unwrap(), Removed::NoSuchBucket);
     let Created::New(again) = shards.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
     assert_ne!(again.id, bucket.id);
+}
+
+#[tokio::test]
+async fn a_name_without_a_bucket_is_asked_for_once_in_a_while_and_a_bucket_made_here_is_seen_at_once() {
+    let peers = MemoryPeers::new(&map(5, OBJECT_SHARDS + 1, 1));
+    let [one, other] = [(); 2].map(|()| gateway(&peers, Timing { recent: Duration::from_secs(3600), ..HURRY }));
+    let forgetful = gateway(&peers, Timing { recent: Duration::ZERO, ..HURRY });
+    for gateway in [&one, &other] {
+        assert_eq!(gateway.get_bucket("b").await.unwrap(), None);
+        let asked = peers.state().asked.len();
+        for _ in 0..100 {
+            assert_eq!(gateway.get_bucket("b").await.unwrap(), None);
+            assert_eq!(gateway.recent_bucket("b").await.unwrap(), None);
+        }
+        assert_eq!(peers.state().asked.len(), asked);
+    }
+    assert_eq!(forgetful.get_bucket("b").await.unwrap(), None);
+    let Created::New(made) = one.create_bucket("b", AccountId::ROOT).await.unwrap() else { panic!() };
+    assert_eq!(one.get_bucket("b").await.unwrap(), Some(made.clone()));
+    assert_eq!(other.get_bucket("b").await.unwrap(), None, "for a moment");
+    assert_eq!(forgetful.get_bucket("b").await.unwrap(), Some(made.clone()), "when the moment is over");
+    assert_eq!(other.fresh_bucket("b").await.unwrap(), Some(made.clone()), "at once when it matters");
+    // Another's bucket that was looked up a moment ago is not looked up again, later it is.
+    let asked = peers.state().asked.len();
+    assert_eq!(other.recent_bucket("b").await.unwrap(), Some(made.clone()));
+    assert_eq!(peers.state().asked.len(), asked);
+    assert_eq!(forgetful.recent_bucket("b").await.unwrap(), Some(made));
+    assert!(peers.state().asked.len() > asked);
 }
 
 #[tokio::test]

@@ -88,7 +88,7 @@ impl Cluster {
     /// Objects in all buckets.
     pub async fn object_count(&self) -> u64 {
         let mut count = 0;
-        for bucket in self.shards.list_buckets("", 1000).await.unwrap().buckets {
+        for bucket in self.shards.list_buckets(None, "", "", 1000).await.unwrap().buckets {
             count += self.shards.bucket_usage(bucket.id).await.unwrap().objects;
         }
         count
