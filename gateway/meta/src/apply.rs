@@ -242,7 +242,7 @@ fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Co
         }
         Command::EndBucketRule { name, bucket, epoch } => rules::end(tx, name, *bucket, *epoch),
         Command::SetBucketRule { bucket, rule } => rules::set(tx, *bucket, rule),
-        Command::QueueRepair { slots, lease: _ } => repair_slots::queue(tx, slots),
+        Command::QueueRepair { slots, keep, lease: _ } => repair_slots::queue(tx, slots, *keep),
         Command::AdvanceRepair { group, slot, generation, cursor, lease: _ } => {
             repair_slots::advance(tx, *group, *slot, *generation, *cursor)
         }

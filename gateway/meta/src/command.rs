@@ -316,11 +316,13 @@ pub enum Command {
         rule: BucketRule,
     },
     /// Queues slots of placement groups for repair: everything this shard owns in the slot is to be looked for on the
-    /// slot's disk and rebuilt where it is not. One that is queued begins anew, under another generation. Replies
-    /// [`crate::Reply::Done`].
+    /// slot's disk and rebuilt where it is not. One that is queued begins anew, under another generation, unless it is
+    /// to be kept. Replies [`crate::Reply::Done`].
     QueueRepair {
         /// The slots; at most 4,096.
         slots: Vec<(PlacementGroupId, u8)>,
+        /// A slot that is queued stays as it is, and goes on where it stopped.
+        keep: bool,
         /// The sender's lease.
         lease: LeaseStamp,
     },

@@ -11,7 +11,11 @@ use granary_placement::id::{ExtentId, PlacementGroupId};
 pub const MAX_SLOTS: usize = 4_096;
 
 /// See [`crate::Command::QueueRepair`].
-pub fn queue<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, slots: &[(PlacementGroupId, u8)]) -> Result<Reply, StateError> {
+pub fn queue<K: Kv + ?Sized>(
+    tx: &mut Tx<'_, '_, K>,
+    slots: &[(PlacementGroupId, u8)],
+    keep: bool,
+) -> Result<Reply, StateError> {
     if slots.len() > MAX_SLOTS {
         return Ok(Reply::Refused(format!("{} slots at once", slots.len())));
     }
@@ -20,6 +24,9 @@ pub fn queue<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, slots: &[(PlacementGroupId,
     for (group, slot) in slots {
         let key = tx.keys.repair_slot(*group, *slot);
         let there: Option<RepairSlotRecord> = tx.load(&key)?;
+        if keep && there.is_some() {
+            continue;
+        }
         let queued_ms = there.map_or(tx.now_ms, |there| there.queued_ms);
         tx.store(key, &RepairSlotRecord { queued_ms, generation, cursor: None })?;
     }

@@ -122,7 +122,7 @@ fn object_shard_requests() -> Vec<MetaRequest> {
         versioned(),
         versioned(),
         Command::FenceBucket { bucket: BucketId(8), attempt: 3 },
-        Command::QueueRepair { slots: vec![(group, slot), (group, 0)], lease: stamp() },
+        Command::QueueRepair { slots: vec![(group, slot), (group, 0)], keep: false, lease: stamp() },
         Command::AdvanceRepair { group, slot, generation: 14, cursor: ExtentId([9; 16]), lease: stamp() },
     ])
 }

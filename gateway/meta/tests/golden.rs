@@ -248,7 +248,7 @@ fn commands() -> Vec<Command> {
         },
         Command::EndBucketRule { name: "photos".into(), bucket: BUCKET, epoch: 300 },
         Command::SetBucketRule { bucket: BUCKET, rule: rule() },
-        Command::QueueRepair { slots: vec![(GROUP, 5)], lease: stamp() },
+        Command::QueueRepair { slots: vec![(GROUP, 5)], keep: true, lease: stamp() },
         Command::AdvanceRepair { group: GROUP, slot: 5, generation: 301, cursor: EXTENT, lease: stamp() },
         Command::RepairSlotDone { group: GROUP, slot: 5, generation: 301, lease: stamp() },
         Command::SetFeatureLevel { level: 2 },

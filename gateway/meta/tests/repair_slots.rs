@@ -52,7 +52,7 @@ fn stamp(epoch: u64) -> LeaseStamp {
 }
 
 fn queue(slots: &[u8], epoch: u64) -> Command {
-    Command::QueueRepair { slots: slots.iter().map(|slot| (GROUP, *slot)).collect(), lease: stamp(epoch) }
+    Command::QueueRepair { slots: slots.iter().map(|slot| (GROUP, *slot)).collect(), keep: false, lease: stamp(epoch) }
 }
 
 fn advance(slot: u8, generation: u64, cursor: u8) -> Command {
@@ -90,6 +90,14 @@ fn a_slot_that_is_queued_again_begins_anew_and_old_word_of_it_is_ignored() {
     shard.send(done(1, 5));
     assert_eq!(shard.queue()[1], (GROUP, 1, RepairSlotRecord { queued_ms: 109, generation: 9, cursor: None }));
     assert!(matches!(shard.send(queue(&[0; 4_097], 1)), Reply::Refused(_)));
+
+    // Kept: what is queued goes on where it stopped, what is not is queued.
+    shard.send(advance(1, 9, 3));
+    let before = shard.queue();
+    let keep = Command::QueueRepair { slots: vec![(GROUP, 1), (GROUP, 8)], keep: true, lease: stamp(1) };
+    assert_eq!(shard.send(keep), Reply::Done);
+    assert_eq!(shard.queue()[..before.len()], before);
+    assert_eq!((shard.queue().len(), shard.queue()[before.len()].1), (before.len() + 1, 8));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use granary_gateway::object::choose::Draw;
 use granary_gateway::object::{chunk_id, ObjectSettings, ReadError, StageError, Staged};
 use granary_meta::record::{ExtentRef, ObjectData};
 use granary_meta::{ChunkRef, Command, Reply};
-use granary_placement::id::{DiskId, Epoch, HashSlot, PlacementGroupId, ShardId};
+use granary_placement::id::{DiskId, Epoch, ExtentId, HashSlot, PlacementGroupId, ShardId};
 use granary_placement::map::{DiskState, GroupSlot};
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
@@ -388,6 +388,55 @@ async fn a_disk_that_comes_back_empty_is_filled_again() {
     cluster.disks[4].chunks.lock().unwrap().clear();
     cluster.revive(4).await;
     cluster.until("it is full again", || contents(&cluster.disks[4]) == before && meta.missing() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_comes_back_empty_is_queued_by_its_slot_and_not_by_its_chunks() {
+    let mut draw = seed("a_disk_that_comes_back_empty_is_queued_by_its_slot_and_not_by_its_chunks");
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    let lens: Vec<u64> = (9000..9090).collect();
+    let objects = objects_of(&cluster, &meta, &mut draw, &lens).await;
+    let (healer, stop) = heal(&cluster, &meta);
+    let before = contents(&cluster.disks[4]);
+    cluster.until("all disks are walked", || healer.status().walks_done == 6).await;
+    healer.pace().pause(Duration::from_secs(3600));
+    cluster.kill(4).await;
+    cluster.disks[4].chunks.lock().unwrap().clear();
+    cluster.revive(4).await;
+    let queued = || [1, 2].map(|shard| meta.queued_slots(ShardId(shard)).len());
+    cluster.until("its slot is queued in both shards", || queued() == [1, 1]).await;
+    cluster.until("it is walked", || healer.status().walks_done == 7).await;
+    assert_eq!((queued(), meta.missing()), ([1, 1], 0), "45 chunks in each shard are one entry");
+    // The gateway that healed goes; another goes on.
+    drop(stop);
+    healer.stopped().await;
+    let (_other, _stop) = heal(&cluster, &meta);
+    cluster.until("it is full again", || contents(&cluster.disks[4]) == before && queued() == [0, 0]).await;
+    for (data, payload) in &objects {
+        cluster.check(data, payload, 0..payload.len() as u64).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_move_does_not_end_on_the_word_of_a_cursor_from_before() {
+    let mut draw = seed("a_move_does_not_end_on_the_word_of_a_cursor_from_before");
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
+    fill(&cluster, &meta, &mut draw).await;
+    let before = contents(&cluster.disks[2]);
+    // Somebody had looked through the slot to its end, when it was another disk's.
+    for shard in [1, 2] {
+        meta.looked_through(ShardId(shard), PlacementGroupId(1), 2, ExtentId([0xff; 16]));
+    }
+    cluster.kill(2).await;
+    cluster.change_map(|next| {
+        next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2].give_to(DiskId(7));
+        next.disks.get_mut(&DiskId(3)).unwrap().state = DiskState::Out;
+    });
+    let (_healer, _stop) = heal(&cluster, &meta);
+    cluster.until("the move is done", || slot(&cluster) == GroupSlot::new(DiskId(7))).await;
+    assert!(contents(&cluster.disks[6]) == before, "everything was brought");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

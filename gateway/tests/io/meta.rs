@@ -2,14 +2,16 @@
 
 use crate::cluster::Cluster;
 use crate::peers::MemoryPeers;
+use granary_gateway::background::heal::HEAL_TASK;
 use granary_gateway::shards::Shards;
 use granary_meta::codec::encode;
 use granary_meta::keys::Keys;
 use granary_meta::record::{
-    AccountId, BucketId, ExtentRecord, ExtentRef, ObjectData, ObjectMeta, ObjectRecord, VersionSeq,
+    AccountId, BucketId, ExtentRecord, ExtentRef, ObjectData, ObjectMeta, ObjectRecord, RepairSlotRecord, VersionSeq,
 };
 use granary_meta::{Answer, ChunkRef, Command, Conditions, Query, Reply, VersionPick};
-use granary_placement::id::ShardId;
+use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
+use granary_placement::lease::LeaseStamp;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -108,6 +110,24 @@ impl Meta {
             other => panic!("{other:?}"),
         };
         queued(1) + queued(2)
+    }
+
+    /// The slots on the repair queue of a shard.
+    pub fn queued_slots(&self, shard: ShardId) -> Vec<(PlacementGroupId, u8, RepairSlotRecord)> {
+        match self.peers.query(shard, &Query::ListRepairSlots { after: None, limit: 1000 }) {
+            Answer::RepairSlots { slots, more: false } => slots,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// As a holder of the heal lease that stopped there: the slot was looked through up to that extent.
+    pub fn looked_through(&self, shard: ShardId, group: PlacementGroupId, slot: u8, cursor: ExtentId) {
+        let lease = LeaseStamp { task: HEAL_TASK.to_owned(), epoch: 0 };
+        let queue = Command::QueueRepair { slots: vec![(group, slot)], keep: false, lease: lease.clone() };
+        assert_eq!(self.peers.command(shard, queue), Reply::Done);
+        let generation = self.queued_slots(shard)[0].2.generation;
+        let advance = Command::AdvanceRepair { group, slot, generation, cursor, lease };
+        assert_eq!(self.peers.command(shard, advance), Reply::Done);
     }
 
     pub fn is_garbage(&self, shard: ShardId, extent: &ExtentRef) -> bool {

@@ -83,7 +83,10 @@ impl Maker<'_> {
         let there = self.model.slots.get(&(group, slot)).map_or(1, |there| there.generation);
         let generation = if self.random.chance(4) { there.saturating_sub(1) } else { there };
         match self.random.below(4) {
-            0 => Command::QueueRepair { slots: vec![(group, slot), (group, slot + 1)], lease },
+            0 => {
+                let keep = self.random.chance(2);
+                Command::QueueRepair { slots: vec![(group, slot), (group, slot + 1)], keep, lease }
+            }
             1 => Command::RepairSlotDone { group, slot, generation, lease },
             _ => Command::AdvanceRepair { group, slot, generation, cursor: ExtentId(self.random.id()), lease },
         }

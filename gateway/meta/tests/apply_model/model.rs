@@ -301,9 +301,12 @@ impl Model {
                 self.rules.insert(bucket.0, *rule);
                 Reply::Done
             }
-            Command::QueueRepair { slots, .. } => {
+            Command::QueueRepair { slots, keep, .. } => {
                 let generation = self.replies.len() as u64 + 1;
                 for slot in slots {
+                    if *keep && self.slots.contains_key(slot) {
+                        continue;
+                    }
                     let queued_ms = self.slots.get(slot).map_or(now, |there| there.queued_ms);
                     self.slots.insert(*slot, RepairSlotRecord { queued_ms, generation, cursor: None });
                 }

@@ -2,9 +2,12 @@
 //!
 //! Readers report what they meet. Beyond that, every disk is walked once when the gateway starts, when it takes over
 //! slots, and when it comes back after having been away: it may have come back empty, or with less than it had. A walk
-//! compares what the shards say should lie on the disk with the disk's index; it reads no payload.
+//! compares what the shards say should lie on the disk with the disk's index; it reads no payload. Where a few chunks
+//! of a slot are absent, each is queued; where many are, the slot is, as one entry with a cursor, and the walk leaves
+//! the rest of it to [`slots`](super::slots).
 
 use super::{lock, Inner};
+use crate::background::leases::Held;
 use crate::disks::DiskHealth;
 use crate::object::reports::Report;
 use crate::object::{add, chunk_id};
@@ -22,6 +25,9 @@ use std::time::Duration;
 pub(super) const BATCH: usize = 1000;
 /// Pause between two pages of a walk: it is in no hurry, clients are.
 const PAGE_PAUSE: Duration = Duration::from_millis(5);
+
+/// So many absent chunks of a slot on one page of a walk are queued one by one.
+const FEW: usize = 32;
 
 /// What a walk has seen of a disk.
 #[derive(Debug, Default)]
@@ -85,7 +91,7 @@ impl Inner {
         self.meta.command(shard, Command::ReportMissing { chunks }).await.map(|_| ())
     }
 
-    pub(super) async fn walk_loop(&self) {
+    pub(super) async fn walk_loop(&self, held: &Held) {
         let mut changes = self.store.disks().changes();
         let mut seen_epoch = None;
         loop {
@@ -94,7 +100,7 @@ impl Inner {
             let due = map.as_ref().map(|map| self.due(map)).unwrap_or_default();
             lock(&self.status).disks_to_walk = due.keys().copied().collect();
             if let (Some(map), false) = (map, due.is_empty()) {
-                self.walk(&map, due).await;
+                self.walk(&map, due, held).await;
                 lock(&self.status).disks_to_walk.clear();
             }
             // Nothing new without a change of health or map; what failed is tried again after a while.
@@ -137,7 +143,7 @@ impl Inner {
     }
 
     /// Walks the extents of the groups that have a slot due. Disks that fail on the way stay due.
-    async fn walk(&self, map: &ClusterMap, mut due: Due) {
+    async fn walk(&self, map: &ClusterMap, mut due: Due, held: &Held) {
         let times_up: HashMap<DiskId, u64> =
             self.store.disks().view().into_iter().map(|disk| (disk.id, disk.times_up)).collect();
         let groups: BTreeSet<PlacementGroupId> = due.values().flatten().map(|(group, _)| *group).collect();
@@ -149,7 +155,7 @@ impl Inner {
                 if due.is_empty() {
                     return;
                 }
-                if let Err(error) = self.walk_pages(map, shard, *group, &mut due).await {
+                if let Err(error) = self.walk_pages(map, shard, *group, &mut due, held).await {
                     tracing::debug!(%error, "a walk over extents was broken off");
                     return;
                 }
@@ -175,7 +181,9 @@ impl Inner {
         shard: ShardId,
         group: Option<PlacementGroupId>,
         due: &mut Due,
+        held: &Held,
     ) -> Result<(), ShardError> {
+        let mut queued: BTreeSet<(PlacementGroupId, u8)> = BTreeSet::new();
         let mut after: Option<(PlacementGroupId, ExtentId)> = None;
         loop {
             let limit = u32::try_from(BATCH).unwrap_or(1);
@@ -185,14 +193,17 @@ impl Inner {
             };
             after = extents.last().map(|record| (record.extent.group, record.extent.extent));
             let mut batches: BTreeMap<DiskId, Batch> = BTreeMap::new();
+            let mut slot_of: HashMap<ChunkRef, u8> = HashMap::new();
             for record in &extents {
                 let extent = &record.extent;
                 let Some(slots) = map.group(extent.group).map(|group| &group.slots) else { continue };
                 for (index, slot) in (0u8..).zip(&extent.slots) {
                     let Some(disk) = slots.get(usize::from(*slot)).map(|slot| &slot.current) else { continue };
-                    if due.get(disk).is_some_and(|due| due.contains(&(extent.group, *slot))) {
+                    let wanted = due.get(disk).is_some_and(|due| due.contains(&(extent.group, *slot)));
+                    if wanted && !queued.contains(&(extent.group, *slot)) {
                         let chunk = ChunkRef { group: extent.group, extent: extent.extent, index };
                         batches.entry(*disk).or_default().push((chunk_id(extent, index), chunk));
+                        slot_of.insert(chunk, *slot);
                     }
                 }
             }
@@ -200,7 +211,19 @@ impl Inner {
                 match self.absent(disk, &batch).await {
                     Some(absent) => {
                         add(&self.counters().chunks_found_absent, u64::try_from(absent.len()).unwrap_or(0));
-                        for part in absent.chunks(BATCH) {
+                        let mut by_slot: BTreeMap<(PlacementGroupId, u8), Vec<ChunkRef>> = BTreeMap::new();
+                        for chunk in absent {
+                            let slot = slot_of.get(&chunk).copied().unwrap_or_default();
+                            by_slot.entry((chunk.group, slot)).or_default().push(chunk);
+                        }
+                        let many: Vec<(PlacementGroupId, u8)> =
+                            by_slot.iter().filter(|(_, chunks)| chunks.len() > FEW).map(|(slot, _)| *slot).collect();
+                        by_slot.retain(|slot, _| !many.contains(slot));
+                        // From the beginning: the disk may have lost what was brought to it before.
+                        self.queue_slots(shard, &many, false, held).await?;
+                        queued.extend(many);
+                        let few: Vec<ChunkRef> = by_slot.into_values().flatten().collect();
+                        for part in few.chunks(BATCH) {
                             self.report(shard, part.to_vec()).await?;
                         }
                     }

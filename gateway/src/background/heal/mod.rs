@@ -214,7 +214,7 @@ impl Healer {
         let reports = healer.inner.clone();
         healer.spawn(async move { reports.report_loop().await });
         healer.own(HEAL_TASK, |inner, held| async move {
-            tokio::join!(inner.repair_loop(&held), inner.walk_loop(), inner.sweep_loop(&held));
+            tokio::join!(inner.repair_loop(&held), inner.walk_loop(&held), inner.sweep_loop(&held));
         });
         healer.own(GARBAGE_TASK, |inner, held| async move { inner.garbage_loop(&held).await });
         healer.inner.tasks.close();

@@ -1,13 +1,14 @@
-//! Slots that move: brings everything that belongs into a slot of a placement group to the slot's current disk.
+//! Slots that lack much: brings everything that belongs into a slot of a placement group to the slot's current disk.
 //!
-//! A slot whose disk changed names the disk before as `previous`. It is queued once in every shard, durably, with a
-//! cursor: the shard's extents of the group are taken in order, what the current disk lacks is brought there, and the
-//! cursor follows. When no shard has the slot queued any more, everything was found on the current disk; then what lies
-//! on the previous disk is deleted, and a change of the map drops it.
+//! A slot whose disk changed names the disk before as `previous`; one whose disk came back without its chunks has none
+//! (`look` finds that). Either is queued once in every shard, durably, with a cursor: the shard's extents of the group
+//! are taken in order, what the current disk lacks is brought there, and the cursor follows; another holder of the
+//! lease goes on from it. When no shard has a moving slot queued any more, its current disk is looked through once
+//! more, from the beginning, and what it has is deleted on the previous one; then a change of the map drops that.
 //!
 //! **Invariant:** a slot's previous disk is dropped only after every extent of its group was looked for on the current
-//! disk, under this very pair of disks: a slot that changes again is queued anew, and the change of the map is made on
-//! the map that was looked at.
+//! disk, under this very pair of disks, whatever the cursors say: the last look is made by the map that the change is
+//! made on.
 
 use super::look::BATCH;
 use super::plan::Task;
@@ -47,7 +48,7 @@ pub(super) struct Moves {
     epoch: Option<(Epoch, Instant)>,
     /// What each shard was told.
     queued: BTreeMap<ShardId, BTreeMap<SlotId, GroupSlot>>,
-    /// Slots of which something could not be brought.
+    /// Queued slots of which something could not be brought.
     failed: HashMap<(ShardId, SlotId), Failed>,
 }
 
@@ -94,7 +95,7 @@ impl Inner {
 
     async fn try_slots_pass(&self, map: &ClusterMap, moves: &mut Moves, held: &Held) -> Result<usize, ShardError> {
         let moving = moving(map);
-        moves.failed.retain(|(_, slot), _| moving.contains_key(slot));
+        moves.failed.retain(|(_, (group, _)), _| map.group(*group).is_some());
         if moves.epoch.is_none_or(|(epoch, _)| epoch != map.epoch) {
             moves.epoch = Some((map.epoch, Instant::now()));
         }
@@ -146,8 +147,8 @@ impl Inner {
         Ok(progress)
     }
 
-    /// Queues in a shard what moves and what it was not told yet. Without knowing what an earlier holder of the lease
-    /// had seen, all that moves is looked at from the beginning.
+    /// Queues in a shard what moves and what it was not told yet. At first, what an earlier holder of the lease had
+    /// queued goes on where it stopped; a slot that moves again meanwhile begins anew.
     async fn queue_moves(
         &self,
         shard: ShardId,
@@ -155,14 +156,26 @@ impl Inner {
         moves: &mut Moves,
         held: &Held,
     ) -> Result<(), ShardError> {
-        let known = moves.queued.entry(shard).or_default();
-        let anew: Vec<SlotId> =
-            moving.iter().filter(|(id, slot)| known.get(id) != Some(slot)).map(|(id, _)| *id).collect();
-        for slots in anew.chunks(SLOTS_PER_COMMAND) {
-            let queue = Command::QueueRepair { slots: slots.to_vec(), lease: held.stamp().clone() };
+        let known = moves.queued.get(&shard);
+        let untold = |(id, slot): &(&SlotId, &GroupSlot)| known.and_then(|known| known.get(*id)) != Some(*slot);
+        let untold: Vec<SlotId> = moving.iter().filter(untold).map(|(id, _)| *id).collect();
+        self.queue_slots(shard, &untold, known.is_none(), held).await?;
+        moves.queued.insert(shard, moving.clone());
+        Ok(())
+    }
+
+    /// Queues slots in a shard. `keep`: those that are queued go on where they stopped.
+    pub(super) async fn queue_slots(
+        &self,
+        shard: ShardId,
+        slots: &[SlotId],
+        keep: bool,
+        held: &Held,
+    ) -> Result<(), ShardError> {
+        for slots in slots.chunks(SLOTS_PER_COMMAND) {
+            let queue = Command::QueueRepair { slots: slots.to_vec(), keep, lease: held.stamp().clone() };
             command_under(&self.meta, held, shard, queue).await?;
         }
-        known.clone_from(moving);
         Ok(())
     }
 
@@ -275,8 +288,7 @@ impl Inner {
                 Ok(Look::Further)
             }
             _ if moves.failed.get(&key).is_some_and(|failed| failed.now) => {
-                let queue = Command::QueueRepair { slots: vec![(group, slot)], lease };
-                command_under(&self.meta, held, shard, queue).await?;
+                self.queue_slots(shard, &[(group, slot)], false, held).await?;
                 let failed = moves.failed.entry(key).or_default();
                 failed.sweeps = failed.sweeps.saturating_add(1);
                 let settings = self.settings();
@@ -308,9 +320,9 @@ impl Inner {
         }
     }
 
-    /// Deletes the chunks of these slots on their previous disks, which nobody would ask for them again, after looking
-    /// once more that the current disks have them; a slot where one does not is queued again. A slot whose previous
-    /// disk does not answer stays as it is until it does or is out. False when none is left.
+    /// Looks once more that the current disks have every chunk of these slots, and deletes what they have on the
+    /// previous ones, which nobody would ask for it again. A slot where one is lacking is queued again. A slot whose
+    /// previous disk does not answer stays as it is until it does or is out. False when none is left.
     async fn clear_previous(
         &self,
         map: &ClusterMap,
@@ -319,7 +331,7 @@ impl Inner {
     ) -> Result<bool, ShardError> {
         let serves = |disk: DiskId| map.disk(disk).is_some_and(|disk| disk.state != DiskState::Out);
         for ((group, slot), entry) in done.clone() {
-            let Some(previous) = entry.previous.filter(|disk| serves(*disk)) else { continue };
+            let previous = entry.previous.filter(|disk| serves(*disk));
             'shards: for shard in self.meta.object_shards() {
                 let mut after = None;
                 loop {
@@ -332,17 +344,17 @@ impl Inner {
                     let absent = self.absent(entry.current, &chunks).await;
                     if absent.as_ref().is_none_or(|absent| !absent.is_empty()) {
                         if absent.is_some() {
-                            let queue =
-                                Command::QueueRepair { slots: vec![(group, slot)], lease: held.stamp().clone() };
-                            command_under(&self.meta, held, shard, queue).await?;
+                            self.queue_slots(shard, &[(group, slot)], false, held).await?;
                         }
                         done.remove(&(group, slot));
                         break 'shards;
                     }
-                    let chunks = chunks.into_iter().map(|(id, _)| id).collect();
-                    if !self.delete_on(previous, chunks, held).await.is_empty() {
-                        done.remove(&(group, slot));
-                        break 'shards;
+                    let chunks: Vec<ChunkId> = chunks.into_iter().map(|(id, _)| id).collect();
+                    if let Some(previous) = previous {
+                        if !self.delete_on(previous, chunks, held).await.is_empty() {
+                            done.remove(&(group, slot));
+                            break 'shards;
+                        }
                     }
                     after = extents.last().map(|record| (group, record.extent.extent));
                     if !more || after.is_none() {
