@@ -3,7 +3,7 @@
 
 use crate::label::Label;
 use crate::leases::{LeaseRefused, Leases, UnderLease};
-use crate::maps::{MapRefused, Maps};
+use crate::maps::{MapRefused, Maps, News};
 use crate::roles::{OnFatal, Roles};
 use crate::store::handle::{Store, Upload};
 use crate::store::StoreError;
@@ -248,6 +248,11 @@ impl Node {
                     return Err(ControlError::BadRequest(error.to_string()));
                 }
             },
+            ControlRequest::GetMapSince(known) => match self.maps.since(known) {
+                News::None => ControlResponse::Map(None),
+                News::Diffs(diffs) => ControlResponse::MapDiffs(diffs),
+                News::Whole(map) => ControlResponse::Map(Some(Box::new((*map).clone()))),
+            },
             ControlRequest::GetMap => ControlResponse::Map(self.maps.newest().map(|map| Box::new((*map).clone()))),
             ControlRequest::ShardStatus => ControlResponse::Shards(self.roles.status()),
         })
@@ -274,6 +279,7 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
     use crate::metrics::Metrics;
     use crate::store::file_device::FileDevice;

@@ -129,12 +129,15 @@ impl Peers {
             let Some(client) = others.get(round % others.len().max(1)).and_then(|disk| self.client(*disk)) else {
                 continue;
             };
-            // Its epoch first: the map is long, and almost always the one known here.
-            match client.control(ControlRequest::Status, POLL_DEADLINE).await {
-                Ok(ControlResponse::Status(status)) if status.epoch <= map.epoch => continue,
-                _ => {}
-            }
-            match client.control(ControlRequest::GetMap, POLL_DEADLINE).await {
+            match client.control(ControlRequest::GetMapSince(map.epoch), POLL_DEADLINE).await {
+                Ok(ControlResponse::MapDiffs(diffs)) => {
+                    for diff in diffs {
+                        if let Err(error) = self.maps.offer_diff(&diff).await {
+                            tracing::error!(%error, peer = client.address(), "a difference of a peer's map was refused");
+                            break;
+                        }
+                    }
+                }
                 Ok(ControlResponse::Map(Some(found))) => {
                     if let Err(error) = self.maps.offer(Arc::from(found)).await {
                         tracing::error!(%error, peer = client.address(), "a peer's map was refused");

@@ -249,17 +249,14 @@ impl Store {
     pub async fn quarantine(&self, ids: Vec<ChunkId>, into: bool) -> Result<(), StoreError> {
         let mark = move |shared: &Shared| {
             shared.check_running()?;
+            let there = |id| Ok(shared.index.chunk(id).map_err(|error| shared.fail_index(&error))?.is_some());
             let mut batch = Batch::default();
             for id in &ids {
                 let marked = shared.index.quarantined_ms(id).map_err(|error| shared.fail_index(&error))?.is_some();
-                match into {
-                    true if !marked => {
-                        if shared.index.chunk(id).map_err(|error| shared.fail_index(&error))?.is_some() {
-                            batch.put_quarantine(id, now_ms());
-                        }
-                    }
-                    false if marked => batch.remove_quarantine(id),
-                    _ => {}
+                if !into && marked {
+                    batch.remove_quarantine(id);
+                } else if into && !marked && there(id)? {
+                    batch.put_quarantine(id, now_ms());
                 }
             }
             shared.index.write(batch).map_err(|error| shared.fail_index(&error))

@@ -59,6 +59,7 @@ impl OpenFiles {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
     use crate::store::device::Space;
     use std::sync::atomic::{AtomicBool, Ordering};

@@ -89,6 +89,9 @@ pub enum ControlRequest {
         /// The lease under which it is done.
         lease: LeaseStamp,
     },
+    /// What changed in the map since that epoch. Answers MapDiffs, where this node still knows, or Map: the newest, or
+    /// none when it is not newer.
+    GetMapSince(Epoch),
 }
 
 /// The answer of a disk node.
@@ -125,6 +128,8 @@ pub enum ControlResponse {
     RaftBatch(Vec<Result<Bytes, ControlError>>),
     /// The other end's heartbeat of the link.
     LinkBeat(Bytes),
+    /// Differences that lead from the map asked about to the newest one, in order.
+    MapDiffs(Vec<MapDiff>),
 }
 
 /// Why a request could not be done.

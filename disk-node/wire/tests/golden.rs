@@ -115,6 +115,7 @@ fn requests() -> Vec<ControlRequest> {
         ControlRequest::RaftBatch { from: DiskId(2), messages: vec![(ShardId(3), Bytes::from_static(b"raft"))] },
         ControlRequest::LinkBeat { from: DiskId(2), message: Bytes::from_static(b"beat") },
         ControlRequest::Quarantine { chunks: vec![chunk()], into: true, lease: lease() },
+        ControlRequest::GetMapSince(Epoch(11)),
     ]
 }
 
@@ -146,6 +147,7 @@ fn responses() -> Vec<ControlResponse> {
         ControlResponse::Error(ControlError::Overloaded),
         ControlResponse::RaftBatch(vec![Ok(Bytes::from_static(b"raft")), Err(ControlError::NoSuchShard(ShardId(3)))]),
         ControlResponse::LinkBeat(Bytes::from_static(b"beat")),
+        ControlResponse::MapDiffs(vec![map_diff()]),
     ]
 }
 
