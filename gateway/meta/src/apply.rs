@@ -172,7 +172,8 @@ fn wants_root(command: &Command) -> Option<bool> {
         | Command::SetBucketRule { .. }
         | Command::QueueRepair { .. }
         | Command::AdvanceRepair { .. }
-        | Command::RepairSlotDone { .. } => Some(false),
+        | Command::RepairSlotDone { .. }
+        | Command::RequireMap { .. } => Some(false),
     }
 }
 
@@ -183,7 +184,8 @@ fn stamp_of(command: &Command) -> Option<&LeaseStamp> {
         | Command::GarbageDone { lease, .. }
         | Command::QueueRepair { lease, .. }
         | Command::AdvanceRepair { lease, .. }
-        | Command::RepairSlotDone { lease, .. } => Some(lease),
+        | Command::RepairSlotDone { lease, .. }
+        | Command::RequireMap { lease, .. } => Some(lease),
         _ => None,
     }
 }
@@ -198,8 +200,9 @@ fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Co
         }
     }
     match command {
-        Command::PutObject { bucket, key, record, missing, conditions, rule_epoch } => {
-            objects::put(tx, *bucket, key, record, missing, conditions, *rule_epoch)
+        Command::PutObject { bucket, key, record, missing, map_epoch, conditions, rule_epoch } => {
+            let placed = queues::Placed { missing, map_epoch: *map_epoch };
+            objects::put(tx, *bucket, key, record, placed, conditions, *rule_epoch)
         }
         Command::DeleteObject { bucket, key, version, conditions, rule_epoch } => {
             objects::delete(tx, *bucket, key, *version, conditions, *rule_epoch)
@@ -207,8 +210,9 @@ fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Co
         Command::CreateUpload { bucket, key, upload, record, rule_epoch } => {
             uploads::create(tx, *bucket, key, *upload, record, *rule_epoch)
         }
-        Command::PutPart { bucket, key, upload, part, missing, rule_epoch } => {
-            uploads::put_part(tx, *bucket, key, *upload, part, missing, *rule_epoch)
+        Command::PutPart { bucket, key, upload, part, missing, map_epoch, rule_epoch } => {
+            let placed = queues::Placed { missing, map_epoch: *map_epoch };
+            uploads::put_part(tx, *bucket, key, *upload, part, placed, *rule_epoch)
         }
         Command::CompleteUpload { bucket, key, upload, parts, record, conditions, rule_epoch } => {
             let wanted = uploads::Completion { parts, record, conditions, rule_epoch: *rule_epoch };
@@ -226,6 +230,7 @@ fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Co
             buckets::end_delete(tx, name, *bucket, *attempt, *remove)
         }
         Command::SetMap { map } => maps::set(tx, map),
+        Command::RequireMap { epoch, lease: _ } => maps::require(tx, *epoch),
         Command::Noop => Ok(Reply::Done),
         Command::SetFeatureLevel { level } => level::set(tx, *level),
         Command::TakeLease { task, holder, address, ttl_ms, seen_epoch, seen_renewals } => {

@@ -114,6 +114,7 @@ first_version!(
     QueuedAt,
     LastBucketId,
     LeaseSeen,
+    OldestMap,
     FeatureLevel,
 );
 
@@ -226,6 +227,10 @@ pub struct LastBucketId(pub u64);
 /// The highest lease epoch seen of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseSeen(pub u64);
+
+/// The oldest cluster map by which payloads that a shard takes may have been placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct OldestMap(pub Epoch);
 
 /// The feature level of a shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,7 +7,7 @@ use crate::record::{
     AccountId, BucketId, BucketRule, ObjectRecord, PartRecord, UploadId, UploadRecord, VersionSeq, Versioning,
 };
 use bytes::Bytes;
-use granary_placement::id::{ExtentId, PlacementGroupId};
+use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
 use granary_placement::lease::LeaseStamp;
 use granary_placement::map::ClusterMap;
 use serde::{Deserialize, Serialize};
@@ -62,6 +62,9 @@ pub enum VersionPick {
 /// holds itself, and only when the epochs agree: a lower one replies [`crate::Reply::StaleRule`], a higher one
 /// [`crate::Reply::RuleBehind`], and nothing is written.
 ///
+/// Payloads on disks carry the epoch of the cluster map that they were held against; one older than the shard was told
+/// to require replies [`crate::Reply::StaleMap`], and nothing is written.
+///
 /// Background work carries the stamp of its lease; one that was taken over replies [`crate::Reply::StaleLease`], and
 /// nothing is done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,8 +77,10 @@ pub enum Command {
         key: String,
         /// The record; its version is set when applied.
         record: ObjectRecord,
-        /// Chunks that did not reach their disk: enter the repair queue in the same commit.
+        /// Chunks that are not on their slot's disk by the map of `map_epoch`: enter the repair queue in the same commit.
         missing: Vec<ChunkRef>,
+        /// Epoch of the cluster map that the payload was last held against.
+        map_epoch: Epoch,
         /// Conditions, decided when applied.
         conditions: Conditions,
         /// Epoch of the bucket's rule by which the gateway decided.
@@ -118,8 +123,10 @@ pub enum Command {
         upload: UploadId,
         /// The part.
         part: PartRecord,
-        /// Chunks that did not reach their disk.
+        /// Chunks that are not on their slot's disk by the map of `map_epoch`.
         missing: Vec<ChunkRef>,
+        /// Epoch of the cluster map that the payload was last held against.
+        map_epoch: Epoch,
         /// Epoch of the bucket's rule by which the gateway decided.
         rule_epoch: u64,
     },
@@ -361,5 +368,14 @@ pub enum Command {
     SetFeatureLevel {
         /// The level.
         level: u32,
+    },
+    /// From now on the shard takes no payload that was placed by a map older than this. Sent before slots that moved are
+    /// looked through: what an older map placed is there by then, or never comes. Nothing happens when a later one is
+    /// required. Replies [`crate::Reply::Done`].
+    RequireMap {
+        /// Epoch of the map.
+        epoch: Epoch,
+        /// The sender's lease.
+        lease: LeaseStamp,
     },
 }

@@ -58,6 +58,8 @@ pub mod kind {
     pub const SETTINGS: u8 = b'Y';
     /// Root shard: accounts and keys (reserved).
     pub const ACCOUNT: u8 = b'A';
+    /// The oldest cluster map by which payloads may have been placed.
+    pub const OLDEST_MAP: u8 = b'N';
     /// The shard's feature level.
     pub const LEVEL: u8 = b'%';
     /// The shard's counters.

@@ -1,9 +1,11 @@
-//! The cluster map in the root shard, and what each of the last maps changed.
+//! The cluster map in the root shard, and what each of the last maps changed. In every object shard the epoch of the
+//! oldest map by which payloads may have been placed.
 
 use crate::apply::Tx;
-use crate::codec::{decode, MapHead};
+use crate::codec::{decode, MapHead, OldestMap};
 use crate::keys::{kind, Keys};
 use crate::kv::{Kv, StateError};
+use crate::record::ObjectData;
 use crate::{Answer, Reply};
 use granary_placement::id::Epoch;
 use granary_placement::map::ClusterMap;
@@ -11,6 +13,29 @@ use granary_placement::map::{diff, MapDiff};
 
 /// How many differences are kept. Part of the replicated history.
 pub const KEPT_DIFFS: u64 = 64;
+
+/// See [`crate::Command::RequireMap`].
+pub fn require<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, epoch: Epoch) -> Result<Reply, StateError> {
+    let key = tx.keys.single(kind::OLDEST_MAP);
+    if tx.load::<OldestMap>(&key)?.unwrap_or_default().0 < epoch {
+        tx.store(key, &OldestMap(epoch))?;
+    }
+    Ok(Reply::Done)
+}
+
+/// The reply to a payload that was placed by a map of `epoch`, when that is too old. One that lies in its record lies
+/// on no disk.
+pub fn too_old<K: Kv + ?Sized>(
+    tx: &Tx<'_, '_, K>,
+    data: &ObjectData,
+    epoch: Epoch,
+) -> Result<Option<Reply>, StateError> {
+    if data.extents().is_empty() {
+        return Ok(None);
+    }
+    let OldestMap(oldest) = tx.load(&tx.keys.single(kind::OLDEST_MAP))?.unwrap_or_default();
+    Ok((epoch < oldest).then_some(Reply::StaleMap { oldest }))
+}
 
 /// See [`crate::Command::SetMap`].
 pub fn set<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, map: &ClusterMap) -> Result<Reply, StateError> {

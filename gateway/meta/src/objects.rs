@@ -13,7 +13,7 @@ use crate::check::{check_data, check_key};
 use crate::codec::{decode, ObjectHead};
 use crate::kv::{Kv, StateError};
 use crate::record::{BucketId, ObjectData, ObjectMeta, ObjectRecord, Usage, VersionSeq, Versioning};
-use crate::{queues, rules, ChunkRef, Conditions, Reply, VersionPick};
+use crate::{maps, queues, rules, Conditions, Reply, VersionPick};
 
 /// How many versions one step of a scan takes.
 const SCAN_STEP: usize = 128;
@@ -46,11 +46,11 @@ pub fn put<K: Kv + ?Sized>(
     bucket: BucketId,
     key: &str,
     record: &ObjectRecord,
-    missing: &[ChunkRef],
+    placed: queues::Placed<'_>,
     conditions: &Conditions,
     rule_epoch: u64,
 ) -> Result<Reply, StateError> {
-    if let Err(why) = check_key(key).and_then(|()| check_data(&record.data, record.size_bytes, missing)) {
+    if let Err(why) = check_key(key).and_then(|()| check_data(&record.data, record.size_bytes, placed.missing)) {
         return Ok(Reply::Refused(why));
     }
     if tx.fenced(bucket)? {
@@ -60,6 +60,9 @@ pub fn put<K: Kv + ?Sized>(
         Ok(rule) => rule,
         Err(reply) => return Ok(reply),
     };
+    if let Some(refusal) = maps::too_old(tx, &record.data, placed.map_epoch)? {
+        return Ok(refusal);
+    }
     let current = current(tx, bucket, key)?;
     if let Some(refusal) = refused_by(conditions, current.as_ref()) {
         return Ok(refusal);
@@ -67,7 +70,7 @@ pub fn put<K: Kv + ?Sized>(
     if let Some(why) = queues::not_new(tx, record.data.extents())? {
         return Ok(Reply::Refused(why));
     }
-    queues::own_extents(tx, bucket, key, record.data.extents(), missing)?;
+    queues::own_extents(tx, bucket, key, record.data.extents(), placed.missing)?;
     store_newest(tx, bucket, key, current, record.clone(), rule.versioning)
 }
 

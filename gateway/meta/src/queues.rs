@@ -8,7 +8,16 @@ use crate::apply::Tx;
 use crate::kv::{Kv, StateError};
 use crate::record::{BucketId, ExtentRecord, ExtentRef};
 use crate::{ChunkRef, Reply};
-use granary_placement::id::ExtentId;
+use granary_placement::id::{Epoch, ExtentId};
+
+/// Where the chunks of a payload lie, as its gateway knows.
+#[derive(Debug, Clone, Copy)]
+pub struct Placed<'a> {
+    /// Chunks that are not on their slot's disk.
+    pub missing: &'a [ChunkRef],
+    /// By the map of this epoch.
+    pub map_epoch: Epoch,
+}
 
 /// Why these extents cannot be committed; None when they can.
 pub fn not_new<K: Kv + ?Sized>(tx: &Tx<'_, '_, K>, extents: &[ExtentRef]) -> Result<Option<String>, StateError> {

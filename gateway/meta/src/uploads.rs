@@ -10,7 +10,7 @@ use crate::codec::{decode, CompletedUpload};
 use crate::kv::{Kv, StateError};
 use crate::objects::{current, refused_by, store_newest};
 use crate::record::{BucketId, ObjectData, ObjectRecord, PartRecord, UploadId, UploadRecord};
-use crate::{queues, rules, ChunkRef, Conditions, Reply};
+use crate::{maps, queues, rules, Conditions, Reply};
 
 /// How long a completed upload is kept by the time of later commands, in milliseconds. Part of the replicated history.
 pub const COMPLETED_KEEP_MS: u64 = 24 * 3600 * 1000;
@@ -59,10 +59,10 @@ pub fn put_part<K: Kv + ?Sized>(
     key: &str,
     upload: UploadId,
     part: &PartRecord,
-    missing: &[ChunkRef],
+    placed: queues::Placed<'_>,
     rule_epoch: u64,
 ) -> Result<Reply, StateError> {
-    if let Err(why) = check_key(key).and_then(|()| check_data(&part.data, part.size_bytes, missing)) {
+    if let Err(why) = check_key(key).and_then(|()| check_data(&part.data, part.size_bytes, placed.missing)) {
         return Ok(Reply::Refused(why));
     }
     if part.number == 0 || part.number > MAX_PART_NUMBER {
@@ -74,6 +74,9 @@ pub fn put_part<K: Kv + ?Sized>(
     if let Err(reply) = rules::for_write(tx, bucket, rule_epoch)? {
         return Ok(reply);
     }
+    if let Some(refusal) = maps::too_old(tx, &part.data, placed.map_epoch)? {
+        return Ok(refusal);
+    }
     if let Some(why) = queues::not_new(tx, part.data.extents())? {
         return Ok(Reply::Refused(why));
     }
@@ -83,7 +86,7 @@ pub fn put_part<K: Kv + ?Sized>(
         usage.upload_bytes -= old.size_bytes;
         queues::free_extents(tx, old.data.extents())?;
     }
-    queues::own_extents(tx, bucket, key, part.data.extents(), missing)?;
+    queues::own_extents(tx, bucket, key, part.data.extents(), placed.missing)?;
     usage.upload_bytes += part.size_bytes;
     tx.store(part_key, part)?;
     tx.store_usage(bucket, &usage)?;

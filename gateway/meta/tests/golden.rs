@@ -183,6 +183,7 @@ fn commands() -> Vec<Command> {
             key: key(),
             record: inline(),
             missing: vec![chunk_ref()],
+            map_epoch: Epoch(301),
             conditions: conditions(),
             rule_epoch: 300,
         },
@@ -200,6 +201,7 @@ fn commands() -> Vec<Command> {
             upload: UPLOAD,
             part: part(),
             missing: vec![chunk_ref()],
+            map_epoch: Epoch(301),
             rule_epoch: 300,
         },
         Command::CompleteUpload {
@@ -252,6 +254,7 @@ fn commands() -> Vec<Command> {
         Command::AdvanceRepair { group: GROUP, slot: 5, generation: 301, cursor: EXTENT, lease: stamp() },
         Command::RepairSlotDone { group: GROUP, slot: 5, generation: 301, lease: stamp() },
         Command::SetFeatureLevel { level: 2 },
+        Command::RequireMap { epoch: Epoch(301), lease: stamp() },
     ]
 }
 
@@ -307,6 +310,7 @@ fn replies() -> Vec<Reply> {
         Reply::Settings { epoch: 300 },
         Reply::StaleRule { current: 300 },
         Reply::RuleBehind { known: 300 },
+        Reply::StaleMap { oldest: Epoch(300) },
     ]
 }
 

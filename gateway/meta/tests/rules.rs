@@ -7,7 +7,7 @@ use common::{map, put};
 use granary_meta::memory::MemoryShards;
 use granary_meta::record::{AccountId, BucketId, BucketRecord, BucketRule, Versioning};
 use granary_meta::{Answer, Command, Conditions, Query, Reply, VersionPick};
-use granary_placement::id::ShardId;
+use granary_placement::id::{Epoch, ShardId};
 
 const BUCKET: BucketId = BucketId(1);
 const SHARD: ShardId = ShardId(1);
@@ -185,6 +185,7 @@ fn a_completed_upload_is_answered_again_under_any_rule() {
         upload,
         part: part.clone(),
         missing: Vec::new(),
+        map_epoch: Epoch(1),
         rule_epoch,
     };
     assert_eq!(cluster.send(put_part(3)), Reply::RuleBehind { known: 0 });

@@ -8,7 +8,7 @@ use common::{inline, record, Random};
 use granary_meta::message::{decode_batch, encode_batch, encode_request};
 use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData};
 use granary_meta::{ChunkRef, Command, Conditions, MetaRequest};
-use granary_placement::id::{ExtentId, PlacementGroupId};
+use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
 use granary_placement::scheme::CodecId;
 use granary_replica::message::{
     decode_entry, decode_message, encode_entry, encode_message, PeerRequest, WireEntry, WireLogId, WirePayload,
@@ -35,6 +35,7 @@ fn put(key: &str, data: ObjectData, size_bytes: u64) -> Command {
         key: key.to_owned(),
         record: record(data, size_bytes, "etag"),
         missing: Vec::new(),
+        map_epoch: Epoch(1),
         conditions: Conditions::default(),
         rule_epoch: 0,
     }

@@ -26,7 +26,7 @@ mod write;
 pub(crate) use counters::add;
 pub use counters::ObjectCounters;
 pub use read::{ObjectReader, ReadError};
-pub use staged::Staged;
+pub use staged::{Placement, Staged};
 pub use write::StageError;
 
 use crate::disks::Disks;

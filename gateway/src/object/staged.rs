@@ -9,7 +9,7 @@ use crate::disks::{DiskHealth, Disks};
 use futures::stream::{self, StreamExt};
 use granary_meta::record::ObjectData;
 use granary_meta::ChunkRef;
-use granary_placement::id::DiskId;
+use granary_placement::id::{DiskId, Epoch};
 use granary_wire::chunk::ChunkId;
 use granary_wire::control::{ControlRequest, ControlResponse};
 use std::collections::BTreeMap;
@@ -40,14 +40,21 @@ const WRITERS_DEADLINE: Duration = Duration::from_secs(30);
 pub struct Staged {
     /// What the record is to carry.
     pub data: ObjectData,
-    /// Chunks that did not reach their disk; they go into the same commit.
+    /// Chunks that are not on the disk of their slot; they go into the same commit.
     pub missing: Vec<ChunkRef>,
+    /// Epoch of the map by which that is so; it goes into the commit too. Of no meaning for a payload on no disk.
+    pub map_epoch: Epoch,
     /// The payload, in bytes.
     pub size_bytes: u64,
     pub(super) uncommitted: Uncommitted,
 }
 
 impl Staged {
+    /// What the commit says of where the payload lies.
+    pub fn placement(&self) -> Placement {
+        Placement { missing: self.missing.clone(), map_epoch: self.map_epoch }
+    }
+
     /// The commit is about to be sent: from now on, dropping this deletes nothing, because the commit may have
     /// happened.
     pub fn committing(&mut self) {
@@ -68,6 +75,15 @@ impl Staged {
     pub fn refused(mut self) {
         self.uncommitted.armed = true;
     }
+}
+
+/// What a commit says of where a payload lies.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Placement {
+    /// See [`Staged::missing`].
+    pub missing: Vec<ChunkRef>,
+    /// See [`Staged::map_epoch`].
+    pub map_epoch: Epoch,
 }
 
 /// Chunks on disks that no record names; deleted in the background when dropped while armed.

@@ -12,7 +12,8 @@ use futures::stream::{Stream, StreamExt};
 use granary_meta::record::ObjectData;
 use granary_placement::codec::CodecError;
 use granary_placement::extent::MAX_EXTENT_BYTES;
-use granary_placement::id::{DiskId, ExtentId, HashSlot};
+use granary_placement::id::{DiskId, Epoch, ExtentId, HashSlot};
+use granary_placement::map::ClusterMap;
 use std::collections::{HashSet, VecDeque};
 use std::pin::Pin;
 use std::time::Instant;
@@ -118,12 +119,13 @@ impl ObjectStore {
             return Ok(Staged {
                 data: ObjectData::Inline { bytes, crc32 },
                 missing: Vec::new(),
+                map_epoch: Epoch(0),
                 size_bytes: len_bytes,
                 uncommitted,
             });
         }
 
-        let (begun, map_before) = (Instant::now(), self.disks().map());
+        let begun = Instant::now();
         let longest = self.settings().extent_bytes.clamp(1, MAX_EXTENT_BYTES);
         let mut draw = Draw(u64::from_be_bytes(random()?));
         let mut failed = HashSet::new();
@@ -142,16 +144,27 @@ impl ObjectStore {
             add(&self.counters().writes_unavailable, 1);
             return Err(StageError::Unavailable("the payload took longer than object.longest_upload".to_owned()));
         }
+        let data = ObjectData::Extents(extents);
+        let mut staged = Staged { data, missing, map_epoch: Epoch(0), size_bytes: len_bytes, uncommitted };
         // The map was read for each extent; the payload is committed under the one that is in force now.
-        if let (Some(before), Some(map)) = (map_before, self.disks().map()) {
-            if before.epoch != map.epoch {
-                recheck(&map, &extents, uncommitted.chunks(), &mut missing).map_err(|extent| {
-                    add(&self.counters().writes_unavailable, 1);
-                    StageError::Unavailable(format!("extent {extent} was overtaken by moves of its placement group"))
-                })?;
-            }
-        }
-        Ok(Staged { data: ObjectData::Extents(extents), missing, size_bytes: len_bytes, uncommitted })
+        let map = self.disks().map().ok_or_else(|| StageError::Unavailable("there is no cluster map".to_owned()))?;
+        self.hold_against(&map, &mut staged)?;
+        Ok(staged)
+    }
+
+    /// Holds a payload on disks against a newer map: chunks that are not on the disk of their slot any more are named
+    /// missing.
+    ///
+    /// # Errors
+    /// [`StageError::Unavailable`] when moves left an extent without a spare chunk: it must not be committed.
+    pub fn hold_against(&self, map: &ClusterMap, staged: &mut Staged) -> Result<(), StageError> {
+        let chunks = staged.uncommitted.chunks();
+        recheck(map, staged.data.extents(), chunks, &mut staged.missing).map_err(|extent| {
+            add(&self.counters().writes_unavailable, 1);
+            StageError::Unavailable(format!("extent {extent} was overtaken by moves of its placement group"))
+        })?;
+        staged.map_epoch = map.epoch;
+        Ok(())
     }
 
     /// Writes one extent; while its payload so far is still in memory, disks that fail are replaced by another group or

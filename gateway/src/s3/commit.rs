@@ -7,11 +7,11 @@ use super::call::{Call, BUCKET_RETRIES};
 use super::error;
 use super::upload_body::{upload_body, Source};
 use crate::digest::Digests;
-use crate::object::{BodyError, Staged};
+use crate::object::{BodyError, Placement, Staged};
 use futures::TryStreamExt;
 use granary_meta::record::{BucketId, BucketRecord, ChecksumAlgorithm, ObjectRecord};
 use granary_meta::{Command, Conditions, Reply};
-use granary_placement::id::HashSlot;
+use granary_placement::id::{Epoch, HashSlot};
 use s3s::{S3Error, S3Result};
 
 /// Whose payload it is and how it is stored.
@@ -58,8 +58,8 @@ pub(super) async fn stage(
 }
 
 /// Sends a command, and settles what becomes of the staged payload that it names. It runs in a task of its own: a
-/// client that goes away must not leave the payload in doubt. `command` is made again for each attempt; `accepted`
-/// tells the replies that mean that the payload now belongs to a record.
+/// client that goes away must not leave the payload in doubt. `command` is made again for each attempt, by what is known
+/// then of the bucket and of where the payload lies; `accepted` tells the replies that mean that the payload now belongs to a record.
 ///
 /// # Errors
 /// What the shard refused, NoSuchBucket, or 503 when the outcome is not known.
@@ -67,7 +67,7 @@ pub(super) async fn settle(
     call: &Call,
     bucket: BucketRecord,
     key: String,
-    command: impl Fn(&BucketRecord) -> Command + Send + Sync + 'static,
+    command: impl Fn(&BucketRecord, &Placement) -> Command + Send + Sync + 'static,
     staged: Option<Staged>,
     accepted: fn(&Reply) -> bool,
 ) -> S3Result<Reply> {
@@ -76,10 +76,11 @@ pub(super) async fn settle(
         let mut staged = staged;
         // From here on a dropped payload stays on the disks, also when this task panics.
         staged.iter_mut().for_each(Staged::committing);
+        let mut placement = staged.as_ref().map(Staged::placement).unwrap_or_default();
         let mut bucket = bucket;
         let mut tries = 0;
         let refusal = loop {
-            match call.command(&bucket, &key, command(&bucket)).await {
+            match call.command(&bucket, &key, command(&bucket, &placement)).await {
                 Ok(reply) if accepted(&reply) => {
                     staged.into_iter().for_each(Staged::committed);
                     return Ok(reply);
@@ -88,6 +89,13 @@ pub(super) async fn settle(
                     tries += 1;
                     match before_retry(&call, &bucket, &key, &reply, tries).await {
                         Ok(now) => bucket = now,
+                        Err(error) => break error,
+                    }
+                }
+                Ok(Reply::StaleMap { oldest }) if tries < BUCKET_RETRIES => {
+                    tries += 1;
+                    match place_anew(&call, staged.as_mut(), oldest).await {
+                        Ok(now) => placement = now,
                         Err(error) => break error,
                     }
                 }
@@ -139,6 +147,20 @@ async fn before_retry(
     Ok(now)
 }
 
+/// Holds a payload against the newest map, after its shard refused it because slots have moved since it was placed.
+///
+/// # Errors
+/// 503 when the map cannot be had, or too little of the payload is left in its place.
+async fn place_anew(call: &Call, staged: Option<&mut Staged>, oldest: Epoch) -> S3Result<Placement> {
+    call.cx.shards.refresh_map().await.map_err(error::query)?;
+    let map = call.cx.shards.current_map().filter(|map| map.epoch >= oldest);
+    let (Some(map), Some(staged)) = (map, staged) else {
+        return Err(error::unavailable("The cluster is being changed."));
+    };
+    call.cx.objects.hold_against(&map, staged).map_err(|cause| error::stage(cause, call.cx.disks_are_full()))?;
+    Ok(staged.placement())
+}
+
 /// Commits an object and gives the ETag that was stored.
 ///
 /// # Errors
@@ -151,12 +173,13 @@ pub(super) async fn commit(
     conditions: Conditions,
     staged: Staged,
 ) -> S3Result<String> {
-    let (named, missing) = (key.clone(), staged.missing.clone());
-    let command = move |bucket: &BucketRecord| Command::PutObject {
+    let named = key.clone();
+    let command = move |bucket: &BucketRecord, placement: &Placement| Command::PutObject {
         bucket: bucket.id,
         key: named.clone(),
         record: record.clone(),
-        missing: missing.clone(),
+        missing: placement.missing.clone(),
+        map_epoch: placement.map_epoch,
         conditions: conditions.clone(),
         rule_epoch: bucket.rule.epoch,
     };

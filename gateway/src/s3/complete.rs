@@ -6,6 +6,7 @@ use super::commit::settle;
 use super::multipart::{parse_upload, MAX_PARTS};
 use super::{error, meta, put};
 use crate::digest;
+use crate::object::Placement;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use base64::Engine;
 use granary_meta::record::{
@@ -143,7 +144,7 @@ async fn complete(call: &Call, input: CompleteMultipartUploadInput) -> S3Result<
         data: ObjectData::Extents(Vec::new()),
     };
     let (key, named) = (input.key.clone(), parts.clone());
-    let command = move |bucket: &BucketRecord| Command::CompleteUpload {
+    let command = move |bucket: &BucketRecord, _: &Placement| Command::CompleteUpload {
         bucket: bucket.id,
         key: key.clone(),
         upload,

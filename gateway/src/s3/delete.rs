@@ -3,6 +3,7 @@
 use super::call::Call;
 use super::commit::settle;
 use super::{error, get, meta};
+use crate::object::Placement;
 use futures::StreamExt;
 use granary_meta::record::BucketRecord;
 use granary_meta::{Command, Conditions, Reply, VersionPick};
@@ -45,7 +46,7 @@ async fn delete(
         Err(_) => return Err(s3_error!(InvalidArgument, "Invalid version id specified")),
     };
     let named = key.clone();
-    let command = move |bucket: &BucketRecord| Command::DeleteObject {
+    let command = move |bucket: &BucketRecord, _: &Placement| Command::DeleteObject {
         bucket: bucket.id,
         key: named.clone(),
         version,

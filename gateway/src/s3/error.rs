@@ -100,6 +100,7 @@ pub(super) fn is_refusal(reply: &Reply) -> bool {
             | Reply::BucketFenced
             | Reply::StaleRule { .. }
             | Reply::RuleBehind { .. }
+            | Reply::StaleMap { .. }
             | Reply::Refused(_)
     )
 }
@@ -116,6 +117,7 @@ pub(super) fn reply(reply: Reply) -> S3Error {
         }
         Reply::BucketFenced => unavailable("The bucket is being deleted."),
         Reply::StaleRule { .. } | Reply::RuleBehind { .. } => unavailable("The bucket is being changed."),
+        Reply::StaleMap { .. } => unavailable("The cluster is being changed."),
         other => internal(format!("unexpected reply {}", name_of(&other))),
     }
 }

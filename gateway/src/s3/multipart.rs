@@ -11,7 +11,7 @@ use super::put::{self, DEFAULT_ALGORITHM, MAX_PUT_BYTES};
 use super::upload_body::Source;
 use super::{error, meta};
 use crate::digest::Digests;
-use crate::object::Staged;
+use crate::object::{Placement, Staged};
 use crate::shards::list::ListedUpload;
 use crate::shards::ShardError;
 use granary_meta::record::{
@@ -84,7 +84,7 @@ pub(super) async fn create_multipart_upload(
     let record = UploadRecord { initiated_ms: meta::now_ms(), meta: object_meta, checksum, owner: call.caller.account };
     let bucket = call.bucket(&input.bucket).await?;
     let key = input.key.clone();
-    let command = move |bucket: &BucketRecord| Command::CreateUpload {
+    let command = move |bucket: &BucketRecord, _: &Placement| Command::CreateUpload {
         bucket: bucket.id,
         key: key.clone(),
         upload,
@@ -149,13 +149,14 @@ async fn commit_part(
         data: staged.data.clone(),
     };
     let PartOf { bucket, key, upload, .. } = of;
-    let (named, sent, missing) = (key.clone(), part.clone(), staged.missing.clone());
-    let command = move |bucket: &BucketRecord| Command::PutPart {
+    let (named, sent) = (key.clone(), part.clone());
+    let command = move |bucket: &BucketRecord, placement: &Placement| Command::PutPart {
         bucket: bucket.id,
         key: named.clone(),
         upload,
         part: sent.clone(),
-        missing: missing.clone(),
+        missing: placement.missing.clone(),
+        map_epoch: placement.map_epoch,
         rule_epoch: bucket.rule.epoch,
     };
     settle(call, bucket, key, command, Some(staged), |reply| matches!(reply, Reply::Done)).await?;
@@ -275,7 +276,11 @@ pub(super) async fn abort_multipart_upload(
     let upload = parse_upload(&input.upload_id)?;
     let bucket = call.bucket(&input.bucket).await?;
     let key = input.key.clone();
-    let command = move |bucket: &BucketRecord| Command::AbortUpload { bucket: bucket.id, key: key.clone(), upload };
+    let command = move |bucket: &BucketRecord, _: &Placement| Command::AbortUpload {
+        bucket: bucket.id,
+        key: key.clone(),
+        upload,
+    };
     call.forget_upload(&bucket, &input.key, upload);
     settle(call, bucket, input.key, command, None, |reply| matches!(reply, Reply::Done)).await?;
     Ok(S3Response::new(AbortMultipartUploadOutput::default()))

@@ -164,7 +164,7 @@ fn put_command(bucket: BucketId, key: &str) -> Command {
         data: ObjectData::Inline { crc32: crc32fast::hash(&bytes), bytes },
     };
     let (key, missing, conditions) = (key.to_owned(), Vec::new(), Conditions::default());
-    Command::PutObject { bucket, key, record, missing, conditions, rule_epoch: 0 }
+    Command::PutObject { bucket, key, record, missing, map_epoch: Epoch(1), conditions, rule_epoch: 0 }
 }
 
 async fn put(shards: &Shards, bucket: BucketId, key: &str) -> Result<Reply, ShardError> {

@@ -135,6 +135,14 @@ impl Cluster {
         }
     }
 
+    /// Another gateway, which hears of no new map.
+    pub async fn stale_gateway(&self) -> ObjectStore {
+        let (_, map) = watch::channel(self.map.borrow().clone());
+        let watched = Disks::new(map, self.credentials.clone(), None, quick_disks());
+        assert!(watched.wait_ready(Duration::from_secs(10)).await);
+        ObjectStore::new(watched, self.store.settings().clone())
+    }
+
     /// Changes the map in the root shard, and tells the gateway at once.
     pub fn change_map(&self, change: impl Fn(&mut ClusterMap)) {
         loop {

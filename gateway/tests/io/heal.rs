@@ -62,7 +62,7 @@ async fn objects_of(cluster: &Cluster, meta: &Meta, draw: &mut Draw, lens: &[u64
         let shard = ShardId(1 + (len % 2) as u16);
         let (key, slot) = key_in(cluster, shard, len);
         let staged = cluster.store.stage(None, slot, len, body(&payload, draw)).await.unwrap();
-        meta.commit(shard, &key, &staged.data, &staged.missing);
+        meta.commit(shard, &key, &staged.data, &staged.placement());
         objects.push((staged.data.clone(), payload));
         staged.committed();
     }
@@ -313,6 +313,40 @@ async fn a_payload_that_came_while_its_slots_moved_names_what_lies_elsewhere_or_
     let refused = stage_while_the_map_changes(&cluster, &mut draw, leave_three).await;
     assert!(matches!(refused, Err(StageError::Unavailable(_))), "{refused:?}");
     cluster.until("its chunks are gone", || cluster.chunks() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_with_an_old_map_commits_nothing_where_a_move_is_over() {
+    let mut draw = seed("a_gateway_with_an_old_map_commits_nothing_where_a_move_is_over");
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
+    fill(&cluster, &meta, &mut draw).await;
+    let stale = cluster.stale_gateway().await;
+    let payload = payload(UNIT * 9 + 5, &mut draw);
+    let (key, slot) = key_in(&cluster, ShardId(1), 77);
+    let mut staged = stale.stage(None, slot, payload.len() as u64, body(&payload, &mut draw)).await.unwrap();
+    assert_eq!((staged.map_epoch, staged.missing.len()), (Epoch(1), 0));
+    give_slot_to(&cluster, 7);
+    let (healer, _stop) = heal(&cluster, &meta);
+    cluster.until("the move is done", || self::slot(&cluster) == GroupSlot::new(DiskId(7))).await;
+    let refused = meta.try_commit(ShardId(1), &key, &staged.data, &staged.placement());
+    assert_eq!(refused, Reply::StaleMap { oldest: Epoch(2) });
+
+    // Held against the newest map, what lies on the old disk is named, and brought to the new one.
+    let newest = cluster.map.borrow().clone().unwrap();
+    stale.hold_against(&newest, &mut staged).unwrap();
+    let index = |extent: &ExtentRef| extent.slots.iter().position(|slot| *slot == 2).unwrap() as u8;
+    let lost: Vec<ChunkRef> = staged.data.extents().iter().map(|extent| chunk(extent, index(extent))).collect();
+    assert_eq!((&staged.missing, staged.map_epoch), (&lost, Epoch(3)));
+    meta.commit(ShardId(1), &key, &staged.data, &staged.placement());
+    let data = staged.data.clone();
+    staged.committed();
+    let here = |chunk: &ChunkRef| cluster.disks[6].chunks.lock().unwrap().keys().any(|id| id.extent == chunk.extent);
+    cluster.until("the new disk has it", || lost.iter().all(here) && meta.missing() == 0).await;
+    assert!(healer.census(|_| {}).await.unwrap().is_complete());
+    cluster.kill(0).await;
+    cluster.kill(1).await;
+    cluster.check(&data, &payload, 0..payload.len() as u64).await;
 }
 
 /// The chunks of a shard's extents that belong into the slot that moves.

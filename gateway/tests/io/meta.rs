@@ -3,6 +3,7 @@
 use crate::cluster::Cluster;
 use crate::peers::MemoryPeers;
 use granary_gateway::background::heal::HEAL_TASK;
+use granary_gateway::object::Placement;
 use granary_gateway::shards::Shards;
 use granary_meta::codec::encode;
 use granary_meta::keys::Keys;
@@ -47,7 +48,13 @@ impl Meta {
     }
 
     /// As the PUT of a payload that was staged.
-    pub fn commit(&self, shard: ShardId, key: &str, data: &ObjectData, missing: &[ChunkRef]) {
+    pub fn commit(&self, shard: ShardId, key: &str, data: &ObjectData, placement: &Placement) {
+        let reply = self.try_commit(shard, key, data, placement);
+        assert!(matches!(reply, Reply::Put { .. }), "{reply:?}");
+    }
+
+    /// As the PUT of a payload that was staged; what the shard says of it.
+    pub fn try_commit(&self, shard: ShardId, key: &str, data: &ObjectData, placement: &Placement) -> Reply {
         let record = ObjectRecord {
             version: VersionSeq(0),
             null_version: true,
@@ -66,12 +73,12 @@ impl Meta {
             bucket: BUCKET,
             key: key.to_owned(),
             record,
-            missing: missing.to_vec(),
+            missing: placement.missing.clone(),
+            map_epoch: placement.map_epoch,
             conditions: Conditions::default(),
             rule_epoch: 0,
         };
-        let reply = self.peers.command(shard, put);
-        assert!(matches!(reply, Reply::Put { .. }), "{reply:?}");
+        self.peers.command(shard, put)
     }
 
     /// As the DELETE of the object that an extent is of.

@@ -2,6 +2,7 @@ use crate::cluster::{payload, seed, Cluster, UNIT};
 use crate::heal::{fill, give_slot_to, settings, small};
 use crate::meta::Meta;
 use granary_gateway::background::heal::{HealSettings, Healer};
+use granary_gateway::object::Placement;
 use granary_placement::id::{Epoch, ShardId};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -57,7 +58,7 @@ async fn what_nobody_owns_goes_after_its_age_and_its_quarantine_and_nothing_else
     all(&cluster, 49 * 3600 * 1000);
     cluster.until("they are in quarantine", || quarantined(&cluster) == orphans).await;
     // One of the two was committed after all.
-    meta.commit(ShardId(1), "late", &later, &[]);
+    meta.commit(ShardId(1), "late", &later, &Placement { missing: Vec::new(), map_epoch: Epoch(1) });
     cluster.until("it is out of quarantine", || quarantined(&cluster) == orphans / 2).await;
     let census = healer.census(|_| {}).await.unwrap();
     assert_eq!((census.orphans, census.orphans_quarantined), (orphans as u64 / 2, orphans as u64 / 2));

@@ -8,7 +8,7 @@ use granary_meta::record::{
     Versioning,
 };
 use granary_meta::{ChunkRef, Command, Conditions, VersionPick};
-use granary_placement::id::{ExtentId, PlacementGroupId};
+use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
 use granary_placement::lease::LeaseStamp;
 
 /// Makes commands from what the model knows.
@@ -46,6 +46,16 @@ impl Maker<'_> {
             0 => known.saturating_sub(1),
             1 => known + 1,
             _ => known,
+        }
+    }
+
+    /// Mostly the oldest map that the shard accepts, or the next.
+    fn map_epoch(&mut self) -> Epoch {
+        let Epoch(oldest) = self.model.oldest_map;
+        match self.random.below(8) {
+            0 => Epoch(oldest.saturating_sub(1)),
+            1 => Epoch(oldest + 1),
+            _ => Epoch(oldest),
         }
     }
 
@@ -99,7 +109,7 @@ impl Maker<'_> {
         let etag = format!("{:x}", self.random.next());
         let uploads: Vec<_> = self.model.uploads.keys().cloned().collect();
         let known = (!uploads.is_empty()).then(|| self.random.pick(&uploads).clone());
-        match self.random.below(24) {
+        match self.random.below(25) {
             0..=4 => {
                 let conditions = self.conditions(bucket.0, &key);
                 let size = 2 + self.random.below(1000);
@@ -110,7 +120,8 @@ impl Maker<'_> {
                     ObjectData::Extents(extents) => extents.iter().map(|extent| extent.len_bytes).sum(),
                 };
                 let record = record(data, size_bytes, &etag);
-                Command::PutObject { bucket, key, record, missing, conditions, rule_epoch }
+                let map_epoch = self.map_epoch();
+                Command::PutObject { bucket, key, record, missing, map_epoch, conditions, rule_epoch }
             }
             5..=7 => {
                 let of_key: Vec<u64> = self
@@ -146,7 +157,8 @@ impl Maker<'_> {
                 let size_bytes = data.extents().iter().map(|extent| extent.len_bytes).sum();
                 let number = 1 + self.random.below(4) as u16;
                 let part = PartRecord { number, size_bytes, etag, modified_ms: self.now, checksum: None, data };
-                Command::PutPart { bucket: BucketId(bucket), key, upload: UploadId(upload), part, missing, rule_epoch }
+                let (bucket, upload, map_epoch) = (BucketId(bucket), UploadId(upload), self.map_epoch());
+                Command::PutPart { bucket, key, upload, part, missing, map_epoch, rule_epoch }
             }
             13 | 14 => {
                 let Some((bucket, key, upload)) = known else { return Command::Noop };
@@ -214,6 +226,7 @@ impl Maker<'_> {
                 lease: self.stamp(),
             },
             20 => self.rule_change(bucket),
+            21 => Command::RequireMap { epoch: self.map_epoch(), lease: self.stamp() },
             _ => self.slot_command(),
         }
     }

@@ -7,6 +7,7 @@ use granary_meta::apply::apply;
 use granary_meta::kv::{MemoryKv, Overlay};
 use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData, Usage};
 use granary_meta::{Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, Query, Reply};
+use granary_placement::id::Epoch;
 
 #[test]
 fn same_commands_give_the_same_bytes_in_any_batching() {
@@ -68,6 +69,7 @@ fn an_extent_is_not_committed_twice_nor_out_of_the_garbage() {
         key: key.to_owned(),
         record: record(data.clone(), 10, "e"),
         missing: Vec::new(),
+        map_epoch: Epoch(1),
         conditions: Conditions::default(),
         rule_epoch: 0,
     };
@@ -91,6 +93,7 @@ fn malformed_commands_are_refused_and_change_nothing() {
         key: key.to_owned(),
         record: record(data, size, "e"),
         missing,
+        map_epoch: Epoch(1),
         conditions: Conditions::default(),
         rule_epoch: 0,
     };

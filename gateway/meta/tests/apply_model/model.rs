@@ -1,10 +1,10 @@
 //! The model: a shard as a few maps.
 
 use granary_meta::record::{
-    BucketId, BucketRule, ExtentRef, PartRecord, RepairSlotRecord, Usage, VersionSeq, Versioning,
+    BucketId, BucketRule, ExtentRef, ObjectData, PartRecord, RepairSlotRecord, Usage, VersionSeq, Versioning,
 };
 use granary_meta::{ChunkRef, Command, Conditions, ListFrom, MetaRequest, Reply, VersionPick};
-use granary_placement::id::{ExtentId, PlacementGroupId};
+use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
 use std::collections::{BTreeMap, BTreeSet};
 
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub struct Model {
     pub replies: BTreeMap<[u8; 16], Reply>,
     pub next_seq: u64,
     pub rules: BTreeMap<u64, BucketRule>,
+    /// The oldest map that payloads on disks may have been placed by.
+    pub oldest_map: Epoch,
     /// Highest lease epoch seen of each task.
     pub stamps: BTreeMap<String, u64>,
     pub slots: BTreeMap<(PlacementGroupId, u8), RepairSlotRecord>,
@@ -81,7 +83,8 @@ impl Model {
         | Command::GarbageDone { lease, .. }
         | Command::QueueRepair { lease, .. }
         | Command::AdvanceRepair { lease, .. }
-        | Command::RepairSlotDone { lease, .. }) = command
+        | Command::RepairSlotDone { lease, .. }
+        | Command::RequireMap { lease, .. }) = command
         else {
             return None;
         };
@@ -91,6 +94,11 @@ impl Model {
         }
         *current = lease.epoch;
         None
+    }
+
+    fn too_old(&self, data: &ObjectData, epoch: Epoch) -> Option<Reply> {
+        let on_disks = !data.extents().is_empty();
+        (on_disks && epoch < self.oldest_map).then_some(Reply::StaleMap { oldest: self.oldest_map })
     }
 
     fn refusal(&self, bucket: u64, key: &str, conditions: &Conditions) -> Option<Reply> {
@@ -139,6 +147,7 @@ impl Model {
             Reply::StaleRule { .. } => *self.refusals.entry("stale rule").or_default() += 1,
             Reply::RuleBehind { .. } => *self.refusals.entry("rule behind").or_default() += 1,
             Reply::StaleLease { .. } => *self.refusals.entry("stale lease").or_default() += 1,
+            Reply::StaleMap { .. } => *self.refusals.entry("stale map").or_default() += 1,
             _ => {}
         }
         self.replies.insert(request.request_id, reply.clone());
@@ -147,11 +156,14 @@ impl Model {
 
     fn change(&mut self, command: &Command, now: u64) -> Reply {
         match command {
-            Command::PutObject { bucket, key, record, missing, conditions, rule_epoch } => {
+            Command::PutObject { bucket, key, record, missing, map_epoch, conditions, rule_epoch } => {
                 if self.fenced(bucket.0) {
                     return Reply::BucketFenced;
                 }
                 if let Some(refusal) = self.other_rule(*bucket, *rule_epoch) {
+                    return refusal;
+                }
+                if let Some(refusal) = self.too_old(&record.data, *map_epoch) {
                     return refusal;
                 }
                 if let Some(refusal) = self.refusal(bucket.0, key, conditions) {
@@ -185,12 +197,15 @@ impl Model {
                 self.uploads.insert((bucket.0, key.clone(), upload.0), BTreeMap::new());
                 Reply::Done
             }
-            Command::PutPart { bucket, key, upload, part, missing, rule_epoch } => {
+            Command::PutPart { bucket, key, upload, part, missing, map_epoch, rule_epoch } => {
                 let id = (bucket.0, key.clone(), upload.0);
                 if !self.uploads.contains_key(&id) {
                     return Reply::NoSuchUpload;
                 }
                 if let Some(refusal) = self.other_rule(*bucket, *rule_epoch) {
+                    return refusal;
+                }
+                if let Some(refusal) = self.too_old(&part.data, *map_epoch) {
                     return refusal;
                 }
                 let old = self.uploads.get_mut(&id).unwrap().insert(part.number, part.clone());
@@ -299,6 +314,10 @@ impl Model {
                     return Reply::StaleRule { current: there.epoch };
                 }
                 self.rules.insert(bucket.0, *rule);
+                Reply::Done
+            }
+            Command::RequireMap { epoch, .. } => {
+                self.oldest_map = self.oldest_map.max(*epoch);
                 Reply::Done
             }
             Command::QueueRepair { slots, keep, .. } => {

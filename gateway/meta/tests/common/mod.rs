@@ -93,6 +93,7 @@ pub fn put(bucket: u64, key: &str, body: &[u8]) -> Command {
         key: key.to_owned(),
         record: record(inline(body), body.len() as u64, &format!("{:08x}", crc32fast::hash(body))),
         missing: Vec::new(),
+        map_epoch: Epoch(1),
         conditions: Conditions::default(),
         rule_epoch: 0,
     }

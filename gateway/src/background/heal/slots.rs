@@ -6,6 +6,9 @@
 //! lease goes on from it. When no shard has a moving slot queued any more, its current disk is looked through once
 //! more, from the beginning, and what it has is deleted on the previous one; then a change of the map drops that.
 //!
+//! Before slots are looked at, the shard is told to take no payload any more that was placed by an older map: a gateway
+//! that has not heard of the move places it anew, and names what lies elsewhere.
+//!
 //! **Invariant:** a slot's previous disk is dropped only after every extent of its group was looked for on the current
 //! disk, under this very pair of disks, whatever the cursors say: the last look is made by the map that the change is
 //! made on.
@@ -48,6 +51,8 @@ pub(super) struct Moves {
     epoch: Option<(Epoch, Instant)>,
     /// What each shard was told.
     queued: BTreeMap<ShardId, BTreeMap<SlotId, GroupSlot>>,
+    /// The oldest map that each shard takes payloads by.
+    required: BTreeMap<ShardId, Epoch>,
     /// Queued slots of which something could not be brought.
     failed: HashMap<(ShardId, SlotId), Failed>,
 }
@@ -110,12 +115,18 @@ impl Inner {
                 }
             }
         }
-        // Gateways that have not heard of the map yet may still write to the disks that it took slots from.
+        // Gateways that have not heard of the map yet may still write to the disks that it took slots from. They are given
+        // time to hear of it, and refused from then on: what comes late is seen below, or is placed anew.
         if moves.epoch.is_none_or(|(_, since)| since.elapsed() < self.settings().move_settle) {
             return Ok(0);
         }
         let (mut progress, mut left) = (0, BTreeSet::new());
         for shard in told {
+            if let Err(error) = self.require_map(shard, map.epoch, moves, held).await {
+                tracing::debug!(%shard, %error, "a shard could not be told which map payloads must be placed by");
+                all_looked_at = false;
+                continue;
+            }
             match self.look_at_shard(map, shard, moves, held, &mut left).await {
                 Ok(further) => progress += further,
                 Err(error) => {
@@ -161,6 +172,22 @@ impl Inner {
         let untold: Vec<SlotId> = moving.iter().filter(untold).map(|(id, _)| *id).collect();
         self.queue_slots(shard, &untold, known.is_none(), held).await?;
         moves.queued.insert(shard, moving.clone());
+        Ok(())
+    }
+
+    /// Has a shard take no payload any more that was placed by an older map.
+    async fn require_map(
+        &self,
+        shard: ShardId,
+        epoch: Epoch,
+        moves: &mut Moves,
+        held: &Held,
+    ) -> Result<(), ShardError> {
+        if moves.required.get(&shard).is_none_or(|required| *required < epoch) {
+            let require = Command::RequireMap { epoch, lease: held.stamp().clone() };
+            command_under(&self.meta, held, shard, require).await?;
+            moves.required.insert(shard, epoch);
+        }
         Ok(())
     }
 
@@ -339,8 +366,7 @@ impl Inner {
                         self.extents_of(shard, group, after, u32::try_from(BATCH).unwrap_or(1)).await?;
                     let chunks: Vec<(ChunkId, ChunkRef)> =
                         in_slot(&extents, slot).map(|(id, chunk, _)| (id, chunk)).collect();
-                    // A gateway with an older map may have written to the previous disk after the slot was looked
-                    // through: nothing goes from there that is not on the current one.
+                    // Nothing goes from the previous disk that is not on the current one.
                     let absent = self.absent(entry.current, &chunks).await;
                     if absent.as_ref().is_none_or(|absent| !absent.is_empty()) {
                         if absent.is_some() {

@@ -10,7 +10,7 @@ use crate::shards::{Shards, Timing};
 use futures::TryStreamExt;
 use granary_meta::record::{AccountId, BucketRecord, ObjectRecord, Versioning};
 use granary_meta::{Answer, Command, MetaRequest, Query, Reply, VersionPick};
-use granary_placement::id::{ClusterId, DiskUuid, PlacementGroupId, ShardId};
+use granary_placement::id::{ClusterId, DiskUuid, Epoch, PlacementGroupId, ShardId};
 use granary_placement::map::{ClusterMap, Location, Roles};
 use granary_placement::place::{new_map, NewCluster, NewDisk};
 use granary_placement::scheme::{FailureDomain, Scheme};
@@ -140,6 +140,7 @@ impl Cluster {
             key: key.to_owned(),
             record,
             missing: Vec::new(),
+            map_epoch: Epoch(1),
             conditions: granary_meta::Conditions::default(),
             rule_epoch: 0,
         };

@@ -7,6 +7,7 @@ mod client;
 mod cluster;
 mod http;
 mod listing;
+mod moves;
 mod multipart;
 #[allow(missing_docs, dead_code)] // shared with the tests of the object store, which use more of it
 #[path = "../../../tests/io/node.rs"]
