@@ -8,8 +8,7 @@
 //! Stopping: no new S3 requests, those under way get [`DRAIN`]; then background work; then the admin listener, so that
 //! a gateway that drains can still be looked at.
 
-use crate::admin::api::Status;
-use crate::admin::status::{collect, Sources};
+use crate::admin::status::{collect, newest, Newest, Sources};
 use crate::admin::{AdminContext, LocalDisks};
 use crate::background::heal::{HealSettings, Healer};
 use crate::disks::{DiskSettings, Disks};
@@ -91,7 +90,7 @@ pub struct Gateway {
     s3: S3Settings,
     healer: Arc<OnceLock<Healer>>,
     admin_token: Secret,
-    status: watch::Receiver<Arc<Status>>,
+    status: Newest,
     serving: watch::Sender<bool>,
     /// Ends S3, background work and the admin listener, in this order.
     stops: [CancellationToken; 3],
@@ -130,13 +129,13 @@ impl Gateway {
         let counted = disks.clone();
         metrics.register_sampled("granary_disk_", move || counted.counters().samples())?;
         let healer: Arc<OnceLock<Healer>> = Arc::default();
-        let status = watch::Sender::new(Arc::new(Status::default()));
+        let (status, collector) = newest();
         let gateway = Gateway {
             s3,
             store,
             healer: healer.clone(),
             admin_token: config.admin_token,
-            status: status.subscribe(),
+            status,
             serving: watch::Sender::new(false),
             stops: [(); 3].map(|()| CancellationToken::new()),
             tasks: [(); 3].map(|()| TaskTracker::new()),
@@ -165,7 +164,7 @@ impl Gateway {
             healer: healer.clone(),
             metrics: gateway.metrics.clone(),
         };
-        background(Box::pin(collect(sources, status, stop())));
+        background(Box::pin(collect(sources, collector, stop())));
         background(Box::pin(cluster::watch(gateway.shards.clone(), gateway.values.clone())));
         let (settings, following) = cluster::follow(gateway.values.subscribe(), HealSettings::from_settings);
         background(Box::pin(following));

@@ -46,7 +46,7 @@ pub(super) fn long() -> Router<Shared> {
 }
 
 async fn status(context: Arc<AdminContext>, _: GetStatus) -> Result<Status, ApiError> {
-    Ok(context.status.borrow().as_ref().clone())
+    Ok(context.status.get().await.as_ref().clone())
 }
 
 async fn map(context: Arc<AdminContext>, _: GetMap) -> Result<ClusterMap, ApiError> {

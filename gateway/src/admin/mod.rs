@@ -3,7 +3,7 @@
 //! - [`api`]: what can be asked and what is answered, as types;
 //! - [`acts`]: what operators ask for and change;
 //! - [`routes`]: which path leads where, and the limits around all of them;
-//! - [`status`]: what is known of the cluster, collected each second;
+//! - [`status`]: what is known of the cluster, collected when somebody asks;
 //! - [`ready`]: whether this gateway should get traffic, and why not;
 //! - [`page`]: the status page;
 //! - [`listener`]: accepts connections.
@@ -29,7 +29,6 @@ use crate::disks::Disks;
 use crate::metrics::Metrics;
 use crate::settings::Secret;
 use crate::shards::Shards;
-use api::Status;
 use futures::future::BoxFuture;
 use granary_placement::id::DiskId;
 use granary_placement::settings::Values;
@@ -65,8 +64,8 @@ pub struct AdminContext {
     pub healer: Arc<OnceLock<Healer>>,
     /// Disk nodes of our own.
     pub local: Option<Arc<dyn LocalDisks>>,
-    /// The newest collection.
-    pub status: watch::Receiver<Arc<Status>>,
+    /// The newest status.
+    pub status: status::Newest,
     /// True while S3 is served.
     pub serving: watch::Receiver<bool>,
     /// `host:port` of S3.

@@ -177,7 +177,7 @@ async fn token(State(context): State<Shared>, request: Request, next: Next) -> R
 }
 
 async fn front_page(State(context): State<Shared>) -> Result<Response, ApiError> {
-    let status = context.status.borrow().clone();
+    let status = context.status.get().await;
     let readiness = ready::verdict(&status, &ready::Facts::of(&context));
     match page::render(&status, &readiness, &context.s3) {
         Ok(page) => Ok(typed(HTML, page)),
@@ -186,11 +186,13 @@ async fn front_page(State(context): State<Shared>) -> Result<Response, ApiError>
 }
 
 async fn readiness(State(context): State<Shared>) -> Response {
-    let readiness = ready::verdict(&context.status.borrow(), &ready::Facts::of(&context));
+    let readiness = ready::verdict(context.status.get().await.as_ref(), &ready::Facts::of(&context));
     json(if readiness.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &readiness)
 }
 
 async fn metrics(State(context): State<Shared>) -> Result<Response, ApiError> {
+    // Gauges of disks and shards are set by it.
+    context.status.get().await;
     let text = context.metrics.text().map_err(|error| ApiError::new(ErrorCode::Internal, error))?;
     Ok(typed("text/plain; version=0.0.4; charset=utf-8", text))
 }

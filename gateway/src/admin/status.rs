@@ -1,4 +1,5 @@
-//! What is known of the cluster, collected once for everybody who asks: the API, the page, readiness and metrics.
+//! What is known of the cluster, collected for everybody who asks: the API, the page, readiness and metrics. While nobody
+//! asks nothing is collected: the queries wake shards that sleep.
 
 use super::api::{BucketRow, Count, DiskRow, Health, ReplicaRow, Role, ShardRow, Status, UsageRow};
 use crate::background::heal::{HealStatus, Healer, HEAL_TASK};
@@ -14,11 +15,14 @@ use granary_wire::control::{ControlRequest, ControlResponse, ShardStatus};
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{watch, Notify};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+/// A status is good for this long.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// So long somebody who asks waits for a new one; probes give up after a second.
+const PATIENCE: Duration = Duration::from_millis(800);
 const ASK: Duration = Duration::from_secs(2);
 const AT_ONCE: usize = 32;
 /// Queues and usage take a query per shard, so they are looked at less often.
@@ -34,6 +38,47 @@ impl From<Usage> for UsageRow {
     }
 }
 
+/// The newest status, as it was when it came.
+type Dated = Option<(Instant, Arc<Status>)>;
+
+/// The newest status, for who asks. Cheap to clone.
+#[derive(Clone)]
+pub struct Newest {
+    seen: watch::Receiver<Dated>,
+    wanted: Arc<Notify>,
+}
+
+/// Where [`collect`] puts what it found.
+pub struct Collector {
+    found: watch::Sender<Dated>,
+    wanted: Arc<Notify>,
+}
+
+/// Nothing is known at first.
+pub fn newest() -> (Newest, Collector) {
+    let (found, seen) = watch::channel(None);
+    let wanted = Arc::new(Notify::new());
+    (Newest { seen, wanted: wanted.clone() }, Collector { found, wanted })
+}
+
+impl Newest {
+    /// A status of about this moment, or the last one when it cannot be collected quickly; `Status::default()` before
+    /// there was one.
+    pub async fn get(&self) -> Arc<Status> {
+        let mut seen = self.seen.clone();
+        if let Some((at, status)) = &*seen.borrow_and_update() {
+            if at.elapsed() < INTERVAL {
+                return status.clone();
+            }
+        }
+        self.wanted.notify_one();
+        // Nobody collects in a gateway that stops: then the channel is closed, and this ends at once.
+        let _ = tokio::time::timeout(PATIENCE, seen.changed()).await;
+        let newest = seen.borrow().as_ref().map(|(_, status)| status.clone());
+        newest.unwrap_or_default()
+    }
+}
+
 /// Where it is collected from.
 pub struct Sources {
     /// The shards.
@@ -46,12 +91,16 @@ pub struct Sources {
     pub metrics: Metrics,
 }
 
-/// Collects each second until `stop`; the receivers see each new status.
-pub async fn collect(sources: Sources, out: watch::Sender<Arc<Status>>, stop: CancellationToken) {
+/// Collects whenever somebody wants to know, once a second at most, until `stop`.
+pub async fn collect(sources: Sources, collector: Collector, stop: CancellationToken) {
     let shards = &sources.shards;
     let mut slow_at = Instant::now();
     let mut slow = Slow::default();
     loop {
+        tokio::select! {
+            () = collector.wanted.notified() => {}
+            () = stop.cancelled() => return,
+        }
         if let Some(map) = shards.current_map() {
             let work = async {
                 if *shards.confirmed().borrow() && Instant::now() >= slow_at {
@@ -70,7 +119,7 @@ pub async fn collect(sources: Sources, out: watch::Sender<Arc<Status>>, stop: Ca
             found.more_buckets = slow.more_buckets;
             found.heal = slow.heal.clone().or_else(|| sources.healer.get().map(Healer::status));
             set_gauges(&sources.metrics, &found);
-            out.send_replace(Arc::new(found));
+            collector.found.send_replace(Some((Instant::now(), Arc::new(found))));
         }
         tokio::select! {
             () = tokio::time::sleep(jitter(INTERVAL)) => {}
@@ -247,4 +296,37 @@ fn set_gauges(metrics: &Metrics, status: &Status) {
 /// The shards that have no leader.
 pub fn leaderless(status: &Status) -> Vec<ShardId> {
     status.shards.iter().filter(|row| row.leader.is_none()).map(|row| row.shard).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_status_is_collected_when_somebody_asks_and_serves_all_who_ask_within_a_second() {
+        let (newest, collector) = newest();
+        let found = |epoch: u64| {
+            let status = Status { epoch: granary_placement::id::Epoch(epoch), ..Status::default() };
+            Some((Instant::now(), Arc::new(status)))
+        };
+        assert_eq!(newest.get().await.epoch.0, 0, "nobody collects");
+        collector.wanted.notified().await;
+        let many = (0..9).map(|_| newest.get());
+        let collecting = async {
+            collector.wanted.notified().await;
+            collector.found.send_replace(found(7));
+        };
+        let (got, ()) = tokio::join!(futures::future::join_all(many), collecting);
+        assert!(got.iter().all(|status| status.epoch.0 == 7));
+        tokio::time::sleep(INTERVAL / 4).await;
+        assert_eq!(newest.get().await.epoch.0, 7);
+        tokio::time::sleep(INTERVAL).await;
+        let (late, ()) = tokio::join!(newest.get(), async {
+            collector.wanted.notified().await;
+            tokio::time::sleep(INTERVAL).await;
+            collector.found.send_replace(found(8));
+        });
+        assert_eq!(late.epoch.0, 7, "what cannot be collected quickly is not waited for");
+        assert_eq!(newest.get().await.epoch.0, 8);
+    }
 }

@@ -80,7 +80,7 @@ impl Served {
             token: Secret::new(TOKEN),
             healer: Arc::new(OnceLock::new()),
             local: Some(local.clone()),
-            status: watch::Sender::new(Arc::new(Status::default())).subscribe(),
+            status: super::status::newest().0,
             serving: watch::Sender::new(false).subscribe(),
             s3: "127.0.0.1:9000".to_owned(),
         };
