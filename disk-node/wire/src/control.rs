@@ -33,23 +33,23 @@ pub enum ControlRequest {
     },
     /// A request to a shard whose leader is here. Answers Shard.
     Shard {
-        /// The shard.
+        /// The shard that is meant; its replica must be on this disk.
         shard: ShardId,
         /// A `ShardRequest` of granary-meta, unread here.
         request: Bytes,
     },
     /// A Raft message between replicas; the body is granary-replica's own. Answers Raft.
     Raft {
-        /// The shard.
+        /// The shard that is meant; its replica must be on this disk.
         shard: ShardId,
         /// Who sends it.
         from: DiskId,
-        /// The message.
+        /// A message of granary-replica, unread here.
         message: Bytes,
     },
     /// Makes this node the first of a new shard with these members; repeated, it does nothing. Answers Done.
     InitShard {
-        /// The shard.
+        /// The shard that is meant; its replica must be on this disk.
         shard: ShardId,
         /// All members, this one among them.
         members: Vec<DiskId>,
@@ -75,7 +75,7 @@ pub enum ControlRequest {
     LinkBeat {
         /// Who sends it.
         from: DiskId,
-        /// The message.
+        /// A message of granary-replica, unread here.
         message: Bytes,
     },
     /// Puts chunks into quarantine, or takes them out: a mark with the time of its setting, which ListChunks shows.
@@ -176,7 +176,7 @@ pub enum ControlError {
 pub struct NodeStatus {
     /// Its number by its own label; None before it was given one.
     pub disk: Option<DiskId>,
-    /// Its UUID.
+    /// The UUID on the disk's label.
     pub uuid: DiskUuid,
     /// Epoch of the newest map it knows; zero for none.
     pub epoch: Epoch,
@@ -195,7 +195,7 @@ pub struct NodeStatus {
 /// How a shard's replica on one disk stands.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardStatus {
-    /// Which shard.
+    /// The shard that the replica is of.
     pub shard: ShardId,
     /// `leader`, `follower`, `candidate`, `learner` or `stopped`.
     pub state: String,

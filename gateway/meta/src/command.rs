@@ -39,7 +39,7 @@ pub struct Conditions {
 pub struct ChunkRef {
     /// The extent's group.
     pub group: PlacementGroupId,
-    /// The extent.
+    /// The extent that it is a chunk of.
     pub extent: ExtentId,
     /// The chunk's index.
     pub index: u8,
@@ -48,7 +48,7 @@ pub struct ChunkRef {
 /// Which version a request names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VersionPick {
-    /// The newest.
+    /// The newest version, which may be a delete marker.
     Current,
     /// The version `null`.
     Null,
@@ -71,9 +71,9 @@ pub enum VersionPick {
 pub enum Command {
     /// Stores an object. Replies [`crate::Reply::Put`].
     PutObject {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
-        /// Key.
+        /// The object's key: 1 to 1,024 bytes of UTF-8.
         key: String,
         /// The record; its version is set when applied.
         record: ObjectRecord,
@@ -89,11 +89,11 @@ pub enum Command {
     /// Deletes an object, a version, or adds a delete marker. Replies [`crate::Reply::Deleted`], also when nothing was
     /// there.
     DeleteObject {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
-        /// Key.
+        /// The object's key: 1 to 1,024 bytes of UTF-8.
         key: String,
-        /// Which version.
+        /// The newest version, or one by its number.
         version: VersionPick,
         /// Conditions (If-Match only).
         conditions: Conditions,
@@ -102,11 +102,11 @@ pub enum Command {
     },
     /// Begins a multipart upload. Replies [`crate::Reply::Done`].
     CreateUpload {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
-        /// Key.
+        /// The object's key: 1 to 1,024 bytes of UTF-8.
         key: String,
-        /// Its id.
+        /// A random id, made by the gateway.
         upload: UploadId,
         /// What it will become.
         record: UploadRecord,
@@ -115,13 +115,13 @@ pub enum Command {
     },
     /// Stores a part; the last one of a number wins. Replies [`crate::Reply::Done`] or NoSuchUpload.
     PutPart {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
-        /// Key.
+        /// The object's key: 1 to 1,024 bytes of UTF-8.
         key: String,
-        /// The upload.
+        /// Which upload of the key: the id that began it.
         upload: UploadId,
-        /// The part.
+        /// Its number, size, digest and where its bytes lie.
         part: PartRecord,
         /// Chunks that are not on their slot's disk by the map of `map_epoch`.
         missing: Vec<ChunkRef>,
@@ -135,11 +135,11 @@ pub enum Command {
     /// not named, and answers as PutObject does. Repeated after success with the same parts, it gives the same answer
     /// again.
     CompleteUpload {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
-        /// Key.
+        /// The object's key: 1 to 1,024 bytes of UTF-8.
         key: String,
-        /// The upload.
+        /// Which upload of the key: the id that began it.
         upload: UploadId,
         /// (number, ETag) in ascending order.
         parts: Vec<(u16, String)>,
@@ -152,18 +152,18 @@ pub enum Command {
     },
     /// Gives a multipart upload up. Replies [`crate::Reply::Done`] or NoSuchUpload.
     AbortUpload {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
-        /// Key.
+        /// The object's key: 1 to 1,024 bytes of UTF-8.
         key: String,
-        /// The upload.
+        /// Which upload of the key: the id that began it.
         upload: UploadId,
     },
     /// Stops all writes to a bucket in this shard, if it is empty here; a fence of an earlier attempt becomes this
     /// attempt's. Replies [`crate::Reply::Fenced`], or StaleAttempt when the shard saw a later attempt, or the end of
     /// this one.
     FenceBucket {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
         /// The attempt that BeginDeleteBucket gave.
         attempt: u64,
@@ -172,7 +172,7 @@ pub enum Command {
     /// attempts are refused from then on. Replies [`crate::Reply::Done`], or StaleAttempt when the shard saw a later
     /// attempt.
     UnfenceBucket {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
         /// The attempt that BeginDeleteBucket gave.
         attempt: u64,
@@ -180,12 +180,12 @@ pub enum Command {
     /// Queues chunks for repair that a reader found missing or corrupt. Those of extents the shard does not own any
     /// more are ignored; so is an index the extent does not have. Replies [`crate::Reply::Done`].
     ReportMissing {
-        /// The chunks.
+        /// Chunks of extents of this shard; those of others are passed over.
         chunks: Vec<ChunkRef>,
     },
     /// Takes chunks off the repair queue: they were rebuilt and verified. Replies [`crate::Reply::Done`].
     RepairDone {
-        /// The chunks.
+        /// Chunks of extents of this shard; those of others are passed over.
         chunks: Vec<ChunkRef>,
         /// The sender's lease.
         lease: LeaseStamp,
@@ -199,16 +199,16 @@ pub enum Command {
     },
     /// Root shard: makes a bucket. Replies [`crate::Reply::Bucket`], or BucketExists with the one that is there.
     CreateBucket {
-        /// Name.
+        /// The bucket's name, 3 to 63 bytes by S3's rules.
         name: String,
-        /// Owner.
+        /// The account that it will belong to.
         owner: AccountId,
     },
     /// Root shard: marks a bucket as being deleted, and hands out the next attempt (`delete_attempt` of the reply). A
     /// deletion that is under way is taken over: it can neither remove the bucket nor take the mark back any more.
     /// Replies [`crate::Reply::Bucket`] or NoSuchBucket.
     BeginDeleteBucket {
-        /// Name.
+        /// The bucket's name, 3 to 63 bytes by S3's rules.
         name: String,
         /// The bucket the caller means.
         bucket: BucketId,
@@ -216,7 +216,7 @@ pub enum Command {
     /// Root shard: removes a bucket that is marked, and fenced everywhere by this attempt, or takes the mark back.
     /// Replies [`crate::Reply::Done`], NoSuchBucket, or StaleAttempt when another attempt was handed out since.
     EndDeleteBucket {
-        /// Name.
+        /// The bucket's name, 3 to 63 bytes by S3's rules.
         name: String,
         /// The bucket the caller means.
         bucket: BucketId,
@@ -259,7 +259,7 @@ pub enum Command {
     RenewLease {
         /// Name of the task.
         task: String,
-        /// The holder.
+        /// The random name under which it was taken.
         holder: [u8; 16],
         /// The epoch it took.
         epoch: u64,
@@ -273,7 +273,7 @@ pub enum Command {
     ReleaseLease {
         /// Name of the task.
         task: String,
-        /// The holder.
+        /// The random name under which it was taken.
         holder: [u8; 16],
         /// The epoch it took.
         epoch: u64,
@@ -293,7 +293,7 @@ pub enum Command {
     /// before EndBucketRule. Replies [`crate::Reply::Bucket`] with the new rule pending, or NoSuchBucket; Refused what
     /// S3 forbids: versioning that was on cannot be off again, and a lock stays, and wants versioning.
     BeginBucketRule {
-        /// Name.
+        /// The bucket's name, 3 to 63 bytes by S3's rules.
         name: String,
         /// The bucket the caller means.
         bucket: BucketId,
@@ -307,7 +307,7 @@ pub enum Command {
     /// Root shard: every shard has the rule of that epoch. Replies [`crate::Reply::Done`], NoSuchBucket, or StaleRule
     /// when a later rule was begun.
     EndBucketRule {
-        /// Name.
+        /// The bucket's name, 3 to 63 bytes by S3's rules.
         name: String,
         /// The bucket the caller means.
         bucket: BucketId,
@@ -317,7 +317,7 @@ pub enum Command {
     /// Gives a shard a bucket's rule. Replies [`crate::Reply::Done`], also when it has it, or StaleRule when it has a
     /// later one.
     SetBucketRule {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
         /// The rule, as the root shard made it.
         rule: BucketRule,
@@ -336,9 +336,9 @@ pub enum Command {
     /// Notes how far the repair of a slot came. Nothing happens when the slot is queued under another generation, or
     /// not at all, or when it came further. Replies [`crate::Reply::Done`].
     AdvanceRepair {
-        /// The group.
+        /// The placement group that the slot is of.
         group: PlacementGroupId,
-        /// The slot.
+        /// The slot's number within its group, below K+M.
         slot: u8,
         /// The generation that is being repaired.
         generation: u64,
@@ -350,9 +350,9 @@ pub enum Command {
     /// Takes a slot off the queue: everything in it was found or rebuilt. Nothing happens when it is queued under
     /// another generation. Replies [`crate::Reply::Done`].
     RepairSlotDone {
-        /// The group.
+        /// The placement group that the slot is of.
         group: PlacementGroupId,
-        /// The slot.
+        /// The slot's number within its group, below K+M.
         slot: u8,
         /// The generation that was repaired.
         generation: u64,
@@ -366,7 +366,7 @@ pub enum Command {
     /// A replica whose build does not know the level stops there; the leader's host refuses the command before it is in
     /// the log ([`check_level`](crate::check::check_level)).
     SetFeatureLevel {
-        /// The level.
+        /// The level after it: one above the present one.
         level: u32,
     },
     /// From now on the shard takes no payload that was placed by a map older than this. Sent before slots that moved are

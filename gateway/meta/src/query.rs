@@ -26,16 +26,16 @@ pub enum ListFrom {
 pub enum Query {
     /// One object record. Answers Object, NoSuchKey or BucketFenced.
     GetObject {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
-        /// Key.
+        /// The object's key: 1 to 1,024 bytes of UTF-8.
         key: String,
-        /// Which version.
+        /// The newest version, or one by its number.
         version: VersionPick,
     },
     /// Current objects in byte order of their keys. Answers Listing or BucketFenced.
     ListObjects {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
         /// Only keys with this prefix; may be empty.
         prefix: String,
@@ -48,7 +48,7 @@ pub enum Query {
     },
     /// Uploads in byte order of key, then upload id. Answers Uploads or BucketFenced.
     ListUploads {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
         /// Only keys with this prefix.
         prefix: String,
@@ -59,11 +59,11 @@ pub enum Query {
     },
     /// An upload and its parts in order. Answers Parts or NoSuchUpload. A completed upload answers NoSuchUpload.
     ListParts {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
-        /// Key.
+        /// The object's key: 1 to 1,024 bytes of UTF-8.
         key: String,
-        /// The upload.
+        /// Which upload of the key: the id that began it.
         upload: UploadId,
         /// After this number.
         after: u16,
@@ -72,11 +72,11 @@ pub enum Query {
     },
     /// Was this upload completed, and how? Answers Completed or NoSuchUpload. For a repeated Complete.
     CompletedUpload {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
-        /// Key.
+        /// The object's key: 1 to 1,024 bytes of UTF-8.
         key: String,
-        /// The upload.
+        /// Which upload of the key: the id that began it.
         upload: UploadId,
     },
     /// Extents of one group, in order of their ids. Answers Extents. For repair and census.
@@ -109,12 +109,12 @@ pub enum Query {
     },
     /// Usage of a bucket in this shard. Answers Usage.
     BucketUsage {
-        /// Bucket.
+        /// The bucket's id, as the root shard gave it when it was created.
         bucket: BucketId,
     },
     /// Root shard: a bucket by name. Answers Bucket or NoSuchBucket.
     GetBucket {
-        /// Name.
+        /// The bucket's name.
         name: String,
     },
     /// Root shard: buckets in order of name, those being deleted left out. Answers Buckets.
@@ -156,7 +156,7 @@ pub enum Query {
 /// One item of a listing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ListItem {
-    /// An object.
+    /// A key, with what a listing says of its newest version.
     Object(ObjectSummary),
     /// Keys folded by the delimiter, with the delimiter at its end.
     Prefix(String),
@@ -175,7 +175,7 @@ impl ListItem {
 /// What a listing says of an object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectSummary {
-    /// Key.
+    /// The object's key: 1 to 1,024 bytes of UTF-8.
     pub key: String,
     /// Payload, in bytes.
     pub size_bytes: u64,
@@ -185,7 +185,7 @@ pub struct ObjectSummary {
     pub modified_ms: u64,
     /// Empty means STANDARD.
     pub storage_class: String,
-    /// Owner.
+    /// The account that it belongs to.
     pub owner: AccountId,
     /// Algorithm and kind of its checksum.
     pub checksum: Option<(ChecksumAlgorithm, ChecksumKind)>,
@@ -194,7 +194,7 @@ pub struct ObjectSummary {
 /// What a query found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
-    /// The record.
+    /// The version asked for, with its payload or where that lies.
     Object(Box<ObjectRecord>),
     /// Nothing there.
     NoSuchKey,
@@ -220,7 +220,7 @@ pub enum Answer {
     },
     /// An upload and a page of its parts.
     Parts {
-        /// The upload.
+        /// The upload as it was begun.
         upload: UploadRecord,
         /// In order. Their data is left out (empty Extents): a part may have many extents.
         parts: Vec<PartRecord>,
@@ -259,9 +259,9 @@ pub enum Answer {
         /// There is more.
         more: bool,
     },
-    /// Usage.
+    /// What the bucket takes in this shard alone.
     Usage(Usage),
-    /// A bucket.
+    /// The bucket of that name.
     Bucket(BucketRecord),
     /// A page of buckets.
     Buckets {
@@ -270,7 +270,7 @@ pub enum Answer {
         /// There is more.
         more: bool,
     },
-    /// The map.
+    /// The whole map in force.
     Map(Box<ClusterMap>),
     /// No map was installed yet.
     NoMap,
@@ -282,7 +282,7 @@ pub enum Answer {
     SettingsUnchanged,
     /// The settings that are not at their defaults.
     Settings {
-        /// Their epoch.
+        /// How often settings were changed so far.
         epoch: u64,
         /// Values by name.
         values: BTreeMap<String, String>,

@@ -43,11 +43,11 @@ pub struct VersionSeq(pub u64);
 /// Where one extent of an object lies and how it is coded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExtentRef {
-    /// Which extent.
+    /// The extent's random id, the same on every disk.
     pub extent: ExtentId,
     /// Its placement group.
     pub group: PlacementGroupId,
-    /// The code.
+    /// The erasure code that made its coding chunks.
     pub codec: CodecId,
     /// Data chunks.
     pub k: u8,
@@ -76,7 +76,7 @@ impl ExtentRef {
 pub enum ObjectData {
     /// Small enough to ride in the record.
     Inline {
-        /// The payload.
+        /// The whole payload.
         bytes: Bytes,
         /// CRC-32 of it, made by the gateway before the commit and checked before a byte leaves.
         crc32: u32,
@@ -122,7 +122,7 @@ pub enum ChecksumKind {
 /// A verified checksum.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checksum {
-    /// Which algorithm.
+    /// How it was computed.
     pub algorithm: ChecksumAlgorithm,
     /// What it covers.
     pub kind: ChecksumKind,
@@ -169,7 +169,7 @@ pub struct ObjectRecord {
     pub meta: ObjectMeta,
     /// Who wrote it.
     pub owner: AccountId,
-    /// The payload.
+    /// The payload itself, or the extents that it lies in.
     pub data: ObjectData,
 }
 
@@ -199,7 +199,7 @@ pub struct PartRecord {
     pub modified_ms: u64,
     /// Verified checksum of the part.
     pub checksum: Option<Checksum>,
-    /// The payload.
+    /// The payload itself, or the extents that it lies in.
     pub data: ObjectData,
 }
 
@@ -228,7 +228,7 @@ impl Versioning {
 pub struct BucketRule {
     /// Rises by one with each change; 0: as the bucket was made, which shards need not be told.
     pub epoch: u64,
-    /// Versioning.
+    /// Whether a PUT keeps the versions before.
     pub versioning: Versioning,
     /// Versions are locked.
     pub lock: bool,
@@ -241,7 +241,7 @@ pub struct BucketRule {
 pub struct BucketRecord {
     /// Its number; set when applied.
     pub id: BucketId,
-    /// Its name.
+    /// Its name, which no other bucket has.
     pub name: String,
     /// When it was made, Unix milliseconds.
     pub created_ms: u64,
@@ -253,7 +253,7 @@ pub struct BucketRecord {
     /// The last attempt to delete it; 0 before the first. Only grows: of two deletions at once the later attempt is the
     /// one that counts, in the root shard and in every fence.
     pub delete_attempt: u64,
-    /// Its rule.
+    /// What writes to it have to go by.
     pub rule: BucketRule,
     /// The rule was begun and not ended: shards may not have it yet. Whoever meets this sends it to them, and ends it.
     pub rule_pending: bool,

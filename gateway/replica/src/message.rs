@@ -16,9 +16,9 @@ pub const ENTRY_VERSION: u8 = 1;
 /// A leader's or candidate's claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WireVote {
-    /// Term.
+    /// The Raft term.
     pub term: u64,
-    /// Whose.
+    /// The Raft id of the candidate or leader.
     pub node: u64,
     /// Granted by a majority: that node is leader.
     pub committed: bool,
@@ -29,9 +29,9 @@ pub struct WireVote {
 pub struct WireLogId {
     /// Term of the leader.
     pub term: u64,
-    /// The leader.
+    /// The Raft id of the leader that wrote it.
     pub node: u64,
-    /// Index.
+    /// Its index in the log, from 0.
     pub index: u64,
 }
 
@@ -58,7 +58,7 @@ pub enum WirePayload {
 /// A log entry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WireEntry {
-    /// Its place.
+    /// Its place in the log.
     pub id: WireLogId,
     /// What it does.
     pub payload: WirePayload,
@@ -80,7 +80,7 @@ pub struct AppliedState {
 pub enum PeerRequest {
     /// AppendEntries.
     Append {
-        /// The leader.
+        /// The vote under which the sender leads.
         vote: WireVote,
         /// Entry before the first.
         previous: Option<WireLogId>,
@@ -91,7 +91,7 @@ pub enum PeerRequest {
     },
     /// RequestVote, or PreVote.
     Vote {
-        /// The candidate.
+        /// The term and the candidate that asks.
         vote: WireVote,
         /// Its last entry.
         last: Option<WireLogId>,
@@ -102,7 +102,7 @@ pub enum PeerRequest {
     },
     /// The leader hands over.
     Transfer {
-        /// The leader.
+        /// The vote under which the sender leads.
         vote: WireVote,
         /// To whom.
         to: u64,
@@ -111,9 +111,9 @@ pub enum PeerRequest {
     },
     /// A piece of a snapshot file, in order.
     SnapshotPiece {
-        /// The leader.
+        /// The vote under which the sender leads.
         vote: WireVote,
-        /// Which transfer.
+        /// The number of the transfer, chosen by the sender.
         transfer: u64,
         /// Where the piece begins.
         offset: u64,
@@ -154,7 +154,7 @@ pub enum PeerResponse {
     Members {
         /// It is the leader and a majority confirmed it just now.
         leads: bool,
-        /// The members.
+        /// The members from this entry on.
         membership: WireMembership,
     },
     /// It could not be done.
@@ -165,7 +165,7 @@ pub enum PeerResponse {
 /// the link to the leader's disk is alive and says so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Asleep {
-    /// Which shard.
+    /// The shard that the replica is of.
     pub shard: ShardId,
     /// Term of its leader.
     pub term: u64,

@@ -32,21 +32,21 @@ pub enum MapError {
     /// Two disks with one label.
     #[error("disks {first} and {second} have the same UUID {uuid}; each disk has its own: relabel the newer one")]
     SameUuid {
-        /// The UUID.
+        /// The UUID that both have.
         uuid: DiskUuid,
         /// One disk.
         first: DiskId,
-        /// The other.
+        /// The disk with the higher number of the two.
         second: DiskId,
     },
     /// Two disks in service at one address.
     #[error("disks {first} and {second} are both at {address}; every disk in service needs its own port")]
     SameAddress {
-        /// The address.
+        /// What stands in the map.
         address: String,
         /// One disk.
         first: DiskId,
-        /// The other.
+        /// The disk with the higher number of the two.
         second: DiskId,
     },
     /// Not a `host:port`.
@@ -54,15 +54,15 @@ pub enum MapError {
         "disk {disk} has the address `{address}`; it must be host:port, for example 10.0.0.7:9100 or [fd00::7]:9100"
     )]
     BadAddress {
-        /// The disk.
+        /// The number of the disk in question.
         disk: DiskId,
-        /// Its address.
+        /// What stands in the map.
         address: String,
     },
     /// A disk in no zone, rack or server.
     #[error("disk {disk} has no {domain} name; where a cluster has only one {domain}, give it any name")]
     EmptyName {
-        /// The disk.
+        /// The number of the disk in question.
         disk: DiskId,
         /// `zone`, `rack` or `server`.
         domain: &'static str,
@@ -73,7 +73,7 @@ pub enum MapError {
     /// A scheme that cannot be.
     #[error("scheme `{name}` is not valid: {source}")]
     BadScheme {
-        /// Its name.
+        /// What stands in the map.
         name: String,
         /// What is wrong with it.
         source: SchemeError,
@@ -87,9 +87,9 @@ pub enum MapError {
     /// A group with the wrong number of slots.
     #[error("placement group {group} has {slots} slots, but its scheme `{scheme}` has {width} chunks")]
     Width {
-        /// The group.
+        /// The placement group in which it was found.
         group: PlacementGroupId,
-        /// Its scheme.
+        /// The scheme that the group names.
         scheme: String,
         /// Slots it has.
         slots: usize,
@@ -99,7 +99,7 @@ pub enum MapError {
     /// A slot that names no disk.
     #[error("slot {slot} of placement group {group} names disk {disk}, which is not in the map")]
     SlotWithoutDisk {
-        /// The group.
+        /// The placement group in which it was found.
         group: PlacementGroupId,
         /// Index of the slot.
         slot: usize,
@@ -109,29 +109,29 @@ pub enum MapError {
     /// A slot on a disk that is out.
     #[error("slot {slot} of placement group {group} names disk {disk}, which is out; rebalance or replace the disk")]
     SlotOnOutDisk {
-        /// The group.
+        /// The placement group in which it was found.
         group: PlacementGroupId,
         /// Index of the slot.
         slot: usize,
-        /// The disk.
+        /// The number of the disk in question.
         disk: DiskId,
     },
     /// A slot on a disk that stores no chunks.
     #[error("slot {slot} of placement group {group} names disk {disk}, which lacks the storage role; rebalance or give it the role")]
     SlotWithoutRole {
-        /// The group.
+        /// The placement group in which it was found.
         group: PlacementGroupId,
         /// Index of the slot.
         slot: usize,
-        /// The disk.
+        /// The number of the disk in question.
         disk: DiskId,
     },
     /// Two chunks on one disk.
     #[error("placement group {group} has disk {disk} in two slots; one failed disk would cost two chunks: rebalance")]
     SameDisk {
-        /// The group.
+        /// The placement group in which it was found.
         group: PlacementGroupId,
-        /// The disk.
+        /// The number of the disk in question.
         disk: DiskId,
     },
     /// A disk that a slot's chunks come from stands in another slot too.
@@ -140,7 +140,7 @@ pub enum MapError {
          finish that move first"
     )]
     PreviousInUse {
-        /// The group.
+        /// The placement group in which it was found.
         group: PlacementGroupId,
         /// Index of the slot that moves.
         slot: usize,
@@ -153,9 +153,9 @@ pub enum MapError {
          rebalance, and add {kind}s if that is refused"
     )]
     Domain {
-        /// The group.
+        /// The placement group in which it was found.
         group: PlacementGroupId,
-        /// Its scheme.
+        /// The scheme that the group names.
         scheme: String,
         /// `zone`, `rack` or `server`.
         kind: &'static str,
@@ -209,7 +209,7 @@ pub enum MapError {
     /// A number of replicas other than 1, 3 or 5.
     #[error("shard {shard} has {members} replicas; it must have 1, 3 or 5, so that a majority is clear")]
     Replicas {
-        /// The shard.
+        /// The metadata shard in question.
         shard: ShardId,
         /// Members it has.
         members: usize,
@@ -217,15 +217,15 @@ pub enum MapError {
     /// One disk twice in a shard.
     #[error("shard {shard} names disk {disk} twice; each replica needs its own disk")]
     SameReplica {
-        /// The shard.
+        /// The metadata shard in question.
         shard: ShardId,
-        /// The disk.
+        /// The number of the disk in question.
         disk: DiskId,
     },
     /// A replica that names no disk.
     #[error("shard {shard} names disk {disk}, which is not in the map")]
     ReplicaWithoutDisk {
-        /// The shard.
+        /// The metadata shard in question.
         shard: ShardId,
         /// The id it names.
         disk: DiskId,
@@ -233,9 +233,9 @@ pub enum MapError {
     /// A replica on a disk that holds no metadata.
     #[error("shard {shard} names disk {disk}, which lacks the metadata role; rebalance or give it the role")]
     ReplicaWithoutRole {
-        /// The shard.
+        /// The metadata shard in question.
         shard: ShardId,
-        /// The disk.
+        /// The number of the disk in question.
         disk: DiskId,
     },
 }
