@@ -4,6 +4,7 @@ use super::call::Caller;
 use super::context::S3Context;
 use super::error;
 use super::request::RequestInfo;
+use super::strict;
 use super::verbs::{verb, BodyKind};
 use async_trait::async_trait;
 use granary_meta::record::AccountId;
@@ -71,8 +72,9 @@ impl S3Access for AccessCheck {
             return Err(s3_error!(InvalidToken, "This server gives out no session tokens."));
         }
         refuse_headers(cx.headers())?;
-        // An account uses its own buckets only, so whoever expects another owner cannot be right.
         let owner = account_text(account);
+        strict::check(verb.name(), cx.uri().query().unwrap_or_default(), cx.headers(), &owner)?;
+        // An account uses its own buckets only, so whoever expects another owner cannot be right.
         for header in ["x-amz-expected-bucket-owner", "x-amz-source-expected-bucket-owner"] {
             if cx.headers().get(header).is_some_and(|value| value.as_bytes() != owner.as_bytes()) {
                 return Err(error::other_owner());

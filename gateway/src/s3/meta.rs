@@ -110,9 +110,9 @@ pub(super) fn read(headers: &HeaderMap, has_scheme: impl Fn(&str) -> bool) -> S3
     let mut user_bytes = 0;
     for name in headers.keys() {
         let Some(short) = name.as_str().strip_prefix(USER_PREFIX) else { continue };
-        let mut values = headers.get_all(name).iter();
-        let Some(value) = values.next() else { continue };
-        let value = text_of(name, value)?;
+        // A header that comes twice is one whose values are joined, as in its signature.
+        let values: S3Result<Vec<String>> = headers.get_all(name).iter().map(|value| text_of(name, value)).collect();
+        let value = values?.join(",");
         user_bytes += short.len() + value.len();
         meta.user.push((short.to_owned(), value));
     }

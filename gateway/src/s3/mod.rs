@@ -26,6 +26,7 @@ mod copy;
 mod delete;
 mod error;
 mod get;
+mod host;
 mod list;
 mod meta;
 mod multipart;
@@ -35,11 +36,13 @@ mod request_body;
 mod response_body;
 mod server;
 mod service;
+mod strict;
 mod subresources;
 #[cfg(test)]
 mod tests;
 mod upload_body;
 mod verbs;
+mod xml_scan;
 
 pub use access::AccessKey;
 pub use context::{S3Context, S3Settings};

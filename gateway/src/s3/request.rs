@@ -27,6 +27,7 @@ pub(super) struct RequestInfo {
     entered: AtomicBool,
     received_bytes: AtomicU64,
     check: Mutex<Option<BodyCheck>>,
+    is_xml: AtomicBool,
     body_fault: Mutex<Option<S3Error>>,
     metrics: Option<Metrics>,
 }
@@ -68,6 +69,7 @@ impl RequestInfo {
             entered: AtomicBool::new(false),
             received_bytes: AtomicU64::new(0),
             check: Mutex::new(None),
+            is_xml: AtomicBool::new(false),
             body_fault: Mutex::new(None),
             metrics,
         })
@@ -105,7 +107,13 @@ impl RequestInfo {
     /// Malformed checksums.
     pub(super) fn verify_xml(&self, headers: &HeaderMap, of_body: bool) -> Result<(), S3Error> {
         *self.check.lock().unwrap_or_else(PoisonError::into_inner) = BodyCheck::begin(headers, of_body)?;
+        self.is_xml.store(true, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Whether the body is XML; known once the request has passed the access check.
+    pub(super) fn is_xml(&self) -> bool {
+        self.is_xml.load(Ordering::Relaxed)
     }
 
     /// What to verify the body with.

@@ -2,9 +2,11 @@
 
 use super::checksums::BodyCheck;
 use super::request::RequestInfo;
+use super::xml_scan::XmlScan;
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
+use s3s::s3_error;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +24,9 @@ pub(super) enum RequestBodyError {
     /// A checksum in the headers does not fit. XML bodies only: payloads are verified by their verbs.
     #[error("{0}")]
     Checksum(String),
+    /// XML with parts that its reader would leave out.
+    #[error("the XML has a CDATA section or a document type")]
+    Xml,
     /// Signed chunks without the last one.
     #[error("the last chunk of the body is missing")]
     NoLastChunk,
@@ -87,6 +92,7 @@ pub(super) struct RequestBody {
     idle: Option<Pin<Box<Sleep>>>,
     check: Option<BodyCheck>,
     last_chunk: Option<LastChunk>,
+    scan: Option<XmlScan>,
     started: bool,
     over: bool,
 }
@@ -100,7 +106,17 @@ impl RequestBody {
         signed_chunks: bool,
     ) -> RequestBody {
         let last_chunk = signed_chunks.then(LastChunk::default);
-        RequestBody { socket, info, idle_limit, idle: None, check: None, last_chunk, started: false, over: false }
+        RequestBody {
+            socket,
+            info,
+            idle_limit,
+            idle: None,
+            check: None,
+            last_chunk,
+            scan: None,
+            started: false,
+            over: false,
+        }
     }
 
     fn fail(&mut self, error: RequestBodyError) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
@@ -134,6 +150,7 @@ impl http_body::Body for RequestBody {
             self.started = true;
             self.socket.polled.store(true, Ordering::Relaxed);
             self.check = self.info.xml_check();
+            self.scan = self.info.is_xml().then(XmlScan::default);
         }
         let polled = match self.socket.incoming.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             Some(incoming) => Pin::new(incoming).poll_frame(cx),
@@ -153,6 +170,13 @@ impl http_body::Body for RequestBody {
                     }
                     if let Some(last_chunk) = &mut self.last_chunk {
                         last_chunk.see(data);
+                    }
+                    if self.scan.as_mut().is_some_and(|scan| scan.see(data)) {
+                        self.info.set_body_fault(s3_error!(
+                            MalformedXML,
+                            "The XML you provided has a CDATA section or a document type, which this server does not read."
+                        ));
+                        return self.fail(RequestBodyError::Xml);
                     }
                 }
                 Poll::Ready(Some(Ok(frame)))

@@ -6,6 +6,7 @@
 use super::access::{query_has, AccessCheck, Keys};
 use super::context::S3Context;
 use super::error;
+use super::host::AnyCase;
 use super::request::RequestInfo;
 use super::request_body::{RequestBody, Socket};
 use super::upload_body::BodyFault;
@@ -17,7 +18,6 @@ use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use s3s::config::{S3Config, StaticConfigProvider};
-use s3s::host::SingleDomain;
 use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{s3_error, Body, S3Error, StdError};
 use std::panic::AssertUnwindSafe;
@@ -87,8 +87,7 @@ fn build(cx: &Arc<S3Context>, region: &str, only: Option<&'static str>) -> Resul
     builder.set_auth(Keys(cx.clone()));
     builder.set_access(AccessCheck { cx: cx.clone(), only });
     if let Some(domain) = &cx.settings.base_domain {
-        let host = SingleDomain::new(domain).map_err(|_| S3SetupError::Domain(domain.clone()))?;
-        builder.set_host(host.with_cname_fallback(false));
+        builder.set_host(AnyCase::new(domain).ok_or_else(|| S3SetupError::Domain(domain.clone()))?);
     }
     Ok(builder.build())
 }

@@ -28,6 +28,9 @@ pub(super) struct Verb {
     /// Name of its input type: the name of the S3 operation, then `Input`.
     input: &'static str,
     pub(super) body: BodyKind,
+    /// It does what it says; the others answer that there is nothing, or that it is not implemented.
+    #[cfg(test)]
+    present: bool,
 }
 
 impl Verb {
@@ -38,11 +41,22 @@ impl Verb {
 }
 
 /// All operations that are not in the table.
-static OTHER: Verb = Verb { input: "other", body: BodyKind::Xml };
+static OTHER: Verb = Verb {
+    input: "other",
+    body: BodyKind::Xml,
+    #[cfg(test)]
+    present: false,
+};
 
 /// The verb of that S3 operation.
 pub(super) fn verb(operation: &str) -> &'static Verb {
     TABLE.iter().find(|verb| verb.name() == operation).unwrap_or(&OTHER)
+}
+
+/// The verbs that do something, by name.
+#[cfg(test)]
+pub(super) fn implemented() -> impl Iterator<Item = &'static str> {
+    TABLE.iter().filter(|verb| verb.present).map(Verb::name)
 }
 
 macro_rules! body_kind {
@@ -61,9 +75,24 @@ macro_rules! verbs {
         refused { $($refused:ident;)* }
     ) => {
         static TABLE: &[Verb] = &[
-            $(Verb { input: stringify!($input), body: body_kind!($($body)?) },)*
-            $(Verb { input: stringify!($absent_input), body: BodyKind::Xml },)*
-            $(Verb { input: stringify!($refused), body: BodyKind::Xml },)*
+            $(Verb {
+                input: stringify!($input),
+                body: body_kind!($($body)?),
+                #[cfg(test)]
+                present: true,
+            },)*
+            $(Verb {
+                input: stringify!($absent_input),
+                body: BodyKind::Xml,
+                #[cfg(test)]
+                present: false,
+            },)*
+            $(Verb {
+                input: stringify!($refused),
+                body: BodyKind::Xml,
+                #[cfg(test)]
+                present: false,
+            },)*
         ];
 
         #[async_trait]

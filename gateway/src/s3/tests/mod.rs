@@ -15,3 +15,4 @@ mod node;
 mod objects;
 mod rules;
 mod signatures;
+mod strict;
