@@ -77,7 +77,8 @@ pub enum Command {
         key: String,
         /// The record; its version is set when applied.
         record: ObjectRecord,
-        /// Chunks that are not on their slot's disk by the map of `map_epoch`: enter the repair queue in the same commit.
+        /// Chunks that are not on their slot's disk by the map of `map_epoch`: enter the repair queue in the same
+        /// commit.
         missing: Vec<ChunkRef>,
         /// Epoch of the cluster map that the payload was last held against.
         map_epoch: Epoch,
@@ -369,9 +370,9 @@ pub enum Command {
         /// The level after it: one above the present one.
         level: u32,
     },
-    /// From now on the shard takes no payload that was placed by a map older than this. Sent before slots that moved are
-    /// looked through: what an older map placed is there by then, or never comes. Nothing happens when a later one is
-    /// required. Replies [`crate::Reply::Done`].
+    /// From now on the shard takes no payload that was placed by a map older than this. Sent before slots that moved
+    /// are looked through: what an older map placed is there by then, or never comes. Nothing happens when a later one
+    /// is required. Replies [`crate::Reply::Done`].
     RequireMap {
         /// Epoch of the map.
         epoch: Epoch,

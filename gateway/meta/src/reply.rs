@@ -86,8 +86,8 @@ pub enum Reply {
         /// Epoch of the rule here.
         known: u64,
     },
-    /// The payload was placed by too old a cluster map. Nothing was written: hold it against one of this epoch or a later
-    /// one, and send the write again under another request id.
+    /// The payload was placed by too old a cluster map. Nothing was written: hold it against one of this epoch or a
+    /// later one, and send the write again under another request id.
     StaleMap {
         /// The oldest map that the shard accepts.
         oldest: Epoch,

@@ -1,5 +1,5 @@
-//! What is known of the cluster, collected for everybody who asks: the API, the page, readiness and metrics. While nobody
-//! asks nothing is collected: the queries wake shards that sleep.
+//! What is known of the cluster, collected for everybody who asks: the API, the page, readiness and metrics. While
+//! nobody asks nothing is collected: the queries wake shards that sleep.
 
 use super::api::{BucketRow, Count, DiskRow, Health, ReplicaRow, Role, ShardRow, Status, UsageRow};
 use crate::background::heal::{HealStatus, Healer, HEAL_TASK};

@@ -61,7 +61,8 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Looks at the lease as it is now. It has to stand still for `ttl` and for the time its holder reckons with. Some: it may be taken, by naming this epoch and these renewals.
+    /// Looks at the lease as it is now. It has to stand still for `ttl` and for the time its holder reckons with. Some:
+    /// it may be taken, by naming this epoch and these renewals.
     pub fn look(&mut self, lease: Option<&LeaseRecord>, now: Instant, ttl: Duration) -> Option<(u64, u64)> {
         let Some(lease) = lease else {
             self.seen = None;

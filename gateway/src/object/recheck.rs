@@ -1,8 +1,8 @@
 //! What a payload is worth by the map that is in force when it is committed. Pure.
 //!
-//! A body may take minutes, and slots may move meanwhile. A chunk counts when it lies on the disk that its slot has now;
-//! any other is missing. One on the slot's previous disk is read there, and the repair may even find it, but that disk
-//! is given up when the move ends: no extent is committed that would be lost by then.
+//! A body may take minutes, and slots may move meanwhile. A chunk counts when it lies on the disk that its slot has
+//! now; any other is missing. One on the slot's previous disk is read there, and the repair may even find it, but that
+//! disk is given up when the move ends: no extent is committed that would be lost by then.
 
 use super::slot_of;
 use granary_meta::record::ExtentRef;

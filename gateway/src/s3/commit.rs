@@ -58,8 +58,9 @@ pub(super) async fn stage(
 }
 
 /// Sends a command, and settles what becomes of the staged payload that it names. It runs in a task of its own: a
-/// client that goes away must not leave the payload in doubt. `command` is made again for each attempt, by what is known
-/// then of the bucket and of where the payload lies; `accepted` tells the replies that mean that the payload now belongs to a record.
+/// client that goes away must not leave the payload in doubt. `command` is made again for each attempt, by what is
+/// known then of the bucket and of where the payload lies; `accepted` tells the replies that mean that the payload now
+/// belongs to a record.
 ///
 /// # Errors
 /// What the shard refused, NoSuchBucket, or 503 when the outcome is not known.

@@ -115,8 +115,8 @@ impl Inner {
                 }
             }
         }
-        // Gateways that have not heard of the map yet may still write to the disks that it took slots from. They are given
-        // time to hear of it, and refused from then on: what comes late is seen below, or is placed anew.
+        // Gateways that have not heard of the map yet may still write to the disks that it took slots from. They are
+        // given time to hear of it, and refused from then on: what comes late is seen below, or is placed anew.
         if moves.epoch.is_none_or(|(_, since)| since.elapsed() < self.settings().move_settle) {
             return Ok(0);
         }
