@@ -6,7 +6,7 @@ use crate::store::device::{Device, SegmentFile};
 use crate::store::file_device::FileDevice;
 use crate::store::format::{RecordHeader, Seal, SegmentHeader, SegmentUuid, PAGE_BYTES, RECORDS_AT, SEAL_AT};
 use crate::store::index::{SegmentInfo, SegmentState};
-use crate::store::read::verify_payload;
+use crate::store::read::{verify_payload, BadPayload};
 use crate::store::recover::Scan;
 use serde::Serialize;
 use std::io;
@@ -170,7 +170,7 @@ fn segment(
         report.bad_headers += bad_headers(file, from, record.offset);
         report.records += 1;
         report.payload_bytes += record.spec.len_bytes;
-        let bad_block = if verify { verify_payload(file, &record).err() } else { None };
+        let bad_block = if verify { verify_payload(file, &record).err().map(BadPayload::block) } else { None };
         report.bad_records += u64::from(bad_block.is_some());
         if chunks || bad_block.is_some() {
             report.details.push(describe(&record, bad_block));

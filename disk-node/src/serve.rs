@@ -10,6 +10,7 @@ use crate::roles::{MetaError, Roles};
 use crate::store::device::Device;
 use crate::store::file_device::FileDevice;
 use crate::store::handle::Store;
+use crate::store::index::IndexError;
 use crate::store::index_rocksdb::RocksEngine;
 use crate::store::{OpenError, StoreSettings};
 use crate::{admin, label::Label};
@@ -163,10 +164,21 @@ async fn open_store(options: &ServeOptions, label: &Label, metrics: Arc<Metrics>
         let device = FileDevice::open(&options.dir.join("segments")).map_err(failed("segments"))?;
         let capacity_bytes = device.space().map_err(failed("size of the file system"))?.capacity_bytes;
         let settings = StoreSettings::from_settings(&options.values, capacity_bytes);
-        let engine = RocksEngine::open(&options.dir.join("index")).map_err(OpenError::Index)?;
         let begun = std::time::Instant::now();
-        let on_fatal = Arc::new(|reason: &str| end(reason));
-        let (store, recovered) = Store::open(Arc::new(device), Box::new(engine), uuid, settings, metrics, on_fatal)?;
+        let device = Arc::new(device);
+        let once = || {
+            let engine = RocksEngine::open(&options.dir.join("index"))?;
+            let on_fatal = Arc::new(|reason: &str| end(reason));
+            Store::open(device.clone(), Box::new(engine), uuid, settings, metrics.clone(), on_fatal)
+        };
+        let (store, recovered) = match once() {
+            // It was marked, and is rebuilt from the segments now; a second time would not help.
+            Err(OpenError::Index(error @ IndexError::Damaged(_))) => {
+                tracing::error!(%error, "the index was found damaged at the start");
+                once()?
+            }
+            opened => opened?,
+        };
         tracing::info!(?recovered, seconds = begun.elapsed().as_secs_f64(), "chunk store open");
         Ok(store)
     };

@@ -561,6 +561,72 @@ fn a_failed_call_is_never_answered_for() {
     }
 }
 
+/// One read fails while the store recovers, or all from one on, and not the next time: nothing that may have been acknowledged is removed or
+/// punched for it, and nothing wrong is indexed.
+#[test]
+fn a_read_that_fails_during_recovery_loses_nothing() {
+    let mut random = Random(7);
+    let (mut refused, mut tried) = (0, 0);
+    for actions in sequences(3) {
+        let (device, engine) = (SimDevice::new(1 << 20), MemoryEngine::default());
+        let model = run(&device, &engine, &actions);
+        // As many batches of the index as may be are lost, so that recovery has much to read.
+        let (frozen, index) = (device.after_crash(&mut |ways| random.below(ways)), engine.after_crash(0));
+        for (failing, count) in (0..).flat_map(|failing| [(failing, 1), (failing, u64::MAX)]) {
+            let (device, engine) = (frozen.after_crash(&mut |_| 0), index.after_crash(0));
+            device.fail_reads(failing, count);
+            let (first, reached) = (open(&device, &engine).is_ok(), device.reads() > failing);
+            // From here on all can be read.
+            device.fail_reads(0, 0);
+            refused += u64::from(!first);
+            tried += 1;
+            let tell = || format!("{actions:?}, {count} reads failed after {failing}");
+            // Housekeeping comes in between, which removes segments with nothing alive in them.
+            if let Ok(mut world) = open(&device, &engine) {
+                world.core.housekeep(Instant::now()).unwrap();
+            }
+            let world = open(&device, &engine).unwrap_or_else(|error| panic!("{}: {error}", tell()));
+            check(&model, &contents(&world), &tell);
+            check_counts(&world, &tell);
+            // Nothing of it is lost to a later rebuild either.
+            let rebuilt = open(&device, &MemoryEngine::default()).unwrap();
+            let found = contents(&rebuilt);
+            for (number, allowed) in model.iter().filter(|(_, allowed)| !allowed.contains(&None)) {
+                assert!(allowed.contains(&found.get(&chunk(*number)).cloned()), "chunk {number}: {}", tell());
+            }
+            if !reached {
+                break;
+            }
+        }
+    }
+    println!("{tried} recoveries, {refused} refused to start");
+    assert!(refused > 0 && tried > 1000);
+}
+
+/// The file of a segment is gone: its chunks are not there any more, and everything else is.
+#[test]
+fn chunks_of_a_missing_segment_leave_the_index() {
+    let mut lost = 0;
+    for actions in sequences(3) {
+        let (device, engine) = (SimDevice::new(1 << 20), MemoryEngine::default());
+        let model = run(&device, &engine, &actions);
+        let before = contents(&open(&device, &engine).unwrap());
+        let Some(segment) = device.segments().first().copied() else { continue };
+        device.lose(segment);
+        let world = open(&device, &engine).unwrap();
+        let tell = || format!("{actions:?}");
+        let found = contents(&world);
+        assert!(found.iter().all(|(id, data)| before.get(id) == Some(data)), "{}", tell());
+        check_counts(&world, &tell);
+        for number in model.keys() {
+            let health = world.shared.verify(&chunk(*number)).unwrap();
+            assert_eq!(health == ChunkHealth::Good, found.contains_key(&chunk(*number)), "{}", tell());
+            lost += u64::from(before.contains_key(&chunk(*number)) && health == ChunkHealth::Missing);
+        }
+    }
+    assert!(lost > 0);
+}
+
 /// Room for two segments or three: records are refused, holes are punched to make room in the middle of a group, and
 /// the power goes.
 #[test]

@@ -271,6 +271,37 @@ async fn a_disk_node_stores_reads_verifies_lists_and_deletes_over_kill_and_stop(
     assert_eq!(json["damaged"], true);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_found_damaged_at_the_start_is_rebuilt_in_the_same_start() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let client = node.client();
+    for number in 1..40 {
+        put(&client, number, 20_000).await.unwrap();
+    }
+    node.signal("TERM");
+    assert_eq!(node.wait().code(), Some(0));
+    // The first bytes of each table are entries; what says where entries lie stands at its end and stays good, so that
+    // the index opens.
+    let mut damaged = 0;
+    for entry in std::fs::read_dir(disk.dir().join("index")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "sst") {
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes.iter_mut().take(64).for_each(|byte| *byte ^= 0x5a);
+            std::fs::write(&path, bytes).unwrap();
+            damaged += 1;
+        }
+    }
+    assert!(damaged > 0);
+    let node = disk.serve();
+    let client = node.client();
+    for number in 1..40 {
+        assert_eq!(get(&client, number).await.unwrap(), payload(number, 20_000), "{number}");
+    }
+    assert!(disk.log().contains("the index was found damaged at the start"), "{}", disk.log());
+}
+
 /// In a sealed segment, so that no crash explains it.
 fn flip_a_payload_byte(dir: &Path) {
     for entry in std::fs::read_dir(dir.join("segments")).unwrap() {

@@ -100,8 +100,11 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    pub(super) fn sealed(info: SegmentInfo) -> Segment {
-        Segment { info, file: None, tail: info.length_bytes, in_flight: BTreeSet::new() }
+    /// One of an earlier process, which nothing is appended to. It is still open where recovery could not read all of
+    /// it: then its watermark stays, so that the next recovery reads it again.
+    pub(super) fn of_before(info: SegmentInfo) -> Segment {
+        let tail = if info.state == SegmentState::Open { info.watermark } else { info.length_bytes };
+        Segment { info, file: None, tail, in_flight: BTreeSet::new() }
     }
 }
 

@@ -159,20 +159,44 @@ impl Shared {
     }
 }
 
+/// A block of a record that is not good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BadPayload {
+    /// Its bytes are not those that its checksum is of.
+    Wrong {
+        /// Its number.
+        block: u32,
+    },
+    /// The disk does not give them.
+    Unreadable {
+        /// Its number.
+        block: u32,
+    },
+}
+
+impl BadPayload {
+    /// The number of the block.
+    pub fn block(self) -> u32 {
+        match self {
+            BadPayload::Wrong { block } | BadPayload::Unreadable { block } => block,
+        }
+    }
+}
+
 /// Checks every block of a record against its header.
 ///
 /// # Errors
-/// The number of the first block that is wrong or cannot be read.
-pub fn verify_payload(file: &dyn SegmentFile, header: &RecordHeader) -> Result<(), u32> {
+/// The first block that is not good.
+pub fn verify_payload(file: &dyn SegmentFile, header: &RecordHeader) -> Result<(), BadPayload> {
     let mut buffer = Vec::new();
     let mut left = header.spec.len_bytes;
     let mut at = header.payload_at();
     for (number, crc) in header.crcs.iter().enumerate() {
         let number = number as u32;
         let length = left.min(BLOCK_BYTES);
-        file.pread(at, length as usize, &mut buffer).map_err(|_| number)?;
+        file.pread(at, length as usize, &mut buffer).map_err(|_| BadPayload::Unreadable { block: number })?;
         if block_crc(&header.id, number, &buffer) != *crc {
-            return Err(number);
+            return Err(BadPayload::Wrong { block: number });
         }
         at += length;
         left -= length;

@@ -12,12 +12,15 @@
 //! are trusted by their headers then (a seal is written after all records were synced; reads verify anyway), so a
 //! rebuild reads headers and not payloads. What a rebuild cannot know are deletions whose holes were not yet synced:
 //! such chunks come back, and the owner shard says that they are garbage.
+//!
+//! **Invariant:** nothing is removed or punched that could not be read. A page that the disk does not give may hold an
+//! acknowledged record; it may give it the next time.
 
 use super::core::{seal, Core, Segment};
 use super::device::SegmentFile;
 use super::format::{FormatError, RecordHeader, Seal, SegmentHeader, PAGE_BYTES, RECORDS_AT, SEAL_AT};
-use super::index::{Batch, DiskInfo, Hole, Location, SegmentInfo, SegmentState};
-use super::read::verify_payload;
+use super::index::{Batch, DiskInfo, Hole, IndexError, Location, SegmentInfo, SegmentState};
+use super::read::{verify_payload, BadPayload};
 use super::shared::Shared;
 use super::OpenError;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -39,9 +42,14 @@ pub struct Recovered {
     pub holes_punched: u64,
     /// Segments the index knows and the folder does not have: their chunks are lost on this disk.
     pub segments_missing: u64,
+    /// Chunks of missing segments that were taken out of the index.
+    pub chunks_forgotten: u64,
     /// Pages that could not be read, or headers of segments that are damaged.
     pub damage: u64,
 }
+
+/// Index entries looked at together for those of missing segments.
+const FORGET_PAGE: usize = 1000;
 
 /// How much a scan reads at a time, in bytes.
 const SCAN_BYTES: u64 = 1024 * 1024;
@@ -49,6 +57,17 @@ const SCAN_BYTES: u64 = 1024 * 1024;
 fn device_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> OpenError {
     let what = what.into();
     move |source| OpenError::Device { what, source }
+}
+
+/// What is to become of a record's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Record {
+    /// The index points to it.
+    Kept,
+    /// Nobody needs them: torn, deleted, or of an older version of the chunk.
+    Dead,
+    /// Not known before the disk gives them.
+    Unreadable,
 }
 
 struct Recovery {
@@ -59,11 +78,7 @@ struct Recovery {
     report: Recovered,
 }
 
-/// Recovers a store.
-///
-/// # Errors
-/// [`OpenError`]; nothing may be written then.
-pub fn recover(shared: Arc<Shared>) -> Result<(Core, Recovered), OpenError> {
+fn try_recover(shared: Arc<Shared>) -> Result<(Core, Recovered), OpenError> {
     let known = shared.index.disk()?;
     let rebuilt = known.is_none();
     if rebuilt {
@@ -77,6 +92,18 @@ pub fn recover(shared: Arc<Shared>) -> Result<(Core, Recovered), OpenError> {
     let holes = shared.index.holes()?.into_iter().collect();
     let report = Recovered { rebuilt, ..Recovered::default() };
     Recovery { shared, disk, segments, holes, report }.run()
+}
+
+/// Recovers a store, and marks an index that is found damaged on the way, so that the next start rebuilds it.
+///
+/// # Errors
+/// [`OpenError`]; nothing may be written then.
+pub fn recover(shared: Arc<Shared>) -> Result<(Core, Recovered), OpenError> {
+    let recovered = try_recover(shared.clone());
+    if let Err(OpenError::Index(IndexError::Damaged(_))) = &recovered {
+        shared.index.mark_damaged();
+    }
+    recovered
 }
 
 impl Recovery {
@@ -121,13 +148,45 @@ impl Recovery {
             self.segments.remove(&number);
             batch.remove_segment(number);
         }
+        self.forget_missing(&missing, &mut batch)?;
         self.punch_recorded_holes(&missing, &mut batch)?;
         batch.put_disk(&self.disk);
         self.shared.index.write(batch)?;
         self.shared.index.flush()?;
-        let present = self.segments.into_iter().filter(|(number, _)| !missing.contains(number));
-        let segments = present.map(|(number, info)| (number, Segment::sealed(info))).collect();
+        let segments = self.segments.into_iter().map(|(number, info)| (number, Segment::of_before(info))).collect();
         Ok((Core::new(self.shared, self.disk, segments), self.report))
+    }
+
+    /// Takes the chunks of missing segments out of the index: who asks for them must be told that they are not there. Should
+    /// the files come back, their records are found like those of any unknown segment.
+    fn forget_missing(&mut self, missing: &HashSet<u32>, batch: &mut Batch) -> Result<(), OpenError> {
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let mut after = None;
+        loop {
+            let page = self.shared.index.chunks(after.as_ref(), FORGET_PAGE)?;
+            let Some((last, _)) = page.last() else { break };
+            after = Some(*last);
+            let mut gone = Batch::default();
+            for (id, at) in page.iter().filter(|(_, at)| missing.contains(&at.segment)) {
+                gone.remove_chunk(id);
+                self.disk.chunks = self.disk.chunks.saturating_sub(1);
+                self.disk.chunk_bytes = self.disk.chunk_bytes.saturating_sub(at.spec.len_bytes);
+                self.report.chunks_forgotten += 1;
+            }
+            if !gone.is_empty() {
+                if !self.report.rebuilt {
+                    gone.put_disk(&self.disk);
+                }
+                self.shared.index.write(gone)?;
+            }
+        }
+        for number in missing {
+            self.segments.remove(number);
+            batch.remove_segment(*number);
+        }
+        Ok(())
     }
 
     fn unlink(&self, number: u32) -> Result<(), OpenError> {
@@ -160,7 +219,11 @@ impl Recovery {
         let mut used: Vec<(u64, u64)> = Vec::new();
         while let Some(header) = scan.next(&info) {
             let at = Location { segment: number, offset: header.offset, sequence: header.sequence, spec: header.spec };
-            if self.index_record(&header, &at, &*file, sealed)? {
+            let kept = self.index_record(&header, &at, &*file, sealed)?;
+            if kept == Record::Unreadable {
+                scan.damage += 1;
+            }
+            if kept == Record::Kept {
                 used.push((header.offset, header.end()));
                 scan.at = header.end();
             } else if sealed {
@@ -170,6 +233,11 @@ impl Recovery {
             }
         }
         self.report.damage += scan.damage;
+        if scan.damage > 0 {
+            // It is not written to, and not sealed either: what could not be read now is looked for again at the next
+            // start.
+            return Ok(());
+        }
         let mut unused = Vec::new();
         let mut from = info.watermark.max(RECORDS_AT);
         for (begin, end) in used {
@@ -178,9 +246,8 @@ impl Recovery {
         }
         let end = from;
         unused.push((from, info.length_bytes));
-        if scan.damage > 0 || sealed {
-            // Some pages could not be read, or records were trusted unread: keep dead bytes rather than punch what may
-            // be read later.
+        if sealed {
+            // Records were trusted unread: dead bytes are kept rather than punched.
             unused.clear();
         }
         if !sealed {
@@ -205,9 +272,14 @@ impl Recovery {
         known: Option<SegmentInfo>,
     ) -> Result<Option<SegmentInfo>, OpenError> {
         let mut page = Vec::new();
+        let mut unreadable = None;
         let header = match file.pread(0, PAGE_BYTES as usize, &mut page) {
             Ok(()) => SegmentHeader::decode(&page),
-            Err(_) => Err(FormatError::Damaged { what: "segment header", why: "unreadable" }),
+            Err(error) => {
+                // Too short for a header: its creation was not finished. Anything else may be readable the next time.
+                unreadable = Some(error).filter(|error| error.kind() != io::ErrorKind::UnexpectedEof);
+                Err(FormatError::Damaged { what: "segment header", why: "unreadable" })
+            }
         };
         let fresh = |uuid, length_bytes| SegmentInfo {
             uuid,
@@ -226,8 +298,16 @@ impl Recovery {
             wrong => {
                 // A known segment with a bad header keeps its records: they carry the identity too. So does an unknown
                 // one that has any.
-                let found =
-                    known.or_else(|| first_record(file, number, length).map(|record| fresh(record.segment, length)));
+                let mut scan = Scan { number, file, at: RECORDS_AT, end: length, damage: 0 };
+                let found = known.or_else(|| scan.next_of_any().map(|record| fresh(record.segment, length)));
+                if found.is_none() && scan.damage > 0 {
+                    unreadable = unreadable.or_else(|| Some(io::Error::other("pages cannot be read")));
+                }
+                if let (None, Some(source)) = (found, unreadable) {
+                    let what =
+                        format!("read segment {number}, which may hold chunks and cannot be told from an empty one");
+                    return Err(OpenError::Device { what, source });
+                }
                 if found.is_some() {
                     self.report.damage += 1;
                     tracing::error!(segment = number, header = ?wrong, "the segment header is damaged; its records are read without it");
@@ -237,35 +317,42 @@ impl Recovery {
         }
     }
 
-    /// Indexes one record, unless the index has a newer one of its chunk. True when the record's bytes are to be kept.
+    /// Indexes one record, unless the index has a newer one of its chunk.
     fn index_record(
         &mut self,
         header: &RecordHeader,
         at: &Location,
         file: &dyn SegmentFile,
         trusted: bool,
-    ) -> Result<bool, OpenError> {
+    ) -> Result<Record, OpenError> {
         let piece = Hole { segment: at.segment, offset: at.offset, len_bytes: at.record_bytes() };
         self.disk.next_sequence = self.disk.next_sequence.max(at.sequence + 1);
         if self.holes.contains(&piece) {
-            return Ok(false);
+            return Ok(Record::Dead);
         }
         let before = self.shared.index.chunk(&header.id)?;
         match before {
-            Some(before) if before.sequence == at.sequence => return Ok(true),
+            Some(before) if before.sequence == at.sequence => return Ok(Record::Kept),
             Some(before) if before.sequence > at.sequence => {
                 if trusted {
                     self.record_hole(piece)?;
                 }
-                return Ok(false);
+                return Ok(Record::Dead);
             }
             _ => {}
         }
         if !trusted {
-            if let Err(block) = verify_payload(file, header) {
-                self.report.records_torn += 1;
-                tracing::warn!(segment = at.segment, offset = at.offset, chunk = %header.id, block, "dropped a record that was not whole");
-                return Ok(false);
+            match verify_payload(file, header) {
+                Ok(()) => {}
+                Err(BadPayload::Unreadable { block }) => {
+                    tracing::error!(segment = at.segment, offset = at.offset, chunk = %header.id, block, "a record cannot be read; it stays and is not served");
+                    return Ok(Record::Unreadable);
+                }
+                Err(BadPayload::Wrong { block }) => {
+                    self.report.records_torn += 1;
+                    tracing::warn!(segment = at.segment, offset = at.offset, chunk = %header.id, block, "dropped a record that was not whole");
+                    return Ok(Record::Dead);
+                }
             }
         }
         let mut batch = Batch::default();
@@ -295,7 +382,7 @@ impl Recovery {
         }
         self.shared.index.write(batch)?;
         self.report.records_indexed += 1;
-        Ok(true)
+        Ok(Record::Kept)
     }
 
     fn record_hole(&mut self, hole: Hole) -> Result<(), OpenError> {
@@ -349,11 +436,6 @@ fn read_seal(file: &dyn SegmentFile, number: u32, info: &SegmentInfo) -> Option<
     Seal::decode(&page).ok().filter(|seal| seal.number == number && seal.uuid == info.uuid)
 }
 
-/// The first record header of a file that says it lies where it does, whatever segment it names.
-fn first_record(file: &dyn SegmentFile, number: u32, length: u64) -> Option<RecordHeader> {
-    Scan { number, file, at: RECORDS_AT, end: length, damage: 0 }.next_of_any()
-}
-
 /// Walks over a segment page by page and finds record headers. Also what `inspect` walks with.
 pub struct Scan<'a> {
     /// Segment number, for the log.
@@ -401,10 +483,16 @@ impl Scan<'_> {
             };
             for page in window.chunks(step) {
                 if let Some(region_bytes) = RecordHeader::region_hint(page) {
-                    if self.file.pread(self.at, region_bytes as usize, &mut region).is_ok() {
-                        match RecordHeader::decode(&region) {
+                    match self.file.pread(self.at, region_bytes as usize, &mut region) {
+                        Ok(()) => match RecordHeader::decode(&region) {
                             Ok(header) if wanted(&header, self.at) => return Some(header),
                             _ => {}
+                        },
+                        // What looks like a header may name any length.
+                        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+                        Err(error) => {
+                            self.damage += 1;
+                            tracing::error!(segment = self.number, offset = self.at, %error, "a header cannot be read");
                         }
                     }
                 }

@@ -41,6 +41,8 @@ struct State {
     names: BTreeMap<u32, u64>,
     durable_names: BTreeMap<u32, u64>,
     next_inode: u64,
+    reads: u64,
+    failing_reads: std::ops::Range<u64>,
     calls: u64,
     fault: Option<(u64, Fault)>,
     dead: bool,
@@ -86,6 +88,25 @@ impl SimDevice {
     pub fn arm(&self, after: u64, fault: Fault) {
         let mut state = self.state();
         state.fault = Some((state.calls + after, fault));
+    }
+
+    /// So many reads fail with EIO, after so many more that do not; later ones of the same bytes do not either.
+    pub fn fail_reads(&self, after: u64, count: u64) {
+        let mut state = self.state();
+        let first = state.reads + after;
+        state.failing_reads = first..first.saturating_add(count);
+    }
+
+    /// Reads so far.
+    pub fn reads(&self) -> u64 {
+        self.state().reads
+    }
+
+    /// Takes the file of a segment away.
+    pub fn lose(&self, segment: u32) {
+        let mut state = self.state();
+        state.names.remove(&segment);
+        state.durable_names.remove(&segment);
     }
 
     /// Calls so far that change or sync something.
@@ -306,9 +327,13 @@ impl SegmentFile for SimFile {
     }
 
     fn pread(&self, offset: u64, len_bytes: usize, buffer: &mut Vec<u8>) -> io::Result<()> {
-        let state = self.disk.state();
+        let mut state = self.disk.state();
         if state.dead {
             return Err(power_loss());
+        }
+        state.reads += 1;
+        if state.failing_reads.contains(&(state.reads - 1)) {
+            return Err(io::Error::from_raw_os_error(5));
         }
         let inode = &state.inodes[&self.inode];
         buffer.clear();
