@@ -20,6 +20,7 @@ pub mod background;
 pub mod backoff;
 pub mod bootstrap;
 pub mod cli;
+mod descriptors;
 pub mod dev;
 mod digest;
 pub mod disks;

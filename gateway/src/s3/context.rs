@@ -27,14 +27,21 @@ pub struct S3Settings {
     pub base_domain: Option<String>,
     /// Access keys by id. Empty ones are refused at start.
     pub keys: HashMap<String, AccessKey>,
-    /// Connections served at the same time; on more, requests are answered with 503.
+    /// Connections served at the same time; a silent one makes room for more, or requests are answered with 503.
     pub max_connections: usize,
+    /// The same for one address.
+    pub connections_per_address: usize,
+    /// Addresses and networks that have no bound of their own, with commas between them.
+    pub trusted_proxies: String,
     /// Requests in work at the same time; more are answered with 503.
     pub max_requests: usize,
-    /// Longest wait for the rest of a request's headers once its first byte came.
+    /// Longest wait for the headers of a connection's first request, and for the rest of another's once its first byte
+    /// came.
     pub header_timeout: Duration,
-    /// Longest wait for the next byte of a body, in either direction.
+    /// Longest time in which a body makes no progress, in either direction.
     pub body_idle_timeout: Duration,
+    /// Fewer bytes than this are no progress, unless they are the last.
+    pub body_progress_bytes: u64,
     /// Longest silence of a kept-alive connection between requests.
     pub keep_alive: Duration,
     /// Where requests are counted; None: nowhere.
@@ -55,9 +62,12 @@ impl S3Settings {
             base_domain: None,
             keys: HashMap::from([(access_key.to_owned(), key)]),
             max_connections: values.size("s3.max_connections"),
+            connections_per_address: values.size("s3.connections_per_address"),
+            trusted_proxies: values.text("s3.trusted_proxies").to_owned(),
             max_requests: values.size("s3.max_requests"),
             header_timeout: values.time("s3.header_timeout"),
             body_idle_timeout: values.time("s3.body_idle_timeout"),
+            body_progress_bytes: values.number("s3.body_progress"),
             keep_alive: values.time("s3.keep_alive"),
             metrics: None,
         }

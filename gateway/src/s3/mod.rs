@@ -23,6 +23,7 @@ mod commit;
 mod complete;
 mod context;
 mod copy;
+mod crowd;
 mod delete;
 mod error;
 mod get;

@@ -18,8 +18,8 @@ use tokio::time::{Instant, Sleep};
 /// Why a request's body broke off on the socket.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RequestBodyError {
-    /// No byte for too long.
-    #[error("no byte of the body came for too long")]
+    /// No progress for too long.
+    #[error("too little of the body came for too long")]
     Idle,
     /// A checksum in the headers does not fit. XML bodies only: payloads are verified by their verbs.
     #[error("{0}")]
@@ -84,12 +84,25 @@ impl Socket {
     }
 }
 
-/// A request body on its way into s3s: bounded in idle time, and verified against its checksums when it is XML.
+/// How slow a body may be: in every such time at least so many bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    pub(super) time: Duration,
+    pub(super) bytes: u64,
+}
+
+/// A request body on its way into s3s: bounded in slowness, and verified against its checksums when it is XML.
 pub(super) struct RequestBody {
     socket: Arc<Socket>,
     info: Arc<RequestInfo>,
-    idle_limit: Duration,
+    patience: Patience,
     idle: Option<Pin<Box<Sleep>>>,
+    /// Bytes since the last progress.
+    progress: u64,
+    /// Time that was spent waiting for the client since then. Time in which nobody asked for bytes does not count: a
+    /// client must not pay for slow disks.
+    waited: Duration,
+    since: Option<Instant>,
     check: Option<BodyCheck>,
     last_chunk: Option<LastChunk>,
     scan: Option<XmlScan>,
@@ -98,19 +111,22 @@ pub(super) struct RequestBody {
 }
 
 impl RequestBody {
-    /// Wraps a body; `idle_limit` is the longest wait for its next byte, `signed_chunks` how it is framed.
+    /// Wraps a body; `signed_chunks` is how it is framed.
     pub(super) fn new(
         socket: Arc<Socket>,
         info: Arc<RequestInfo>,
-        idle_limit: Duration,
+        patience: Patience,
         signed_chunks: bool,
     ) -> RequestBody {
         let last_chunk = signed_chunks.then(LastChunk::default);
         RequestBody {
             socket,
             info,
-            idle_limit,
+            patience,
             idle: None,
+            progress: 0,
+            waited: Duration::ZERO,
+            since: None,
             check: None,
             last_chunk,
             scan: None,
@@ -125,7 +141,8 @@ impl RequestBody {
     }
 
     fn waiting(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
-        let limit = self.idle_limit;
+        self.since.get_or_insert_with(Instant::now);
+        let limit = self.patience.time.saturating_sub(self.waited);
         let idle = self.idle.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
         match idle.as_mut().poll(cx) {
             Poll::Ready(()) => self.fail(RequestBodyError::Idle),
@@ -159,9 +176,13 @@ impl http_body::Body for RequestBody {
         match polled {
             Poll::Pending => self.waiting(cx),
             Poll::Ready(Some(Ok(frame))) => {
-                let limit = self.idle_limit;
-                if let Some(idle) = &mut self.idle {
-                    idle.as_mut().reset(Instant::now() + limit);
+                self.progress += frame.data_ref().map_or(0, |data| data.len() as u64);
+                self.idle = None;
+                let waited = self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+                self.waited += waited;
+                if self.progress >= self.patience.bytes {
+                    self.progress = 0;
+                    self.waited = Duration::ZERO;
                 }
                 if let Some(data) = frame.data_ref() {
                     self.info.add_received(data.len() as u64);

@@ -1,21 +1,24 @@
 //! The listener: connections in, bounded in number and in time, and a stop that lets requests finish.
 
 use super::context::S3Context;
+use super::crowd::{Bounds, Crowd, Decision, Network, Number};
 use super::service::{FrontEnd, S3SetupError};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -37,36 +40,47 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// [`S3SetupError`] before anything is served.
 pub async fn serve(listener: TcpListener, cx: Arc<S3Context>, stop: CancellationToken) -> Result<(), S3SetupError> {
     let front = FrontEnd::new(cx.clone())?;
-    let served = Arc::new(Semaphore::new(cx.settings.max_connections));
-    let held = Arc::new(Semaphore::new(cx.settings.max_connections.saturating_add(REFUSED_CONNECTIONS)));
+    let bounds = Bounds {
+        places: cx.settings.max_connections,
+        refused: REFUSED_CONNECTIONS,
+        per_address: cx.settings.connections_per_address,
+        proxies: Network::parse_list(&cx.settings.trusted_proxies).map_err(S3SetupError::Proxy)?,
+    };
+    if let Some(limit) = crate::descriptors::raise_limit() {
+        let wanted = cx.settings.max_connections.saturating_add(REFUSED_CONNECTIONS);
+        if limit < u64::try_from(wanted).unwrap_or(u64::MAX) {
+            tracing::warn!(limit, wanted, "the limit of open files is lower than s3.max_connections needs");
+        }
+    }
+    let door = Arc::new(Door { inside: Mutex::new((Crowd::new(bounds), HashMap::new())), left: Notify::new() });
     let tasks = TaskTracker::new();
     let cut = CancellationToken::new();
     loop {
-        let accept = async {
-            let held = held.clone().acquire_owned().await;
-            (held, listener.accept().await)
-        };
-        let (held, accepted) = tokio::select! {
+        let accepted = tokio::select! {
             () = stop.cancelled() => break,
-            accepted = accept => accepted,
+            accepted = listener.accept() => accepted,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(cause) => {
                 tracing::warn!(%cause, "a connection was not accepted");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        let permit = served.clone().try_acquire_owned().ok();
-        let connection = connection(stream, front.clone(), cx.clone(), permit.is_none(), stop.clone());
+        let entered = tokio::select! {
+            () = stop.cancelled() => break,
+            entered = Door::enter(&door, peer.ip()) => entered,
+        };
+        // An address that takes up all its places, and all its refusals: its socket is closed.
+        let Some((place, refuse_all)) = entered else { continue };
+        let connection = connection(stream, front.clone(), cx.clone(), place, refuse_all, stop.clone());
         let cut = cut.clone();
         tasks.spawn(async move {
             tokio::select! {
                 () = connection => {}
                 () = cut.cancelled() => {}
             }
-            drop((held, permit));
         });
     }
     tasks.close();
@@ -77,34 +91,119 @@ pub async fn serve(listener: TcpListener, cx: Arc<S3Context>, stop: Cancellation
     Ok(())
 }
 
-async fn connection(stream: TcpStream, front: FrontEnd, cx: Arc<S3Context>, refuse_all: bool, stop: CancellationToken) {
+/// All connections: who is in, and how to tell one to go.
+struct Door {
+    inside: Mutex<(Crowd, HashMap<Number, CancellationToken>)>,
+    /// Somebody left.
+    left: Notify,
+}
+
+impl Door {
+    fn inside(&self) -> MutexGuard<'_, (Crowd, HashMap<Number, CancellationToken>)> {
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for a new connection, and whether its requests are to be refused. None: it is to be closed.
+    async fn enter(door: &Arc<Door>, address: IpAddr) -> Option<(Place, bool)> {
+        loop {
+            // Before the decision, so that who leaves right after it is not missed.
+            let mut left = std::pin::pin!(door.left.notified());
+            left.as_mut().enable();
+            let decision = door.inside().0.arrive(address);
+            let (number, refuse_all) = match decision {
+                Decision::Serve(number) => (number, false),
+                Decision::Refuse(number) => (number, true),
+                Decision::Instead(number, out) => {
+                    if let Some(gone) = door.inside().1.get(&out) {
+                        gone.cancel();
+                    }
+                    (number, false)
+                }
+                Decision::Close => return None,
+                Decision::Wait => {
+                    left.await;
+                    continue;
+                }
+            };
+            let gone = CancellationToken::new();
+            door.inside().1.insert(number, gone.clone());
+            return Some((Place { door: door.clone(), number, gone, busy: AtomicBool::new(false) }, refuse_all));
+        }
+    }
+}
+
+/// A connection's place; given back when dropped.
+struct Place {
+    door: Arc<Door>,
+    number: Number,
+    /// The place was given to another connection.
+    gone: CancellationToken,
+    /// A request is in work: its head is complete, and the last byte of its answer is not handed over yet.
+    busy: AtomicBool,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut inside = self.door.inside();
+        inside.0.leave(self.number);
+        inside.1.remove(&self.number);
+        drop(inside);
+        self.door.left.notify_waiters();
+    }
+}
+
+/// A request in work.
+struct Work(Arc<Place>);
+
+impl Work {
+    fn begin(place: &Arc<Place>) -> Work {
+        place.busy.store(true, Ordering::Relaxed);
+        place.door.inside().0.works(place.number);
+        Work(place.clone())
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.0.busy.store(false, Ordering::Relaxed);
+        self.0.door.inside().0.rests(self.0.number);
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    front: FrontEnd,
+    cx: Arc<S3Context>,
+    place: Place,
+    refuse_all: bool,
+    stop: CancellationToken,
+) {
     // Without it the last segment of an answer waits for the client's acknowledgement.
     if let Err(cause) = stream.set_nodelay(true) {
         tracing::debug!(%cause, "a connection went away at once");
         return;
     }
-    let busy = Arc::new(AtomicBool::new(false));
+    let place = Arc::new(place);
     let io = Guarded {
         stream,
-        busy: busy.clone(),
+        place: place.clone(),
+        asked: false,
         head_limit: cx.settings.header_timeout,
         write_limit: cx.settings.body_idle_timeout,
+        write_progress_bytes: cx.settings.body_progress_bytes,
         head: None,
         write: None,
+        written: 0,
     };
+    let worker = place.clone();
     let service = service_fn(move |request| {
-        let (front, busy) = (front.clone(), busy.clone());
-        busy.store(true, Ordering::Relaxed);
-        async move {
-            let response = front.handle(request, refuse_all).await;
-            busy.store(false, Ordering::Relaxed);
-            Ok::<_, Infallible>(response)
-        }
+        let (front, work) = (front.clone(), Work::begin(&worker));
+        async move { Ok::<_, Infallible>(front.handle(request, refuse_all, work).await) }
     });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         // hyper's clock also runs while a kept-alive connection is silent, so it is the idle limit here; a head that
-        // has begun and does not end is the business of `Guarded`.
+        // does not come or does not end is the business of `Guarded`.
         .header_read_timeout(cx.settings.keep_alive)
         .max_headers(MAX_HEADERS)
         .max_buf_size(BUFFER_BYTES)
@@ -117,21 +216,34 @@ async fn connection(stream: TcpStream, front: FrontEnd, cx: Arc<S3Context>, refu
             connection.as_mut().graceful_shutdown();
             connection.await
         }
+        () = place.gone.cancelled() => {
+            // It was silent when its place was given away. A head may have come since: that request is answered.
+            if !place.busy.load(Ordering::Relaxed) {
+                return;
+            }
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
     };
     if let Err(cause) = outcome {
         tracing::debug!(%cause, "a connection broke off");
     }
 }
 
-/// A socket that gives up on a client that sends a head byte by byte, or does not take its answer.
+/// A socket that gives up on a client that says nothing, sends a head byte by byte, or does not take its answer.
 struct Guarded {
     stream: TcpStream,
-    /// A request is in work: its head is complete.
-    busy: Arc<AtomicBool>,
+    place: Arc<Place>,
+    /// There was a request.
+    asked: bool,
     head_limit: Duration,
     write_limit: Duration,
+    /// Fewer bytes than this are no progress, unless they are the last of what is to be written.
+    write_progress_bytes: u64,
     head: Option<Pin<Box<Sleep>>>,
     write: Option<Pin<Box<Sleep>>>,
+    /// Bytes since the last progress.
+    written: u64,
 }
 
 fn expired(timer: &mut Option<Pin<Box<Sleep>>>, limit: Duration, cx: &mut Context<'_>) -> bool {
@@ -139,9 +251,17 @@ fn expired(timer: &mut Option<Pin<Box<Sleep>>>, limit: Duration, cx: &mut Contex
 }
 
 impl Guarded {
+    fn progressed(&mut self) {
+        self.write = None;
+        self.written = 0;
+    }
+
     fn wrote(&mut self, polled: Poll<io::Result<usize>>, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        if polled.is_ready() {
-            self.write = None;
+        if let Poll::Ready(written) = &polled {
+            self.written += written.as_ref().map_or(0, |written| *written as u64);
+            if self.written >= self.write_progress_bytes {
+                self.progressed();
+            }
         } else if expired(&mut self.write, self.write_limit, cx) {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
@@ -153,11 +273,12 @@ impl AsyncRead for Guarded {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if self.busy.load(Ordering::Relaxed) {
+        if self.place.busy.load(Ordering::Relaxed) {
             self.head = None;
+            self.asked = true;
             return polled;
         }
-        let began = self.head.is_some() || buf.filled().len() > before;
+        let began = !self.asked || self.head.is_some() || buf.filled().len() > before;
         let limit = self.head_limit;
         if began && expired(&mut self.head, limit, cx) {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
@@ -186,6 +307,8 @@ impl AsyncWrite for Guarded {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // All there was to write is written: hyper flushes when its buffer is empty.
+        self.progressed();
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 

@@ -8,7 +8,7 @@ use super::context::S3Context;
 use super::error;
 use super::host::AnyCase;
 use super::request::RequestInfo;
-use super::request_body::{RequestBody, Socket};
+use super::request_body::{Patience, RequestBody, Socket};
 use super::upload_body::BodyFault;
 use super::verbs::Verbs;
 use bytes::Bytes;
@@ -53,6 +53,9 @@ pub enum S3SetupError {
     /// No domain.
     #[error("`{0}` is not a domain")]
     Domain(String),
+    /// No network.
+    #[error("`{0}` in s3.trusted_proxies is neither an address nor a network such as 10.0.0.0/8")]
+    Proxy(String),
 }
 
 /// The S3 front end as an HTTP service; cheap to clone.
@@ -111,7 +114,8 @@ impl FrontEnd {
     }
 
     /// Answers one request. `refuse_all` is set on connections beyond the bound.
-    pub(super) async fn handle(&self, request: Request<Incoming>, refuse_all: bool) -> Response<Answer> {
+    /// `work` is dropped when the last byte of the answer was handed over.
+    pub(super) async fn handle<W>(&self, request: Request<Incoming>, refuse_all: bool, work: W) -> Response<Answer<W>> {
         let info = RequestInfo::new(request.method().clone(), request.uri().path(), self.cx.settings.metrics.clone());
         let head = request.method() == Method::HEAD;
         let permit = if refuse_all { None } else { self.requests.clone().try_acquire_owned().ok() };
@@ -129,8 +133,9 @@ impl FrontEnd {
                 .headers
                 .get("x-amz-content-sha256")
                 .is_some_and(|mode| mode == "STREAMING-AWS4-HMAC-SHA256-PAYLOAD");
-            let body =
-                RequestBody::new(socket.clone(), info.clone(), self.cx.settings.body_idle_timeout, signed_chunks);
+            let patience =
+                Patience { time: self.cx.settings.body_idle_timeout, bytes: self.cx.settings.body_progress_bytes };
+            let body = RequestBody::new(socket.clone(), info.clone(), patience, signed_chunks);
             let mut request = Request::from_parts(parts, Body::http_body(body));
             request.extensions_mut().insert(info.clone());
             match AssertUnwindSafe(service.call(request)).catch_unwind().await {
@@ -160,7 +165,7 @@ impl FrontEnd {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         let status = response.status().as_u16();
-        response.map(|body| Answer { body, info, status, code, sent_bytes: 0, whole: head, _permit: permit })
+        response.map(|body| Answer { body, info, status, code, sent_bytes: 0, whole: head, _held: (permit, work) })
     }
 
     /// A request for a bucket's location may be signed for us-east-1; its signature is verified all the same.
@@ -277,17 +282,17 @@ async fn drained(socket: &Socket, expects_continue: bool) -> bool {
 }
 
 /// The body of an answer: counts, and logs the request when it is over.
-pub(super) struct Answer {
+pub(super) struct Answer<W> {
     body: Body,
     info: Arc<RequestInfo>,
     status: u16,
     code: String,
     sent_bytes: u64,
     whole: bool,
-    _permit: Option<OwnedSemaphorePermit>,
+    _held: (Option<OwnedSemaphorePermit>, W),
 }
 
-impl http_body::Body for Answer {
+impl<W: Unpin> http_body::Body for Answer<W> {
     type Data = Bytes;
     type Error = StdError;
 
@@ -310,7 +315,7 @@ impl http_body::Body for Answer {
     }
 }
 
-impl Drop for Answer {
+impl<W> Drop for Answer<W> {
     fn drop(&mut self) {
         let whole = self.whole || self.body.is_end_stream();
         self.info.log(self.status, &self.code, self.sent_bytes, whole);

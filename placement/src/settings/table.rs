@@ -4,6 +4,7 @@
 
 use super::Scope::{Cluster, Process};
 use super::{Kind, Scope, Setting, Value};
+use std::borrow::Cow;
 use std::time::Duration;
 
 const KIB: u64 = 1 << 10;
@@ -113,10 +114,13 @@ pub const TABLE: &[Setting] = &[
     time("shards.longest_pause", Process, s(1), WAIT, "The longest such pause."),
     time("shards.settle", Process, s(3), WAIT, "How long a bucket lookup waits for a deletion under way to end one way or the other."),
     // The S3 listener.
-    count("s3.max_connections", Process, 4096, AT_ONCE, "Connections served at the same time; on more, requests are answered with 503."),
+    count("s3.max_connections", Process, 4096, AT_ONCE, "Connections served at the same time. The one that has been silent the longest makes room for a new one; when none is silent, requests on more are answered with 503."),
+    count("s3.connections_per_address", Process, 1024, AT_ONCE, "The same for the connections of one address."),
+    of("s3.trusted_proxies", Process, Value::Text(Cow::Borrowed("")), Kind::Text(1000), "Addresses and networks of proxies, with commas between them, such as 10.0.0.0/8: they speak for many clients and have no bound of their own."),
     count("s3.max_requests", Process, 1024, AT_ONCE, "Requests in work at the same time; more are answered with 503."),
-    time("s3.header_timeout", Process, s(30), DEADLINE, "Longest wait for the rest of a request's headers once its first byte came."),
-    time("s3.body_idle_timeout", Process, min(1), DEADLINE, "Longest wait for the next byte of a body, in either direction."),
+    time("s3.header_timeout", Process, s(10), DEADLINE, "Longest wait for a request's headers: from the beginning of the connection for the first one, from their first byte for the others."),
+    time("s3.body_idle_timeout", Process, min(1), DEADLINE, "Longest time in which a body makes no progress, in either direction."),
+    bytes("s3.body_progress", Process, 4 * KIB, [1, MIB], "Fewer bytes than this are no progress, unless they are the last."),
     time("s3.keep_alive", Process, min(2), [s(1), min(60)], "Longest silence of a kept-alive connection between requests."),
     // Disk nodes: the chunk store.
     of("node.reserve", Process, Value::Auto, Kind::Bytes(0, 1 << 60), "Free space that new chunks never take: for deletes, the index and the metadata of a full disk. auto: 1 % of the file system, 64MiB to 8GiB, at most an eighth."),

@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_util::sync::CancellationToken;
 
 pub const ACCESS: &str = "AKIATESTTESTTEST0000";
@@ -359,6 +359,13 @@ impl Scene {
         let cx = S3Context::new(cluster.more_shards(), cluster.objects.clone(), settings);
         tokio::spawn(serve(listener, cx, stop.clone()));
         Scene { cluster, address, stop }
+    }
+
+    /// A connection from 127.0.0.`from`.
+    pub async fn connect(&self, from: u8) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from(([127, 0, 0, from], 0))).unwrap();
+        socket.connect(self.address).await.unwrap()
     }
 
     pub fn host(&self) -> String {

@@ -106,9 +106,7 @@ async fn beyond_a_bound_requests_are_told_to_slow_down() {
     slow.ok();
 
     let scene = Scene::with(|settings| settings.max_connections = 1).await;
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    let _held = TcpStream::connect(scene.address).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    let (_held, _, _) = begun(&scene, scene.connect(1).await, 100_000).await;
     let got = scene.ask(Ask::new("GET", "/")).await.expect(503, "SlowDown");
     assert_eq!(got.header("connection").as_deref(), Some("close"));
 }
@@ -131,11 +129,112 @@ async fn slow_heads_and_slow_bodies_are_cut_off() {
     let got = tokio::time::timeout(Duration::from_secs(5), read_answer(&mut stream, false)).await.unwrap();
     got.expect(400, "RequestTimeout");
     assert_eq!(scene.cluster.object_count().await, 0);
-    // A connection that is merely silent is left alone that long.
+    // A connection that asked something and is silent since is left alone for longer.
     let mut idle = TcpStream::connect(scene.address).await.unwrap();
+    idle.write_all(&Ask::new("GET", "/").signed(&scene.host()).0).await.unwrap();
+    assert_eq!(read_answer(&mut idle, false).await.status, 200);
     tokio::time::sleep(Duration::from_millis(900)).await;
     idle.write_all(&Ask::new("GET", "/").signed(&scene.host()).0).await.unwrap();
     assert_eq!(read_answer(&mut idle, false).await.status, 200);
+}
+
+/// Begins an upload of so many bytes and sends all but the last. The connection is in work when this returns.
+async fn begun(scene: &Scene, mut stream: TcpStream, len: usize) -> (TcpStream, Vec<u8>, Vec<u8>) {
+    let put = Ask::new("PUT", "/bucket/slow").header("expect", "100-continue").body(vec![1u8; len]);
+    let (wire, _) = put.signed(&scene.host());
+    let end = wire.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
+    stream.write_all(&wire[..end]).await.unwrap();
+    let mut interim = [0u8; 25];
+    stream.read_exact(&mut interim).await.unwrap();
+    assert_eq!(&interim, b"HTTP/1.1 100 Continue\r\n\r\n");
+    stream.write_all(&wire[end..wire.len() - 1]).await.unwrap();
+    (stream, wire[wire.len() - 1..].to_vec(), wire[..end].to_vec())
+}
+
+/// Whether the other end has closed a connection on which it said nothing; waits for it at most so long.
+async fn is_closed(stream: &mut TcpStream, wait: Duration) -> bool {
+    let read = tokio::time::timeout(wait, stream.read(&mut [0u8; 1])).await;
+    matches!(read, Ok(Ok(0) | Err(_)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_never_says_anything_ends_with_the_time_for_a_head() {
+    let scene = Scene::with(|settings| settings.header_timeout = Duration::from_millis(200)).await;
+    let mut silent = scene.connect(1).await;
+    assert!(is_closed(&mut silent, Duration::from_secs(20)).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_connection_takes_the_place_of_the_one_that_is_silent_the_longest() {
+    let scene = Scene::with(|settings| {
+        settings.max_connections = 3;
+        settings.header_timeout = Duration::from_secs(600);
+    })
+    .await;
+    let (mut working, last, _) = begun(&scene, scene.connect(1).await, 100_000).await;
+    let (mut first, mut second) = (scene.connect(1).await, scene.connect(1).await);
+    // One after another, more than there are places: each is served, and only silent ones had to go.
+    for _ in 0..5 {
+        let mut kept = scene.connect(1).await;
+        kept.write_all(&Ask::new("GET", "/").signed(&scene.host()).0).await.unwrap();
+        assert_eq!(read_answer(&mut kept, false).await.status, 200);
+        assert!(is_closed(&mut first, Duration::from_secs(20)).await);
+        first = std::mem::replace(&mut second, kept);
+    }
+    working.write_all(&last).await.unwrap();
+    read_answer(&mut working, false).await.ok();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_address_cannot_take_all_places_unless_it_is_a_trusted_proxy() {
+    let ask = |scene: &Scene| Ask::new("GET", "/").signed(&scene.host()).0;
+    for (proxies, expected) in [("", 503), ("127.0.0.3, 127.0.0.0/30", 200), ("192.0.2.0/24", 503)] {
+        let scene = Scene::with(|settings| {
+            settings.connections_per_address = 2;
+            settings.trusted_proxies = proxies.to_owned();
+        })
+        .await;
+        let first = begun(&scene, scene.connect(1).await, 100_000).await;
+        let second = begun(&scene, scene.connect(1).await, 100_000).await;
+        for (from, expected) in [(1, expected), (2, 200)] {
+            let mut stream = scene.connect(from).await;
+            stream.write_all(&ask(&scene)).await.unwrap();
+            let got = read_answer(&mut stream, false).await;
+            assert_eq!(got.status, expected, "from 127.0.0.{from}, proxies {proxies:?}: {}", got.text());
+        }
+        drop((first, second));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_drips_is_cut_off_and_one_that_stalls_for_less_is_not() {
+    let scene = Scene::with(|settings| {
+        settings.body_idle_timeout = Duration::from_secs(2);
+        settings.body_progress_bytes = 4096;
+    })
+    .await;
+    let (mut stream, body, _) = send_head(&scene, Ask::new("PUT", "/bucket/k").body(vec![1u8; 100_000])).await;
+    let (mut read, mut write) = stream.split();
+    let drip = async {
+        for byte in &body {
+            if write.write_all(&[*byte]).await.is_err() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::select! {
+        () = drip => panic!("a body of single bytes was taken for progress"),
+        got = read_answer(&mut read, false) => drop(got.expect(400, "RequestTimeout")),
+    }
+    assert_eq!(scene.cluster.object_count().await, 0);
+
+    let (mut stream, body, _) = send_head(&scene, Ask::new("PUT", "/bucket/k").body(vec![1u8; 16_000])).await;
+    for piece in body.chunks(4096) {
+        stream.write_all(piece).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(700)).await;
+    }
+    read_answer(&mut stream, false).await.ok();
 }
 
 #[tokio::test(flavor = "multi_thread")]
