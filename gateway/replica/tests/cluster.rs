@@ -306,13 +306,18 @@ async fn concurrent_proposals_of_many_shards_share_syncs_and_reads_share_barrier
             for i in 0..8 {
                 let sent = request(&mut random, 1, put(1, &format!("{task}-{i}"), b"x"));
                 assert!(matches!(host.command(shard, sent).await.unwrap(), Reply::Put { .. }));
-                assert!(matches!(host.query(shard, get(&format!("{task}-{i}"))).await.unwrap(), Answer::Object(_)));
             }
         }));
     }
     for task in tasks {
         task.await.unwrap();
     }
+    // All of them are asked before the first is answered, however busy the machine is.
+    let queries =
+        (0..256u64).flat_map(|task| (0..8).map(move |i| (ShardId(1 + (task % 8) as u16), format!("{task}-{i}"))));
+    let queries: Vec<_> = queries.collect();
+    let answers = futures::future::join_all(queries.iter().map(|(shard, key)| host.query(*shard, get(key)))).await;
+    assert!(answers.into_iter().all(|answer| matches!(answer.unwrap(), Answer::Object(_))));
     let after = host.counters();
     let commands = after.commands - before.commands;
     let syncs = after.log_syncs - before.log_syncs;

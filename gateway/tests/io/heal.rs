@@ -5,6 +5,7 @@ use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use granary_gateway::background::heal::{HealSettings, Healer, HEAL_TASK};
 use granary_gateway::background::leases::{Held, Holder, LeaseSettings};
+use granary_gateway::disks::DiskHealth;
 use granary_gateway::object::choose::Draw;
 use granary_gateway::object::{chunk_id, ObjectSettings, ReadError, StageError, Staged};
 use granary_meta::record::{ExtentRef, ObjectData};
@@ -537,6 +538,56 @@ async fn an_extent_beyond_repair_stays_queued_and_untouched_and_is_not_tried_all
     cluster.holder(extent, 2).damage.lock().unwrap().clear();
     cluster.until("the queue is empty", || meta.missing() == 0).await;
     assert!(healer.census(|_| {}).await.unwrap().is_complete());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn chunks_with_bad_blocks_in_different_places_are_repaired_block_by_block() {
+    let mut draw = seed("chunks_with_bad_blocks_in_different_places_are_repaired_block_by_block");
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    let objects = objects_of(&cluster, &meta, &mut draw, &[UNIT * 11]).await;
+    let before = all_contents(&cluster);
+    let (data, payload) = &objects[0];
+    let extent = &data.extents()[0];
+    let blocks = extent.layout().chunk_len().div_ceil(UNIT) as u32;
+    assert!(blocks >= 2);
+    // Four of six chunks are corrupt and one is gone: one chunk whole is left, and yet four good blocks of each row.
+    for (index, block) in [(0, 0), (1, 1), (2, 2 % blocks)] {
+        cluster.damage(extent, index, block, if index == 1 { Damage::Flip } else { Damage::Noticed });
+    }
+    cluster.holder(extent, 5).chunks.lock().unwrap().remove(&chunk_id(extent, 5));
+    for index in [0, 1, 2, 5] {
+        meta.report(ShardId(1 + (UNIT * 11 % 2) as u16), chunk(extent, index));
+    }
+    let (healer, _stop) = heal(&cluster, &meta);
+    cluster.until("the queue is empty", || meta.missing() == 0).await;
+    assert!(all_contents(&cluster) == before);
+    assert!(healer.census(|_| {}).await.unwrap().is_complete());
+    cluster.check(data, payload, 0..payload.len() as u64).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_corrupt_chunk_stays_until_the_whole_of_its_replacement_is_there() {
+    let mut draw = seed("a_corrupt_chunk_stays_until_the_whole_of_its_replacement_is_there");
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    let objects = objects_of(&cluster, &meta, &mut draw, &[UNIT * 11]).await;
+    let extent = &objects[0].0.extents()[0];
+    cluster.damage(extent, 1, 0, Damage::Noticed);
+    let place = cluster.disks.iter().position(|disk| disk.id == cluster.holder(extent, 1).id).unwrap();
+    let before = contents(&cluster.disks[place]);
+    // The disk dies when the replacement is half written.
+    cluster.disks[place].die_after_bytes.store(UNIT, Ordering::SeqCst);
+    meta.report(ShardId(1 + (UNIT * 11 % 2) as u16), chunk(extent, 1));
+    let (_healer, _stop) = heal(&cluster, &meta);
+    cluster
+        .until("the disk is down", || cluster.store.disks().health(cluster.disks[place].id) == DiskHealth::Down)
+        .await;
+    assert!(contents(&cluster.disks[place]) == before, "its other blocks are still there");
+    cluster.disks[place].die_after_bytes.store(u64::MAX, Ordering::SeqCst);
+    cluster.revive(place).await;
+    cluster.until("the queue is empty", || meta.missing() == 0).await;
+    assert!(contents(&cluster.disks[place]) == before && cluster.disks[place].damage.lock().unwrap().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -260,9 +260,6 @@ impl NodeService for Service {
             if self.0.full.load(Ordering::SeqCst) {
                 return Err(ChunkError::DiskFull);
             }
-            if self.0.chunks.lock().unwrap().contains_key(&id) {
-                return Err(ChunkError::AlreadyThere);
-            }
             let sink: Box<dyn ChunkSink> = Box::new(Sink { disk: self.0.clone(), id, spec, lease, bytes: Vec::new() });
             Ok(sink)
         })
@@ -318,10 +315,9 @@ impl ChunkSink for Sink {
                 }
             }
             assert_eq!(self.bytes.len() as u64, self.spec.len_bytes);
+            // As the chunk store does: the whole new chunk takes the place of an older one in one step.
             let mut chunks = self.disk.chunks.lock().unwrap();
-            if chunks.contains_key(&self.id) {
-                return Err(ChunkError::AlreadyThere);
-            }
+            self.disk.damage.lock().unwrap().retain(|(id, _), _| *id != self.id);
             chunks.insert(self.id, Stored { spec: self.spec, bytes: self.bytes.into(), crcs });
             Ok(())
         })

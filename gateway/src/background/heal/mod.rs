@@ -16,8 +16,7 @@
 //! done stands in the shards' queues, never only here.
 //!
 //! **Invariant:** a chunk leaves the repair queue only after its bytes were read back from its disk and verified.
-//! **Invariant:** nothing of an extent that its shard owns is ever deleted, but for a corrupt chunk whose replacement
-//! is at hand.
+//! **Invariant:** nothing of an extent that its shard owns is ever deleted; a corrupt chunk is replaced in one step.
 
 pub mod census;
 mod garbage;

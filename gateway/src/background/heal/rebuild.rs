@@ -1,4 +1,8 @@
 //! The repair queue's worker: rebuilds what is queued, verifies it, and only then takes it off the queue.
+//!
+//! A chunk is rebuilt block by block from whatever can be read, its own good blocks and those of other damaged chunks
+//! among it. A corrupt chunk stays on its disk until the new one is whole there: a disk replaces one by the other in one
+//! step, so that a healer or a disk that dies in the middle takes nothing away.
 
 use super::plan::{Planner, Target, Task};
 use super::slots::Moves;
@@ -55,16 +59,8 @@ struct Lost {
     disk: DiskId,
     client: NodeClient,
     id: ChunkId,
-    /// A corrupt chunk lies there: it goes only when its replacement is at hand.
+    /// It lies there and some of its blocks are bad; the others serve.
     corrupt: bool,
-}
-
-/// Where rebuilt windows go.
-enum Sink {
-    /// To the disk at once.
-    Disk(Box<ChunkWriter>),
-    /// Into memory, at most one chunk, because the corrupt one has to make room first.
-    Memory(Vec<Bytes>),
 }
 
 impl Inner {
@@ -250,15 +246,11 @@ impl Inner {
             owner: task.owner,
             created_ms: now_ms(),
         };
-        let mut sinks: Vec<(&Lost, Sink)> = Vec::with_capacity(lost.len());
+        let mut sinks: Vec<(&Lost, ChunkWriter)> = Vec::with_capacity(lost.len());
         let mut trouble = None;
         for lost in lost {
-            if lost.corrupt {
-                sinks.push((lost, Sink::Memory(Vec::new())));
-                continue;
-            }
             match within(lost.client.begin_chunk_under(held.stamp(), lost.id, spec)).await {
-                Ok(writer) => sinks.push((lost, Sink::Disk(Box::new(writer)))),
+                Ok(writer) => sinks.push((lost, writer)),
                 Err(error) => trouble = Some(self.disk_failed(lost, error, held)),
             }
         }
@@ -268,7 +260,8 @@ impl Inner {
         let moves = |index| {
             map.as_ref().and_then(|map| slot_of(map, extent, index)).is_some_and(|slot| slot.previous.is_some())
         };
-        let exclude: ChunkSet = lost.iter().map(|lost| lost.index).filter(|index| !moves(*index)).collect();
+        let absent = lost.iter().filter(|lost| !lost.corrupt).map(|lost| lost.index);
+        let exclude: ChunkSet = absent.filter(|index| !moves(*index)).collect();
         let avoid = Avoid::default();
         let blocks = u32::try_from(block_count(chunk_len)).map_err(|error| RebuildError::Record(error.to_string()))?;
         let step = u32::try_from(self.settings().window_bytes / BLOCK_BYTES).unwrap_or(1).clamp(1, 64);
@@ -298,13 +291,7 @@ impl Inner {
                     if block == sampled {
                         samples.push((lost.index, bytes.clone()));
                     }
-                    written = match &mut sink {
-                        Sink::Disk(writer) => within(writer.write(bytes)).await,
-                        Sink::Memory(pieces) => {
-                            pieces.push(bytes);
-                            Ok(())
-                        }
-                    };
+                    written = within(sink.write(bytes)).await;
                     if written.is_err() {
                         break;
                     }
@@ -320,7 +307,7 @@ impl Inner {
         let mut done = Vec::with_capacity(sinks.len());
         for (lost, sink) in sinks {
             let sample = samples.iter().find(|(index, _)| *index == lost.index).map(|(_, bytes)| bytes.clone());
-            match self.finish(lost, spec, sink, (sampled, sample), held).await {
+            match self.finish(lost, sink, (sampled, sample), held).await {
                 Ok(()) => {
                     add(&self.counters().chunks_rebuilt, 1);
                     add(&self.counters().bytes_rebuilt, chunk_len);
@@ -343,27 +330,11 @@ impl Inner {
     async fn finish(
         &self,
         lost: &Lost,
-        spec: ChunkSpec,
-        sink: Sink,
+        sink: ChunkWriter,
         (sampled, sample): (u32, Option<Bytes>),
         held: &Held,
     ) -> Result<(), RebuildError> {
-        let stored = match sink {
-            Sink::Disk(writer) => within(writer.finish()).await,
-            Sink::Memory(pieces) => {
-                // Whole and verified in memory: now the corrupt one may go.
-                if self.delete_on(lost.disk, vec![lost.id], held).await.is_empty() {
-                    within(lost.client.put_chunk_under(held.stamp(), lost.id, spec, pieces)).await
-                } else {
-                    Err(ChunkError::Disk("the corrupt chunk could not be deleted".to_owned()))
-                }
-            }
-        };
-        match stored {
-            // Another healer was faster, or a resend: what is there is judged by the verification.
-            Ok(()) | Err(ChunkError::AlreadyThere) => {}
-            Err(error) => return Err(self.disk_failed(lost, error, held)),
-        }
+        within(sink.finish()).await.map_err(|error| self.disk_failed(lost, error, held))?;
         match self.verify(&lost.client, lost.disk, lost.id).await? {
             ChunkHealth::Good => {}
             health => return Err(RebuildError::NotThere { index: lost.index, health }),
