@@ -1,6 +1,6 @@
 //! Reads of a shard. Pure: a view of the state and a query in, an answer out. Work is bounded by the query's limit.
 
-use crate::codec::{decode, CompletedUpload, Fence, QueuedAt, Record};
+use crate::codec::{decode, CompletedUpload, Fence, Record};
 use crate::keys::{
     kind, split_bucket_of_key, split_garbage_key, split_missing_key, split_repair_slot_key, split_upload_key, KeyRange,
     Keys,
@@ -8,8 +8,8 @@ use crate::keys::{
 use crate::kv::{Kv, StateError};
 use crate::level::level_in;
 use crate::record::{
-    AccountId, BucketId, BucketRecord, ExtentRecord, ExtentRef, LeaseRecord, ObjectData, ObjectRecord, PartRecord,
-    RepairSlotRecord, SettingsRecord, UploadId, UploadRecord, Usage,
+    AccountId, BucketId, BucketRecord, ExtentRecord, ExtentRef, LeaseRecord, MissingRecord, ObjectData, ObjectRecord,
+    PartRecord, RepairSlotRecord, SettingsRecord, UploadId, UploadRecord, Usage,
 };
 use crate::{list, maps};
 use crate::{Answer, ChunkRef, Query, VersionPick};
@@ -283,7 +283,7 @@ fn list_missing<K: Kv + ?Sized>(
         let chunk = split_missing_key(key).ok_or_else(|| StateError::Value("key of a missing chunk".to_owned()))?;
         let extent = load::<ExtentRecord, K>(kv, &keys.extent(chunk.group, chunk.extent))?;
         let extent = extent.ok_or_else(|| StateError::Value("missing chunk of no extent".to_owned()))?;
-        chunks.push((chunk, decode::<QueuedAt>(value)?.0, extent));
+        chunks.push((chunk, decode::<MissingRecord>(value)?, extent));
         Ok(true)
     })?;
     Ok(Answer::Missing { chunks, more })

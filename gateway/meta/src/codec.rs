@@ -2,8 +2,8 @@
 
 use crate::kv::StateError;
 use crate::record::{
-    AccountId, BucketRecord, BucketRule, Checksum, ExtentRecord, ExtentRef, LeaseRecord, ObjectMeta, ObjectRecord,
-    PartRecord, RepairSlotRecord, SettingsRecord, UploadRecord, Usage, VersionSeq,
+    AccountId, BucketRecord, BucketRule, Checksum, ExtentRecord, ExtentRef, LeaseRecord, MissingRecord, ObjectMeta,
+    ObjectRecord, PartRecord, RepairSlotRecord, SettingsRecord, UploadRecord, Usage, VersionSeq,
 };
 use crate::{ObjectSummary, Reply};
 use granary_placement::id::{ClusterId, Epoch};
@@ -105,6 +105,7 @@ first_version!(
     LeaseRecord,
     SettingsRecord,
     RepairSlotRecord,
+    MissingRecord,
     ClusterMap,
     MapDiff,
     Counters,

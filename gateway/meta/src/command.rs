@@ -178,16 +178,17 @@ pub enum Command {
         /// The attempt that BeginDeleteBucket gave.
         attempt: u64,
     },
-    /// Queues chunks for repair that a reader found missing or corrupt. Those of extents the shard does not own any
+    /// Queues chunks for repair that a reader found missing or corrupt; one that is queued gets another generation. Those of extents the shard does not own any
     /// more are ignored; so is an index the extent does not have. Replies [`crate::Reply::Done`].
     ReportMissing {
         /// Chunks of extents of this shard; those of others are passed over.
         chunks: Vec<ChunkRef>,
     },
-    /// Takes chunks off the repair queue: they were rebuilt and verified. Replies [`crate::Reply::Done`].
+    /// Takes chunks off the repair queue: they were rebuilt and verified. One that was reported again since the repair
+    /// began has another generation and stays. Replies [`crate::Reply::Done`].
     RepairDone {
-        /// Chunks of extents of this shard; those of others are passed over.
-        chunks: Vec<ChunkRef>,
+        /// Chunks, with the generations that were repaired, as listed.
+        chunks: Vec<(ChunkRef, u64)>,
         /// The sender's lease.
         lease: LeaseStamp,
     },

@@ -4,7 +4,7 @@
 use crate::command::{ChunkRef, VersionPick};
 use crate::record::{
     AccountId, BucketId, BucketRecord, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef, LeaseRecord,
-    ObjectRecord, PartRecord, RepairSlotRecord, UploadId, UploadRecord, Usage, VersionSeq,
+    MissingRecord, ObjectRecord, PartRecord, RepairSlotRecord, UploadId, UploadRecord, Usage, VersionSeq,
 };
 use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
 use granary_placement::map::ClusterMap;
@@ -245,10 +245,10 @@ pub enum Answer {
     },
     /// In the order asked.
     Alive(Vec<bool>),
-    /// A page of the repair queue: chunk, when it was queued (Unix ms), the extent.
+    /// A page of the repair queue: the chunk, its entry, the extent.
     Missing {
         /// In order.
-        chunks: Vec<(ChunkRef, u64, ExtentRecord)>,
+        chunks: Vec<(ChunkRef, MissingRecord, ExtentRecord)>,
         /// There is more.
         more: bool,
     },

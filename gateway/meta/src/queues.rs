@@ -6,7 +6,7 @@
 
 use crate::apply::Tx;
 use crate::kv::{Kv, StateError};
-use crate::record::{BucketId, ExtentRecord, ExtentRef};
+use crate::record::{BucketId, ExtentRecord, ExtentRef, MissingRecord};
 use crate::{ChunkRef, Reply};
 use granary_placement::id::{Epoch, ExtentId};
 
@@ -44,10 +44,16 @@ pub fn own_extents<K: Kv + ?Sized>(
         let record = ExtentRecord { extent: extent.clone(), bucket, key: key.to_owned() };
         tx.store(tx.keys.extent(extent.group, extent.extent), &record)?;
     }
-    for chunk in missing {
-        tx.store_now(tx.keys.missing(*chunk))?;
-    }
-    Ok(())
+    missing.iter().try_for_each(|chunk| queue_missing(tx, *chunk))
+}
+
+/// Queues a chunk for repair. One that is queued keeps its time, and is known by another generation from now on.
+fn queue_missing<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, chunk: ChunkRef) -> Result<(), StateError> {
+    let key = tx.keys.missing(chunk);
+    let queued_ms = tx.load::<MissingRecord>(&key)?.map_or(tx.now_ms, |there| there.queued_ms);
+    // The number of this command in its shard: no other command has it, before or after.
+    let generation = tx.counters()?.commands + 1;
+    tx.store(key, &MissingRecord { queued_ms, generation })
 }
 
 /// Moves extents whose last reference is gone to the garbage queue.
@@ -64,23 +70,22 @@ pub fn free_extents<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, extents: &[ExtentRef
     Ok(())
 }
 
-/// See [`crate::Command::ReportMissing`]. A chunk that is queued keeps its time.
+/// See [`crate::Command::ReportMissing`].
 pub fn report_missing<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, chunks: &[ChunkRef]) -> Result<Reply, StateError> {
     for chunk in chunks {
         let Some(owned) = tx.load::<ExtentRecord>(&tx.keys.extent(chunk.group, chunk.extent))? else { continue };
-        let key = tx.keys.missing(*chunk);
-        if usize::from(chunk.index) < owned.extent.slots.len() && tx.batch.get(&key)?.is_none() {
-            tx.store_now(key)?;
+        if usize::from(chunk.index) < owned.extent.slots.len() {
+            queue_missing(tx, *chunk)?;
         }
     }
     Ok(Reply::Done)
 }
 
 /// See [`crate::Command::RepairDone`].
-pub fn repair_done<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, chunks: &[ChunkRef]) -> Result<Reply, StateError> {
-    for chunk in chunks {
+pub fn repair_done<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, chunks: &[(ChunkRef, u64)]) -> Result<Reply, StateError> {
+    for (chunk, generation) in chunks {
         let key = tx.keys.missing(*chunk);
-        if tx.batch.get(&key)?.is_some() {
+        if tx.load::<MissingRecord>(&key)?.is_some_and(|there| there.generation == *generation) {
             tx.batch.delete(key);
         }
     }

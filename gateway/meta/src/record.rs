@@ -317,6 +317,16 @@ pub struct SettingsRecord {
     pub values: BTreeMap<String, String>,
 }
 
+/// A chunk in the repair queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MissingRecord {
+    /// When it was first queued, Unix milliseconds.
+    pub queued_ms: u64,
+    /// Another one each time it is reported; never used twice in a shard, so that word of a repair that began before a
+    /// report is known as such.
+    pub generation: u64,
+}
+
 /// A slot of a placement group in the repair queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RepairSlotRecord {

@@ -14,8 +14,8 @@ use granary_meta::keys::kind;
 use granary_meta::kv::{MemoryKv, StateError};
 use granary_meta::memory::MemoryShard;
 use granary_meta::record::{
-    AccountId, BucketId, BucketRecord, BucketRule, ExtentRecord, ExtentRef, LeaseRecord, ObjectData, ObjectMeta,
-    ObjectRecord, PartRecord, RepairSlotRecord, SettingsRecord, UploadId, UploadRecord, Usage, Versioning,
+    AccountId, BucketId, BucketRecord, BucketRule, ExtentRecord, ExtentRef, LeaseRecord, MissingRecord, ObjectData,
+    ObjectMeta, ObjectRecord, PartRecord, RepairSlotRecord, SettingsRecord, UploadId, UploadRecord, Usage, Versioning,
 };
 use granary_meta::{ChunkRef, Command, Conditions, MetaRequest, Reply};
 use granary_placement::id::{Epoch, ExtentId, PlacementGroupId, ShardId};
@@ -181,7 +181,8 @@ fn check_entry(key: &[u8], value: &[u8]) -> Result<(), StateError> {
         (kind::PART, _) => is::<PartRecord>(value),
         (kind::COMPLETED, Some(0)) => is::<CompletedUpload>(value),
         (kind::EXTENT, _) => is::<ExtentRecord>(value),
-        (kind::MISSING, _) | (kind::GARBAGE, Some(1)) => is::<QueuedAt>(value),
+        (kind::MISSING, _) => is::<MissingRecord>(value),
+        (kind::GARBAGE, Some(1)) => is::<QueuedAt>(value),
         (kind::GARBAGE, Some(0)) => is::<ExtentRef>(value),
         (kind::FENCE, _) => is::<Fence>(value),
         (kind::USAGE, _) => is::<Usage>(value),

@@ -9,8 +9,8 @@ use bytes::Bytes;
 use common::{map, next_map};
 use granary_meta::record::{
     AccountId, BucketId, BucketRecord, BucketRule, Checksum, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef,
-    LeaseRecord, ObjectData, ObjectMeta, ObjectRecord, PartRecord, RepairSlotRecord, UploadId, UploadRecord, Usage,
-    VersionSeq, Versioning,
+    LeaseRecord, MissingRecord, ObjectData, ObjectMeta, ObjectRecord, PartRecord, RepairSlotRecord, UploadId,
+    UploadRecord, Usage, VersionSeq, Versioning,
 };
 use granary_meta::{
     Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, ObjectSummary, Query, Reply, ShardRequest,
@@ -158,6 +158,10 @@ fn task() -> String {
     "heal".to_owned()
 }
 
+fn missing() -> MissingRecord {
+    MissingRecord { queued_ms: 17, generation: 300 }
+}
+
 fn lease(holder: Option<[u8; 16]>) -> LeaseRecord {
     LeaseRecord {
         task: task(),
@@ -217,7 +221,7 @@ fn commands() -> Vec<Command> {
         Command::FenceBucket { bucket: BUCKET, attempt: 300 },
         Command::UnfenceBucket { bucket: BUCKET, attempt: 300 },
         Command::ReportMissing { chunks: vec![chunk_ref()] },
-        Command::RepairDone { chunks: vec![chunk_ref()], lease: stamp() },
+        Command::RepairDone { chunks: vec![(chunk_ref(), 300)], lease: stamp() },
         Command::GarbageDone { extents: vec![(17, EXTENT)], lease: stamp() },
         Command::CreateBucket { name: "photos".into(), owner: AccountId::ROOT },
         Command::BeginDeleteBucket { name: "photos".into(), bucket: BUCKET },
@@ -336,7 +340,7 @@ fn answers() -> Vec<Answer> {
         Answer::Completed { version: VersionSeq(9), etag: etag(), parts: vec![(7, etag())] },
         Answer::Extents { extents: vec![extent_record()], more: true },
         Answer::Alive(vec![true, false]),
-        Answer::Missing { chunks: vec![(chunk_ref(), 17, extent_record())], more: false },
+        Answer::Missing { chunks: vec![(chunk_ref(), missing(), extent_record())], more: false },
         Answer::Garbage { extents: vec![(17, extent())], more: true },
         Answer::Usage(Usage { objects: 1, versions: 2, bytes: 3, uploads: 4, upload_bytes: 5 }),
         Answer::Bucket(bucket()),

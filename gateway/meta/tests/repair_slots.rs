@@ -139,3 +139,39 @@ fn stamps_have_names_and_are_bounded() {
     assert!(matches!(shard.send(with("more")), Reply::Refused(_)));
     assert_eq!(shard.send(with("t0")), Reply::Done);
 }
+
+#[test]
+fn word_of_a_repair_that_began_before_a_report_leaves_the_chunk_queued() {
+    let mut shard = Shard::new();
+    let (extent, key) = (common::extent(&mut Random(3), 4), "k".to_owned());
+    let record = common::record(granary_meta::record::ObjectData::Extents(vec![extent.clone()]), 4, "");
+    let put = Command::PutObject {
+        bucket: granary_meta::record::BucketId(1),
+        key,
+        record,
+        missing: Vec::new(),
+        map_epoch: granary_placement::id::Epoch(0),
+        conditions: granary_meta::Conditions::default(),
+        rule_epoch: 0,
+    };
+    assert!(matches!(shard.send(put), Reply::Put { .. }));
+    let chunk = granary_meta::ChunkRef { group: extent.group, extent: extent.extent, index: 1 };
+    let listed = |shard: &Shard| match shard.shard.answer(&Query::ListMissing { after: None, limit: 9 }).unwrap() {
+        Answer::Missing { chunks, .. } => chunks.iter().map(|(chunk, there, _)| (*chunk, *there)).collect::<Vec<_>>(),
+        other => panic!("{other:?}"),
+    };
+    let done = |generation| Command::RepairDone { chunks: vec![(chunk, generation)], lease: stamp(1) };
+    shard.send(Command::ReportMissing { chunks: vec![chunk] });
+    let first = listed(&shard)[0].1;
+    // The repair has written the chunk; it goes bad again, and a reader says so before the healer is done.
+    shard.send(Command::ReportMissing { chunks: vec![chunk] });
+    let second = listed(&shard)[0].1;
+    assert!(second.generation > first.generation && second.queued_ms == first.queued_ms);
+    shard.send(done(first.generation));
+    assert_eq!(listed(&shard), [(chunk, second)]);
+    shard.send(done(second.generation));
+    assert!(listed(&shard).is_empty());
+    shard.send(Command::ReportMissing { chunks: vec![chunk] });
+    shard.send(done(second.generation));
+    assert_eq!(listed(&shard).len(), 1, "a number is never used twice");
+}

@@ -699,8 +699,9 @@ async fn a_paused_holder_whose_lease_was_taken_over_can_neither_delete_nor_write
     };
     let (spec, bytes) = disk.chunks.lock().unwrap().get(&id).map(|stored| (stored.spec, stored.bytes.clone())).unwrap();
     let other = ChunkId { extent: granary_placement::id::ExtentId([9; 16]), ..id };
-    let repaired = |held: &Held| Command::RepairDone { chunks: vec![chunk(extent, 0)], lease: held.stamp().clone() };
     meta.report(ShardId(1), chunk(extent, 0));
+    let queued = (chunk(extent, 0), meta.generation(ShardId(1), chunk(extent, 0)));
+    let repaired = |held: &Held| Command::RepairDone { chunks: vec![queued], lease: held.stamp().clone() };
 
     // As long as the successor has not acted, nobody knows of it; then the paused one is refused everywhere it acted.
     assert_eq!(delete(&successor, other).await, ControlResponse::Deleted(0));

@@ -110,6 +110,14 @@ impl Meta {
         }
     }
 
+    /// The generation under which a chunk is queued.
+    pub fn generation(&self, shard: ShardId, chunk: ChunkRef) -> u64 {
+        match self.peers.query(shard, &Query::ListMissing { after: None, limit: 1000 }) {
+            Answer::Missing { chunks, .. } => chunks.iter().find(|(queued, ..)| *queued == chunk).unwrap().1.generation,
+            other => panic!("{other:?}"),
+        }
+    }
+
     /// The chunks on the repair queues of both shards.
     pub fn missing(&self) -> usize {
         let queued = |shard| match self.peers.query(ShardId(shard), &Query::ListMissing { after: None, limit: 1000 }) {

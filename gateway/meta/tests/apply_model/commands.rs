@@ -217,10 +217,13 @@ impl Maker<'_> {
                 }
                 Command::ReportMissing { chunks }
             }
-            18 => Command::RepairDone {
-                chunks: self.model.missing.iter().take(2).copied().collect(),
-                lease: self.stamp(),
-            },
+            18 => {
+                // Now and then word of the repair before.
+                let late = u64::from(self.random.chance(4));
+                let chunks = self.model.missing.iter().take(2);
+                let chunks = chunks.map(|(chunk, generation)| (*chunk, generation.saturating_sub(late))).collect();
+                Command::RepairDone { chunks, lease: self.stamp() }
+            }
             19 => Command::GarbageDone {
                 extents: self.model.garbage.iter().take(3).map(|(extent, at)| (*at, *extent)).collect(),
                 lease: self.stamp(),

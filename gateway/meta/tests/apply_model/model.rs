@@ -5,7 +5,7 @@ use granary_meta::record::{
 };
 use granary_meta::{ChunkRef, Command, Conditions, ListFrom, MetaRequest, Reply, VersionPick};
 use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 #[derive(Clone, Debug)]
 pub struct Version {
@@ -29,7 +29,8 @@ pub struct Model {
     /// Highest attempt seen, and is the fence up.
     pub fences: BTreeMap<u64, (u64, bool)>,
     pub owned: BTreeMap<ExtentId, ExtentRef>,
-    pub missing: BTreeSet<ChunkRef>,
+    /// With their generations.
+    pub missing: BTreeMap<ChunkRef, u64>,
     pub garbage: BTreeMap<ExtentId, u64>,
     pub replies: BTreeMap<[u8; 16], Reply>,
     pub next_seq: u64,
@@ -51,14 +52,15 @@ impl Model {
     fn free(&mut self, extents: &[ExtentRef], now: u64) {
         for extent in extents {
             self.owned.remove(&extent.extent);
-            self.missing.retain(|chunk| chunk.extent != extent.extent);
+            self.missing.retain(|chunk, _| chunk.extent != extent.extent);
             self.garbage.insert(extent.extent, now);
         }
     }
 
     fn own(&mut self, extents: &[ExtentRef], missing: &[ChunkRef]) {
         self.owned.extend(extents.iter().map(|extent| (extent.extent, extent.clone())));
-        self.missing.extend(missing.iter().copied());
+        let generation = self.replies.len() as u64 + 1;
+        self.missing.extend(missing.iter().map(|chunk| (*chunk, generation)));
     }
 
     pub fn current(&self, bucket: u64, key: &str) -> Option<&Version> {
@@ -288,16 +290,17 @@ impl Model {
                 }
             },
             Command::ReportMissing { chunks } => {
+                let generation = self.replies.len() as u64 + 1;
                 for chunk in chunks {
                     if self.owned.get(&chunk.extent).is_some_and(|extent| usize::from(chunk.index) < extent.slots.len())
                     {
-                        self.missing.insert(*chunk);
+                        self.missing.insert(*chunk, generation);
                     }
                 }
                 Reply::Done
             }
             Command::RepairDone { chunks, .. } => {
-                self.missing.retain(|chunk| !chunks.contains(chunk));
+                self.missing.retain(|chunk, generation| !chunks.contains(&(*chunk, *generation)));
                 Reply::Done
             }
             Command::GarbageDone { extents, .. } => {

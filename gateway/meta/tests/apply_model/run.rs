@@ -10,7 +10,7 @@ use granary_meta::kv::{MemoryKv, Overlay};
 use granary_meta::record::{BucketId, ExtentRef, UploadId, VersionSeq};
 use granary_meta::{Answer, Command, ListFrom, MetaRequest, Query, VersionPick};
 use granary_placement::id::ExtentId;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// A shard, the model of it, and what was sent to both.
 pub struct Run {
@@ -121,7 +121,8 @@ impl Run {
             slots,
             self.model.slots.iter().map(|((group, slot), there)| (*group, *slot, *there)).collect::<Vec<_>>()
         );
-        assert_eq!(chunks.into_iter().map(|(chunk, _, _)| chunk).collect::<BTreeSet<_>>(), self.model.missing);
+        let queued: BTreeMap<_, _> = chunks.into_iter().map(|(chunk, there, _)| (chunk, there.generation)).collect();
+        assert_eq!(queued, self.model.missing);
         let mut garbage = BTreeMap::new();
         let mut until_ms = u64::MAX;
         let Answer::Garbage { extents, .. } = self.ask(Query::ListGarbage { until_ms, limit: 1000 }) else { panic!() };

@@ -4,7 +4,7 @@
 //! keeps only the most urgent ones, so its memory does not grow with the queue.
 
 use crate::backoff::Backoff;
-use granary_meta::record::{ExtentRecord, ExtentRef};
+use granary_meta::record::{ExtentRecord, ExtentRef, MissingRecord};
 use granary_meta::ChunkRef;
 use granary_placement::id::{ExtentId, HashSlot, ShardId};
 use std::collections::{BTreeMap, HashMap};
@@ -26,6 +26,8 @@ pub struct Task {
     pub key: String,
     /// Queued chunk indices whose disk can take them now.
     pub rebuild: Vec<u8>,
+    /// Generations of queued chunks, by index.
+    pub generations: BTreeMap<u8, u64>,
     /// How many more chunks may fail before it is lost; negative when it seems to be lost now.
     pub failures_left: i32,
     /// When its first chunk was queued, Unix milliseconds.
@@ -67,7 +69,7 @@ pub struct Planner<'a> {
 struct Queued {
     shard: ShardId,
     record: ExtentRecord,
-    indices: Vec<u8>,
+    generations: BTreeMap<u8, u64>,
     queued_ms: u64,
 }
 
@@ -93,31 +95,34 @@ impl<'a> Planner<'a> {
     }
 
     /// Takes the next entry of a shard's queue.
-    pub fn offer(&mut self, shard: ShardId, chunk: ChunkRef, queued_ms: u64, record: ExtentRecord) {
+    pub fn offer(&mut self, shard: ShardId, chunk: ChunkRef, queued: MissingRecord, record: ExtentRecord) {
+        let MissingRecord { queued_ms, generation } = queued;
         self.queued_chunks += 1;
         match &mut self.current {
             Some(current) if current.shard == shard && current.record.extent.extent == chunk.extent => {
-                current.indices.push(chunk.index);
+                current.generations.insert(chunk.index, generation);
                 current.queued_ms = current.queued_ms.min(queued_ms);
             }
             _ => {
                 self.end_extent();
-                self.current = Some(Queued { shard, record, indices: vec![chunk.index], queued_ms });
+                self.current =
+                    Some(Queued { shard, record, generations: BTreeMap::from([(chunk.index, generation)]), queued_ms });
             }
         }
     }
 
     fn end_extent(&mut self) {
-        let Some(Queued { shard, record, indices, queued_ms }) = self.current.take() else { return };
+        let Some(Queued { shard, record, generations, queued_ms }) = self.current.take() else { return };
         let extent = record.extent;
         let width = extent.k.saturating_add(extent.m);
         let lost = (0..width)
-            .filter(|index| indices.contains(index) || (self.target)(&extent, *index) == Target::Down)
+            .filter(|index| generations.contains_key(index) || (self.target)(&extent, *index) == Target::Down)
             .count();
         let failures_left = i32::from(extent.m) - i32::try_from(lost).unwrap_or(i32::MAX);
         *self.by_failures_left.entry(failures_left).or_default() += 1;
-        let rebuild: Vec<u8> = indices
-            .into_iter()
+        let rebuild: Vec<u8> = generations
+            .keys()
+            .copied()
             .filter(|index| *index < width && (self.target)(&extent, *index) == Target::Up)
             .collect();
         if rebuild.is_empty() || !(self.ready)(extent.extent) {
@@ -127,7 +132,9 @@ impl<'a> Planner<'a> {
         self.runnable += 1;
         let key = (failures_left, queued_ms, extent.extent);
         let owner = HashSlot::of(record.bucket.0, &record.key);
-        self.best.insert(key, Task { shard, owner, extent, key: record.key, rebuild, failures_left, queued_ms });
+        let key_of = record.key;
+        let task = Task { shard, owner, extent, key: key_of, rebuild, generations, failures_left, queued_ms };
+        self.best.insert(key, task);
         if self.best.len() > self.limit {
             self.best.pop_last();
         }
@@ -199,7 +206,7 @@ mod tests {
     fn offer(planner: &mut Planner<'_>, number: u8, index: u8, queued_ms: u64) {
         let record = record(number);
         let chunk = ChunkRef { group: PlacementGroupId(1), extent: record.extent.extent, index };
-        planner.offer(ShardId(1), chunk, queued_ms, record);
+        planner.offer(ShardId(1), chunk, MissingRecord { queued_ms, generation: 1 }, record);
     }
 
     fn order(tasks: &[Task]) -> Vec<(u8, i32)> {

@@ -152,8 +152,8 @@ impl Inner {
                 other => return Err(odd_answer(shard, &other)),
             };
             let last = chunks.last().map(|(chunk, _, _)| *chunk);
-            for (chunk, queued_ms, record) in chunks {
-                planner.offer(shard, chunk, queued_ms, record);
+            for (chunk, queued, record) in chunks {
+                planner.offer(shard, chunk, queued, record);
             }
             match last {
                 Some(last) if more => after = Some(last),
@@ -170,7 +170,9 @@ impl Inner {
         let mut finished = done.len();
         let chunk = |index: u8| ChunkRef { group: task.extent.group, extent, index };
         if !done.is_empty() {
-            let chunks = done.iter().map(|index| chunk(*index)).collect();
+            // One that was reported since the queue was read stays: the report may be of what came after the repair.
+            let generation = |index| task.generations.get(index).copied().unwrap_or_default();
+            let chunks = done.iter().map(|index| (chunk(*index), generation(index))).collect();
             let done = Command::RepairDone { chunks, lease: held.stamp().clone() };
             if let Err(error) = command_under(&self.meta, held, task.shard, done).await {
                 // They stay queued, and the next look finds them good.

@@ -285,6 +285,7 @@ impl Inner {
             extent: record.extent.clone(),
             key: record.key.clone(),
             rebuild: vec![chunk.index],
+            generations: BTreeMap::new(),
             failures_left: i32::from(record.extent.m) - 1,
             queued_ms: 0,
         });
