@@ -13,8 +13,9 @@ use tokio_util::sync::CancellationToken;
 /// How often the file of addresses is looked at.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// Between two questions for a newer map; a random part of the same length is added, so that nodes do not ask in step.
-const POLL: Duration = Duration::from_millis(1500);
+/// Between two questions for a newer map; up to a second is added at random, so that nodes do not ask in step.
+/// Gateways offer every new map at once; this is for a node that they cannot reach.
+const POLL: Duration = Duration::from_secs(5);
 const POLL_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Addresses from a file, which override those of the map.

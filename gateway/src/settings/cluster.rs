@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-const POLL: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_secs(3);
 
 /// Why a setting of the cluster was not changed.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +64,7 @@ fn odd(answer: &impl std::fmt::Debug) -> ShardError {
     ShardError::Refused { shard: ShardId::ROOT, why: format!("an unexpected answer: {why}") }
 }
 
-/// Puts the root shard's settings over those of this process each second, for ever. While the root shard does not
+/// Puts the root shard's settings over those of this process every three seconds, for ever. While the root shard does not
 /// answer, the last ones hold.
 pub async fn watch(shards: Shards, values: watch::Sender<Arc<Values>>) {
     let mut known = 0;
