@@ -108,13 +108,14 @@ pub fn answer<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<A
             })
         }
         Query::ExtentsOfGroup { group, after, limit } => extents(kv, &keys, *group, *after, *limit),
-        Query::ExtentsAlive { extents } => {
+        Query::ExtentsAlive { extents, or_garbage } => {
             if extents.len() > MAX_ITEMS as usize {
                 return Ok(Answer::Refused("too many extents".to_owned()));
             }
             let mut alive = Vec::with_capacity(extents.len());
             for (group, extent) in extents {
-                alive.push(kv.get(&keys.extent(*group, *extent))?.is_some());
+                let owned = kv.get(&keys.extent(*group, *extent))?.is_some();
+                alive.push(owned || (*or_garbage && kv.get(&keys.garbage_index(*extent))?.is_some()));
             }
             Ok(Answer::Alive(alive))
         }

@@ -88,10 +88,13 @@ pub enum Query {
         /// At most this many, 1 to 1,000.
         limit: u32,
     },
-    /// Which of these extents does the shard own? Answers Alive, in the same order. What garbage collection asks.
+    /// Which of these extents does the shard own? Answers Alive, in the same order. What garbage collection and sweeps
+    /// ask.
     ExtentsAlive {
         /// At most 1,000.
         extents: Vec<(PlacementGroupId, ExtentId)>,
+        /// Those on the garbage queue count too: they are known, and their chunks go in time.
+        or_garbage: bool,
     },
     /// The repair queue, in order. Answers Missing.
     ListMissing {

@@ -276,7 +276,7 @@ fn queries() -> Vec<Query> {
         Query::ListParts { bucket: BUCKET, key: key(), upload: UPLOAD, after: 7, limit: 1000 },
         Query::CompletedUpload { bucket: BUCKET, key: key(), upload: UPLOAD },
         Query::ExtentsOfGroup { group: Some(GROUP), after: Some((GROUP, EXTENT)), limit: 1000 },
-        Query::ExtentsAlive { extents: vec![(GROUP, EXTENT)] },
+        Query::ExtentsAlive { extents: vec![(GROUP, EXTENT)], or_garbage: true },
         Query::ListMissing { after: Some(chunk_ref()), limit: 1000 },
         Query::ListGarbage { until_ms: 17, limit: 1000 },
         Query::BucketUsage { bucket: BUCKET },

@@ -200,7 +200,10 @@ mod tests {
         /// Does the shard own the extent, and is the chunk of slot 0 queued for repair?
         fn owned(&self) -> Option<bool> {
             let extents = vec![(self.extent.group, self.extent.extent)];
-            let Answer::Alive(alive) = self.shard.answer(&Query::ExtentsAlive { extents }).unwrap() else { panic!() };
+            let Answer::Alive(alive) = self.shard.answer(&Query::ExtentsAlive { extents, or_garbage: false }).unwrap()
+            else {
+                panic!()
+            };
             let Answer::Missing { chunks, .. } =
                 self.shard.answer(&Query::ListMissing { after: None, limit: 9 }).unwrap()
             else {

@@ -95,7 +95,7 @@ fn chunk(extent: &ExtentRef, index: u8) -> ChunkRef {
     ChunkRef { group: extent.group, extent: extent.extent, index }
 }
 
-fn now_ms() -> u64 {
+pub fn now_ms() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_millis() as u64
 }
 

@@ -35,7 +35,7 @@ use crate::shards::buckets::odd_answer;
 use crate::shards::{ShardError, Shards};
 use bytes::Bytes;
 use granary_meta::{Answer, Query};
-use granary_placement::id::{DiskId, ExtentId, ShardId};
+use granary_placement::id::{DiskId, ExtentId, PlacementGroupId, ShardId};
 use granary_placement::settings::Values;
 use look::Walked;
 use pace::Pace;
@@ -317,13 +317,19 @@ impl Inner {
     }
 
     /// Which of these extents their shard owns, by a linearizable read.
-    async fn alive(
+    async fn alive(&self, shard: ShardId, extents: Vec<(PlacementGroupId, ExtentId)>) -> Result<Vec<bool>, ShardError> {
+        self.known(shard, extents, false).await
+    }
+
+    /// Which of these extents their shard owns, or with `or_garbage` has on its garbage queue, by a linearizable read.
+    async fn known(
         &self,
         shard: ShardId,
-        extents: Vec<(granary_placement::id::PlacementGroupId, ExtentId)>,
+        extents: Vec<(PlacementGroupId, ExtentId)>,
+        or_garbage: bool,
     ) -> Result<Vec<bool>, ShardError> {
         let asked = extents.len();
-        match self.meta.query(shard, Query::ExtentsAlive { extents }).await? {
+        match self.meta.query(shard, Query::ExtentsAlive { extents, or_garbage }).await? {
             Answer::Alive(alive) if alive.len() == asked => Ok(alive),
             other => Err(odd_answer(shard, &other)),
         }

@@ -4,7 +4,7 @@
 //! away leave chunks that no shard knows. Now and then every disk is listed, and the shard that a chunk's owner slot
 //! names is asked for each by a linearizable read. A chunk is an orphan when
 //!
-//! - its shard does not know its extent, or
+//! - its shard does not know its extent, not even as garbage, or
 //! - its disk serves no slot of its group, and a disk that does has the same chunk.
 //!
 //! An orphan older than the longest upload goes into quarantine, which is a mark on its disk and nothing else. What is
@@ -196,7 +196,8 @@ impl Inner {
         let mut owned = Owned::new();
         for (shard, extents) in by_shard {
             let extents: Vec<(PlacementGroupId, ExtentId)> = extents.into_iter().collect();
-            let alive = self.alive(shard, extents.clone()).await?;
+            // What was deleted a moment ago is garbage collection's.
+            let alive = self.known(shard, extents.clone(), true).await?;
             owned.extend(extents.into_iter().zip(alive.into_iter().map(|alive| (shard, alive))));
         }
         Ok(owned)
