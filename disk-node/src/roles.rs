@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use futures::FutureExt;
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::settings::Values;
-use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportError};
+use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportError, WallClock};
 pub use granary_replica::{MetaCounters, MetaError}; // for metrics and the errors of `serve`
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
 use granary_wire::LinkError;
@@ -186,8 +186,8 @@ impl Roles {
     async fn open(&self) -> Result<&MetaHost, MetaError> {
         self.host
             .get_or_try_init(|| async {
-                let config =
-                    HostConfig { dir: self.folder.clone(), disk: self.peers.me(), timing: self.timing.clone() };
+                let (dir, disk, timing) = (self.folder.clone(), self.peers.me(), self.timing.clone());
+                let config = HostConfig { dir, disk, timing, clock: WallClock::default() };
                 let host = MetaHost::open(
                     config,
                     Arc::new(Transport(self.peers.clone())),

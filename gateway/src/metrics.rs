@@ -64,7 +64,7 @@ pub struct Shared {
     /// Commands and queries sent to shards, by `kind` (command, query) and `result` (ok, unavailable, refused).
     pub shard_requests: IntCounterVec,
     /// Attempts beyond the first of those, by `reason` (not_leader, unavailable, link, not_sent,
-    /// overloaded).
+    /// overloaded, clock_off).
     pub shard_retries: IntCounterVec,
     /// Time of commands and queries, retries included, by `kind`, in seconds.
     pub shard_seconds: HistogramVec,

@@ -169,6 +169,12 @@ pub enum ControlError {
         /// The epoch that the node knows.
         current: u64,
     },
+    /// The sender's clock and the shard leader's are too far apart. Nothing was done.
+    #[error("the sender's clock is {ahead_ms} ms ahead of the shard leader's")]
+    ClockOff {
+        /// How far the sender's is ahead, in milliseconds; negative: it lags.
+        ahead_ms: i64,
+    },
 }
 
 /// How a disk node stands.

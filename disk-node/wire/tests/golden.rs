@@ -161,6 +161,7 @@ fn errors() -> Vec<ControlError> {
         ControlError::Disk("x".into()),
         ControlError::EpochMismatch { known: Epoch(12) },
         ControlError::StaleLease { current: 301 },
+        ControlError::ClockOff { ahead_ms: -300 },
     ]
 }
 

@@ -14,8 +14,18 @@ use crate::{Command, MetaRequest, Reply};
 use granary_placement::id::ShardId;
 use granary_placement::lease::LeaseStamp;
 
-/// A request repeated within this many commands of its shard is not applied again. Part of the replicated history.
+/// So many replies are kept at least.
 pub const REQUEST_WINDOW: u64 = 16_384;
+/// A command is applied no later than this after it was made, by the shard's clock: longer than gateways go on trying.
+pub const LIFETIME_MS: u64 = 40_000;
+/// A command may be made so far ahead of the shard's clock.
+pub const AHEAD_MS: u64 = 5_000;
+/// A reply is kept for as long as its command could be applied once more: by the shard's clock it was applied no earlier
+/// than AHEAD_MS before it was made, and can be applied no later than LIFETIME_MS after. All four are part of the
+/// replicated history.
+pub const KEPT_MS: u64 = LIFETIME_MS + AHEAD_MS;
+/// Replies forgotten per command. More than one, so that the window shrinks again after a rush.
+const FORGOTTEN_AT_ONCE: usize = 4;
 
 /// A batch being built by the commands of one or more log entries.
 pub struct Tx<'b, 'k, K: Kv + ?Sized> {
@@ -111,35 +121,79 @@ pub fn apply_by<K: Kv + ?Sized>(
     }
     let mut tx = Tx { batch, keys, now_ms: request.now_ms, account: request.account, build, level };
     let kept_key = tx.keys.request(&request.request_id);
-    if let Some(kept) = tx.load::<KeptReply>(&kept_key)? {
-        return Ok(kept.reply);
+    let repeatable = is_repeatable(&request.command);
+    if !repeatable {
+        if let Some(kept) = tx.load::<KeptReply>(&kept_key)? {
+            return Ok(kept.reply);
+        }
+    }
+    let clock_ms = tx.counters()?.clock_ms.max(request.stamp_ms.unwrap_or_default());
+    if request.stamp_ms.is_some() && !repeatable {
+        if let Some(expired) = expired(request.now_ms, clock_ms) {
+            return Ok(expired);
+        }
     }
     let reply = dispatch(shard, &mut tx, &request.command)?;
-    keep_reply(&mut tx, request, kept_key, &reply)?;
+    let mut counters = tx.counters()?;
+    counters.commands += 1;
+    counters.clock_ms = clock_ms;
+    if !repeatable {
+        let kept = KeptReply { sequence: counters.kept_next, reply: reply.clone() };
+        tx.store(kept_key, &kept)?;
+        let entry = [request.request_id.as_slice(), &clock_ms.to_be_bytes()].concat();
+        tx.batch.put(tx.keys.request_order(counters.kept_next), entry);
+        counters.kept_next += 1;
+        forget_replies(&mut tx, &mut counters)?;
+    }
+    tx.store_counters(&counters)?;
     Ok(reply)
 }
 
-/// Remembers the reply and forgets the one that falls out of the window.
-fn keep_reply<K: Kv + ?Sized>(
-    tx: &mut Tx<'_, '_, K>,
-    request: &MetaRequest,
-    kept_key: Vec<u8>,
-    reply: &Reply,
-) -> Result<(), StateError> {
-    let mut counters = tx.counters()?;
-    let sequence = counters.commands;
-    counters.commands += 1;
-    tx.store_counters(&counters)?;
-    tx.store(kept_key, &KeptReply { sequence, reply: reply.clone() })?;
-    tx.batch.put(tx.keys.request_order(sequence), request.request_id.to_vec());
-    if let Some(old) = sequence.checked_sub(REQUEST_WINDOW) {
-        let old_order = tx.keys.request_order(old);
-        if let Some(id) = tx.batch.get(&old_order)? {
-            let id: [u8; 16] =
-                id.try_into().map_err(|_| StateError::Value("request id of another length".to_owned()))?;
-            tx.batch.delete(tx.keys.request(&id));
-            tx.batch.delete(old_order);
+/// The refusal of a command that comes too late, or from too far ahead. No clock of a gateway decides it for another's
+/// commands, and none can make a command be applied twice: whatever `now_ms` is, it is the same in all retries, and all
+/// are judged by the one clock of the shard, which never goes back.
+fn expired(now_ms: u64, clock_ms: u64) -> Option<Reply> {
+    let in_time = now_ms <= clock_ms.saturating_add(AHEAD_MS) && clock_ms <= now_ms.saturating_add(LIFETIME_MS);
+    let age_ms = i64::try_from(i128::from(clock_ms) - i128::from(now_ms)).unwrap_or(i64::MAX);
+    (!in_time).then_some(Reply::Expired { age_ms })
+}
+
+/// May the command be applied twice in a row, or late, without harm? Such are most commands of background work; their
+/// replies are not kept, so that they push no client's out of the window.
+fn is_repeatable(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::ReportMissing { .. }
+            | Command::RepairDone { .. }
+            | Command::GarbageDone { .. }
+            | Command::QueueRepair { .. }
+            | Command::AdvanceRepair { .. }
+            | Command::RepairSlotDone { .. }
+            | Command::RequireMap { .. }
+            | Command::RenewLease { .. }
+            | Command::ReleaseLease { .. }
+            | Command::Noop
+    )
+}
+
+/// Forgets replies that are beyond the window and older than any command that could still be applied.
+fn forget_replies<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, counters: &mut Counters) -> Result<(), StateError> {
+    for _ in 0..FORGOTTEN_AT_ONCE {
+        if counters.kept_next - counters.kept_first <= REQUEST_WINDOW {
+            break;
         }
+        let order = tx.keys.request_order(counters.kept_first);
+        let entry = tx.batch.get(&order)?.unwrap_or_default();
+        let (Some(id), Some(at_ms)) = (entry.first_chunk::<16>(), entry.get(16..).and_then(|at| at.first_chunk::<8>()))
+        else {
+            return Err(StateError::Value("an entry of the request window of another length".to_owned()));
+        };
+        if u64::from_be_bytes(*at_ms).saturating_add(KEPT_MS) >= counters.clock_ms {
+            break;
+        }
+        tx.batch.delete(tx.keys.request(id));
+        tx.batch.delete(order);
+        counters.kept_first += 1;
     }
     Ok(())
 }

@@ -242,12 +242,18 @@ pub struct FeatureLevel(pub u32);
 pub struct Counters {
     /// Versions handed out; the last one given.
     pub versions: u64,
-    /// Commands applied; places in the request window.
+    /// Commands applied.
     pub commands: u64,
     /// First place still kept in the order of completed uploads.
     pub completed_first: u64,
     /// Next place there.
     pub completed_next: u64,
+    /// First place still kept in the order of requests.
+    pub kept_first: u64,
+    /// Next place there.
+    pub kept_next: u64,
+    /// The shard's clock, Unix milliseconds: the highest stamp of a command.
+    pub clock_ms: u64,
 }
 
 /// A reply kept for a repeated request.

@@ -17,8 +17,11 @@ use serde::{Deserialize, Serialize};
 pub struct MetaRequest {
     /// Random, made once per client operation and kept over its retries.
     pub request_id: [u8; 16],
-    /// The gateway's clock, Unix milliseconds.
+    /// When it was made, by the gateway's clock, Unix milliseconds; the same over all its retries.
     pub now_ms: u64,
+    /// On its way, the gateway's clock when it was sent; in the log, the clock of the shard's leader when it was taken.
+    /// Unix milliseconds. One without a stamp is a test's own, and never expires.
+    pub stamp_ms: Option<u64>,
     /// Who acts. Until there are other accounts it is always the root account.
     pub account: AccountId,
     /// What to do.

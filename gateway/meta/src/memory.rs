@@ -152,7 +152,7 @@ impl MemoryShards {
         self.own_requests += 1;
         let request_id = ((u128::from(u64::MAX) << 64) | u128::from(self.own_requests)).to_be_bytes();
         let of = self.shards.get_mut(usize::from(shard.0)).ok_or(MemoryError::NoSuchShard(shard))?;
-        Ok(of.apply(&MetaRequest { request_id, now_ms, account: AccountId::ROOT, command })?)
+        Ok(of.apply(&MetaRequest { request_id, now_ms, stamp_ms: None, account: AccountId::ROOT, command })?)
     }
 
     /// Answers a query of the test itself.

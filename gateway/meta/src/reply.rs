@@ -86,6 +86,11 @@ pub enum Reply {
         /// Epoch of the rule here.
         known: u64,
     },
+    /// The command is too old by the shard's clock, or from too far ahead of it. Nothing was done.
+    Expired {
+        /// How long ago it was made, in milliseconds; negative: from ahead.
+        age_ms: i64,
+    },
     /// The payload was placed by too old a cluster map. Nothing was written: hold it against one of this epoch or a
     /// later one, and send the write again under another request id.
     StaleMap {
@@ -121,7 +126,8 @@ impl Reply {
             | Reply::StaleLease { .. }
             | Reply::StaleRule { .. }
             | Reply::RuleBehind { .. }
-            | Reply::StaleMap { .. } => false,
+            | Reply::StaleMap { .. }
+            | Reply::Expired { .. } => false,
         }
     }
 }

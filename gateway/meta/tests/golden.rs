@@ -314,6 +314,7 @@ fn replies() -> Vec<Reply> {
         Reply::Settings { epoch: 300 },
         Reply::StaleRule { current: 300 },
         Reply::RuleBehind { known: 300 },
+        Reply::Expired { age_ms: -300 },
         Reply::StaleMap { oldest: Epoch(300) },
     ]
 }
@@ -362,7 +363,13 @@ fn answers() -> Vec<Answer> {
 }
 
 fn shard_requests() -> Vec<ShardRequest> {
-    let command = MetaRequest { request_id: [0xa1; 16], now_ms: 19, account: AccountId::ROOT, command: Command::Noop };
+    let command = MetaRequest {
+        request_id: [0xa1; 16],
+        now_ms: 19,
+        stamp_ms: Some(300),
+        account: AccountId::ROOT,
+        command: Command::Noop,
+    };
     vec![ShardRequest::Command(command), ShardRequest::Query(Query::GetMap { newer_than: Epoch(0) })]
 }
 

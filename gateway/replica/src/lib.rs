@@ -4,12 +4,13 @@
 //! 1. [`store`] (RocksDB's door), [`writer`] (group commit), [`snapshot`]: what is durable when.
 //! 2. [`log`] and [`raft`] (openraft's doors), [`message`]: the log, the replica, the words between replicas.
 //! 3. [`batching`], [`host`]: commands and reads that share their rounds, and [`MetaHost`], which a disk node holds.
-//! 4. [`sleep`]: shards that nobody uses stop their timers.
+//! 4. [`sleep`]: shards that nobody uses stop their timers. [`clock`]: leaders whose clocks are off give way.
 //!
 //! What a 200 rests on: a command is acknowledged after a majority of disks synced it in their Raft logs ([`writer`]),
 //! in the order of that log; the state is only a cache of it up to the last flush ([`store`]).
 
 pub mod batching;
+pub mod clock;
 pub mod counters;
 pub mod fatal;
 pub mod host;
@@ -21,6 +22,7 @@ pub mod snapshot;
 pub mod store;
 pub mod writer;
 
+pub use clock::WallClock;
 pub use counters::MetaCounters;
 pub use granary_meta::level::MAX_FEATURE_LEVEL;
 pub use host::{HostConfig, MetaError, MetaHost};

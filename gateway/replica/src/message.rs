@@ -181,6 +181,8 @@ pub struct LinkBeat {
     pub asleep: Vec<Asleep>,
     /// Those of the receiver's last such list whose replica at the sender sleeps too.
     pub agreed: Vec<Asleep>,
+    /// The sender's clock, Unix milliseconds.
+    pub clock_ms: u64,
 }
 
 /// A message's bytes: version, postcard.

@@ -213,7 +213,12 @@ async fn a_directory_of_another_disk_is_refused() {
     cluster.start(1).await;
     cluster.stop_all().await;
     std::fs::rename(cluster.path(1), cluster.path(2)).unwrap();
-    let config = granary_replica::HostConfig { dir: cluster.path(2), disk: DiskId(2), timing: cluster.timing.clone() };
+    let config = granary_replica::HostConfig {
+        dir: cluster.path(2),
+        disk: DiskId(2),
+        timing: cluster.timing.clone(),
+        clock: cluster.clock(DiskId(2)),
+    };
     let wire = Arc::new(common::cluster::Wire { me: DiskId(2), network: cluster.network.clone() });
     let opened = granary_replica::MetaHost::open(config, wire, cluster.map.subscribe(), Arc::new(|_| {})).await;
     assert!(matches!(opened, Err(granary_replica::MetaError::OtherDisk { found: DiskId(1), expected: DiskId(2) })));

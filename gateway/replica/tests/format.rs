@@ -55,6 +55,7 @@ fn fixed_requests() -> Vec<MetaRequest> {
         .map(|(command, n)| MetaRequest {
             request_id: [n; 16],
             now_ms: 1_000 + u64::from(n),
+            stamp_ms: Some(2_000),
             account: AccountId::ROOT,
             command,
         })

@@ -161,7 +161,9 @@ mod tests {
         fn command(&mut self, command: Command) -> Reply {
             self.requests += 1;
             let request_id = [self.requests; 16];
-            self.shard.apply(&MetaRequest { request_id, now_ms: 1, account: AccountId::ROOT, command }).unwrap()
+            self.shard
+                .apply(&MetaRequest { request_id, now_ms: 1, stamp_ms: None, account: AccountId::ROOT, command })
+                .unwrap()
         }
 
         fn current(&self, map: usize) -> DiskId {

@@ -101,6 +101,7 @@ pub(super) fn is_refusal(reply: &Reply) -> bool {
             | Reply::StaleRule { .. }
             | Reply::RuleBehind { .. }
             | Reply::StaleMap { .. }
+            | Reply::Expired { .. }
             | Reply::Refused(_)
     )
 }
@@ -118,6 +119,10 @@ pub(super) fn reply(reply: Reply) -> S3Error {
         Reply::BucketFenced => unavailable("The bucket is being deleted."),
         Reply::StaleRule { .. } | Reply::RuleBehind { .. } => unavailable("The bucket is being changed."),
         Reply::StaleMap { .. } => unavailable("The cluster is being changed."),
+        Reply::Expired { age_ms } => {
+            tracing::warn!(age_ms, "a command came too long after it was made");
+            unavailable("The request took too long.")
+        }
         other => internal(format!("unexpected reply {}", name_of(&other))),
     }
 }

@@ -113,6 +113,14 @@ pub enum ShardError {
         /// The highest epoch of the task known there.
         current: u64,
     },
+    /// The clocks of this gateway and of the shard's leader are too far apart: one of them is wrong. Nothing was done.
+    #[error("this gateway's clock is {ahead_ms} ms ahead of the clock of shard {shard}'s leader")]
+    ClockOff {
+        /// Which shard.
+        shard: ShardId,
+        /// How far ahead, in milliseconds; negative: behind.
+        ahead_ms: i64,
+    },
     /// An answer came, and this build makes no sense of it. A command may have been applied.
     #[error("shard {shard} gave an answer that makes no sense here: {why}")]
     Garbled {
@@ -247,8 +255,9 @@ impl Shards {
     /// As [`Shards::command`].
     pub async fn command_by(&self, account: AccountId, shard: ShardId, command: Command) -> Result<Reply, ShardError> {
         let request_id = random_id().map_err(|why| ShardError::Refused { shard, why })?;
-        let request = ShardRequest::Command(MetaRequest { request_id, now_ms: now_ms(), account, command });
-        let (response, in_doubt) = self.timed("command", shard, &request).await?;
+        let request =
+            ShardRequest::Command(MetaRequest { request_id, now_ms: now_ms(), stamp_ms: None, account, command });
+        let (response, in_doubt) = self.timed("command", shard, request).await?;
         match response {
             // Shards remember what they applied for so many commands only: a refusal after an attempt that may have
             // been applied says nothing of that one.
@@ -267,7 +276,7 @@ impl Shards {
     /// # Errors
     /// As [`Shards::command`]; nothing is ever applied.
     pub async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, ShardError> {
-        match self.timed("query", shard, &ShardRequest::Query(query)).await?.0 {
+        match self.timed("query", shard, ShardRequest::Query(query)).await?.0 {
             ShardResponse::Answer(Answer::Refused(why)) => Err(ShardError::Refused { shard, why }),
             ShardResponse::Answer(answer) => Ok(answer),
             ShardResponse::Reply(_) => Err(ShardError::Garbled { shard, why: "a reply to a query".to_owned() }),
@@ -313,13 +322,10 @@ impl Shards {
         &self,
         kind: &str,
         shard: ShardId,
-        request: &ShardRequest,
+        request: ShardRequest,
     ) -> Result<(ShardResponse, bool), ShardError> {
         let begun = Instant::now();
-        let result = match request.encode() {
-            Ok(request) => self.ask(shard, ControlRequest::Shard { shard, request }).await,
-            Err(error) => Err(ShardError::Refused { shard, why: error.to_string() }),
-        };
+        let result = self.ask(shard, request).await;
         // The request was taken: whatever is wrong with its answer, a command may have been applied.
         let garbled = |error: BadBytes| ShardError::Garbled { shard, why: error.to_string() };
         let result = result.and_then(|(response, in_doubt)| match response {
@@ -340,8 +346,8 @@ impl Shards {
     }
 
     /// Asks the leader; looks for it among the members when it is not where it was. The request goes out unchanged each
-    /// time. The answer, and whether an earlier attempt may have been taken too.
-    async fn ask(&self, shard: ShardId, request: ControlRequest) -> Result<(ControlResponse, bool), ShardError> {
+    /// time, but for its stamp. The answer, and whether an earlier attempt may have been taken too.
+    async fn ask(&self, shard: ShardId, mut request: ShardRequest) -> Result<(ControlResponse, bool), ShardError> {
         let deadline = Instant::now() + self.inner.timing.deadline;
         // Rounds over all members that brought nothing.
         let mut rounds = 0;
@@ -369,7 +375,12 @@ impl Shards {
             };
             asked.insert(target);
             let left = deadline.saturating_duration_since(Instant::now());
-            let outcome = self.inner.peers.control(target, request.clone(), left.min(self.inner.timing.attempt)).await;
+            if let ShardRequest::Command(command) = &mut request {
+                command.stamp_ms = Some(now_ms());
+            }
+            let encoded = request.encode().map_err(|error| ShardError::Refused { shard, why: error.to_string() })?;
+            let sent = ControlRequest::Shard { shard, request: encoded };
+            let outcome = self.inner.peers.control(target, sent, left.min(self.inner.timing.attempt)).await;
             let (reason, detail) = match outcome {
                 Ok(ControlResponse::Error(error)) => match error {
                     ControlError::BadRequest(detail) if in_doubt => {
@@ -384,6 +395,10 @@ impl Shards {
                         hint = leader.filter(|leader| !asked.contains(leader));
                         ("not_leader", format!("disk {target} does not lead, it names {leader:?}"))
                     }
+                    ControlError::ClockOff { ahead_ms } if !in_doubt => {
+                        return Err(ShardError::ClockOff { shard, ahead_ms });
+                    }
+                    ControlError::ClockOff { .. } => ("clock_off", format!("disk {target}: {error}")),
                     ControlError::Overloaded => ("overloaded", format!("disk {target} is overloaded")),
                     ControlError::Unavailable(why) => ("unavailable", format!("disk {target}: {why}")),
                     ControlError::NoSuchShard(_) => ("not_leader", format!("disk {target} holds no replica")),

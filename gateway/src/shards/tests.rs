@@ -569,6 +569,31 @@ async fn a_map_of_another_cluster_is_never_confirmed() {
 }
 
 #[tokio::test]
+async fn a_clock_that_is_off_is_a_certain_refusal_unless_an_attempt_is_in_doubt() {
+    let (peers, shards) = cluster();
+    let off = || Fault::Answer(ControlError::ClockOff { ahead_ms: 3_600_000 });
+    peers.state().faults.push_back(off());
+    let error = shards.command(ShardId(1), Command::Noop).await.unwrap_err();
+    assert_eq!(error, ShardError::ClockOff { shard: ShardId(1), ahead_ms: 3_600_000 });
+    assert!(!error.outcome_unknown() && peers.state().commands.is_empty());
+    // Tried again, as everything after an attempt that may have been taken.
+    peers.state().faults.extend([Fault::LoseRequest, off()]);
+    assert_eq!(shards.command(ShardId(1), Command::Noop).await.unwrap(), Reply::Done);
+}
+
+#[tokio::test]
+async fn every_attempt_has_a_stamp_of_its_own_and_the_time_of_the_first() {
+    let (peers, shards) = cluster();
+    shards.query(ShardId::ROOT, Query::ListLeases).await.unwrap();
+    peers.state().faults.extend([Fault::LoseAnswer]);
+    shards.create_bucket("b", AccountId::ROOT).await.unwrap();
+    let state = peers.state();
+    let [(_, first), (_, second)] = &state.commands[..] else { panic!("{:?}", state.commands) };
+    assert_eq!((first.request_id, first.now_ms), (second.request_id, second.now_ms));
+    assert!(first.stamp_ms < second.stamp_ms, "{:?} {:?}", first.stamp_ms, second.stamp_ms);
+}
+
+#[tokio::test]
 async fn a_refusal_after_an_attempt_in_doubt_leaves_the_outcome_unknown() {
     let (peers, shards) = cluster();
     let bucket = BucketId(7);

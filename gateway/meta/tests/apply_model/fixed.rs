@@ -3,10 +3,10 @@
 use crate::common::{extent, inline, put, record, request, Random};
 use crate::{KEYS, SHARD};
 use granary_meta::answer::answer;
-use granary_meta::apply::apply;
+use granary_meta::apply::{apply, KEPT_MS, LIFETIME_MS};
 use granary_meta::kv::{MemoryKv, Overlay};
-use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData, Usage};
-use granary_meta::{Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, Query, Reply};
+use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData, UploadId, Usage};
+use granary_meta::{Answer, ChunkRef, Command, Conditions, ListFrom, ListItem, MetaRequest, Query, Reply, VersionPick};
 use granary_placement::id::Epoch;
 
 #[test]
@@ -39,24 +39,70 @@ fn apply_one(kv: &mut MemoryKv, request: &MetaRequest) -> Reply {
     reply
 }
 
+/// A command that changes nothing and whose reply is kept.
+fn nothing(random: &mut Random, now_ms: u64) -> MetaRequest {
+    let upload = UploadId([9; 16]);
+    request(random, now_ms, Command::AbortUpload { bucket: BucketId(1), key: "none".into(), upload })
+}
+
+/// Entries of the request window.
+fn kept(kv: &MemoryKv) -> usize {
+    kv.entries.keys().filter(|key| key[2] == granary_meta::keys::kind::REQUEST).count()
+}
+
 #[test]
-fn request_window_is_bounded_and_repeats_inside_it_apply_once() {
-    let mut kv = MemoryKv::default();
-    let mut random = Random(5);
+fn a_command_is_applied_once_however_many_others_come_between_its_retries() {
+    let (mut kv, mut random) = (MemoryKv::default(), Random(5));
+    let (made, window) = (1_000_000, granary_meta::apply::REQUEST_WINDOW as usize);
+    let first = request(&mut random, made, put(1, "k", b"one"));
+    let reply = apply_one(&mut kv, &first);
+    let other = request(&mut random, made + 1, put(1, "k", b"two"));
+    apply_one(&mut kv, &other);
+    for _ in 0..window + 500 {
+        apply_one(&mut kv, &nothing(&mut random, made + LIFETIME_MS));
+    }
+    let retry = |stamp_ms| MetaRequest { stamp_ms: Some(stamp_ms), ..first.clone() };
+    assert_eq!(apply_one(&mut kv, &retry(made + LIFETIME_MS)), reply, "applied before, so not again");
+    assert_eq!(kept(&kv), 2 * (window + 502));
+    // Later than any retry could be applied, replies go, and what comes all the same is refused.
+    let late = made + LIFETIME_MS + KEPT_MS + 1;
+    for _ in 0..window {
+        apply_one(&mut kv, &nothing(&mut random, late));
+    }
+    assert_eq!(kept(&kv), 2 * window, "the window is as long as it was before the rush");
+    let age_ms = (late - made) as i64;
+    assert_eq!(apply_one(&mut kv, &retry(1)), Reply::Expired { age_ms }, "by the shard's clock, which never goes back");
+    let current = Query::GetObject { bucket: BucketId(1), key: "k".into(), version: VersionPick::Current };
+    let Answer::Object(current) = answer(SHARD, &kv, &current).unwrap() else { panic!() };
+    assert_eq!(current.data, inline(b"two"));
+}
+
+#[test]
+fn a_gateway_whose_clock_is_an_hour_ahead_expires_nobody() {
+    let (mut kv, mut random) = (MemoryKv::default(), Random(6));
+    let hour = 3_600_000;
+    apply_one(&mut kv, &request(&mut random, 10_000_000, put(1, "k", b"one")));
+    let ahead =
+        MetaRequest { stamp_ms: Some(10_000_001), ..request(&mut random, 10_000_001 + hour, put(1, "k", b"ahead")) };
+    assert_eq!(apply_one(&mut kv, &ahead), Reply::Expired { age_ms: -(hour as i64) });
+    let next = request(&mut random, 10_000_002, put(1, "k", b"two"));
+    assert!(matches!(apply_one(&mut kv, &next), Reply::Put { .. }));
+    // The same command again, when its time has come: it was refused, not applied.
+    let again = MetaRequest { stamp_ms: Some(10_000_001 + hour), ..ahead };
+    assert!(matches!(apply_one(&mut kv, &again), Reply::Put { .. }));
+}
+
+#[test]
+fn background_work_pushes_no_reply_out_of_the_window() {
+    let (mut kv, mut random) = (MemoryKv::default(), Random(7));
     let first = request(&mut random, 1, put(1, "k", b"one"));
     let reply = apply_one(&mut kv, &first);
-    let window = granary_meta::apply::REQUEST_WINDOW;
-    for _ in 0..window - 1 {
-        let noop = request(&mut random, 2, Command::Noop);
-        apply_one(&mut kv, &noop);
-    }
-    assert_eq!(apply_one(&mut kv, &first), reply, "still in the window");
     let entries = kv.entries.len();
-    for _ in 0..100 {
-        let noop = request(&mut random, 3, Command::Noop);
-        apply_one(&mut kv, &noop);
+    let chunks = Vec::new();
+    for _ in 0..20_000 {
+        apply_one(&mut kv, &request(&mut random, 2, Command::ReportMissing { chunks: chunks.clone() }));
     }
-    assert_eq!(kv.entries.len(), entries, "the window grows");
+    assert_eq!((kv.entries.len(), apply_one(&mut kv, &first)), (entries, reply));
 }
 
 #[test]

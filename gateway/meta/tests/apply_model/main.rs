@@ -30,7 +30,7 @@ fn fixed_seed_agrees_with_the_model_and_reaches_every_corner() {
     assert!(run.model.next_seq > 500 && !run.model.garbage.is_empty() && !run.model.completed.is_empty());
     assert!(run.model.versions.values().any(|versions| versions.len() > 3), "no key with many versions was made");
     assert!(run.model.versions.values().any(|versions| versions.last().is_some_and(|version| version.marker)));
-    for kind in ["stale rule", "rule behind", "stale lease", "stale map"] {
+    for kind in ["stale rule", "rule behind", "stale lease", "stale map", "expired"] {
         assert!(run.model.refusals.get(kind).is_some_and(|times| *times > 20), "{kind}: {:?}", run.model.refusals);
     }
     assert!(run.model.slots.values().any(|slot| slot.cursor.is_some()), "no repair of a slot was under way");

@@ -33,6 +33,10 @@ pub struct Model {
     pub missing: BTreeMap<ChunkRef, u64>,
     pub garbage: BTreeMap<ExtentId, u64>,
     pub replies: BTreeMap<[u8; 16], Reply>,
+    /// Commands applied.
+    commands: u64,
+    /// The highest stamp of them.
+    pub clock: u64,
     pub next_seq: u64,
     pub rules: BTreeMap<u64, BucketRule>,
     /// The oldest map that payloads on disks may have been placed by.
@@ -59,7 +63,7 @@ impl Model {
 
     fn own(&mut self, extents: &[ExtentRef], missing: &[ChunkRef]) {
         self.owned.extend(extents.iter().map(|extent| (extent.extent, extent.clone())));
-        let generation = self.replies.len() as u64 + 1;
+        let generation = self.commands + 1;
         self.missing.extend(missing.iter().map(|chunk| (*chunk, generation)));
     }
 
@@ -138,13 +142,33 @@ impl Model {
     }
 
     pub fn apply(&mut self, request: &MetaRequest) -> Reply {
-        if let Some(reply) = self.replies.get(&request.request_id) {
-            return reply.clone();
+        let repeatable = matches!(
+            request.command,
+            Command::ReportMissing { .. }
+                | Command::RepairDone { .. }
+                | Command::GarbageDone { .. }
+                | Command::QueueRepair { .. }
+                | Command::AdvanceRepair { .. }
+                | Command::RepairSlotDone { .. }
+                | Command::RequireMap { .. }
+        );
+        let clock = self.clock.max(request.stamp_ms.unwrap());
+        if !repeatable {
+            if let Some(reply) = self.replies.get(&request.request_id) {
+                return reply.clone();
+            }
+            let age_ms = clock as i64 - request.now_ms as i64;
+            if !(-5_000..=40_000).contains(&age_ms) {
+                *self.refusals.entry("expired").or_default() += 1;
+                return Reply::Expired { age_ms };
+            }
         }
+        self.clock = clock;
         let reply = match self.stale(&request.command) {
             Some(reply) => reply,
             None => self.change(&request.command, request.now_ms),
         };
+        self.commands += 1;
         match reply {
             Reply::StaleRule { .. } => *self.refusals.entry("stale rule").or_default() += 1,
             Reply::RuleBehind { .. } => *self.refusals.entry("rule behind").or_default() += 1,
@@ -152,7 +176,9 @@ impl Model {
             Reply::StaleMap { .. } => *self.refusals.entry("stale map").or_default() += 1,
             _ => {}
         }
-        self.replies.insert(request.request_id, reply.clone());
+        if !repeatable {
+            self.replies.insert(request.request_id, reply.clone());
+        }
         reply
     }
 
@@ -290,7 +316,7 @@ impl Model {
                 }
             },
             Command::ReportMissing { chunks } => {
-                let generation = self.replies.len() as u64 + 1;
+                let generation = self.commands + 1;
                 for chunk in chunks {
                     if self.owned.get(&chunk.extent).is_some_and(|extent| usize::from(chunk.index) < extent.slots.len())
                     {
@@ -324,7 +350,7 @@ impl Model {
                 Reply::Done
             }
             Command::QueueRepair { slots, keep, .. } => {
-                let generation = self.replies.len() as u64 + 1;
+                let generation = self.commands + 1;
                 for slot in slots {
                     if *keep && self.slots.contains_key(slot) {
                         continue;

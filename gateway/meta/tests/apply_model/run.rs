@@ -29,7 +29,7 @@ impl Run {
         let steps = 1 + self.random.below(5);
         for _ in 0..steps {
             self.now += 1;
-            let request = if !self.history.is_empty() && self.random.chance(10) {
+            let mut request = if !self.history.is_empty() && self.random.chance(10) {
                 self.random.pick(&self.history).clone()
             } else {
                 let random = Random(self.random.next());
@@ -39,6 +39,13 @@ impl Run {
                 }
                 request(&mut self.random, self.now, command)
             };
+            // Leaders' clocks differ a little; some gateways' much, and some retries come late.
+            request.stamp_ms = Some(self.now + self.random.below(3_000));
+            match self.random.below(40) {
+                0 => request.now_ms -= 39_000 + self.random.below(8_000),
+                1 => request.now_ms += 4_000 + self.random.below(8_000),
+                _ => {}
+            }
             expected.push(self.model.apply(&request));
             got.push(apply(SHARD, &mut overlay, &request).unwrap());
             batch.push(request);
@@ -211,8 +218,13 @@ impl Run {
 }
 
 pub fn run(seed: u64, steps: usize) -> Run {
-    let mut run =
-        Run { random: Random(seed), kv: MemoryKv::default(), model: Model::default(), now: 1_000, history: Vec::new() };
+    let mut run = Run {
+        random: Random(seed),
+        kv: MemoryKv::default(),
+        model: Model::default(),
+        now: 1_000_000,
+        history: Vec::new(),
+    };
     for step in 0..steps {
         run.step();
         if step % 25 == 24 {

@@ -83,7 +83,7 @@ pub fn record(data: ObjectData, size_bytes: u64, etag: &str) -> ObjectRecord {
 }
 
 pub fn request(random: &mut Random, now_ms: u64, command: Command) -> MetaRequest {
-    MetaRequest { request_id: random.id(), now_ms, account: AccountId::ROOT, command }
+    MetaRequest { request_id: random.id(), now_ms, stamp_ms: Some(now_ms), account: AccountId::ROOT, command }
 }
 
 /// A plain PUT of a few inline bytes.

@@ -1,4 +1,4 @@
-//! Exchanges the heartbeats of links with the other disks, and does what [`crate::sleep`] decides.
+//! Exchanges the heartbeats of links with the other disks, and does what [`crate::sleep`] and [`crate::clock`] decide.
 
 use super::{lock, MetaHost};
 use crate::message::{decode_message, encode_message, LinkBeat};
@@ -36,8 +36,13 @@ pub(super) async fn run(host: MetaHost) {
             _ = beat.tick() => {}
         }
         let facts = host.facts();
-        act(&host, lock(&links.sleepers).observe(Instant::now(), &facts));
-        for peer in Sleepers::peers(&facts).into_iter().filter(|peer| me < *peer) {
+        if host.may_sleep() {
+            act(&host, lock(&links.sleepers).observe(Instant::now(), &facts));
+        }
+        give_way(&host).await;
+        let running = facts.iter().filter(|facts| facts.running);
+        let peers: BTreeSet<DiskId> = running.flat_map(|facts| facts.others.iter().copied()).collect();
+        for peer in peers.into_iter().filter(|peer| me < *peer) {
             if !lock(&links.asking).insert(peer) {
                 continue;
             }
@@ -57,14 +62,19 @@ pub(super) async fn run(host: MetaHost) {
 async fn exchange(host: &MetaHost, peer: DiskId) {
     let inner = &host.inner;
     let facts = host.facts();
-    let beat = lock(&inner.links.sleepers).beat_for(peer, &facts);
+    let beat = host.beat_for(peer, &facts);
     let Ok(message) = encode_message(&beat) else { return };
     inner.links.beats.fetch_add(1, Ordering::Relaxed);
-    let deadline = inner.config.timing.link_beat();
+    let (deadline, asked_ms) = (inner.config.timing.link_beat(), inner.config.clock.now_ms());
     let answer = tokio::time::timeout(deadline, inner.peers.transport.link_beat(peer, message, deadline)).await;
     match answer {
         Ok(Ok(answer)) => match decode_message::<LinkBeat>(&answer) {
-            Ok(beat) => take(host, peer, &beat, &host.facts()),
+            Ok(beat) => {
+                // It was told between these two moments.
+                let mine_ms = asked_ms / 2 + inner.config.clock.now_ms() / 2;
+                inner.clocks.hear(peer, beat.clock_ms, mine_ms);
+                take(host, peer, &beat, &host.facts());
+            }
             Err(error) => tracing::warn!(%peer, %error, "a link heartbeat cannot be read"),
         },
         Ok(Err(error)) => tracing::debug!(%peer, %error, "no answer to a link heartbeat"),
@@ -72,7 +82,43 @@ async fn exchange(host: &MetaHost, peer: DiskId) {
     }
 }
 
+impl MetaHost {
+    fn may_sleep(&self) -> bool {
+        self.inner.config.timing.sleep_after_ms > 0
+    }
+
+    fn beat_for(&self, peer: DiskId, facts: &[Facts]) -> LinkBeat {
+        let beat = lock(&self.inner.links.sleepers).beat_for(peer, facts);
+        LinkBeat { clock_ms: self.inner.config.clock.now_ms(), ..beat }
+    }
+}
+
+/// Hands over what is led here while the clock of this disk is off.
+async fn give_way(host: &MetaHost) {
+    let mut off = None;
+    for (_, batcher) in host.running() {
+        let status = batcher.replica.status();
+        if let Some(ahead_ms) = host.clock_off(&status) {
+            off = Some(ahead_ms);
+            if status.leader == Some(host.inner.config.disk) {
+                batcher.replica.hand_over().await;
+            }
+        }
+    }
+    if host.inner.clocks.news(off.is_some()) {
+        match off {
+            Some(ahead_ms) => {
+                tracing::warn!(ahead_ms, "this disk's clock is off its majority's: it leads no shard until it is set")
+            }
+            None => tracing::info!("this disk's clock agrees with its majority's again"),
+        }
+    }
+}
+
 fn take(host: &MetaHost, from: DiskId, beat: &LinkBeat, facts: &[Facts]) {
+    if !host.may_sleep() {
+        return;
+    }
     let actions = lock(&host.inner.links.sleepers).take(Instant::now(), from, beat, facts);
     act(host, actions);
 }
@@ -80,12 +126,10 @@ fn take(host: &MetaHost, from: DiskId, beat: &LinkBeat, facts: &[Facts]) {
 /// Takes a beat that another disk sent; gives what to answer.
 pub(super) fn answer(host: &MetaHost, from: DiskId, beat: &LinkBeat) -> LinkBeat {
     host.inner.links.beats.fetch_add(1, Ordering::Relaxed);
+    host.inner.clocks.hear(from, beat.clock_ms, host.inner.config.clock.now_ms());
     let facts = host.facts();
-    if host.inner.config.timing.sleep_after_ms > 0 {
-        take(host, from, beat, &facts);
-    }
-    let answer = lock(&host.inner.links.sleepers).beat_for(from, &facts);
-    answer
+    take(host, from, beat, &facts);
+    host.beat_for(from, &facts)
 }
 
 fn act(host: &MetaHost, actions: Vec<Action>) {

@@ -12,6 +12,7 @@ mod links;
 mod reconcile;
 
 use crate::batching::{BatchCounters, Batcher};
+use crate::clock::{ahead_ms, is_agreed, off_by, OtherClocks, WallClock, MAX_OFF_MS};
 use crate::counters::MetaCounters;
 use crate::fatal::{Fatal, OnFatal};
 use crate::log::ShardLog;
@@ -54,11 +55,13 @@ const REPLICA_PREFIX: &[u8] = &[0xff, 0xff, b'G'];
 /// Version of the value under `'G'`, which has nothing else in it.
 const REPLICA_VERSION: u8 = 1;
 
+/// For how long a clock that was told counts. Clocks drift little; whoever leads hears of a majority all the time.
+const CLOCK_COUNTS: Duration = Duration::from_secs(300);
 /// Longest heartbeat of a link, in bytes: all shards that a cluster can have, both ways, fit in.
 const MAX_BEAT_BYTES: usize = 512 * 1024;
 
 /// How a host is set up.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct HostConfig {
     /// Its directory, `DIR/meta`. Made when it is not there.
     pub dir: PathBuf,
@@ -66,6 +69,8 @@ pub struct HostConfig {
     pub disk: DiskId,
     /// Heartbeats, elections, deadlines.
     pub timing: Timing,
+    /// What stamps commands.
+    pub clock: WallClock,
 }
 
 /// Why a host cannot be opened.
@@ -112,6 +117,7 @@ struct Inner {
     applies: Arc<ApplyCounters>,
     batches: Arc<BatchCounters>,
     links: Links,
+    clocks: OtherClocks,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -222,6 +228,7 @@ impl MetaHost {
             after: Duration::from_millis(config.timing.sleep_after_ms),
             lost: config.timing.link_beat() * 2,
         };
+        let clocks = OtherClocks::new(CLOCK_COUNTS);
         let inner = Arc::new(Inner {
             config,
             state,
@@ -237,6 +244,7 @@ impl MetaHost {
             applies: Arc::default(),
             batches: Arc::default(),
             links: Links::new(sleep),
+            clocks,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -247,9 +255,7 @@ impl MetaHost {
             }
         }
         host.inner.tasks.spawn(reconcile::run(host.clone()));
-        if host.inner.config.timing.sleep_after_ms > 0 {
-            host.inner.tasks.spawn(links::run(host.clone()));
-        }
+        host.inner.tasks.spawn(links::run(host.clone()));
         Ok(host)
     }
 
@@ -324,10 +330,40 @@ impl MetaHost {
     /// As [`MetaHost::command`] and [`MetaHost::query`]; BadRequest for bytes that are no request.
     pub async fn serve(&self, shard: ShardId, request: &[u8]) -> Result<Bytes, ControlError> {
         let response = match ShardRequest::decode(request).map_err(bad_request)? {
-            ShardRequest::Command(request) => ShardResponse::Reply(self.command(shard, request).await?),
+            ShardRequest::Command(mut request) => {
+                self.stamp(shard, &mut request)?;
+                ShardResponse::Reply(self.command(shard, request).await?)
+            }
             ShardRequest::Query(query) => ShardResponse::Answer(self.query(shard, query).await?),
         };
         response.encode().map_err(bad_request)
+    }
+
+    /// Puts this disk's clock on a command that a gateway sent, if it may: see [`crate::clock`].
+    fn stamp(&self, shard: ShardId, request: &mut MetaRequest) -> Result<(), ControlError> {
+        let status = self.batcher(shard)?.replica.status();
+        let now_ms = self.inner.config.clock.now_ms();
+        self.inner.clocks.look(now_ms);
+        if !is_agreed(status.voters.len(), &self.ahead_of(&status)) {
+            return Err(ControlError::NotLeader { leader: None });
+        }
+        let ahead_ms = ahead_ms(request.stamp_ms.unwrap_or_default(), now_ms);
+        if status.leader == Some(self.inner.config.disk) && ahead_ms.unsigned_abs() > MAX_OFF_MS.unsigned_abs() {
+            return Err(ControlError::ClockOff { ahead_ms });
+        }
+        request.stamp_ms = Some(now_ms);
+        Ok(())
+    }
+
+    /// How far this disk's clock is ahead of those of a shard's other voters, as far as they were heard of.
+    fn ahead_of(&self, status: &ShardStatus) -> Vec<i64> {
+        let others = status.voters.iter().filter(|voter| **voter != self.inner.config.disk);
+        others.filter_map(|voter| self.inner.clocks.ahead_of(*voter)).collect()
+    }
+
+    /// How far this disk's clock is ahead of the median of a shard's voters, when that is too far.
+    fn clock_off(&self, status: &ShardStatus) -> Option<i64> {
+        off_by(status.voters.len(), &self.ahead_of(status))
     }
 
     /// Applies a command: returns when a majority has it on disk and it was applied here.

@@ -504,27 +504,41 @@ impl Replica {
     /// one purges as a follower.
     pub async fn transfer_leadership_if_log_is_long(&self) {
         let limit = 4 * (self.timing.snapshot_entries + self.timing.keep_entries);
-        let to = {
+        let is_long = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
-            let last = metrics.last_log_index.unwrap_or(0);
             let purged = metrics.purged.as_ref().map_or(0, |purged| purged.index);
-            if !metrics.state.is_leader() || last.saturating_sub(purged) <= limit {
-                return;
-            }
-            let voters: BTreeSet<u64> = metrics.membership_config.voter_ids().filter(|node| *node != self.me).collect();
-            let replicated = metrics.replication.clone().unwrap_or_default();
-            voters
-                .into_iter()
-                .filter_map(|node| replicated.get(&node).cloned().flatten().map(|matched| (matched.index, node)))
-                .max()
-                .filter(|(matched, _)| matched + self.timing.keep_entries >= last)
-                .map(|(_, node)| node)
+            metrics.last_log_index.unwrap_or(0).saturating_sub(purged) > limit
         };
-        if let Some(to) = to {
+        if let Some(to) = self.successor().filter(|_| is_long) {
             tracing::info!(shard = %self.shard, to, "handing leadership over: the log is long because a voter lags");
             let _ = self.raft.trigger().transfer_leader(to).await;
         }
+    }
+
+    /// As leader, hands leadership over to a voter that has nearly all of the log, if there is one.
+    pub async fn hand_over(&self) {
+        self.wake("it is handed over");
+        if let Some(to) = self.successor() {
+            let _ = self.raft.trigger().transfer_leader(to).await;
+        }
+    }
+
+    /// The voter that has most of this leader's log, if that is nearly all of it.
+    fn successor(&self) -> Option<u64> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        if !metrics.state.is_leader() {
+            return None;
+        }
+        let last = metrics.last_log_index.unwrap_or(0);
+        let replicated = metrics.replication.clone().unwrap_or_default();
+        let voters = metrics.membership_config.voter_ids().filter(|node| *node != self.me);
+        voters
+            .filter_map(|node| replicated.get(&node).cloned().flatten().map(|matched| (matched.index, node)))
+            .max()
+            .filter(|(matched, _)| matched + self.timing.keep_entries >= last)
+            .map(|(_, node)| node)
     }
 
     /// How it stands.

@@ -208,6 +208,7 @@ impl Sleepers {
         LinkBeat {
             asleep: all.iter().filter_map(named).collect(),
             agreed: self.links.get(&peer).map(|link| link.agreed.clone()).unwrap_or_default(),
+            clock_ms: 0,
         }
     }
 

@@ -6,7 +6,7 @@ use futures::future::BoxFuture;
 use granary_meta::{Answer, Command, MetaRequest, Query, Reply};
 use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, Disk, DiskState, Location, Roles, ShardReplicas};
-use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportError};
+use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportError, WallClock};
 use granary_wire::control::ControlError;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -133,6 +133,7 @@ pub struct Cluster {
     pub map: watch::Sender<Option<Arc<ClusterMap>>>,
     pub timing: Timing,
     pub fatal: Arc<Mutex<Vec<String>>>,
+    clocks: Mutex<BTreeMap<DiskId, WallClock>>,
 }
 
 pub fn disk(id: u32) -> DiskId {
@@ -174,7 +175,13 @@ impl Cluster {
             map: watch::Sender::new(None),
             timing: fast(),
             fatal: Arc::default(),
+            clocks: Mutex::default(),
         }
+    }
+
+    /// The clock of a disk.
+    pub fn clock(&self, disk: DiskId) -> WallClock {
+        self.clocks.lock().unwrap().entry(disk).or_default().clone()
     }
 
     pub fn path(&self, id: u32) -> PathBuf {
@@ -188,7 +195,7 @@ impl Cluster {
     /// Starts a host whose tasks run in that runtime.
     pub async fn start_on(&self, id: u32, runtime: &Handle) -> MetaHost {
         let me = DiskId(id);
-        let config = HostConfig { dir: self.path(id), disk: me, timing: self.timing.clone() };
+        let config = HostConfig { dir: self.path(id), disk: me, timing: self.timing.clone(), clock: self.clock(me) };
         let fatal = self.fatal.clone();
         let wire = Arc::new(Wire { me, network: self.network.clone() });
         let on_fatal = Arc::new(move |why| fatal.lock().unwrap().push(why));
