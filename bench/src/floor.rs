@@ -9,6 +9,7 @@
 //!
 //! Times are CPU times of the threads that do the step, kernel included.
 
+use crate::output::line;
 use clap::Parser;
 use granary_placement::codec::Codec;
 use rustix::time::{clock_gettime, ClockId};
@@ -90,10 +91,10 @@ pub fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         ("receive at the gateway", receive),
         ("send to the client", send),
     ];
-    println!("CPU-seconds per GiB of payload at {}+{}:", args.k, args.m);
-    let put = table("PUT, payload not signed", &put_steps);
-    println!("  {:<42} {:>7.3}", "with a signed payload (SHA-256)", put + sha256);
-    let get = table("GET", &get_steps);
+    line(format_args!("CPU-seconds per GiB of payload at {}+{}:", args.k, args.m))?;
+    let put = table("PUT, payload not signed", &put_steps)?;
+    line(format_args!("  {:<42} {:>7.3}", "with a signed payload (SHA-256)", put + sha256))?;
+    let get = table("GET", &get_steps)?;
     if let Some(path) = &args.json {
         let steps = |steps: &[(&str, f64)]| {
             steps
@@ -110,14 +111,14 @@ pub fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn table(title: &str, steps: &[(&str, f64)]) -> f64 {
-    println!("{title}");
+fn table(title: &str, steps: &[(&str, f64)]) -> std::io::Result<f64> {
+    line(format_args!("{title}"))?;
     for (name, seconds) in steps {
-        println!("  {name:<42} {seconds:>7.3}");
+        line(format_args!("  {name:<42} {seconds:>7.3}"))?;
     }
     let sum = steps.iter().map(|(_, seconds)| seconds).sum();
-    println!("  {:<42} {sum:>7.3}", "sum");
-    sum
+    line(format_args!("  {:<42} {sum:>7.3}", "sum"))?;
+    Ok(sum)
 }
 
 /// CPU time of this thread over `work`, in seconds.

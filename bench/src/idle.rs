@@ -1,6 +1,7 @@
 //! `granary-bench idle`: the CPU time of all processes of a cluster that nobody uses.
 
 use crate::load::{cpu, embedded};
+use crate::output::line;
 use clap::Parser;
 use std::error::Error;
 use std::path::PathBuf;
@@ -44,18 +45,14 @@ pub fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     std::thread::sleep(Duration::try_from_secs_f64(args.seconds)?);
     let (spent, seconds) = (cpu::since(&target.processes, &before), begun.elapsed().as_secs_f64());
     for process in &spent {
-        println!(
-            "{:<16} {:>7.2} s {:>7.2} % of a core",
-            process.name,
-            process.cpu_seconds,
-            share(process.cpu_seconds, seconds)
-        );
+        row(&process.name, process.cpu_seconds, seconds)?;
     }
     let all: f64 = spent.iter().map(|process| process.cpu_seconds).sum();
-    println!("{:<16} {:>7.2} s {:>7.2} % of a core", "all", all, share(all, seconds));
+    row("all", all, seconds)?;
     Ok(())
 }
 
-fn share(cpu_seconds: f64, seconds: f64) -> f64 {
-    100.0 * cpu_seconds / seconds
+fn row(name: &str, cpu_seconds: f64, seconds: f64) -> std::io::Result<()> {
+    let share = 100.0 * cpu_seconds / seconds;
+    line(format_args!("{name:<16} {cpu_seconds:>7.2} s {share:>7.2} % of a core"))
 }

@@ -10,6 +10,7 @@ mod codec;
 mod floor;
 mod idle;
 mod load;
+mod output;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -44,9 +45,6 @@ fn main() -> ExitCode {
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("granary-bench: {error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => output::failed(error.as_ref()),
     }
 }

@@ -14,8 +14,9 @@ use crate::background::heal::{HealSettings, Healer};
 use crate::disks::{DiskSettings, Disks};
 use crate::metrics::{MetricError, Metrics};
 use crate::object::{ObjectSettings, ObjectStore};
+use crate::ops;
 use crate::s3::{self, S3Context, S3Settings};
-use crate::settings::{cluster, RootCredentials, Secret, DRAIN};
+use crate::settings::{RootCredentials, Secret, DRAIN};
 use crate::shards::{Shards, Timing};
 use futures::future::BoxFuture;
 use granary_placement::map::ClusterMap;
@@ -165,8 +166,8 @@ impl Gateway {
             metrics: gateway.metrics.clone(),
         };
         background(Box::pin(collect(sources, collector, stop())));
-        background(Box::pin(cluster::watch(gateway.shards.clone(), gateway.values.clone())));
-        let (settings, following) = cluster::follow(gateway.values.subscribe(), HealSettings::from_settings);
+        background(Box::pin(ops::settings::watch(gateway.shards.clone(), gateway.values.clone())));
+        let (settings, following) = ops::settings::follow(gateway.values.subscribe(), HealSettings::from_settings);
         background(Box::pin(following));
         let found_at = reachable(config.admin);
         background(Box::pin(heal(

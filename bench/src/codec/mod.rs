@@ -142,7 +142,7 @@ pub fn run(args: &Args) -> Result<(), Box<dyn Error>> {
             measure_all(&mut *contestant, args, |_| None, &mut report.results)?;
         }
     }
-    print!("{}", table(&report));
+    crate::output::line(format_args!("{}", table(&report).trim_end()))?;
     if let Some(path) = &args.json {
         std::fs::write(path, serde_json::to_vec_pretty(&report)?)?;
     }

@@ -2,6 +2,7 @@
 
 use super::cpu::Process;
 use super::Args;
+use crate::output::say;
 use serde_json::Value;
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -40,7 +41,7 @@ impl Drop for Own {
         let _gone = self.child.kill();
         let _status = self.child.wait();
         if let Err(error) = std::fs::remove_dir_all(&self.folder) {
-            eprintln!("granary-bench: {} is left behind: {error}", self.folder.display());
+            say(format_args!("{} is left behind: {error}", self.folder.display()));
         }
     }
 }

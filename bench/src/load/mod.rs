@@ -10,6 +10,7 @@
 pub mod cpu;
 pub mod embedded;
 
+use crate::output::{line, say};
 use bytes::Bytes;
 use clap::{Parser, ValueEnum};
 use futures::StreamExt;
@@ -141,21 +142,21 @@ pub fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         let written = Arc::new(AtomicU64::new(0));
         for verb in &args.verbs {
             let phase = runtime.block_on(phase(args, &client, &bucket, *verb, *size, &written, &target.processes))?;
-            println!("{}", row(&phase));
+            line(format_args!("{}", row(&phase)))?;
             phases.push(phase);
         }
     }
-    println!("\nCPU-seconds by process (user + system):");
+    line(format_args!("\nCPU-seconds by process (user + system):"))?;
     for phase in &phases {
         let spent: Vec<String> =
             phase.processes.iter().map(|spent| format!("{} {:.2}", spent.name, spent.cpu_seconds)).collect();
-        println!(
+        line(format_args!(
             "  {:?} {}: {}; client {:.2}",
             phase.verb,
             size_text(phase.size_bytes),
             spent.join(", "),
             phase.client_cpu_seconds
-        );
+        ))?;
     }
     if let Some(path) = &args.json {
         let report = Report {
@@ -219,7 +220,7 @@ async fn phase(
                     }
                     Err(error) => {
                         if errors.fetch_add(1, Ordering::Relaxed) < 3 {
-                            eprintln!("{verb:?}: {error}");
+                            say(format_args!("{verb:?}: {error}"));
                         }
                     }
                 }

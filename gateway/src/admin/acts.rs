@@ -1,23 +1,34 @@
 //! What operators ask for and change: one function per request of [`api`](super::api).
 
-use super::api::{ApiError, Census, Config, ConfigChanged, DiskAct, DiskChanged, ErrorCode};
 use super::api::{
-    DrainDisk, GetConfig, GetMap, GetStatus, ReplaceDisk, RunCensus, SetConfig, StartDisk, Status, StopDisk, WeighDisk,
+    ApiError, Census, Config, ConfigChanged, DiskAct, DiskChanged, ErrorCode, FeatureLevelRaised, FeatureLevels,
+    ShardLevelRow, Status,
+};
+use super::api::{
+    DrainDisk, GetConfig, GetFeatureLevels, GetMap, GetStatus, RaiseFeatureLevel, ReplaceDisk, RunCensus, SetConfig,
+    StartDisk, StopDisk, WeighDisk,
 };
 use super::routes::{on, Shared};
 use super::{AdminContext, LocalDisks};
+use crate::disks::DiskHealth;
+use crate::ops::levels;
+use crate::ops::settings::{self, SetError};
 use crate::ops::{self, ChangeError, CommitError, Committed, Replacement};
-use crate::settings::cluster::{self, SetError};
 use axum::Router;
 use futures::future::BoxFuture;
-use granary_placement::id::DiskId;
+use granary_meta::level::MAX_FEATURE_LEVEL;
+use granary_meta::{Answer, Command, Query};
+use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
+use granary_placement::moves::{moves, replica_moves};
 use granary_placement::place::PlaceError;
 use granary_placement::settings::Setting;
 use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// How long a shard may take to tell its feature level.
+const LEVEL: Duration = Duration::from_secs(5);
 /// How long a new disk's node may take to tell which disk it serves.
 const NEW_DISK: Duration = Duration::from_secs(5);
 
@@ -26,6 +37,7 @@ pub(super) fn listings() -> Router<Shared> {
     let router = Router::new();
     let router = on(router, status);
     let router = on(router, map);
+    let router = on(router, feature_levels);
     on(router, config)
 }
 
@@ -36,6 +48,7 @@ pub(super) fn changes() -> Router<Shared> {
     let router = on(router, drain_disk);
     let router = on(router, weigh_disk);
     let router = on(router, set_config);
+    let router = on(router, raise_feature_level);
     let router = on(router, start_disk);
     on(router, stop_disk)
 }
@@ -65,7 +78,7 @@ async fn config(context: Arc<AdminContext>, _: GetConfig) -> Result<Config, ApiE
 }
 
 async fn set_config(context: Arc<AdminContext>, call: SetConfig) -> Result<ConfigChanged, ApiError> {
-    let done = cluster::set(&context.shards, &call.name, call.value.as_deref()).await;
+    let done = settings::set(&context.shards, &call.name, call.value.as_deref()).await;
     // What was asked is logged only when it is the name and the value of a setting: anything else may be any text, or a
     // secret in the wrong place.
     match done {
@@ -74,9 +87,63 @@ async fn set_config(context: Arc<AdminContext>, call: SetConfig) -> Result<Confi
             tracing::info!(%name, %value, "a setting of the cluster was changed");
             Ok(ConfigChanged { name, value })
         }
-        Err(error @ SetError::Shard(_)) => Err(ApiError::new(ErrorCode::Unavailable, error)),
-        Err(error) => Err(ApiError::new(ErrorCode::BadRequest, error)),
+        Err(error) => {
+            let name = granary_placement::settings::find(&call.name).map_or("-", |setting| setting.name);
+            tracing::warn!(%name, why = %error.for_log(), "a setting of the cluster was not changed");
+            let code = if matches!(error, SetError::Shard(_)) { ErrorCode::Unavailable } else { ErrorCode::BadRequest };
+            Err(ApiError::new(code, error))
+        }
     }
+}
+
+async fn feature_levels(context: Arc<AdminContext>, _: GetFeatureLevels) -> Result<FeatureLevels, ApiError> {
+    let (map, known) = levels_known(&context).await?;
+    let (can_raise_to, blocked) = match levels::plan(&map, &known) {
+        Ok(plan) => (Some(plan.level).filter(|_| !plan.raise.is_empty()), None),
+        Err(why) => (None, Some(why.to_string())),
+    };
+    let shards =
+        shard_ids(&map).into_iter().map(|shard| ShardLevelRow { shard, level: known.shards.get(&shard).copied() });
+    Ok(FeatureLevels { shards: shards.collect(), disks: known.disks, gateway: known.gateway, can_raise_to, blocked })
+}
+
+async fn raise_feature_level(context: Arc<AdminContext>, _: RaiseFeatureLevel) -> Result<FeatureLevelRaised, ApiError> {
+    let (map, known) = levels_known(&context).await?;
+    let plan = levels::plan(&map, &known).map_err(|why| ApiError::new(ErrorCode::Conflict, why))?;
+    let mut raised = Vec::new();
+    for (shard, from) in &plan.raise {
+        for level in *from + 1..=plan.level {
+            let done = context.shards.command(*shard, Command::SetFeatureLevel { level }).await;
+            tracing::info!(shard = shard.0, level, result = ?done, "admin request to raise a feature level");
+            if let Err(error) = done {
+                let why = format!("shard {shard} was not raised to feature level {level}: {error}; try again");
+                return Err(ApiError::new(ErrorCode::Unavailable, why));
+            }
+        }
+        raised.push(*shard);
+    }
+    Ok(FeatureLevelRaised { level: plan.level, raised })
+}
+
+/// All shards of the map, the root shard first.
+fn shard_ids(map: &ClusterMap) -> Vec<ShardId> {
+    (0u16..).zip(&map.shards).map(|(number, _)| ShardId(number)).collect()
+}
+
+/// The map, the level of every shard that answers, and what the builds of all disk nodes that answer know.
+async fn levels_known(context: &AdminContext) -> Result<(Arc<ClusterMap>, levels::Known), ApiError> {
+    let map = context.shards.current_map().ok_or_else(no_map)?;
+    let ask = shard_ids(&map).into_iter().map(|shard| async move {
+        match tokio::time::timeout(LEVEL, context.shards.query(shard, Query::FeatureLevel)).await {
+            Ok(Ok(Answer::FeatureLevel(level))) => Some((shard, level)),
+            _ => None,
+        }
+    });
+    let shards = futures::future::join_all(ask).await.into_iter().flatten().collect();
+    // What a node that does not answer said last may be another build's word.
+    let views = context.disks.view().into_iter().filter(|view| view.health == DiskHealth::Up);
+    let disks = views.filter_map(|view| Some((view.id, view.status?.feature_level))).collect();
+    Ok((map, levels::Known { shards, disks, gateway: MAX_FEATURE_LEVEL }))
 }
 
 async fn start_disk(context: Arc<AdminContext>, call: StartDisk) -> Result<DiskChanged, ApiError> {
@@ -127,9 +194,13 @@ async fn change(
     let said = result.as_ref().map(|committed| committed.after.epoch);
     tracing::info!(disk = disk.0, ?act, result = ?said, "admin request to change the cluster map");
     match result {
-        Ok(Committed { after, .. }) => {
-            Ok(DiskChanged { disk, done: act, epoch: Some(after.epoch), slots_moving: ops::slots_moving(&after) })
-        }
+        Ok(Committed { before, after }) => Ok(DiskChanged {
+            disk,
+            done: act,
+            epoch: Some(after.epoch),
+            slots_moving: moves(&before, &after).len(),
+            replicas_moving: replica_moves(&before, &after).len(),
+        }),
         Err(CommitError::Refused(why)) => Err(refused(why)),
         Err(error @ CommitError::Root(_)) => Err(ApiError::new(ErrorCode::Unavailable, error)),
         Err(error @ CommitError::Restless) => Err(ApiError::new(ErrorCode::Conflict, error)),
@@ -158,7 +229,7 @@ async fn local(
     let done = run(local.as_ref()).await;
     tracing::info!(disk = disk.0, ?act, result = ?done, "admin request for a disk node");
     done.map_err(|why| ApiError::new(ErrorCode::Conflict, why))?;
-    Ok(DiskChanged { disk, done: act, epoch: None, slots_moving: 0 })
+    Ok(DiskChanged { disk, done: act, epoch: None, slots_moving: 0, replicas_moving: 0 })
 }
 
 /// The number on the label of the new disk, told by its node. Asked before the map changes: afterwards the old disk is

@@ -2,17 +2,17 @@
 //!
 //! axum's own `serve` waits for ever for a header; this one is hyper's connection with a timer. A connection is asked
 //! to end after a while, or when the gateway drains: the request under way is answered, with `Connection: close`, and
-//! no other is taken.
+//! no other is taken. When all places are taken, the connection that has been silent the longest makes room for a new
+//! one, as at the S3 listener ([`crate::door`]); while all have requests in work, new ones wait.
 
+use crate::door::{Bounds, Door, Place, Work};
 use axum::Router;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
@@ -20,8 +20,10 @@ use tower::ServiceExt;
 /// What a client may take.
 #[derive(Debug, Clone)]
 pub(super) struct ListenerLimits {
-    /// Connections at once; more wait in the listener's queue.
+    /// Connections at once; more take the places of silent ones, or wait in the listener's queue.
     pub connections: usize,
+    /// So long a connection may be silent before it makes room for a new one.
+    pub silent: Duration,
     /// Time for a request's head, and between two requests.
     pub header: Duration,
     /// After this a connection takes no further request.
@@ -34,7 +36,8 @@ impl Default for ListenerLimits {
     fn default() -> ListenerLimits {
         ListenerLimits {
             connections: 64,
-            header: Duration::from_secs(10),
+            silent: Duration::from_secs(1),
+            header: Duration::from_secs(5),
             lifetime: Duration::from_secs(60),
             linger: Duration::from_secs(10),
         }
@@ -46,18 +49,25 @@ const MAX_HEAD_BYTES: usize = 32 * 1024;
 
 /// Serves until `stop`; then lets answers under way end, within the drain time of the caller.
 pub(super) async fn run(listener: TcpListener, router: Router, limits: ListenerLimits, stop: CancellationToken) {
-    let places = Arc::new(Semaphore::new(limits.connections));
+    // Operators and probes often share an address, so one may have all places; nobody is answered with a refusal.
+    let bounds = Bounds {
+        places: limits.connections,
+        refused: 0,
+        per_address: limits.connections.saturating_add(1),
+        proxies: Vec::new(),
+    };
+    let door = Door::new(bounds, limits.silent);
     let tasks = TaskTracker::new();
     let next = || async {
-        let place = places.clone().acquire_owned().await;
-        (place, listener.accept().await)
+        let (stream, peer) = listener.accept().await?;
+        Ok::<_, std::io::Error>(door.enter(peer.ip()).await.map(|(place, _)| (place, stream)))
     };
     loop {
         let (place, stream) = tokio::select! {
             accepted = next() => match accepted {
-                (Ok(place), Ok((stream, _))) => (place, stream),
-                (Err(_), _) => break,
-                (_, Err(error)) => {
+                Ok(Some(entered)) => entered,
+                Ok(None) => continue,
+                Err(error) => {
                     // Out of descriptors, most likely: accepting again at once would spin.
                     tracing::warn!(%error, "admin listener cannot accept");
                     tokio::time::sleep(Duration::from_millis(200)).await;
@@ -66,11 +76,7 @@ pub(super) async fn run(listener: TcpListener, router: Router, limits: ListenerL
             },
             () = stop.cancelled() => break,
         };
-        let (router, limits, stop) = (router.clone(), limits.clone(), stop.clone());
-        tasks.spawn(async move {
-            let _place = place;
-            connection(stream, router, limits, stop).await;
-        });
+        tasks.spawn(connection(stream, place, router.clone(), limits.clone(), stop.clone()));
     }
     // Nobody is accepted any more: who connects now is refused, and asks another gateway.
     drop(listener);
@@ -78,14 +84,14 @@ pub(super) async fn run(listener: TcpListener, router: Router, limits: ListenerL
     tasks.wait().await;
 }
 
-async fn connection(stream: TcpStream, router: Router, limits: ListenerLimits, stop: CancellationToken) {
-    let running = Arc::new(AtomicUsize::new(0));
+async fn connection(stream: TcpStream, place: Place, router: Router, limits: ListenerLimits, stop: CancellationToken) {
+    let place = Arc::new(place);
     let service = service_fn(|request: hyper::Request<Incoming>| {
-        let counted = Counted::new(running.clone());
+        let work = Work::begin(&place);
         let answer = router.clone().oneshot(request);
         async move {
             let answer = answer.await;
-            drop(counted);
+            drop(work);
             answer
         }
     });
@@ -98,6 +104,13 @@ async fn connection(stream: TcpStream, router: Router, limits: ListenerLimits, s
         ended = connection.as_mut() => Some(ended),
         () = tokio::time::sleep(limits.lifetime) => None,
         () = stop.cancelled() => None,
+        () = place.given_away() => {
+            // It was silent when its place was given away. A head may have come since: that request is answered.
+            if !place.is_busy() {
+                return;
+            }
+            None
+        }
     };
     if ended.is_none() {
         connection.as_mut().graceful_shutdown();
@@ -106,7 +119,7 @@ async fn connection(stream: TcpStream, router: Router, limits: ListenerLimits, s
         match tokio::time::timeout(limits.linger, connection.as_mut()).await {
             Ok(result) => ended = Some(result),
             // An answer that takes long to make, a census, is waited for; one that is not taken is not.
-            Err(_) if running.load(Ordering::Relaxed) > 0 => {}
+            Err(_) if place.is_busy() => {}
             Err(_) => {
                 tracing::debug!("admin connection cut off: the client does not take its answer");
                 return;
@@ -115,21 +128,5 @@ async fn connection(stream: TcpStream, router: Router, limits: ListenerLimits, s
     }
     if let Some(Err(error)) = ended {
         tracing::debug!(%error, "admin connection ended");
-    }
-}
-
-/// One request whose answer is being made.
-struct Counted(Arc<AtomicUsize>);
-
-impl Counted {
-    fn new(running: Arc<AtomicUsize>) -> Counted {
-        running.fetch_add(1, Ordering::Relaxed);
-        Counted(running)
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -141,7 +141,7 @@ async fn probes_page_and_metrics_need_no_token_and_everything_else_does() {
     assert!(page.contains("text/html") && page.contains("not ready") && page.ends_with("</html>"), "{page}");
     assert!(served.get("/granary.css").await.contains("content-type: text/css"));
 
-    for path in ["/v1/status", "/v1/map"] {
+    for path in ["/v1/status", "/v1/map", "/v1/feature-level"] {
         let refused = served.get(path).await;
         assert_eq!(error_of(&refused), ("401".to_owned(), ErrorCode::Unauthorized), "{path}");
         assert!(refused.contains("www-authenticate: Bearer"), "{refused}");
@@ -225,7 +225,8 @@ async fn slow_heads_and_slow_bodies_end_and_give_their_place_to_others() {
 
 #[tokio::test]
 async fn more_connections_than_there_are_places_wait_and_are_served() {
-    let served = Served::start(PATIENT, ListenerLimits { connections: 3, ..Default::default() }).await;
+    let served =
+        Served::start(PATIENT, ListenerLimits { connections: 3, silent: PATIENCE, ..Default::default() }).await;
     let many = (0..50).map(|_| served.get("/healthz"));
     for answer in futures::future::join_all(many).await {
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
@@ -327,7 +328,7 @@ impl std::io::Write for Lines {
 }
 
 #[tokio::test]
-async fn nothing_of_a_setting_that_is_refused_is_logged() {
+async fn a_setting_that_is_refused_is_logged_by_name_and_reason_and_without_what_was_given() {
     let lines = Lines::default();
     let writer = lines.clone();
     let log = tracing_subscriber::fmt()
@@ -347,6 +348,9 @@ async fn nothing_of_a_setting_that_is_refused_is_logged() {
     let logged = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
     assert!(logged.contains("/v1/config"), "requests are logged at this level: {logged}");
     assert!(!logged.contains("secretname") && !logged.contains("secretvalue"), "{logged}");
+    for said in ["no setting has that name", "name=heal.rate", "name=s3.max_requests"] {
+        assert!(logged.contains(said), "{said} in {logged}");
+    }
 }
 
 #[tokio::test]
@@ -370,6 +374,46 @@ async fn draining_answers_what_is_under_way_with_connection_close_and_ends_idle_
     assert!(answer.starts_with("HTTP/1.1 200") && answer.to_lowercase().contains("connection: close"), "{answer}");
     tokio::time::timeout(PATIENCE, served.ended).await.expect("the listener ends").unwrap();
     assert!(TcpStream::connect(served.address).await.is_err(), "a drained listener takes no connection");
+}
+
+#[tokio::test]
+async fn silent_connections_make_room_the_oldest_first_and_requests_in_work_do_not() {
+    let limits = ListenerLimits {
+        connections: 3,
+        silent: Duration::ZERO,
+        header: PATIENCE * 10,
+        lifetime: PATIENCE * 10,
+        ..Default::default()
+    };
+    let served = Served::start(PATIENT, limits).await;
+    let mut busy = served.connect().await;
+    let request = format!(
+        "POST /v1/disks/3/stop HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 0\r\n\r\n"
+    );
+    busy.write_all(request.as_bytes()).await.unwrap();
+    served.local.begun.notified().await;
+    let health = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n";
+    let mut kept = served.connect().await;
+    kept.write_all(health).await.unwrap();
+    kept.read_exact(&mut [0u8; 12]).await.unwrap();
+    let mut silent = served.connect().await;
+    // All places are taken: the one that never asked goes first, then the one that has been silent the longest.
+    let mut third = served.connect().await;
+    third.write_all(health).await.unwrap();
+    tokio::time::timeout(PATIENCE, third.read_exact(&mut [0u8; 12])).await.expect("somebody makes room").unwrap();
+    assert_eq!(read_to_end(&mut silent).await, "", "it made room");
+    let mut many = Vec::new();
+    for _ in 0..5 {
+        many.push(served.connect().await);
+    }
+    assert!(served.get("/healthz").await.ends_with("ok\n"), "whoever comes is served, whoever is silent");
+    read_to_end(&mut kept).await;
+    third.write_all(health).await.unwrap();
+    third.read_exact(&mut [0u8; 12]).await.expect("who asked stays before those who never did");
+    served.local.go_on.notify_one();
+    let mut first = [0u8; 12];
+    tokio::time::timeout(PATIENCE, busy.read_exact(&mut first)).await.expect("an answer").unwrap();
+    assert_eq!(&first, b"HTTP/1.1 200", "a request in work keeps its place");
 }
 
 #[tokio::test]

@@ -3,8 +3,8 @@
 use super::http::call;
 use super::output::{print, print_json};
 use crate::admin::api::{
-    Call, Census, DiskAct, DiskRow, DrainDisk, GetMap, GetStatus, Health, ReplaceDisk, RunCensus, StartDisk, Status,
-    StopDisk, WeighDisk,
+    Call, Census, DiskAct, DiskRow, DrainDisk, FeatureLevels, GetFeatureLevels, GetMap, GetStatus, Health,
+    RaiseFeatureLevel, ReplaceDisk, RunCensus, ShardLevelRow, StartDisk, Status, StopDisk, WeighDisk,
 };
 use crate::admin::page::bytes;
 use crate::dev::layout::read_json;
@@ -49,11 +49,30 @@ pub(crate) enum AdminVerb {
         #[command(flatten)]
         target: Target,
     },
+    /// The cluster as a whole.
+    #[command(subcommand)]
+    Cluster(ClusterVerb),
     /// Disks.
     #[command(subcommand)]
     Disk(DiskVerb),
     /// Settings: list them, or change one of the whole cluster.
     Config(super::config::ConfigArgs),
+}
+
+/// Verbs about the cluster as a whole.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClusterVerb {
+    /// Show the feature level of each shard and what the builds in the cluster know, or raise it after an upgrade.
+    FeatureLevel {
+        #[command(flatten)]
+        target: Target,
+        /// Raise every shard to the highest level that all builds know. There is no way back to an older release.
+        #[arg(long)]
+        raise: bool,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Verbs about disks.
@@ -142,6 +161,29 @@ pub(crate) async fn run(verb: AdminVerb) -> Done {
                 return Ok(ExitCode::from(NOT_WHOLE));
             }
         }
+        AdminVerb::Cluster(ClusterVerb::FeatureLevel { target, raise: true, json }) => {
+            let done = target.ask(&RaiseFeatureLevel {}, QUICK).await?;
+            if json {
+                print_json(&done)?;
+            } else {
+                print(|out| match done.raised.len() {
+                    0 => writeln!(
+                        out,
+                        "there is nothing to raise: {} is the highest level that all builds know",
+                        done.level
+                    ),
+                    raised => writeln!(out, "{raised} shards have the feature level {} from now on", done.level),
+                })?;
+            }
+        }
+        AdminVerb::Cluster(ClusterVerb::FeatureLevel { target, raise: false, json }) => {
+            let levels = target.ask(&GetFeatureLevels {}, QUICK).await?;
+            if json {
+                print_json(&levels)?;
+            } else {
+                print(|out| write_levels(out, &levels))?;
+            }
+        }
         AdminVerb::Disk(DiskVerb::List { target, json }) => {
             let status = target.ask(&GetStatus {}, QUICK).await?;
             if json {
@@ -164,14 +206,20 @@ pub(crate) async fn run(verb: AdminVerb) -> Done {
                 DiskAct::Out => writeln!(out, "disk {id} was empty and is out of service; its node can be stopped"),
                 _ => writeln!(
                     out,
-                    "disk {id} is draining; {} slots are moving, see `granary status`",
-                    changed.slots_moving
+                    "disk {id} is draining; {} slots and {} shard replicas move to other disks, see `granary status`",
+                    changed.slots_moving, changed.replicas_moving
                 ),
             })?;
         }
         AdminVerb::Disk(DiskVerb::Weight { id, weight, target }) => {
             let changed = target.ask(&WeighDisk { disk: id, weight }, QUICK).await?;
-            print(|out| writeln!(out, "disk {id} has the weight {weight}; {} slots are moving", changed.slots_moving))?;
+            let (slots, replicas) = (changed.slots_moving, changed.replicas_moving);
+            print(|out| {
+                writeln!(
+                    out,
+                    "disk {id} has the weight {weight}; {slots} slots and {replicas} shard replicas are moving"
+                )
+            })?;
         }
         AdminVerb::Disk(DiskVerb::Start { id, target }) => {
             target.ask(&StartDisk { disk: id }, QUICK).await?;
@@ -275,6 +323,24 @@ fn write_disks(out: &mut dyn Write, disks: &[DiskRow]) -> io::Result<()> {
         )?;
     }
     Ok(())
+}
+
+fn write_levels(out: &mut dyn Write, levels: &FeatureLevels) -> io::Result<()> {
+    let text = |level: Option<u32>| level.map_or_else(|| "no answer".to_owned(), |level| level.to_string());
+    writeln!(out, "{:>9}  feature level", "shard")?;
+    for ShardLevelRow { shard, level } in &levels.shards {
+        writeln!(out, "{:>9}  {}", shard.0, text(*level))?;
+    }
+    writeln!(out, "{:>9}  highest level that its build knows", "disk node")?;
+    for (disk, knows) in &levels.disks {
+        writeln!(out, "{:>9}  {knows}", disk.0)?;
+    }
+    writeln!(out, "{:>9}  {}", "gateway", levels.gateway)?;
+    match (levels.can_raise_to, &levels.blocked) {
+        (_, Some(why)) => writeln!(out, "no shard can be raised now: {why}"),
+        (Some(level), _) => writeln!(out, "shards can be raised to {level}: `granary cluster feature-level --raise`"),
+        (None, None) => writeln!(out, "there is nothing to raise"),
+    }
 }
 
 fn write_census(out: &mut dyn Write, census: &Census) -> io::Result<()> {

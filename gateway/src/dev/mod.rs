@@ -18,7 +18,8 @@ pub mod supervisor;
 use crate::admin::LocalDisks;
 use crate::bootstrap::{form, FormError};
 use crate::gateway::{listen, Gateway, GatewayConfig, GatewayError};
-use crate::settings::{cluster, random_token, read_token, write_atomic, RootCredentials, Secret, SettingsError};
+use crate::ops::settings;
+use crate::settings::{random_token, read_token, write_atomic, RootCredentials, Secret, SettingsError};
 use crate::shards::Shards;
 use futures::future::{try_join_all, BoxFuture};
 use granary_placement::id::DiskId;
@@ -81,7 +82,7 @@ pub enum DevError {
     Form(#[source] FormError, PathBuf),
     /// A setting of the cluster.
     #[error("a setting of the cluster could not be changed: {0}")]
-    ClusterSetting(#[from] cluster::SetError),
+    ClusterSetting(#[from] settings::SetError),
     /// The executable.
     #[error("{0}")]
     Program(String),
@@ -213,11 +214,11 @@ async fn set_cluster(shards: &Shards, given: &[(&'static str, String)]) -> Resul
     if given.is_empty() {
         return Ok(changed);
     }
-    let (_, known) = cluster::fetch(shards, 0).await.map_err(cluster::SetError::from)?.unwrap_or_default();
+    let (_, known) = settings::fetch(shards, 0).await.map_err(settings::SetError::from)?.unwrap_or_default();
     for (name, value) in given {
         let before = known.get(*name);
         if before != Some(value) {
-            cluster::set(shards, name, Some(value)).await?;
+            settings::set(shards, name, Some(value)).await?;
             let before = before.map_or_else(|| "the default".to_owned(), Clone::clone);
             changed += &format!("{name} of the cluster is {value} from now on; it was {before}\n");
         }

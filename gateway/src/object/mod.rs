@@ -226,9 +226,3 @@ fn random<const N: usize>() -> Result<[u8; N], StageError> {
     getrandom::fill(&mut bytes).map_err(|error| StageError::Unavailable(format!("no randomness: {error}")))?;
     Ok(bytes)
 }
-
-/// The gateway's clock, Unix milliseconds. For ages only, never for order.
-pub(crate) fn now_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}

@@ -10,6 +10,14 @@ pub enum ChangeError {
     /// The disks cannot keep the rules afterwards, or there is no such disk.
     #[error(transparent)]
     Place(#[from] PlaceError),
+    /// Without it the others cannot keep the rules.
+    #[error("disk {disk} cannot leave: {why}; `granary disk replace` gives its place to a new disk")]
+    Needed {
+        /// Which disk.
+        disk: DiskId,
+        /// The rule, and what it lacks.
+        why: String,
+    },
     /// The new disk was formatted with another number than the map would give it.
     #[error(
         "the new disk's label says disk {labelled}, but the new one must be disk {next}: format it with --disk {next}"
@@ -45,7 +53,7 @@ pub enum ChangeError {
         weight: u32,
     },
     /// Slots are on their way already: the disk in the middle of two moves holds what was written since the first.
-    #[error("{0} slots are moving; wait until they have arrived, see `granary status`")]
+    #[error("{0} slots are moving from earlier changes; wait until they have arrived, see `granary status`")]
     MovesUnderWay(usize),
     /// No slot of these is on its way from and to these disks: the map changed since the move was looked at.
     #[error("none of these moves is under way any more")]
@@ -92,7 +100,8 @@ pub fn replace(map: &ClusterMap, new: &Replacement) -> Result<ClusterMap, Change
 ///
 /// # Errors
 /// [`ChangeError::MovesUnderWay`]; [`ChangeError::StillHolds`] while it is not empty; [`ChangeError::Out`];
-/// [`ChangeError::Place`] when there is no such disk, or the others cannot keep the scheme.
+/// [`ChangeError::Needed`] when the others cannot keep the scheme or the replicas; [`ChangeError::Place`] when there is
+/// no such disk.
 pub fn drain(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, ChangeError> {
     let mut next = map.clone();
     let held = held_by(map, disk);
@@ -102,7 +111,12 @@ pub fn drain(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, ChangeError> 
         (DiskState::In, _) => {
             none_moving(map)?;
             entry.state = DiskState::Draining;
-            Ok(rebalance(&next)?)
+            let next = rebalance(&next).map_err(|why| needed(map, disk, why))?;
+            match held_by(&next, disk) {
+                (_, 0) => Ok(next),
+                // Replicas that find no other disk stay where they are: the disk would never be empty.
+                (_, _) => Err(needed(map, disk, too_few_for_replicas(map))),
+            }
         }
         (DiskState::Draining, (0, 0)) => {
             entry.state = DiskState::Out;
@@ -185,6 +199,32 @@ fn none_moving(map: &ClusterMap) -> Result<(), ChangeError> {
         0 => Ok(()),
         moving => Err(ChangeError::MovesUnderWay(moving)),
     }
+}
+
+fn too_few_for_replicas(map: &ClusterMap) -> PlaceError {
+    let members = map.shards.iter().map(|shard| shard.members.len()).max().unwrap_or(0);
+    let present = map.disks.values().filter(|disk| disk.state == DiskState::In && disk.roles.metadata).count();
+    PlaceError::TooFewMetadataDisks { members, present }
+}
+
+/// Why a disk cannot give away what it holds.
+fn needed(map: &ClusterMap, disk: DiskId, why: PlaceError) -> ChangeError {
+    let why = match why {
+        PlaceError::TooFewMetadataDisks { members, .. } => {
+            let others = map.disks.values().filter(|other| other.id != disk && other.state == DiskState::In);
+            let others = others.filter(|other| other.roles.metadata).count();
+            format!(
+                "each shard has {members} replicas on different disks, and only {others} other disks in service have the \
+                 metadata role"
+            )
+        }
+        PlaceError::TooFewDisks { scheme, needed, present, .. } => format!(
+            "scheme `{scheme}` puts {needed} chunks on {needed} different disks, and only {present} other disks can take \
+             chunks (in service, storage role, weight above zero)"
+        ),
+        other => other.to_string(),
+    };
+    ChangeError::Needed { disk, why }
 }
 
 fn disk_mut(map: &mut ClusterMap, disk: DiskId) -> Result<&mut Disk, ChangeError> {
@@ -298,8 +338,29 @@ mod tests {
 
     #[test]
     fn a_drain_that_would_leave_too_few_disks_is_refused() {
-        let refused = drain(&cluster(6), DISK).unwrap_err();
-        assert!(matches!(refused, ChangeError::Place(PlaceError::TooFewDisks { .. })), "{refused}");
+        let refused = drain(&cluster(6), DISK).unwrap_err().to_string();
+        assert_eq!(
+            refused,
+            "disk 3 cannot leave: scheme `4+2` puts 6 chunks on 6 different disks, and only 5 other disks can take chunks \
+             (in service, storage role, weight above zero); `granary disk replace` gives its place to a new disk"
+        );
+        let mut map = cluster(8);
+        let members = map.shards[0].members.clone();
+        for disk in map.disks.values_mut() {
+            disk.roles.metadata = members.contains(&disk.id);
+        }
+        for shard in &mut map.shards {
+            shard.members.clone_from(&members);
+        }
+        map.validate().unwrap();
+        assert_eq!(
+            drain(&map, members[0]).unwrap_err().to_string(),
+            format!(
+                "disk {} cannot leave: each shard has 5 replicas on different disks, and only 4 other disks in service have \
+                 the metadata role; `granary disk replace` gives its place to a new disk",
+                members[0]
+            )
+        );
     }
 
     #[test]

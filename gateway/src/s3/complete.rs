@@ -7,6 +7,7 @@ use super::multipart::{parse_upload, MAX_PARTS};
 use super::{error, meta, put};
 use crate::digest;
 use crate::object::Placement;
+use crate::shards::now_ms;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use base64::Engine;
 use granary_meta::record::{
@@ -133,7 +134,7 @@ async fn complete(call: &Call, input: CompleteMultipartUploadInput) -> S3Result<
         version: VersionSeq(0),
         null_version: true,
         delete_marker: false,
-        modified_ms: meta::now_ms(),
+        modified_ms: now_ms(),
         size_bytes,
         etag,
         part_sizes: chosen.iter().map(|part| part.size_bytes).collect(),

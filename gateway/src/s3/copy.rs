@@ -9,6 +9,7 @@ use super::upload_body::Source;
 use super::{error, meta};
 use crate::digest::Digests;
 use crate::object::Staged;
+use crate::shards::now_ms;
 use granary_meta::record::{BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, ObjectRecord, VersionSeq};
 use s3s::dto::{CopyObjectInput, CopyObjectOutput, CopyObjectResult, CopySource, ETag};
 use s3s::{s3_error, S3Request, S3Response, S3Result};
@@ -118,7 +119,7 @@ pub(super) async fn copy_object(
         kind: ChecksumKind::FullObject,
         value: value.to_vec(),
     });
-    let modified_ms = meta::now_ms();
+    let modified_ms = now_ms();
     let record = ObjectRecord {
         version: VersionSeq(0),
         null_version: true,

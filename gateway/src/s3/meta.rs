@@ -10,7 +10,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use percent_encoding::percent_decode_str;
 use s3s::dto::{ETagCondition, Timestamp};
 use s3s::{s3_error, S3Result};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 /// Most user metadata, names and values together, in bytes.
 const USER_METADATA_BYTES: usize = 2048;
@@ -32,11 +32,6 @@ const KEPT: [&str; 7] = [
     "expires",
     "x-amz-website-redirect-location",
 ];
-
-/// Milliseconds since 1970 by this gateway's clock.
-pub(super) fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
-}
 
 /// A record's time as S3 shows it.
 pub(super) fn timestamp(unix_ms: u64) -> Timestamp {

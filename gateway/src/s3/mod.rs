@@ -23,7 +23,6 @@ mod commit;
 mod complete;
 mod context;
 mod copy;
-mod crowd;
 mod delete;
 mod error;
 mod get;

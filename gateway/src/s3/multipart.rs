@@ -13,7 +13,7 @@ use super::{error, meta};
 use crate::digest::Digests;
 use crate::object::{Placement, Staged};
 use crate::shards::list::ListedUpload;
-use crate::shards::ShardError;
+use crate::shards::{now_ms, ShardError};
 use granary_meta::record::{
     BucketRecord, Checksum, ChecksumAlgorithm, ChecksumKind, PartRecord, UploadId, UploadRecord,
 };
@@ -81,7 +81,7 @@ pub(super) async fn create_multipart_upload(
     let mut id = [0u8; 16];
     getrandom::fill(&mut id).map_err(error::internal)?;
     let upload = UploadId(id);
-    let record = UploadRecord { initiated_ms: meta::now_ms(), meta: object_meta, checksum, owner: call.caller.account };
+    let record = UploadRecord { initiated_ms: now_ms(), meta: object_meta, checksum, owner: call.caller.account };
     let bucket = call.bucket(&input.bucket).await?;
     let key = input.key.clone();
     let command = move |bucket: &BucketRecord, _: &Placement| Command::CreateUpload {
@@ -144,7 +144,7 @@ async fn commit_part(
         number: of.number,
         size_bytes,
         etag: hex::encode(digests.md5),
-        modified_ms: meta::now_ms(),
+        modified_ms: now_ms(),
         checksum,
         data: staged.data.clone(),
     };

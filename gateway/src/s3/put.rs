@@ -5,6 +5,7 @@ use super::checksums::{self, put_checksum, PromisedChecksums};
 use super::commit::{commit, stage, StageSpec};
 use super::meta;
 use super::upload_body::Source;
+use crate::shards::now_ms;
 use granary_meta::record::{Checksum, ChecksumAlgorithm, ChecksumKind, ObjectRecord, VersionSeq};
 use s3s::dto::{ETag, PutObjectInput, PutObjectOutput};
 use s3s::{s3_error, S3Request, S3Response, S3Result};
@@ -55,7 +56,7 @@ pub(super) async fn put_object(call: &Call, req: S3Request<PutObjectInput>) -> S
         version: VersionSeq(0),
         null_version: true,
         delete_marker: false,
-        modified_ms: meta::now_ms(),
+        modified_ms: now_ms(),
         size_bytes: len_bytes,
         etag: hex::encode(digests.md5),
         part_sizes: Vec::new(),

@@ -1,24 +1,20 @@
 //! The listener: connections in, bounded in number and in time, and a stop that lets requests finish.
 
 use super::context::S3Context;
-use super::crowd::{Bounds, Crowd, Decision, Network, Number};
 use super::service::{FrontEnd, S3SetupError};
+use crate::door::{Bounds, Door, Network, Place, Work};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
-use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -52,7 +48,7 @@ pub async fn serve(listener: TcpListener, cx: Arc<S3Context>, stop: Cancellation
             tracing::warn!(limit, wanted, "the limit of open files is lower than s3.max_connections needs");
         }
     }
-    let door = Arc::new(Door { inside: Mutex::new((Crowd::new(bounds), HashMap::new())), left: Notify::new() });
+    let door = Door::new(bounds, Duration::ZERO);
     let tasks = TaskTracker::new();
     let cut = CancellationToken::new();
     loop {
@@ -70,7 +66,7 @@ pub async fn serve(listener: TcpListener, cx: Arc<S3Context>, stop: Cancellation
         };
         let entered = tokio::select! {
             () = stop.cancelled() => break,
-            entered = Door::enter(&door, peer.ip()) => entered,
+            entered = door.enter(peer.ip()) => entered,
         };
         // An address that takes up all its places, and all its refusals: its socket is closed.
         let Some((place, refuse_all)) = entered else { continue };
@@ -89,85 +85,6 @@ pub async fn serve(listener: TcpListener, cx: Arc<S3Context>, stop: Cancellation
         tasks.wait().await;
     }
     Ok(())
-}
-
-/// All connections: who is in, and how to tell one to go.
-struct Door {
-    inside: Mutex<(Crowd, HashMap<Number, CancellationToken>)>,
-    /// Somebody left.
-    left: Notify,
-}
-
-impl Door {
-    fn inside(&self) -> MutexGuard<'_, (Crowd, HashMap<Number, CancellationToken>)> {
-        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A place for a new connection, and whether its requests are to be refused. None: it is to be closed.
-    async fn enter(door: &Arc<Door>, address: IpAddr) -> Option<(Place, bool)> {
-        loop {
-            // Before the decision, so that who leaves right after it is not missed.
-            let mut left = std::pin::pin!(door.left.notified());
-            left.as_mut().enable();
-            let decision = door.inside().0.arrive(address);
-            let (number, refuse_all) = match decision {
-                Decision::Serve(number) => (number, false),
-                Decision::Refuse(number) => (number, true),
-                Decision::Instead(number, out) => {
-                    if let Some(gone) = door.inside().1.get(&out) {
-                        gone.cancel();
-                    }
-                    (number, false)
-                }
-                Decision::Close => return None,
-                Decision::Wait => {
-                    left.await;
-                    continue;
-                }
-            };
-            let gone = CancellationToken::new();
-            door.inside().1.insert(number, gone.clone());
-            return Some((Place { door: door.clone(), number, gone, busy: AtomicBool::new(false) }, refuse_all));
-        }
-    }
-}
-
-/// A connection's place; given back when dropped.
-struct Place {
-    door: Arc<Door>,
-    number: Number,
-    /// The place was given to another connection.
-    gone: CancellationToken,
-    /// A request is in work: its head is complete, and the last byte of its answer is not handed over yet.
-    busy: AtomicBool,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut inside = self.door.inside();
-        inside.0.leave(self.number);
-        inside.1.remove(&self.number);
-        drop(inside);
-        self.door.left.notify_waiters();
-    }
-}
-
-/// A request in work.
-struct Work(Arc<Place>);
-
-impl Work {
-    fn begin(place: &Arc<Place>) -> Work {
-        place.busy.store(true, Ordering::Relaxed);
-        place.door.inside().0.works(place.number);
-        Work(place.clone())
-    }
-}
-
-impl Drop for Work {
-    fn drop(&mut self) {
-        self.0.busy.store(false, Ordering::Relaxed);
-        self.0.door.inside().0.rests(self.0.number);
-    }
 }
 
 async fn connection(
@@ -216,9 +133,9 @@ async fn connection(
             connection.as_mut().graceful_shutdown();
             connection.await
         }
-        () = place.gone.cancelled() => {
+        () = place.given_away() => {
             // It was silent when its place was given away. A head may have come since: that request is answered.
-            if !place.busy.load(Ordering::Relaxed) {
+            if !place.is_busy() {
                 return;
             }
             connection.as_mut().graceful_shutdown();
@@ -273,7 +190,7 @@ impl AsyncRead for Guarded {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if self.place.busy.load(Ordering::Relaxed) {
+        if self.place.is_busy() {
             self.head = None;
             self.asked = true;
             return polled;

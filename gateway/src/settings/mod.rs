@@ -1,12 +1,11 @@
 //! What a gateway is told.
 //!
 //! - [`given`]: the settings that an operator gives to one process: `--set`, environment, file;
-//! - [`cluster`]: the settings that hold for the whole cluster, from the root shard, while it runs;
 //! - [`secrets`]: keys and tokens; [`files`]: the small files they lie in.
 //!
-//! The table of all settings is [`granary_placement::settings`].
+//! The table of all settings is [`granary_placement::settings`]. Those of the whole cluster come from the root shard,
+//! while a gateway runs: [`crate::ops::settings`].
 
-pub mod cluster;
 pub mod files;
 pub mod given;
 pub mod secrets;

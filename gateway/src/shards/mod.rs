@@ -492,7 +492,7 @@ pub(crate) fn jitter(base: Duration) -> Duration {
     Backoff { first: base, longest: base }.delay(1, random_per_mille())
 }
 
-/// Unix time by this machine's clock, in milliseconds.
+/// Unix time by this machine's clock, in milliseconds. For ages only, never for order.
 pub(crate) fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
 }

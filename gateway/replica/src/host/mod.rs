@@ -517,16 +517,6 @@ impl MetaHost {
             .map_err(|error| ControlError::Disk(error.to_string()))
     }
 
-    /// Makes a shard's state durable here and lets its log be purged, as happens by itself every
-    /// [`Timing::snapshot_entries`].
-    ///
-    /// # Errors
-    /// NoSuchShard; Disk.
-    pub async fn snapshot_shard(&self, shard: ShardId) -> Result<(), ControlError> {
-        self.batcher(shard)?.replica.trigger_snapshot().await;
-        Ok(())
-    }
-
     /// Ends all tasks and makes the state durable. The databases close when the last clone is dropped.
     pub async fn shutdown(&self) {
         let inner = &self.inner;

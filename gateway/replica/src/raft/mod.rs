@@ -563,11 +563,6 @@ impl Replica {
         }
     }
 
-    /// Builds a snapshot now: makes the state durable and lets the log be purged.
-    pub async fn trigger_snapshot(&self) {
-        let _ = self.raft.trigger().snapshot().await;
-    }
-
     /// Ends its tasks.
     pub async fn shutdown(&self) {
         if let Err(error) = self.raft.shutdown().await {

@@ -7,9 +7,9 @@
 use super::Inner;
 use crate::background::command_under;
 use crate::background::leases::Held;
-use crate::object::{add, chunk_id, now_ms, slot_of};
+use crate::object::{add, chunk_id, slot_of};
 use crate::shards::buckets::odd_answer;
-use crate::shards::ShardError;
+use crate::shards::{now_ms, ShardError};
 use futures::stream::{self, StreamExt};
 use granary_meta::record::ExtentRef;
 use granary_meta::{Answer, Command, Query};

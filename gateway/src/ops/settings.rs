@@ -1,8 +1,9 @@
-//! Settings of the whole cluster: asked of the root shard each second, and followed by whoever works by them.
+//! Settings of the whole cluster: asked of the root shard every three seconds, and followed by whoever works by them.
 //!
 //! The root shard checks only the form of a name and value, because the table differs between builds. Whoever sets one
 //! checks it here against the table; whoever reads one that it does not know leaves it alone.
 
+use crate::shards::buckets::{odd_answer, odd_reply};
 use crate::shards::{jitter, ShardError, Shards};
 use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::ShardId;
@@ -30,6 +31,22 @@ pub enum SetError {
     Shard(#[from] ShardError),
 }
 
+impl SetError {
+    /// Which setting and why, for the log: nothing of what was given, which may be a secret in the wrong place.
+    pub fn for_log(&self) -> String {
+        match self {
+            SetError::Setting(SettingError::Unknown { nearest, .. }) => {
+                let nearest = nearest.map(|name| format!(", the nearest is `{name}`")).unwrap_or_default();
+                format!("no setting has that name{nearest}")
+            }
+            SetError::Setting(SettingError::Value { name, expected, .. }) => {
+                format!("`{name}` cannot have that value: it is {expected}")
+            }
+            SetError::Process(_) | SetError::Shard(_) => self.to_string(),
+        }
+    }
+}
+
 /// Asks the root shard once. None: nothing is newer than `newer_than`.
 ///
 /// # Errors
@@ -38,7 +55,7 @@ pub async fn fetch(shards: &Shards, newer_than: u64) -> Result<Option<(u64, BTre
     match shards.query(ShardId::ROOT, Query::GetSettings { newer_than }).await? {
         Answer::Settings { epoch, values } => Ok(Some((epoch, values))),
         Answer::SettingsUnchanged => Ok(None),
-        other => Err(odd(&other)),
+        other => Err(odd_answer(ShardId::ROOT, &other)),
     }
 }
 
@@ -55,13 +72,8 @@ pub async fn set(shards: &Shards, name: &str, value: Option<&str>) -> Result<(&'
     }
     match shards.command(ShardId::ROOT, Command::SetSetting { name: setting.name.to_owned(), value: text }).await? {
         Reply::Settings { .. } => Ok((setting, given.unwrap_or_else(|| setting.default.clone()))),
-        other => Err(odd(&other).into()),
+        other => Err(odd_reply(ShardId::ROOT, &other).into()),
     }
-}
-
-fn odd(answer: &impl std::fmt::Debug) -> ShardError {
-    let why: String = format!("{answer:?}").chars().take(80).collect();
-    ShardError::Refused { shard: ShardId::ROOT, why: format!("an unexpected answer: {why}") }
 }
 
 /// Puts the root shard's settings over those of this process every three seconds, for ever. While the root shard does not

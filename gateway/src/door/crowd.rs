@@ -16,23 +16,23 @@ const REFUSED_PER_ADDRESS: usize = 16;
 
 /// Bounds on connections.
 #[derive(Debug, Clone)]
-pub(super) struct Bounds {
+pub(crate) struct Bounds {
     /// Connections served at once.
-    pub(super) places: usize,
+    pub(crate) places: usize,
     /// More than these, answered with 503.
-    pub(super) refused: usize,
+    pub(crate) refused: usize,
     /// Connections of one address served at once.
-    pub(super) per_address: usize,
+    pub(crate) per_address: usize,
     /// Who speaks for many clients, and has no bound of its own.
-    pub(super) proxies: Vec<Network>,
+    pub(crate) proxies: Vec<Network>,
 }
 
 /// A connection; numbers grow, and none is used twice.
-pub(super) type Number = u64;
+pub(crate) type Number = u64;
 
 /// What becomes of a new connection.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Decision {
+pub(crate) enum Decision {
     /// It is served.
     Serve(Number),
     /// It is served in the place of a silent one, which is to be closed.
@@ -58,7 +58,7 @@ type Silence = (bool, u64);
 
 /// All connections.
 #[derive(Debug)]
-pub(super) struct Crowd {
+pub(crate) struct Crowd {
     bounds: Bounds,
     guests: HashMap<Number, Guest>,
     /// The silent ones, the first to go first.
@@ -72,7 +72,7 @@ pub(super) struct Crowd {
 
 impl Crowd {
     /// Nobody yet.
-    pub(super) fn new(bounds: Bounds) -> Crowd {
+    pub(crate) fn new(bounds: Bounds) -> Crowd {
         Crowd {
             bounds,
             guests: HashMap::new(),
@@ -85,7 +85,7 @@ impl Crowd {
     }
 
     /// Decides about a new connection, and takes it in unless it is closed or waits.
-    pub(super) fn arrive(&mut self, address: IpAddr) -> Decision {
+    pub(crate) fn arrive(&mut self, address: IpAddr) -> Decision {
         let address = address.to_canonical();
         let of_address = self.per_address.get(&address).copied().unwrap_or(0);
         let bounded = !self.bounds.proxies.iter().any(|network| network.contains(address));
@@ -102,12 +102,17 @@ impl Crowd {
         if self.served < self.bounds.places {
             return Decision::Serve(self.enter(address, true));
         }
-        let oldest = self.silent.iter().map(|(_, number)| *number);
-        let mut served = oldest.filter(|number| self.guests.get(number).is_some_and(|guest| guest.served));
-        match served.next() {
+        match self.first_to_go() {
             Some(out) => self.instead(out, address),
             None => self.refuse(address),
         }
+    }
+
+    /// The connection that would make room for a new one now: all places are taken, and it has been silent the longest.
+    pub(crate) fn first_to_go(&self) -> Option<Number> {
+        let mut oldest = self.silent.iter().map(|(_, number)| *number);
+        let served = |number: &Number| self.guests.get(number).is_some_and(|guest| guest.served);
+        (self.served >= self.bounds.places).then(|| oldest.find(served)).flatten()
     }
 
     fn instead(&mut self, out: Number, address: IpAddr) -> Decision {
@@ -142,20 +147,20 @@ impl Crowd {
     }
 
     /// A request of this connection is in work.
-    pub(super) fn works(&mut self, number: Number) {
+    pub(crate) fn works(&mut self, number: Number) {
         if let Some(silence) = self.guests.get_mut(&number).and_then(|guest| guest.silent.take()) {
             self.silent.remove(&(silence, number));
         }
     }
 
     /// Its request is answered.
-    pub(super) fn rests(&mut self, number: Number) {
+    pub(crate) fn rests(&mut self, number: Number) {
         self.works(number);
         self.silence(number, true);
     }
 
     /// It is over, or was told to go. Told twice, nothing happens.
-    pub(super) fn leave(&mut self, number: Number) {
+    pub(crate) fn leave(&mut self, number: Number) {
         self.works(number);
         let Some(guest) = self.guests.remove(&number) else { return };
         self.served -= usize::from(guest.served);
@@ -170,7 +175,7 @@ impl Crowd {
 
 /// Addresses with the same beginning: `10.0.0.0/8`, `fd00::/8`, or one address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Network {
+pub(crate) struct Network {
     address: IpAddr,
     bits: u32,
 }
@@ -196,7 +201,7 @@ impl Network {
     }
 
     /// Networks with commas between them; Err: the one that is none.
-    pub(super) fn parse_list(text: &str) -> Result<Vec<Network>, String> {
+    pub(crate) fn parse_list(text: &str) -> Result<Vec<Network>, String> {
         let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
         names.map(|name| Network::parse(name).ok_or_else(|| name.to_owned())).collect()
     }
