@@ -20,9 +20,9 @@ pub const REQUEST_WINDOW: u64 = 16_384;
 pub const LIFETIME_MS: u64 = 40_000;
 /// A command may be made so far ahead of the shard's clock.
 pub const AHEAD_MS: u64 = 5_000;
-/// A reply is kept for as long as its command could be applied once more: by the shard's clock it was applied no earlier
-/// than AHEAD_MS before it was made, and can be applied no later than LIFETIME_MS after. All four are part of the
-/// replicated history.
+/// A reply is kept for as long as its command could be applied once more: by the shard's clock it was applied no
+/// earlier than AHEAD_MS before it was made, and can be applied no later than LIFETIME_MS after. All four are part of
+/// the replicated history.
 pub const KEPT_MS: u64 = LIFETIME_MS + AHEAD_MS;
 /// Replies forgotten per command. More than one, so that the window shrinks again after a rush.
 const FORGOTTEN_AT_ONCE: usize = 4;

@@ -181,8 +181,9 @@ pub enum Command {
         /// The attempt that BeginDeleteBucket gave.
         attempt: u64,
     },
-    /// Queues chunks for repair that a reader found missing or corrupt; one that is queued gets another generation. Those of extents the shard does not own any
-    /// more are ignored; so is an index the extent does not have. Replies [`crate::Reply::Done`].
+    /// Queues chunks for repair that a reader found missing or corrupt; one that is queued gets another generation.
+    /// Those of extents the shard does not own any more are ignored; so is an index the extent does not have. Replies
+    /// [`crate::Reply::Done`].
     ReportMissing {
         /// Chunks of extents of this shard; those of others are passed over.
         chunks: Vec<ChunkRef>,

@@ -443,7 +443,7 @@ pub(crate) fn odd_answer(shard: ShardId, answer: &Answer) -> ShardError {
     }
 }
 
-fn short(value: &dyn std::fmt::Debug) -> String {
+pub(super) fn short(value: &dyn std::fmt::Debug) -> String {
     format!("{value:?}").chars().take(60).collect()
 }
 

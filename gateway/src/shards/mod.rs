@@ -462,8 +462,7 @@ fn pick(members: &[DiskId], may: impl Fn(DiskId) -> bool) -> Option<DiskId> {
 }
 
 fn unexpected(response: &ControlResponse) -> String {
-    let kind: String = format!("{response:?}").chars().take(40).collect();
-    format!("answer of another kind: {kind}")
+    format!("answer of another kind: {}", buckets::short(response))
 }
 
 /// 16 random bytes.

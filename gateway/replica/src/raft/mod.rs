@@ -186,9 +186,9 @@ impl Timing {
         Duration::from_millis(self.heartbeat_ms / 5)
     }
 
-    /// Between two heartbeats of a link. A link without one for twice as long is lost: what its disk led has a new leader
-    /// about a second later than if its shards had been awake. Links cost more than anything else while nobody is there,
-    /// for there is one between each two disks.
+    /// Between two heartbeats of a link. A link without one for twice as long is lost: what its disk led has a new
+    /// leader about a second later than if its shards had been awake. Links cost more than anything else while nobody
+    /// is there, for there is one between each two disks.
     pub fn link_beat(&self) -> Duration {
         Duration::from_millis(self.election_min_ms)
     }
