@@ -4,6 +4,7 @@
 //! slices of both to the chunk writes. One that fails is left behind while at least K+1 go on; its chunk is named as
 //! missing.
 
+use super::budget::Grant;
 use super::choose::Choice;
 use super::chunk_write::{ChunkTarget, ChunkWrite, HEALTH_LOOK};
 use super::counters::add;
@@ -21,6 +22,7 @@ use granary_placement::extent::Stripe;
 use granary_placement::id::{DiskId, ExtentId, HashSlot};
 use granary_wire::chunk::{ChunkSpec, FIRST_GENERATION};
 use granary_wire::error::{ChunkError, LinkError};
+use std::sync::Arc;
 use tokio_util::task::TaskTracker;
 
 /// Payload bytes coded in one go; a longer stripe lets other tasks run in between.
@@ -100,9 +102,13 @@ impl Attempt<'_> {
 
         let writes = if layout.chunk_len() <= self.store.settings().whole_chunk_bytes {
             let mut chunks: Vec<Vec<Bytes>> = vec![Vec::new(); scheme.width()];
+            // All of it at once: a stripe in hand must not wait for the next one's memory.
+            let width = u64::try_from(scheme.width()).unwrap_or(u64::MAX);
+            let grant = source.grant(layout.chunk_len().saturating_mul(width)).await?;
             for number in 0..layout.stripes() {
                 let Some(stripe) = layout.stripe(number) else { break };
-                for (chunk, unit) in chunks.iter_mut().zip(self.stripe(&stripe, &codec, source).await?) {
+                for (chunk, unit) in chunks.iter_mut().zip(self.stripe(&stripe, &codec, source, grant.as_ref()).await?)
+                {
                     chunk.push(unit);
                 }
             }
@@ -138,12 +144,13 @@ impl Attempt<'_> {
         Ok(Ok(Written { extent, missing, uncommitted }))
     }
 
-    /// Gathers and codes one stripe: K+M units in order of their chunk indices.
+    /// Gathers and codes one stripe: K+M units in order of their chunk indices, which hold the grant for their memory.
     async fn stripe<S>(
         &self,
         stripe: &Stripe,
         codec: &Codec,
         source: &mut Source<'_, S>,
+        grant: Option<&Arc<Grant>>,
     ) -> Result<Vec<Bytes>, StageError>
     where
         S: Stream<Item = Result<Bytes, super::BodyError>> + Send,
@@ -155,7 +162,11 @@ impl Attempt<'_> {
         let mut payload = BytesMut::with_capacity(k * unit_len);
         source.take(&mut payload, payload_len).await?;
         payload.resize(k * unit_len, 0);
-        let payload = payload.freeze();
+        let held = |bytes: Bytes| match grant {
+            Some(grant) => Grant::with(grant, bytes),
+            None => bytes,
+        };
+        let payload = held(payload.freeze());
         source.keep(payload.slice(..payload_len));
 
         let mut coding = BytesMut::zeroed(m * unit_len);
@@ -170,7 +181,7 @@ impl Attempt<'_> {
                 tokio::task::yield_now().await;
             }
         }
-        let coding = coding.freeze();
+        let coding = held(coding.freeze());
         let units = |buffer: &Bytes, count: usize| {
             (0..count).map(|j| buffer.slice(j * unit_len..(j + 1) * unit_len)).collect::<Vec<_>>()
         };
@@ -194,7 +205,10 @@ impl Attempt<'_> {
         let quorum = self.choice.quorum();
         for number in 0..layout.stripes() {
             let Some(stripe) = layout.stripe(number) else { break };
-            let units = self.stripe(&stripe, codec, source).await?;
+            let width = u64::from(codec.k()) + u64::from(codec.m());
+            let grant = source.grant(stripe.unit_len.saturating_mul(width)).await?;
+            let units = self.stripe(&stripe, codec, source, grant.as_ref()).await?;
+            drop(grant);
             let mut going = Vec::with_capacity(writes.len());
             let mut left = writes.len();
             for write in writes {

@@ -1,6 +1,7 @@
 //! Object payloads: streaming bytes into extents on disks, and back.
 //!
 //! Reading order:
+//! - [`budget`]: pure; how much of all payloads is in memory, and who gets some when there is little;
 //! - [`choose`]: pure; which placement group an extent goes to, and how wide it is while disks are down;
 //! - [`write`]: [`ObjectStore::stage`], the body's way into extents; [`extent_write`]: one extent's way onto its disks,
 //!   by [`chunk_write`], one task per chunk; [`staged`]: what happens to chunks whose commit never came;
@@ -12,6 +13,7 @@
 //! **Invariant:** no byte leaves [`read`] that was not verified against its block's checksum or decoded from blocks
 //! that were. **Invariant:** nothing here deletes a chunk of an extent whose commit may have happened.
 
+mod budget;
 pub mod choose;
 mod chunk_write;
 mod counters;
@@ -23,6 +25,7 @@ pub mod reports;
 mod staged;
 mod write;
 
+pub(crate) use budget::{Budget, Grant};
 pub(crate) use counters::add;
 pub use counters::ObjectCounters;
 pub use read::{ObjectReader, ReadError};
@@ -64,6 +67,11 @@ pub struct ObjectSettings {
     pub read_deadline: Duration,
     /// Bytes of one chunk per read request; a unit at least. A reader holds two windows of K of these.
     pub window_bytes: u64,
+    /// Bytes of payloads in memory at once, of all requests.
+    pub memory_bytes: u64,
+    /// An upload that holds memory while nothing of its body comes is given up after this time when others wait for
+    /// memory.
+    pub memory_patience: Duration,
     /// A payload that has taken longer to arrive is refused.
     pub longest_upload: Duration,
     /// The shortest time after which other disks are asked for what one is late with.
@@ -83,6 +91,8 @@ impl ObjectSettings {
             write_deadline: values.time("object.write_deadline"),
             read_deadline: values.time("object.read_deadline"),
             window_bytes: values.number("object.window"),
+            memory_bytes: values.number("object.memory"),
+            memory_patience: values.time("object.memory_patience"),
             longest_upload: values.time("object.longest_upload"),
             hedge_floor: values.time("object.hedge_floor"),
             hedge_percent: values.number("object.hedge_percent"),
@@ -111,6 +121,7 @@ struct Inner {
     pulse: Pulse,
     reports: Reports,
     cleaner: Cleaner,
+    memory: Budget,
 }
 
 impl ObjectStore {
@@ -119,6 +130,7 @@ impl ObjectStore {
     pub fn new(disks: Disks, settings: ObjectSettings) -> ObjectStore {
         let counters = Arc::new(ObjectCounters::default());
         let cleaner = Cleaner::start(disks.clone(), counters.clone());
+        let memory = Budget::new(settings.memory_bytes);
         ObjectStore {
             inner: Arc::new(Inner {
                 disks,
@@ -129,6 +141,7 @@ impl ObjectStore {
                 pulse: Pulse::default(),
                 reports: Reports::default(),
                 cleaner,
+                memory,
             }),
         }
     }
@@ -136,6 +149,16 @@ impl ObjectStore {
     /// The disks below.
     pub fn disks(&self) -> &Disks {
         &self.inner.disks
+    }
+
+    /// The memory for payloads.
+    pub(crate) fn memory(&self) -> &Budget {
+        &self.inner.memory
+    }
+
+    /// Bytes of payloads in memory now: on their way to clients, and on their way to disks.
+    pub fn memory_in_use(&self) -> [u64; 2] {
+        self.memory().granted()
     }
 
     /// Chunks that readers found missing or corrupt; the healer takes them from here.

@@ -1,8 +1,11 @@
 //! A range of a payload as a stream: [`ObjectStore::read`].
 //!
-//! The range is cut into windows of whole stripes; one is given out while the next is fetched. Healthy windows are
-//! slices of the blocks as they came from the disks: nothing is copied.
+//! The range is cut into windows of whole stripes; once a quarter of one was given out the next is fetched, not
+//! earlier: a client that does not read has one window in memory. Healthy windows are slices of the blocks as they came
+//! from the disks: nothing is copied. When memory is short, windows are a block long, and the next is fetched when the
+//! last was let go.
 
+use super::budget::{Grant, FLOOR_BYTES};
 use super::fetch::{fetch, Avoid, Wanted};
 use super::{check_extent, ObjectStore};
 use bytes::Bytes;
@@ -17,7 +20,9 @@ use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
+use tokio_util::sync::PollSemaphore;
 
 /// Why a payload could not be read. Every one is a 5xx; nothing is ever cleaned away because of it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -75,6 +80,8 @@ impl ObjectStore {
             avoid: Arc::new(Avoid::default()),
             extents: VecDeque::new(),
             ready: VecDeque::new(),
+            prefetch_below: 0,
+            floor: PollSemaphore::new(Arc::new(Semaphore::new(1))),
             current: None,
             next: None,
             failed: None,
@@ -95,6 +102,10 @@ pub struct ObjectReader {
     /// What is still to be fetched: extents, and the range of each.
     extents: VecDeque<(Arc<ExtentRef>, Range<u64>)>,
     ready: VecDeque<Bytes>,
+    /// The next window is fetched once no more than so many bytes are left to give.
+    prefetch_below: u64,
+    /// The block that this reader may have in memory when memory is short.
+    floor: PollSemaphore,
     current: Option<Fetching>,
     next: Option<Fetching>,
     failed: Option<ReadError>,
@@ -159,20 +170,48 @@ impl ObjectReader {
         }
     }
 
-    /// Begins to fetch the next window, if there is one.
-    fn begin(&mut self) -> Option<Fetching> {
-        let (extent, range) = self.extents.front_mut()?;
+    /// The end of a window of so many stripes, within the first of the extents that are left; None at the end.
+    fn window_end(&self, stripes: Option<u64>) -> Option<u64> {
+        let (extent, range) = self.extents.front()?;
         let layout = extent.layout();
-        let stripes = (self.store.settings().window_bytes / layout.unit_bytes).max(1);
-        let first = range.start / layout.stripe_bytes();
-        let end = first.saturating_add(stripes).saturating_mul(layout.stripe_bytes()).min(range.end);
+        let end = match stripes {
+            Some(stripes) => {
+                (range.start / layout.stripe_bytes()).saturating_add(stripes).saturating_mul(layout.stripe_bytes())
+            }
+            None => range.start.saturating_add(FLOOR_BYTES),
+        };
+        Some(end.min(range.end))
+    }
+
+    /// Begins to fetch the next window, when there is one and memory for it.
+    fn begin(&mut self) -> Option<Fetching> {
+        let (extent, range) = self.extents.front()?;
+        let stripes = (self.store.settings().window_bytes / extent.layout().unit_bytes).max(1);
+        let start = range.start;
+        let end = self.window_end(Some(stripes))?;
+        let grant = self.store.memory().try_read((end - start).max(FLOOR_BYTES))?;
+        self.fetch(end, Held::Granted(Arc::new(grant)))
+    }
+
+    /// Begins to fetch one block when the last one was let go.
+    fn begin_block(&mut self, cx: &mut Context<'_>) -> Poll<Option<Fetching>> {
+        let Some(end) = self.window_end(None) else { return Poll::Ready(None) };
+        let permit = std::task::ready!(self.floor.poll_acquire(cx));
+        Poll::Ready(permit.and_then(|permit| self.fetch(end, Held::Floor(Arc::new(permit)))))
+    }
+
+    fn fetch(&mut self, end: u64, held: Held) -> Option<Fetching> {
+        let (extent, range) = self.extents.front_mut()?;
         let (window, extent_of_window) = (range.start..end, extent.clone());
         range.start = end;
         if range.is_empty() {
             self.extents.pop_front();
         }
         let (store, avoid) = (self.store.clone(), self.avoid.clone());
-        Some(Fetching(tokio::spawn(async move { read_window(&store, &extent_of_window, window, &avoid).await })))
+        Some(Fetching(tokio::spawn(async move {
+            let window = read_window(&store, &extent_of_window, window, &avoid).await?;
+            Ok(window.into_iter().map(|bytes| held.with(bytes)).collect())
+        })))
     }
 
     /// Ready when there are bytes to give, or the end is reached.
@@ -186,13 +225,19 @@ impl ObjectReader {
             }
             if self.current.is_none() {
                 self.current = self.next.take().or_else(|| self.begin());
-                self.next = self.begin();
+                if self.current.is_none() {
+                    self.current = std::task::ready!(self.begin_block(cx));
+                }
             }
             let Some(current) = &mut self.current else { return Poll::Ready(Ok(())) };
             let window = std::task::ready!(Pin::new(&mut current.0).poll(cx));
             self.current = None;
             match window {
-                Ok(Ok(window)) => self.ready.extend(window),
+                Ok(Ok(window)) => {
+                    let len: u64 = window.iter().map(|bytes| bytes.len() as u64).sum();
+                    self.prefetch_below = self.left_bytes.saturating_sub(len / 4);
+                    self.ready.extend(window);
+                }
                 Ok(Err(error)) => self.failed = Some(error),
                 Err(error) => self.failed = Some(ReadError::Stopped(error.to_string())),
             }
@@ -213,14 +258,42 @@ impl Stream for ObjectReader {
             let ended = std::mem::replace(&mut self.left_bytes, 0) == 0;
             return Poll::Ready((!ended).then_some(Err(error)));
         }
-        Poll::Ready(self.ready.pop_front().map(|bytes| {
-            self.left_bytes = self.left_bytes.saturating_sub(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
-            Ok(bytes)
-        }))
+        let bytes = self.ready.pop_front();
+        let len = bytes.as_ref().map_or(0, Bytes::len);
+        self.left_bytes = self.left_bytes.saturating_sub(u64::try_from(len).unwrap_or(u64::MAX));
+        let asked = self.left_bytes <= self.prefetch_below;
+        if asked && self.next.is_none() && self.current.is_none() && self.store.memory().may_prefetch() {
+            self.next = self.begin();
+        }
+        Poll::Ready(bytes.map(Ok))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
         (0, None)
+    }
+}
+
+/// What the bytes of a window hold until they are let go.
+enum Held {
+    Granted(Arc<Grant>),
+    Floor(Arc<OwnedSemaphorePermit>),
+}
+
+/// Bytes of a block with the only permit of their reader.
+struct OnFloor(Bytes, #[allow(dead_code)] Arc<OwnedSemaphorePermit>); // held, never looked at
+
+impl AsRef<[u8]> for OnFloor {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Held {
+    fn with(&self, bytes: Bytes) -> Bytes {
+        match self {
+            Held::Granted(grant) => Grant::with(grant, bytes),
+            Held::Floor(permit) => Bytes::from_owner(OnFloor(bytes, permit.clone())),
+        }
     }
 }
 

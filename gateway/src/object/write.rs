@@ -1,5 +1,6 @@
 //! A body's way into extents: [`ObjectStore::stage`].
 
+use super::budget::{Budget, Grant};
 use super::choose::{choose, ChooseError, Draw, Usable};
 use super::counters::add;
 use super::extent_write::{Attempt, TooFew, Written};
@@ -16,7 +17,8 @@ use granary_placement::id::{DiskId, Epoch, ExtentId, HashSlot};
 use granary_placement::map::ClusterMap;
 use std::collections::{HashSet, VecDeque};
 use std::pin::Pin;
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Attempts to write one extent, each without the disks that failed the ones before.
 const ATTEMPTS: u32 = 3;
@@ -48,6 +50,9 @@ pub enum StageError {
     /// Too few disks answer, or no map is known yet. Worth retrying later: 503 SlowDown.
     #[error("not enough disks: {0}")]
     Unavailable(String),
+    /// Memory is short, and nothing of the body came for a while. Worth retrying later: 503 SlowDown.
+    #[error("memory is short, and nothing of the body came for a while")]
+    Stalled,
     /// The codec refuses; a fault of the map or of this build.
     #[error(transparent)]
     Codec(CodecError),
@@ -60,7 +65,7 @@ impl ObjectStore {
     ///
     /// The body is polled to its end before any last chunk is finished, so an error at its end (a wrong digest) leaves
     /// nothing behind. Memory: three stripes, and [`replay_bytes`](super::ObjectSettings::replay_bytes), whatever the
-    /// length.
+    /// length, and with all others no more than [`memory_bytes`](super::ObjectSettings::memory_bytes).
     ///
     /// # Errors
     /// See [`StageError`]. On an error, and when the future is dropped, written chunks are deleted in the background.
@@ -107,7 +112,8 @@ impl ObjectStore {
         S: Stream<Item = Result<Bytes, BodyError>> + Send,
     {
         let body = std::pin::pin!(body);
-        let mut source = Source::new(body, len_bytes, self.settings().replay_bytes);
+        let mut source = Source::new(body, len_bytes, self.settings().replay_bytes)
+            .within(self.memory().clone(), self.settings().memory_patience);
         let mut uncommitted = Uncommitted::new(&self.inner.cleaner);
         if len_bytes <= inline_limit_bytes {
             let len = usize::try_from(len_bytes).unwrap_or(0);
@@ -236,7 +242,12 @@ pub(super) struct Source<'a, S> {
     kept: Option<Vec<Bytes>>,
     kept_bytes: u64,
     keep_limit: u64,
+    /// Where stripes get their memory, and how long they may hold it for nothing when others want it.
+    memory: Option<(Budget, Duration)>,
 }
+
+/// How often somebody who holds memory looks whether others wait for it.
+const MEMORY_LOOK: Duration = Duration::from_millis(200);
 
 impl<'a, S> Source<'a, S>
 where
@@ -253,6 +264,49 @@ where
             kept: None,
             kept_bytes: 0,
             keep_limit,
+            memory: None,
+        }
+    }
+
+    fn within(mut self, memory: Budget, patience: Duration) -> Self {
+        self.memory = Some((memory, patience));
+        self
+    }
+
+    /// Memory for a stripe, or an extent that is sent whole. Waits with nothing in hand but the first piece of what is
+    /// to come: see [`super::budget`].
+    pub(super) async fn grant(&mut self, bytes: u64) -> Result<Option<Arc<Grant>>, StageError> {
+        if self.carry.is_empty() && self.replay.is_empty() {
+            // Nothing is granted to a client that sends nothing.
+            self.carry = self.receive(false).await?.unwrap_or_default();
+        }
+        let Some((memory, _)) = &self.memory else { return Ok(None) };
+        if let Some(grant) = memory.try_write(bytes) {
+            return Ok(Some(Arc::new(grant)));
+        }
+        let memory = memory.clone();
+        self.kept = None;
+        if !self.replay.is_empty() {
+            return Err(StageError::Unavailable("there is no memory to write the extent again".to_owned()));
+        }
+        Ok(Some(Arc::new(memory.write(bytes).await)))
+    }
+
+    /// Waits for the next piece of the body; Err when others have waited for memory for too long meanwhile.
+    async fn piece(&mut self, holding: bool) -> Result<Option<Result<Bytes, BodyError>>, StageError> {
+        let Some((memory, patience)) = self.memory.as_ref().filter(|_| holding) else {
+            return Ok(self.body.next().await);
+        };
+        let stalled = async {
+            tokio::time::sleep(*patience).await;
+            while !memory.is_short() {
+                tokio::time::sleep(MEMORY_LOOK).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            piece = self.body.next() => Ok(piece),
+            () = stalled => Err(StageError::Stalled),
         }
     }
 
@@ -263,7 +317,7 @@ where
                 self.carry = match self.replay.pop_front() {
                     Some(bytes) => bytes,
                     None => self
-                        .receive()
+                        .receive(true)
                         .await?
                         .ok_or(StageError::TooShort { expected: self.expected, got: self.received })?,
                 };
@@ -275,12 +329,12 @@ where
         Ok(())
     }
 
-    /// The next piece of the body itself; None at its end.
-    async fn receive(&mut self) -> Result<Option<Bytes>, StageError> {
+    /// The next piece of the body itself; None at its end. `holding`: whether memory was granted for what it is for.
+    async fn receive(&mut self, holding: bool) -> Result<Option<Bytes>, StageError> {
         if self.ended {
             return Ok(None);
         }
-        match self.body.next().await {
+        match self.piece(holding).await? {
             None => {
                 self.ended = true;
                 Ok(None)
@@ -298,7 +352,7 @@ where
 
     /// Sees to it that the body has ended, with as many bytes as announced.
     pub(super) async fn end(&mut self) -> Result<(), StageError> {
-        while self.receive().await?.is_some() {}
+        while self.receive(true).await?.is_some() {}
         if self.received < self.expected {
             return Err(StageError::TooShort { expected: self.expected, got: self.received });
         }

@@ -65,6 +65,7 @@ pub(super) fn stage(error: StageError, disks_are_full: bool) -> S3Error {
             Err(cause) => internal(cause),
         },
         StageError::TooShort { .. } | StageError::TooLong { .. } => s3_error!(IncompleteBody),
+        StageError::Stalled => s3_error!(SlowDown, "Memory is short, and nothing of the body came for a while."),
         StageError::Unavailable(cause) if disks_are_full => {
             tracing::error!(%cause, "no space left");
             custom("InsufficientStorage", StatusCode::INSUFFICIENT_STORAGE, "There is no space left for this object.")

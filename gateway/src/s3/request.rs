@@ -3,6 +3,7 @@
 use super::call::Caller;
 use super::checksums::BodyCheck;
 use crate::metrics::Metrics;
+use crate::object::Grant;
 use http::{Extensions, HeaderMap, Method};
 use s3s::S3Error;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -28,6 +29,8 @@ pub(super) struct RequestInfo {
     received_bytes: AtomicU64,
     check: Mutex<Option<BodyCheck>>,
     is_xml: AtomicBool,
+    /// Memory that its XML body takes.
+    held: Mutex<Option<Grant>>,
     body_fault: Mutex<Option<S3Error>>,
     metrics: Option<Metrics>,
 }
@@ -70,6 +73,7 @@ impl RequestInfo {
             received_bytes: AtomicU64::new(0),
             check: Mutex::new(None),
             is_xml: AtomicBool::new(false),
+            held: Mutex::default(),
             body_fault: Mutex::new(None),
             metrics,
         })
@@ -109,6 +113,15 @@ impl RequestInfo {
         *self.check.lock().unwrap_or_else(PoisonError::into_inner) = BodyCheck::begin(headers, of_body)?;
         self.is_xml.store(true, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Keeps a grant until the request is over.
+    pub(super) fn hold(&self, grant: Grant) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *held {
+            Some(held) => held.absorb(grant),
+            None => *held = Some(grant),
+        }
     }
 
     /// Whether the body is XML; known once the request has passed the access check.

@@ -3,6 +3,7 @@
 use super::checksums::BodyCheck;
 use super::request::RequestInfo;
 use super::xml_scan::XmlScan;
+use crate::object::Budget;
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -27,6 +28,9 @@ pub(super) enum RequestBodyError {
     /// XML with parts that its reader would leave out.
     #[error("the XML has a CDATA section or a document type")]
     Xml,
+    /// There is no memory for so much XML now.
+    #[error("memory is short")]
+    Memory,
     /// Signed chunks without the last one.
     #[error("the last chunk of the body is missing")]
     NoLastChunk,
@@ -37,6 +41,9 @@ pub(super) enum RequestBodyError {
 
 /// Bytes of the last, empty chunk of signed chunks: `0;chunk-signature=`, 64 hex digits, two line ends.
 const LAST_CHUNK_BYTES: usize = 18 + 64 + 4;
+
+/// Bytes of an XML body that need no memory of the budget.
+const FREE_XML_BYTES: u64 = 64 * 1024;
 
 /// Watches that signed chunks end in their empty one. s3s takes an end after any whole chunk for the end, once the
 /// length fits.
@@ -106,6 +113,8 @@ pub(super) struct RequestBody {
     check: Option<BodyCheck>,
     last_chunk: Option<LastChunk>,
     scan: Option<XmlScan>,
+    memory: Budget,
+    xml_bytes: u64,
     started: bool,
     over: bool,
 }
@@ -116,6 +125,7 @@ impl RequestBody {
         socket: Arc<Socket>,
         info: Arc<RequestInfo>,
         patience: Patience,
+        memory: Budget,
         signed_chunks: bool,
     ) -> RequestBody {
         let last_chunk = signed_chunks.then(LastChunk::default);
@@ -130,6 +140,8 @@ impl RequestBody {
             check: None,
             last_chunk,
             scan: None,
+            memory,
+            xml_bytes: 0,
             started: false,
             over: false,
         }
@@ -191,6 +203,19 @@ impl http_body::Body for RequestBody {
                     }
                     if let Some(last_chunk) = &mut self.last_chunk {
                         last_chunk.see(data);
+                    }
+                    if self.scan.is_some() {
+                        // s3s gathers XML before it reads it. A little is free, the rest is of the budget or refused.
+                        let before = self.xml_bytes;
+                        self.xml_bytes = before.saturating_add(data.len() as u64);
+                        let more = self.xml_bytes.saturating_sub(before.max(FREE_XML_BYTES));
+                        if more > 0 {
+                            let Some(grant) = self.memory.try_read(more) else {
+                                self.info.set_body_fault(s3_error!(SlowDown, "Memory is short."));
+                                return self.fail(RequestBodyError::Memory);
+                            };
+                            self.info.hold(grant);
+                        }
                     }
                     if self.scan.as_mut().is_some_and(|scan| scan.see(data)) {
                         self.info.set_body_fault(s3_error!(

@@ -30,6 +30,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// Largest chunk of a signed aws-chunked body: it is buffered whole before its signature is checked. The largest seen
 /// from clients is 1 MiB.
 const MAX_SIGNED_CHUNK_BYTES: usize = 4 * 1024 * 1024;
+/// Longest XML body: 10,000 parts, or 1,000 keys of 1,024 bytes, take a few MiB.
+const MAX_XML_BYTES: usize = 16 * 1024 * 1024;
 /// Most header bytes of a request.
 const MAX_HEADER_BYTES: usize = 32 * 1024;
 /// Rest of a body that is drained before a refusal is sent, so that the connection can be kept.
@@ -77,6 +79,7 @@ fn build(cx: &Arc<S3Context>, region: &str, only: Option<&'static str>) -> Resul
     config.sig_v4_allowed_services = vec!["s3".to_owned()];
     config.enable_sig_v2 = false;
     config.allow_post_signature = false;
+    config.xml_max_body_size = MAX_XML_BYTES;
     config.post_object_max_file_size = 0;
     config.form_max_field_size = 1024;
     config.form_max_fields_size = 16 * 1024;
@@ -135,7 +138,13 @@ impl FrontEnd {
                 .is_some_and(|mode| mode == "STREAMING-AWS4-HMAC-SHA256-PAYLOAD");
             let patience =
                 Patience { time: self.cx.settings.body_idle_timeout, bytes: self.cx.settings.body_progress_bytes };
-            let body = RequestBody::new(socket.clone(), info.clone(), patience, signed_chunks);
+            let body = RequestBody::new(
+                socket.clone(),
+                info.clone(),
+                patience,
+                self.cx.objects.memory().clone(),
+                signed_chunks,
+            );
             let mut request = Request::from_parts(parts, Body::http_body(body));
             request.extensions_mut().insert(info.clone());
             match AssertUnwindSafe(service.call(request)).catch_unwind().await {

@@ -96,9 +96,10 @@ pub(super) fn fault_of(error: &StdError) -> BodyFault {
         } else if let Some(error) = error.downcast_ref::<RequestBodyError>() {
             return match error {
                 RequestBodyError::Idle => BodyFault::Idle,
-                RequestBodyError::Checksum(_) | RequestBodyError::Xml | RequestBodyError::NoLastChunk => {
-                    BodyFault::Incomplete
-                }
+                RequestBodyError::Checksum(_)
+                | RequestBodyError::Xml
+                | RequestBodyError::Memory
+                | RequestBodyError::NoLastChunk => BodyFault::Incomplete,
                 RequestBodyError::Connection(_) => BodyFault::Connection,
             };
         } else if let Some(error) = error.downcast_ref::<ReadError>() {

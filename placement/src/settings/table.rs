@@ -63,6 +63,8 @@ pub const TABLE: &[Setting] = &[
     time("object.write_deadline", Process, s(10), DEADLINE, "How long one write to one disk may take, and how long its answer may take after the last byte."),
     time("object.read_deadline", Process, s(10), DEADLINE, "How long one read from one disk may take."),
     bytes("object.window", Process, MIB, [128 * KIB, 16 * MIB], "Bytes of one chunk per read request. A reader holds two windows of K of these."),
+    bytes("object.memory", Process, 256 * MIB, [16 * MIB, TIB], "Bytes of payloads and XML bodies in memory at once, of all requests of a gateway. Beside them each GET may have one block."),
+    time("object.memory_patience", Process, s(2), WAIT, "An upload that holds memory while nothing of its body comes is given up after this time when others wait for memory."),
     time("object.longest_upload", Process, min(24 * 60), [min(1), min(60 * 24 * 7)], "A payload that has taken longer to arrive is refused: what it wrote may be taken for left over."),
     time("object.hedge_floor", Process, ms(30), [ms(1), s(60)], "The shortest time after which other disks are asked for what one is late with."),
     of("object.hedge_percent", Process, Value::Number(10), Kind::Percent(0, 100), "Extra reads for slow disks, in percent of all reads. Reads in place of failed disks are not counted."),

@@ -216,7 +216,7 @@ async fn a_body_that_drips_is_cut_off_and_one_that_stalls_for_less_is_not() {
     let (mut stream, body, _) = send_head(&scene, Ask::new("PUT", "/bucket/k").body(vec![1u8; 100_000])).await;
     let (mut read, mut write) = stream.split();
     let drip = async {
-        for byte in &body {
+        for byte in body.iter().take(100) {
             if write.write_all(&[*byte]).await.is_err() {
                 break;
             }
@@ -263,18 +263,36 @@ async fn buckets_may_be_named_by_the_host() {
 async fn malformed_requests_get_a_4xx() {
     let scene = Scene::new().await;
     let host = scene.host();
-    let raw = |text: String| {
+    // All of these are signed, and fine but for what is changed below: only the refusal under test can answer 4xx.
+    let put = || Ask::new("PUT", "/bucket/k").payload("UNSIGNED-PAYLOAD").body("x");
+    let changed = |ask: Ask, from: &str, to: &str| {
+        let wire = String::from_utf8(ask.signed(&host).0).unwrap();
+        assert!(wire.contains(from), "{wire}");
+        wire.replacen(from, to, 1)
+    };
+    let status = |text: String| {
         let scene = &scene;
         async move { scene.raw(text.as_bytes(), false).await.status }
     };
-    let both = format!("PUT /bucket/k HTTP/1.1\r\nhost: {host}\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n");
-    assert!((400..500).contains(&raw(both).await));
-    let two = format!("PUT /bucket/k HTTP/1.1\r\nhost: {host}\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nxx");
-    assert!((400..500).contains(&raw(two).await));
+    let get = || Ask::new("GET", "/");
+    assert_eq!(status(changed(put(), "content-length: 1\r\n", "content-length: 1\r\n")).await, 200);
+    assert_eq!(status(changed(get(), "\r\nhost", "\r\nx-h: v\r\nhost")).await, 200);
+    scene.ask(Ask::new("DELETE", "/bucket/k")).await.ok();
+
+    let chunked = "transfer-encoding: chunked\r\n";
+    for both in [format!("content-length: 1\r\n{chunked}"), format!("{chunked}content-length: 1\r\n")] {
+        let wire = changed(put(), "content-length: 1\r\n", &both).replace("\r\n\r\nx", "\r\n\r\n1\r\nx\r\n0\r\n\r\n");
+        // hyper goes by the transfer encoding alone, as it may, and such a body has no length that S3 takes.
+        assert_eq!(status(wire).await, 411, "{both:?}");
+    }
+    for two in ["content-length: 1\r\ncontent-length: 2\r\n", "content-length: 2\r\ncontent-length: 1\r\n"] {
+        assert_eq!(status(changed(put(), "content-length: 1\r\n", two)).await, 400, "{two:?}");
+    }
     let many: String = (0..150).map(|n| format!("x-h{n}: v\r\n")).collect();
-    assert!((400..500).contains(&raw(format!("GET / HTTP/1.1\r\nhost: {host}\r\n{many}\r\n")).await));
-    let long = format!("GET / HTTP/1.1\r\nhost: {host}\r\nx-long: {}\r\n\r\n", "v".repeat(40_000));
-    assert_eq!(raw(long).await, 400);
+    assert_eq!(status(changed(get(), "host: ", &format!("{many}host: "))).await, 431);
+    let long = format!("x-long: {}\r\nhost: ", "v".repeat(40_000));
+    let got = scene.raw(changed(get(), "host: ", &long).as_bytes(), false).await;
+    got.expect(400, "RequestHeaderSectionTooLarge");
     scene
         .ask(Ask::new("POST", "/bucket").header("content-type", "multipart/form-data; boundary=x").body("x"))
         .await

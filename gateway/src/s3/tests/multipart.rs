@@ -1,5 +1,8 @@
 use super::client::{b64, checksum, md5_hex, Ask, Got, Scene};
-use granary_meta::record::ChecksumAlgorithm;
+use granary_meta::record::{AccountId, ChecksumAlgorithm, ExtentRef, ObjectData, PartRecord};
+use granary_meta::{Command, Reply};
+use granary_placement::id::ExtentId;
+use granary_placement::scheme::CodecId;
 
 const MIB: usize = 1024 * 1024;
 
@@ -216,22 +219,63 @@ async fn parts_are_copied_by_range() {
     assert!(scene.get("k").await.body == source);
 }
 
+/// Ten thousand parts of 5 MiB are 50 GB, so the parts are put into their shard as records whose extents lie nowhere;
+/// everything else goes the way of every completion.
 #[tokio::test(flavor = "multi_thread")]
-async fn part_numbers_up_to_ten_thousand_complete_and_no_further() {
+async fn ten_thousand_parts_become_an_object_and_one_more_is_refused() {
     let scene = Scene::new().await;
     let id = create(&scene, &[]).await;
-    // Too small to be completed, but all are found: the answer is about the sizes.
-    let sent = futures::future::join_all(
-        (1..=10_000usize).step_by(1000).map(|n| scene.ask(part(&id, n).body(format!("{n}")))),
-    )
-    .await;
-    assert!(sent.iter().all(|got| got.status == 200));
-    let etags: Vec<(usize, String)> =
-        (1..=10_000).step_by(1000).map(|n| (n, md5_hex(format!("{n}").as_bytes()))).collect();
-    let named: Vec<(usize, &str, &str)> = etags.iter().map(|(n, etag)| (*n, etag.as_str(), "")).collect();
-    scene.ask(complete(&id, &named)).await.expect(400, "EntityTooSmall");
-    let too_many: Vec<(usize, &str, &str)> = (1..=10_001).map(|n| (n, "00", "")).collect();
-    scene.ask(complete(&id, &too_many)).await.expect(400, "MalformedXML");
+    scene.ask(part(&id, 10_001).body("x")).await.expect(400, "InvalidArgument");
+    scene.ask(part(&id, 0).body("x")).await.expect(400, "InvalidArgument");
+    let shards = scene.cluster.more_shards();
+    let bucket = shards.get_bucket("bucket").await.unwrap().unwrap();
+    let upload = crate::s3::multipart::parse_upload(&id).unwrap();
+    let etag = |n: u64| md5_hex(format!("{n}").as_bytes());
+    let put = |n: u64| {
+        let size_bytes = 5 * MIB as u64 + n;
+        let extent = ExtentRef {
+            extent: ExtentId(u128::from(n).to_be_bytes()),
+            group: *scene.cluster.objects.disks().map().unwrap().groups.keys().next().unwrap(),
+            codec: CodecId::Np16,
+            k: 1,
+            m: 1,
+            unit_bytes: 65_536,
+            len_bytes: size_bytes,
+            generation: 1,
+            slots: vec![0, 1],
+        };
+        let part = PartRecord {
+            number: n as u16,
+            size_bytes,
+            etag: etag(n),
+            modified_ms: 1,
+            checksum: None,
+            data: ObjectData::Extents(vec![extent]),
+        };
+        let map_epoch = scene.cluster.objects.disks().map().unwrap().epoch;
+        let (key, missing) = ("k".to_owned(), Vec::new());
+        let rule_epoch = bucket.rule.epoch;
+        let command = Command::PutPart { bucket: bucket.id, key, upload, part, missing, map_epoch, rule_epoch };
+        shards.command_for(AccountId::ROOT, bucket.id, "k", command)
+    };
+    for begin in (1..=10_000).step_by(50) {
+        for reply in futures::future::join_all((begin..begin + 50).map(put)).await {
+            assert!(matches!(reply, Ok(Reply::Done)), "{reply:?}");
+        }
+    }
+    let etags: Vec<String> = (1..=10_000).map(etag).collect();
+    let mut named: Vec<(usize, &str, &str)> = etags.iter().zip(1..).map(|(etag, n)| (n, etag.as_str(), "")).collect();
+    named.push((10_001, "00", ""));
+    scene.ask(complete(&id, &named)).await.expect(400, "MalformedXML");
+    named.pop();
+    let done = scene.ask(complete(&id, &named)).await.ok();
+    let all: Vec<u8> = etags.iter().flat_map(|etag| hex::decode(etag).unwrap()).collect();
+    assert_eq!(done.one("ETag").replace("&quot;", "").trim_matches('"'), format!("{}-10000", md5_hex(&all)));
+    let head = scene.ask(Ask::new("HEAD", "/bucket/k")).await.ok();
+    let size = 10_000 * 5 * MIB as u64 + 10_000 * 10_001 / 2;
+    assert_eq!(head.header("content-length"), Some(size.to_string()));
+    let last = scene.ask(Ask::new("HEAD", "/bucket/k").query("partNumber", "10000")).await;
+    assert_eq!((last.status, last.header("content-length")), (206, Some((5 * MIB + 10_000).to_string())));
 }
 
 #[tokio::test(flavor = "multi_thread")]
