@@ -1,13 +1,18 @@
 //! Which placement group an extent goes to, and how wide it is written while disks are down. Pure.
 //!
 //! A group whose slots' disks are all up takes the extent as its scheme says. When there is none, the group with the
-//! most disks up is taken: with at least K+1 of them the extent keeps its K+M and names the missing chunks; with fewer
+//! most disks up is taken: where enough of them are up the extent keeps its K+M and names the missing chunks; with fewer
 //! it is written narrower, so that as many further disks may still fail as the scheme promises (4+2 with two of six
 //! disks dead: 2+2 on the four left).
+//!
+//! Enough are those that leave K when one more failure domain of the scheme's kind goes, the fullest: 4+2 on three
+//! servers of two disks each is written as 3+2 while a disk is down. Where not even one domain can be spared, nothing is
+//! written. A group whose whole width cannot bear the loss of a domain is not asked for more than it can give.
 
+use granary_placement::codec::ChunkSet;
 use granary_placement::id::{DiskId, PlacementGroupId};
 use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
-use granary_placement::scheme::Scheme;
+use granary_placement::scheme::{FailureDomain, Scheme};
 use std::collections::HashMap;
 
 /// Groups tried at random before all are looked at.
@@ -54,13 +59,55 @@ pub struct Choice {
     pub slots: Vec<u8>,
     /// The disk of chunk index i; None when it is down and the chunk is missing from the start.
     pub disks: Vec<Option<DiskId>>,
+    /// The failure domain of chunk index i, by numbers that mean nothing outside this choice.
+    domains: Vec<u8>,
+    /// So many chunks must be left when the fullest domain is gone.
+    left_over: usize,
 }
 
 impl Choice {
-    /// How many chunks must be durable before the write counts: K+1.
-    pub fn quorum(&self) -> usize {
-        usize::from(self.scheme.k) + 1
+    /// Whether an extent of which these chunks are durable may be acknowledged: at least K+1 of them, and K when the
+    /// fullest failure domain is gone.
+    pub fn is_durable(&self, chunks: ChunkSet) -> bool {
+        let domains = chunks.iter().filter_map(|index| self.domains.get(usize::from(index)).copied());
+        bears(usize::from(self.scheme.k), self.left_over, domains)
     }
+}
+
+/// Whether chunks in these domains bear the loss of one chunk and of the fullest domain.
+fn bears(k: usize, left_over: usize, domains: impl Iterator<Item = u8>) -> bool {
+    let mut sizes = [0usize; 256];
+    let mut all = 0;
+    for domain in domains {
+        all += 1;
+        if let Some(size) = sizes.get_mut(usize::from(domain)) {
+            *size += 1;
+        }
+    }
+    let fullest = sizes.iter().copied().max().unwrap_or_default();
+    all > k && all - fullest >= left_over
+}
+
+/// Numbers of the failure domains of these disks; a disk that the map does not have is one of its own.
+fn domains_of(map: &ClusterMap, kind: FailureDomain, slots: &[GroupSlot]) -> Vec<u8> {
+    let mut known: Vec<(&str, &str, &str)> = Vec::new();
+    let mut number = |at: usize, slot: &GroupSlot| {
+        let own = u8::try_from(at).unwrap_or(u8::MAX);
+        let Some(place) = map.disk(slot.current).map(|disk| &disk.location) else { return own };
+        let (zone, rack, server) = (place.zone.as_str(), place.rack.as_str(), place.server.as_str());
+        let domain = match kind {
+            FailureDomain::Disk => return own,
+            FailureDomain::Server => (zone, rack, server),
+            FailureDomain::Rack => (zone, rack, ""),
+            FailureDomain::Zone => (zone, "", ""),
+        };
+        let place = known.iter().position(|there| *there == domain).unwrap_or_else(|| {
+            known.push(domain);
+            known.len() - 1
+        });
+        u8::try_from(place).unwrap_or(u8::MAX)
+    };
+    slots.iter().enumerate().map(|(at, slot)| number(at, slot)).collect()
 }
 
 /// Why nothing can be written.
@@ -111,12 +158,13 @@ pub fn choose(
         let Some(&id) = groups.get(usize::try_from(draw() % count).unwrap_or(0)) else { continue };
         let slots = slots_of(id);
         if slots.len() == scheme.width() && slots.iter().all(|slot| state_of(slot.current) == Usable::Yes) {
-            return shape(scheme, id, slots, |_| true).ok_or_else(|| none(0));
+            return shape(map, scheme, id, slots, |_| true).ok_or_else(|| none(0));
         }
     }
 
-    // No luck: look at all. Most disks that surely work first, then most that may; ties are broken at random.
-    let mut best: Option<((usize, usize), u64, PlacementGroupId)> = None;
+    // No luck: look at all. Most disks that surely work first, then most that may; ties are broken at random. The first
+    // of them that takes the extent, for one may have its disks in too few domains.
+    let mut by_score: Vec<((usize, usize), u64, PlacementGroupId)> = Vec::with_capacity(groups.len());
     for &id in groups {
         let slots = slots_of(id);
         if slots.len() != scheme.width() {
@@ -124,44 +172,53 @@ pub fn choose(
         }
         let yes = slots.iter().filter(|slot| state_of(slot.current) == Usable::Yes).count();
         let maybe = slots.iter().filter(|slot| state_of(slot.current) == Usable::Maybe).count();
-        let (score, tie) = ((yes, maybe), draw());
-        if best.is_none_or(|(top, top_tie, _)| (score, tie) > (top, top_tie)) {
-            best = Some((score, tie, id));
+        by_score.push(((yes, maybe), draw(), id));
+    }
+    by_score.sort_unstable_by(|a, b| b.cmp(a));
+    for (_, _, id) in &by_score {
+        // Doubtful disks are asked only when those that surely work cannot carry the scheme's own K.
+        let sure = shape(map, scheme, *id, slots_of(*id), |disk| state_of(disk) == Usable::Yes);
+        let found = match sure.filter(|choice| !choice.narrow) {
+            Some(choice) => Some(choice),
+            None => shape(map, scheme, *id, slots_of(*id), |disk| state_of(disk) != Usable::No),
+        };
+        if let Some(choice) = found {
+            return Ok(choice);
         }
     }
-    let ((yes, maybe), _, id) = best.ok_or_else(|| none(0))?;
-    let slots = slots_of(id);
-    // Doubtful disks are asked only when those that surely work cannot carry the scheme's own K.
-    let all = yes < usize::from(scheme.k) + 1;
-    let takes = |disk: DiskId| match state_of(disk) {
-        Usable::Yes => true,
-        Usable::Maybe => all,
-        Usable::No => false,
-    };
-    shape(scheme, id, slots, takes).ok_or_else(|| none(yes + maybe))
+    Err(none(by_score.first().map_or(0, |((yes, maybe), _, _)| yes + maybe)))
 }
 
-/// The shape of an extent in a group some of whose disks take chunks. None when fewer than two do.
+/// The shape of an extent in a group some of whose disks take chunks. None when fewer than two do, or when they are in
+/// one failure domain.
 fn shape(
+    map: &ClusterMap,
     scheme: Scheme,
     group: PlacementGroupId,
     slots: &[GroupSlot],
     takes: impl Fn(DiskId) -> bool,
 ) -> Option<Choice> {
     // Chunks are only ever written to the disk that a slot has now.
-    let disks = slots.iter().map(|slot| slot.current);
-    let up = disks.clone().filter(|disk| takes(*disk)).count();
+    let all = domains_of(map, scheme.failure_domain, slots);
+    let places = || (0u8..).zip(slots.iter().map(|slot| slot.current)).zip(all.iter().copied());
+    let up: Vec<u8> = places().filter(|((_, disk), _)| takes(*disk)).map(|(_, domain)| domain).collect();
     let (k, m) = (usize::from(scheme.k), usize::from(scheme.m));
-    let numbered = disks.enumerate().filter_map(|(slot, disk)| Some((u8::try_from(slot).ok()?, disk)));
-    if up > k {
-        let (slots, disks) = numbered.map(|(slot, disk)| (slot, takes(disk).then_some(disk))).unzip();
-        return Some(Choice { group, scheme, narrow: false, slots, disks });
+    // What the whole group leaves is all that can be asked for.
+    let most = (0..=k).rev().find(|left| bears(0, *left, all.iter().copied())).unwrap_or_default();
+    let left_over = |k: usize| k.min(most);
+    if bears(k, left_over(k), up.iter().copied()) {
+        let (slots, disks) = places().map(|((slot, disk), _)| (slot, takes(disk).then_some(disk))).unzip();
+        return Some(Choice { group, scheme, narrow: false, slots, disks, domains: all, left_over: left_over(k) });
     }
-    let narrow_k = up.checked_sub(m).filter(|k| *k > 0).unwrap_or(1);
-    let narrow_m = up.checked_sub(narrow_k).filter(|m| *m > 0)?;
+    // Narrower, and no less safe: as many coding chunks as the scheme has while that leaves a data chunk.
+    let widest = up.len().checked_sub(m).filter(|k| *k > 0).unwrap_or(1).min(k);
+    let narrow_k = (1..=widest).rev().find(|k| bears(*k, left_over(*k), up.iter().copied()))?;
+    let narrow_m = up.len().checked_sub(narrow_k).filter(|m| *m > 0)?;
     let scheme = Scheme { k: u8::try_from(narrow_k).ok()?, m: u8::try_from(narrow_m).ok()?, ..scheme };
-    let (slots, disks) = numbered.filter(|(_, disk)| takes(*disk)).map(|(slot, disk)| (slot, Some(disk))).unzip();
-    Some(Choice { group, scheme, narrow: true, slots, disks })
+    let taking = || places().filter(|((_, disk), _)| takes(*disk));
+    let (slots, disks) = taking().map(|((slot, disk), _)| (slot, Some(disk))).unzip();
+    let domains = taking().map(|(_, domain)| domain).collect();
+    Some(Choice { group, scheme, narrow: true, slots, disks, domains, left_over: left_over(narrow_k) })
 }
 
 /// A small generator for choices that only need to be fair: splitmix64. Not for ids, not for secrets.
@@ -248,7 +305,9 @@ mod tests {
             assert!(choice.disks.iter().flatten().all(|disk| !down.contains(&disk.0)));
             assert_eq!(choice.slots.len(), choice.scheme.width());
             let missing = choice.disks.iter().filter(|disk| disk.is_none()).count();
-            (choice.scheme.k, choice.scheme.m, missing, choice.quorum())
+            let durable = |count: u8| choice.is_durable((0..count).collect());
+            let quorum = (0..=choice.scheme.k + choice.scheme.m).find(|count| durable(*count)).unwrap();
+            (choice.scheme.k, choice.scheme.m, missing, quorum)
         };
         assert_eq!(shape(&[]), (4, 2, 0, 5));
         assert_eq!(shape(&[3]), (4, 2, 1, 5));
@@ -259,6 +318,41 @@ mod tests {
             choose_with(&map, &[0, 1, 2, 3, 4], &[], 1),
             Err(ChooseError::Unavailable { best_up: 1, .. })
         ));
+    }
+
+    #[test]
+    fn a_domain_more_may_fail_after_what_is_down() {
+        // Three servers of two disks.
+        let mut three = map(4, 2, &[&[0, 1, 2, 3, 4, 5]]);
+        for disk in three.disks.values_mut() {
+            disk.location.server = format!("server-{}", disk.id.0 / 2);
+        }
+        three.schemes = BTreeMap::from([("s".to_owned(), Scheme::new(4, 2, FailureDomain::Server).unwrap())]);
+        let shape = |down: &[u32]| choose_with(&three, down, &[], 1).map(|choice| (choice.scheme.k, choice.scheme.m));
+        assert_eq!(shape(&[]), Ok((4, 2)));
+        assert_eq!(shape(&[3]), Ok((3, 2)), "five chunks, of which a server takes two");
+        assert_eq!(shape(&[2, 3]), Ok((2, 2)));
+        assert_eq!(shape(&[1, 3]), Ok((2, 2)));
+        assert_eq!(shape(&[1, 3, 5]), Ok((1, 2)), "one disk on each server");
+        assert_eq!(shape(&[0, 2, 3]), Ok((1, 2)));
+        assert!(shape(&[2, 3, 4, 5]).is_err(), "all that is left is one server");
+        // All up when it began; what fails on the way counts in the same way.
+        let whole = choose_with(&three, &[], &[], 1).unwrap();
+        let durable = |chunks: &[u8]| whole.is_durable(chunks.iter().copied().collect());
+        assert!(durable(&[0, 1, 2, 3, 4, 5]) && !durable(&[0, 1, 2, 3, 4]) && !durable(&[0, 1, 2, 3]));
+        // One server of six disks cannot be spared at all: then a disk can.
+        let mut one = three.clone();
+        one.disks.values_mut().for_each(|disk| disk.location.server = "only".to_owned());
+        let choice = choose_with(&one, &[3], &[], 1).unwrap();
+        assert_eq!((choice.scheme.k, choice.scheme.m), (4, 2));
+        // Of two groups the one whose disks are in several servers takes it.
+        let mut two = map(2, 2, &[&[0, 1, 2, 3], &[10, 11, 12, 13]]);
+        for disk in two.disks.values_mut() {
+            disk.location.server = format!("server-{}", disk.id.0 / 2);
+        }
+        two.schemes = BTreeMap::from([("s".to_owned(), Scheme::new(2, 2, FailureDomain::Server).unwrap())]);
+        let choice = choose_with(&two, &[2, 3, 11, 13], &[], 1).unwrap();
+        assert_eq!((choice.group, choice.scheme.k, choice.scheme.m), (PlacementGroupId(1), 1, 1));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! One attempt to bring one extent onto the disks of one group.
 //!
 //! Stripe by stripe: gather K units of payload into one buffer (the only copy), encode M units into another, hand
-//! slices of both to the chunk writes. One that fails is left behind while at least K+1 go on; its chunk is named as
-//! missing.
+//! slices of both to the chunk writes. One that fails is left behind while enough go on ([`Choice::is_durable`]); its
+//! chunk is named as missing.
 
 use super::budget::Grant;
 use super::choose::Choice;
@@ -17,7 +17,7 @@ use bytes::{Bytes, BytesMut};
 use futures::stream::{FuturesUnordered, Stream, StreamExt};
 use granary_meta::record::ExtentRef;
 use granary_meta::ChunkRef;
-use granary_placement::codec::Codec;
+use granary_placement::codec::{ChunkSet, Codec};
 use granary_placement::extent::Stripe;
 use granary_placement::id::{DiskId, ExtentId, HashSlot};
 use granary_wire::chunk::{ChunkSpec, FIRST_GENERATION};
@@ -39,7 +39,7 @@ pub(super) struct Attempt<'a> {
     pub(super) last: bool,
 }
 
-/// An extent with at least K+1 durable chunks.
+/// An extent with enough durable chunks.
 pub(super) struct Written {
     pub(super) extent: ExtentRef,
     pub(super) missing: Vec<ChunkRef>,
@@ -202,7 +202,8 @@ impl Attempt<'_> {
     where
         S: Stream<Item = Result<Bytes, super::BodyError>> + Send,
     {
-        let quorum = self.choice.quorum();
+        let mut alive: ChunkSet = writes.iter().map(|write| write.index).collect();
+        let spare = |alive: ChunkSet, index: u8| self.choice.is_durable(alive.without(index));
         for number in 0..layout.stripes() {
             let Some(stripe) = layout.stripe(number) else { break };
             let width = u64::from(codec.k()) + u64::from(codec.m());
@@ -210,18 +211,17 @@ impl Attempt<'_> {
             let units = self.stripe(&stripe, codec, source, grant.as_ref()).await?;
             drop(grant);
             let mut going = Vec::with_capacity(writes.len());
-            let mut left = writes.len();
             for write in writes {
                 let unit = units.get(usize::from(write.index)).cloned().unwrap_or_default();
-                if write.send(unit, self.store.disks(), left > quorum).await {
+                if write.send(unit, self.store.disks(), spare(alive, write.index)).await {
                     going.push(write);
                 } else {
-                    left -= 1;
+                    alive = alive.without(write.index);
                     self.write_failed(write, failed).await;
                 }
             }
             writes = going;
-            if writes.len() < quorum {
+            if !self.choice.is_durable(alive) {
                 return Ok(Err(self.too_few(writes.len(), failed)));
             }
         }
@@ -230,53 +230,58 @@ impl Attempt<'_> {
             source.end().await?;
         }
         let mut going = Vec::with_capacity(writes.len());
-        let mut left = writes.len();
         for write in writes {
-            if write.finish(self.store.disks(), left > quorum).await {
+            if write.finish(self.store.disks(), spare(alive, write.index)).await {
                 going.push(write);
             } else {
-                left -= 1;
+                alive = alive.without(write.index);
                 self.write_failed(write, failed).await;
             }
         }
         Ok(Ok(going))
     }
 
-    /// Waits until every write has ended; gives back the indices of the durable chunks, at least a quorum of them. Once
-    /// there is a quorum, writes whose disk is not up are waited for no longer.
+    /// Waits until every write has ended; gives back the indices of the durable chunks, enough of them. Once they are
+    /// enough, writes whose disk is not up are waited for no longer.
     async fn settle(&self, writes: Vec<ChunkWrite>, failed: &mut Vec<DiskId>) -> Result<Vec<u8>, TooFew> {
-        let quorum = self.choice.quorum();
-        let mut durable = Vec::with_capacity(writes.len());
+        let mut durable = ChunkSet::EMPTY;
+        let mut hoped: ChunkSet = writes.iter().map(|write| write.index).collect();
         let mut waiting: Vec<(DiskId, tokio::task::AbortHandle)> =
             writes.iter().map(|write| (write.disk, write.task.abort_handle())).collect();
         let mut ends: FuturesUnordered<_> =
             writes.into_iter().map(|write| async move { (write.index, write.disk, write.task.await) }).collect();
         while !ends.is_empty() {
-            if durable.len() + ends.len() < quorum {
+            if !self.choice.is_durable(hoped) {
                 break;
             }
             tokio::select! {
                 Some((index, disk, end)) = ends.next() => {
                     waiting.retain(|(waiting, _)| *waiting != disk);
                     match end {
-                        Ok(Ok(())) => durable.push(index),
-                        Ok(Err(error)) => self.disk_failed(disk, &error, failed),
-                        Err(_) => self.disk_failed(disk, &ChunkError::Link(LinkError::Timeout), failed),
+                        Ok(Ok(())) => durable = durable.with(index),
+                        Ok(Err(error)) => {
+                            hoped = hoped.without(index);
+                            self.disk_failed(disk, &error, failed);
+                        }
+                        Err(_) => {
+                            hoped = hoped.without(index);
+                            self.disk_failed(disk, &ChunkError::Link(LinkError::Timeout), failed);
+                        }
                     }
                 }
                 () = tokio::time::sleep(HEALTH_LOOK) => {
                     let all_sick = waiting.iter().all(|(disk, _)| self.store.disks().health(*disk) != DiskHealth::Up);
-                    if durable.len() >= quorum && all_sick {
+                    if self.choice.is_durable(durable) && all_sick {
                         waiting.iter().for_each(|(_, task)| task.abort());
                         break;
                     }
                 }
             }
         }
-        if durable.len() < quorum {
-            return Err(self.too_few(durable.len(), failed));
+        if !self.choice.is_durable(durable) {
+            return Err(self.too_few(usize::from(durable.len()), failed));
         }
-        Ok(durable)
+        Ok(durable.iter().collect())
     }
 
     /// A write that takes nothing more: what it says of itself if it has ended, a timeout if it had to be left behind.
@@ -309,7 +314,12 @@ impl Attempt<'_> {
 
     fn too_few(&self, good: usize, failed: &mut Vec<DiskId>) -> TooFew {
         let scheme = self.choice.scheme;
-        let why = format!("{good} of {} chunks could be written, {} are needed", scheme.width(), self.choice.quorum());
+        let why = format!(
+            "{good} of {} chunks could be written; {} are needed, and {} when one more failure domain is gone",
+            scheme.width(),
+            usize::from(scheme.k) + 1,
+            scheme.k
+        );
         TooFew { failed: std::mem::take(failed), why }
     }
 }
