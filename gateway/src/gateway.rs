@@ -285,6 +285,18 @@ async fn keep_map(mut map: watch::Receiver<Option<Arc<ClusterMap>>>, path: PathB
     }
 }
 
+/// Refuses one address for both listeners: to say that another program has it would be no help.
+///
+/// # Errors
+/// [`GatewayError::Listen`].
+pub fn apart(s3: &str, admin: &str) -> Result<(), GatewayError> {
+    if s3 != admin || s3.ends_with(":0") {
+        return Ok(());
+    }
+    let why = "is given to --s3 too; each needs an address of its own".to_owned();
+    Err(GatewayError::Listen { option: "--admin", address: admin.to_owned(), why })
+}
+
 /// Listens, or says which option to change.
 ///
 /// # Errors

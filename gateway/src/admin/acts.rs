@@ -18,7 +18,7 @@ use axum::Router;
 use futures::future::BoxFuture;
 use granary_meta::level::MAX_FEATURE_LEVEL;
 use granary_meta::{Answer, Command, Query};
-use granary_placement::id::{DiskId, ShardId};
+use granary_placement::id::{DiskId, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::moves::{moves, replica_moves};
 use granary_placement::place::PlaceError;
@@ -59,7 +59,8 @@ pub(super) fn long() -> Router<Shared> {
 }
 
 async fn status(context: Arc<AdminContext>, _: GetStatus) -> Result<Status, ApiError> {
-    Ok(context.status.get().await.as_ref().clone())
+    let epoch = context.shards.current_map().map_or(Epoch(0), |map| map.epoch);
+    Ok(context.status.at_least(epoch).await.as_ref().clone())
 }
 
 async fn map(context: Arc<AdminContext>, _: GetMap) -> Result<ClusterMap, ApiError> {

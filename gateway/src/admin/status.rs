@@ -9,7 +9,7 @@ use crate::shards::{jitter, now_ms, Shards};
 use futures::stream::{self, StreamExt};
 use granary_meta::record::Usage;
 use granary_meta::{Answer, Query};
-use granary_placement::id::{DiskId, ShardId};
+use granary_placement::id::{DiskId, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_wire::control::{ControlRequest, ControlResponse, ShardStatus};
 use std::collections::BTreeMap;
@@ -23,6 +23,8 @@ use tokio_util::sync::CancellationToken;
 const INTERVAL: Duration = Duration::from_secs(1);
 /// So long somebody who asks waits for a new one; probes give up after a second.
 const PATIENCE: Duration = Duration::from_millis(800);
+/// So long somebody who asks waits for a status of the newest map.
+const MAP_PATIENCE: Duration = Duration::from_secs(4);
 const ASK: Duration = Duration::from_secs(2);
 const AT_ONCE: usize = 32;
 /// Queues and usage take a query per shard, so they are looked at less often.
@@ -76,6 +78,29 @@ impl Newest {
         let _ = tokio::time::timeout(PATIENCE, seen.changed()).await;
         let newest = seen.borrow().as_ref().map(|(_, status)| status.clone());
         newest.unwrap_or_default()
+    }
+
+    /// As [`Newest::get`], and waits a little longer for one of at least this epoch: whoever changed the map wants to
+    /// see the change.
+    pub async fn at_least(&self, epoch: Epoch) -> Arc<Status> {
+        let newest = self.get().await;
+        if newest.epoch >= epoch {
+            return newest;
+        }
+        let mut seen = self.seen.clone();
+        let newer = async {
+            loop {
+                self.wanted.notify_one();
+                if seen.changed().await.is_err() {
+                    return None;
+                }
+                let found = seen.borrow_and_update().as_ref().map(|(_, status)| status.clone());
+                if let Some(found) = found.filter(|found| found.epoch >= epoch) {
+                    return Some(found);
+                }
+            }
+        };
+        tokio::time::timeout(MAP_PATIENCE, newer).await.ok().flatten().unwrap_or(newest)
     }
 }
 
@@ -306,7 +331,7 @@ mod tests {
     async fn a_status_is_collected_when_somebody_asks_and_serves_all_who_ask_within_a_second() {
         let (newest, collector) = newest();
         let found = |epoch: u64| {
-            let status = Status { epoch: granary_placement::id::Epoch(epoch), ..Status::default() };
+            let status = Status { epoch: Epoch(epoch), ..Status::default() };
             Some((Instant::now(), Arc::new(status)))
         };
         assert_eq!(newest.get().await.epoch.0, 0, "nobody collects");
@@ -328,5 +353,13 @@ mod tests {
         });
         assert_eq!(late.epoch.0, 7, "what cannot be collected quickly is not waited for");
         assert_eq!(newest.get().await.epoch.0, 8);
+        // The map has changed: an old status will not do, and one more of the old map neither.
+        let (newer, ()) = tokio::join!(newest.at_least(Epoch(9)), async {
+            collector.wanted.notified().await;
+            collector.found.send_replace(found(8));
+            collector.wanted.notified().await;
+            collector.found.send_replace(found(9));
+        });
+        assert_eq!(newer.epoch.0, 9);
     }
 }

@@ -23,7 +23,7 @@ pub enum CallError {
         why: String,
     },
     /// The answer is an error.
-    #[error("{status}: {error}")]
+    #[error("{error}")]
     Refused {
         /// HTTP status.
         status: StatusCode,

@@ -12,7 +12,7 @@ pub mod output;
 
 use crate::dev::layout::{read_map, Shape};
 use crate::dev::{self, DevOptions};
-use crate::gateway::{listen, Gateway, GatewayConfig};
+use crate::gateway::{apart, listen, Gateway, GatewayConfig};
 use crate::logging::{self, LogFormat};
 use crate::settings::{
     random_token, read_token, RootCredentials, Secret, SettingsArgs, SettingsError, ROOT_ACCESS_KEY_VAR,
@@ -193,6 +193,7 @@ async fn run_gateway(args: GatewayArgs, stop: CancellationToken) -> Result<(), B
     };
     let map = read_map(&args.map)?;
     let secret = ClusterSecret::read_file(&args.secret_file)?;
+    apart(&args.s3, &args.admin)?;
     let (s3, s3_address) = listen("--s3", &args.s3).await?;
     let (admin, admin_address) = listen("--admin", &args.admin).await?;
     let gateway = Gateway::start(GatewayConfig {

@@ -17,7 +17,7 @@ pub mod supervisor;
 
 use crate::admin::LocalDisks;
 use crate::bootstrap::{form, FormError};
-use crate::gateway::{listen, Gateway, GatewayConfig, GatewayError};
+use crate::gateway::{apart, listen, Gateway, GatewayConfig, GatewayError};
 use crate::ops::settings;
 use crate::settings::{random_token, read_token, write_atomic, RootCredentials, Secret, SettingsError};
 use crate::shards::Shards;
@@ -108,6 +108,7 @@ pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), Dev
     look::look(&Layout::at(&options.dir)?, &options.shape)?;
     let program = disk_node_program()?;
     RootCredentials::from_env()?;
+    apart(&options.s3, &options.admin)?;
     let (s3, s3_address) = listen("--s3", &options.s3).await?;
     let (admin, admin_address) = listen("--admin", &options.admin).await?;
 
@@ -309,6 +310,6 @@ impl LocalDisks for OwnDisks {
     }
 
     fn replace(&self, disk: DiskId) -> BoxFuture<'_, Result<(), String>> {
-        Box::pin(async move { self.find(disk)?.replace().await })
+        Box::pin(async move { self.find(disk)?.replace(disk).await })
     }
 }

@@ -80,7 +80,8 @@ pub struct SlotState {
 enum Order {
     Start(oneshot::Sender<Result<(), String>>),
     Stop(oneshot::Sender<Result<(), String>>),
-    Replace(oneshot::Sender<Result<(), String>>),
+    /// Of this disk: a directory that has another one by now is left alone.
+    Replace(DiskId, oneshot::Sender<Result<(), String>>),
 }
 
 /// How nodes are started.
@@ -138,12 +139,12 @@ impl SlotHandle {
         self.order(Order::Stop).await
     }
 
-    /// Stops the node, puts its directory aside and starts a new disk in its place.
+    /// Stops the node of the disk, puts its directory aside and starts a new disk in its place.
     ///
     /// # Errors
-    /// Why that failed.
-    pub async fn replace(&self) -> Result<(), String> {
-        self.order(Order::Replace).await
+    /// Why that failed; another disk lives there by now.
+    pub async fn replace(&self, disk: DiskId) -> Result<(), String> {
+        self.order(|reply| Order::Replace(disk, reply)).await
     }
 
     async fn order(&self, order: impl FnOnce(oneshot::Sender<Result<(), String>>) -> Order) -> Result<(), String> {
@@ -266,7 +267,12 @@ impl SlotTask {
                 tokio::select! {
                     () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
                     order = self.orders.recv() => match order {
-                        Some(order) => wanted = self.take_idle(order).await,
+                        Some(order) => {
+                            let lives = self.state.borrow().disk;
+                            if let Some(order) = meant(order, lives) {
+                                wanted = self.take_idle(order).await;
+                            }
+                        }
                         None => return,
                     },
                     () = stop.cancelled() => return,
@@ -289,7 +295,7 @@ impl SlotTask {
                 let _ = reply.send(Ok(()));
                 false
             }
-            Order::Replace(reply) => match self.readier.set_aside(&self.dir).await {
+            Order::Replace(_, reply) => match self.readier.set_aside(&self.dir).await {
                 Ok(()) => {
                     self.waiting.push(reply);
                     true
@@ -364,6 +370,8 @@ impl SlotTask {
                     let _ = reply.send(Ok(()));
                 }
                 Some(order) => {
+                    let lives = self.state.borrow().disk;
+                    let Some(order) = meant(order, lives) else { continue };
                     stop_child(child, &self.slot.name).await;
                     return Ended::Ordered(order);
                 }
@@ -373,6 +381,19 @@ impl SlotTask {
                 }
             }
         }
+    }
+}
+
+/// The order, unless it is to replace a disk whose place another has taken: asked twice, for want of an answer, it must
+/// not take the new disk away too. That is answered here.
+fn meant(order: Order, lives: Option<DiskId>) -> Option<Order> {
+    match (order, lives) {
+        (Order::Replace(disk, reply), Some(lives)) if lives != disk => {
+            let why = format!("disk {disk} has been replaced already: disk {lives} is in its place");
+            let _ = reply.send(Err(why));
+            None
+        }
+        (order, _) => Some(order),
     }
 }
 
@@ -390,5 +411,27 @@ async fn stop_child(child: &mut Child, name: &str) {
         if let Err(error) = child.kill().await {
             tracing::warn!(disk = %name, %error, "disk node could not be killed");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn a_disk_that_was_replaced_is_not_replaced_again_by_its_old_number() {
+        for (asked, lives, refused) in [(2, Some(2), false), (2, Some(8), true), (8, Some(8), false), (2, None, false)]
+        {
+            let (reply, mut answer) = oneshot::channel();
+            let order = meant(Order::Replace(DiskId(asked), reply), lives.map(DiskId));
+            assert_eq!(order.is_none(), refused, "disk {asked} where {lives:?} lives");
+            if refused {
+                let why = answer.try_recv().unwrap().unwrap_err();
+                assert_eq!(why, "disk 2 has been replaced already: disk 8 is in its place");
+            }
+        }
+        let (reply, _answer) = oneshot::channel();
+        assert!(meant(Order::Stop(reply), Some(DiskId(8))).is_some());
     }
 }
