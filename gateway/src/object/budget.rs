@@ -214,7 +214,8 @@ impl Budget {
     }
 
     /// Bytes granted now: of reads, and of writes.
-    pub(crate) fn granted(&self) -> [u64; 2] {
+    #[cfg(test)]
+    fn granted(&self) -> [u64; 2] {
         let left = self.0.left();
         [self.0.reads - left.reads, self.0.writes + self.0.newest - left.writes - left.newest]
     }

@@ -156,11 +156,6 @@ impl ObjectStore {
         &self.inner.memory
     }
 
-    /// Bytes of payloads in memory now: on their way to clients, and on their way to disks.
-    pub fn memory_in_use(&self) -> [u64; 2] {
-        self.memory().granted()
-    }
-
     /// Chunks that readers found missing or corrupt; the healer takes them from here.
     pub fn reports(&self) -> &Reports {
         &self.inner.reports
