@@ -561,8 +561,8 @@ fn a_failed_call_is_never_answered_for() {
     }
 }
 
-/// One read fails while the store recovers, or all from one on, and not the next time: nothing that may have been acknowledged is removed or
-/// punched for it, and nothing wrong is indexed.
+/// One read fails while the store recovers, or all from one on, and not the next time: nothing that may have been
+/// acknowledged is removed or punched for it, and nothing wrong is indexed.
 #[test]
 fn a_read_that_fails_during_recovery_loses_nothing() {
     let mut random = Random(7);

@@ -2,8 +2,8 @@
 //! complete again without an operator.
 //!
 //! Several write and read each key at the same time; what a read may find follows from what was acknowledged by then,
-//! and from writes whose outcome nobody learned. (kill -9 keeps the page cache: this is no test of power loss; the chunk
-//! store's crash enumeration is.)
+//! and from writes whose outcome nobody learned. (kill -9 keeps the page cache: this is no test of power loss; the
+//! chunk store's crash enumeration is.)
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use bytes::Bytes;

@@ -26,7 +26,8 @@ async fn connect(address: &str) -> TcpStream {
     socket.connect(address.parse().unwrap()).await.unwrap()
 }
 
-/// Sends a request and its body without the last byte, as far as the gateway takes it; then nothing, until it is closed.
+/// Sends a request and its body without the last byte, as far as the gateway takes it; then nothing, until it is
+/// closed.
 async fn stop_sending(client: Client, key: String, body: Bytes) {
     let uri = client.presign(&Method::PUT, &format!("/{BUCKET}/{key}"), Duration::from_secs(3600)).unwrap();
     let mut stream = connect(client.address()).await;

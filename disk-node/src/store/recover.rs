@@ -157,8 +157,8 @@ impl Recovery {
         Ok((Core::new(self.shared, self.disk, segments), self.report))
     }
 
-    /// Takes the chunks of missing segments out of the index: who asks for them must be told that they are not there. Should
-    /// the files come back, their records are found like those of any unknown segment.
+    /// Takes the chunks of missing segments out of the index: who asks for them must be told that they are not there.
+    /// Should the files come back, their records are found like those of any unknown segment.
     fn forget_missing(&mut self, missing: &HashSet<u32>, batch: &mut Batch) -> Result<(), OpenError> {
         if missing.is_empty() {
             return Ok(());

@@ -145,8 +145,8 @@ fn serve(of: &Arc<Inner>, left: &mut Left) -> Vec<Grant> {
 }
 
 impl Budget {
-    /// A budget of so many bytes: three eighths for reads, half for writes in order of arrival, an eighth for the newest
-    /// write.
+    /// A budget of so many bytes: three eighths for reads, half for writes in order of arrival, an eighth for the
+    /// newest write.
     pub(crate) fn new(bytes: u64) -> Budget {
         let (reads, newest) = (bytes / 8 * 3, bytes / 8);
         let writes = bytes - reads - newest;

@@ -1,14 +1,15 @@
 //! Which placement group an extent goes to, and how wide it is written while disks are down. Pure.
 //!
 //! A group whose slots' disks are all up takes the extent as its scheme says. When there is none, the group with the
-//! most disks up is taken: where enough of them are up the extent keeps its K+M and names the missing chunks; with fewer
-//! it is written narrower, so that as many further disks may still fail as the scheme promises (4+2 with two of six
-//! disks dead: 2+2 on the four left).
+//! most disks up is taken: where enough of them are up the extent keeps its K+M and names the missing chunks; with
+//! fewer it is written narrower, so that as many further disks may still fail as the scheme promises (4+2 with two of
+//! six disks dead: 2+2 on the four left).
 //!
 //! Enough are those that leave K when one more failure domain of the scheme's kind goes, the fullest: 4+2 on three
-//! servers of two disks each is written as 3+2 while a disk is down. Where not even one domain can be spared, nothing is
-//! written. A group whose whole width cannot bear the loss of a domain is not asked for more than it can give.
+//! servers of two disks each is written as 3+2 while a disk is down. Where not even one domain can be spared, nothing
+//! is written. A group whose whole width cannot bear the loss of a domain is not asked for more than it can give.
 
+use granary_meta::record::ExtentRef;
 use granary_placement::codec::ChunkSet;
 use granary_placement::id::{DiskId, PlacementGroupId};
 use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
@@ -72,6 +73,23 @@ impl Choice {
         let domains = chunks.iter().filter_map(|index| self.domains.get(usize::from(index)).copied());
         bears(usize::from(self.scheme.k), self.left_over, domains)
     }
+}
+
+/// Whether an extent of which these chunks are in their places by that map may be acknowledged; see
+/// [`Choice::is_durable`].
+pub(super) fn is_durable(map: &ClusterMap, extent: &ExtentRef, chunks: ChunkSet) -> bool {
+    let Some(group) = map.group(extent.group) else { return false };
+    let Some(scheme) = map.schemes.get(&group.scheme) else { return false };
+    let all = domains_of(map, scheme.failure_domain, &group.slots);
+    let k = usize::from(extent.k);
+    let slots = chunks.iter().filter_map(|index| extent.slots.get(usize::from(index)));
+    let domains = slots.filter_map(|slot| all.get(usize::from(*slot)).copied());
+    bears(k, k.min(most_left(usize::from(scheme.k), &all)), domains)
+}
+
+/// So many chunks of a whole group are left when its fullest domain is gone, at most K: more cannot be asked for.
+fn most_left(k: usize, all: &[u8]) -> usize {
+    (0..=k).rev().find(|left| bears(0, *left, all.iter().copied())).unwrap_or_default()
 }
 
 /// Whether chunks in these domains bear the loss of one chunk and of the fullest domain.
@@ -203,8 +221,7 @@ fn shape(
     let places = || (0u8..).zip(slots.iter().map(|slot| slot.current)).zip(all.iter().copied());
     let up: Vec<u8> = places().filter(|((_, disk), _)| takes(*disk)).map(|(_, domain)| domain).collect();
     let (k, m) = (usize::from(scheme.k), usize::from(scheme.m));
-    // What the whole group leaves is all that can be asked for.
-    let most = (0..=k).rev().find(|left| bears(0, *left, all.iter().copied())).unwrap_or_default();
+    let most = most_left(k, &all);
     let left_over = |k: usize| k.min(most);
     if bears(k, left_over(k), up.iter().copied()) {
         let (slots, disks) = places().map(|((slot, disk), _)| (slot, takes(disk).then_some(disk))).unzip();

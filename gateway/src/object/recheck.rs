@@ -4,9 +4,11 @@
 //! now; any other is missing. One on the slot's previous disk is read there, and the repair may even find it, but that
 //! disk is given up when the move ends: no extent is committed that would be lost by then.
 
+use super::choose::is_durable;
 use super::slot_of;
 use granary_meta::record::ExtentRef;
 use granary_meta::ChunkRef;
+use granary_placement::codec::ChunkSet;
 use granary_placement::id::{DiskId, ExtentId};
 use granary_placement::map::ClusterMap;
 use granary_wire::chunk::ChunkId;
@@ -16,7 +18,7 @@ use std::collections::{HashMap, HashSet};
 /// those of other extents are ignored.
 ///
 /// # Errors
-/// An extent of which no spare chunk is left in its place: it must not be acknowledged.
+/// An extent that does not bear the loss of one more failure domain: it must not be acknowledged.
 pub(super) fn recheck(
     map: &ClusterMap,
     extents: &[ExtentRef],
@@ -27,7 +29,7 @@ pub(super) fn recheck(
         written.iter().map(|(disk, chunk)| ((chunk.extent, chunk.index), *disk)).collect();
     let known: HashSet<ChunkRef> = missing.iter().copied().collect();
     for extent in extents {
-        let mut in_place = 0usize;
+        let mut in_place = ChunkSet::EMPTY;
         for index in (0..u8::MAX).take(extent.slots.len()) {
             let chunk = ChunkRef { group: extent.group, extent: extent.extent, index };
             if known.contains(&chunk) {
@@ -35,12 +37,12 @@ pub(super) fn recheck(
             }
             let disk = on.get(&(extent.extent, index)).copied();
             if disk.is_some() && slot_of(map, extent, index).map(|slot| slot.current) == disk {
-                in_place += 1;
+                in_place = in_place.with(index);
             } else {
                 missing.push(chunk);
             }
         }
-        if in_place <= usize::from(extent.k) {
+        if !is_durable(map, extent, in_place) {
             return Err(extent.extent);
         }
     }

@@ -76,8 +76,8 @@ pub async fn set(shards: &Shards, name: &str, value: Option<&str>) -> Result<(&'
     }
 }
 
-/// Puts the root shard's settings over those of this process every three seconds, for ever. While the root shard does not
-/// answer, the last ones hold.
+/// Puts the root shard's settings over those of this process every three seconds, for ever. While the root shard does
+/// not answer, the last ones hold.
 pub async fn watch(shards: Shards, values: watch::Sender<Arc<Values>>) {
     let mut known = 0;
     loop {

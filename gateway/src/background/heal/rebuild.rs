@@ -1,8 +1,8 @@
 //! The repair queue's worker: rebuilds what is queued, verifies it, and only then takes it off the queue.
 //!
 //! A chunk is rebuilt block by block from whatever can be read, its own good blocks and those of other damaged chunks
-//! among it. A corrupt chunk stays on its disk until the new one is whole there: a disk replaces one by the other in one
-//! step, so that a healer or a disk that dies in the middle takes nothing away.
+//! among it. A corrupt chunk stays on its disk until the new one is whole there: a disk replaces one by the other in
+//! one step, so that a healer or a disk that dies in the middle takes nothing away.
 
 use super::plan::{Planner, Target, Task};
 use super::slots::Moves;
