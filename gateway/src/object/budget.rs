@@ -50,10 +50,9 @@ enum Share {
 
 #[derive(Debug)]
 struct Inner {
-    /// How many bytes each share has in all.
+    /// How many bytes the shares of reads, and of writes in order of arrival, have in all.
     reads: u64,
     writes: u64,
-    newest: u64,
     left: Mutex<Left>,
 }
 
@@ -151,7 +150,7 @@ impl Budget {
         let (reads, newest) = (bytes / 8 * 3, bytes / 8);
         let writes = bytes - reads - newest;
         let left = Left { reads, writes, newest, waiting: VecDeque::new() };
-        Budget(Arc::new(Inner { reads, writes, newest, left: Mutex::new(left) }))
+        Budget(Arc::new(Inner { reads, writes, left: Mutex::new(left) }))
     }
 
     /// Bytes for a read; None when there are not so many now.
@@ -212,13 +211,6 @@ impl Budget {
         left.waiting.retain(|waiter| !waiter.grant.is_closed());
         !left.waiting.is_empty()
     }
-
-    /// Bytes granted now: of reads, and of writes.
-    #[cfg(test)]
-    fn granted(&self) -> [u64; 2] {
-        let left = self.0.left();
-        [self.0.reads - left.reads, self.0.writes + self.0.newest - left.writes - left.newest]
-    }
 }
 
 #[cfg(test)]
@@ -232,16 +224,22 @@ mod tests {
         Budget::new(80)
     }
 
+    /// Bytes granted now: of reads, and of writes.
+    fn granted(budget: &Budget) -> [u64; 2] {
+        let left = budget.0.left();
+        [30 - left.reads, 50 - left.writes - left.newest]
+    }
+
     #[test]
     fn reads_take_what_is_there_and_never_wait() {
         let budget = budget();
         let first = budget.try_read(20).unwrap();
         assert!(budget.try_read(11).is_none() && !budget.may_prefetch());
         let second = budget.try_read(10).unwrap();
-        assert_eq!(budget.granted(), [30, 0]);
+        assert_eq!(granted(&budget), [30, 0]);
         drop((first, second));
         assert!(budget.may_prefetch());
-        assert_eq!(budget.granted(), [0, 0]);
+        assert_eq!(granted(&budget), [0, 0]);
     }
 
     #[test]
@@ -251,9 +249,9 @@ mod tests {
         let bytes = Grant::with(&grant, Bytes::from_static(b"some bytes"));
         let (slice, empty) = (bytes.slice(2..4), bytes.slice(0..0));
         drop((grant, bytes, empty));
-        assert_eq!((&slice[..], budget.granted()), (&b"me"[..], [30, 0]));
+        assert_eq!((&slice[..], granted(&budget)), (&b"me"[..], [30, 0]));
         drop(slice);
-        assert_eq!(budget.granted(), [0, 0]);
+        assert_eq!(granted(&budget), [0, 0]);
     }
 
     #[test]
@@ -274,16 +272,16 @@ mod tests {
         drop(waiting.remove(0));
         all.take();
         let rest: Vec<Grant> = waiting.into_iter().map(|write| write.now_or_never().unwrap()).collect();
-        assert_eq!((budget.granted(), budget.is_short()), ([0, 30], false));
+        assert_eq!((granted(&budget), budget.is_short()), ([0, 30], false));
         drop((rest, last));
-        assert_eq!(budget.granted(), [0, 0]);
+        assert_eq!(granted(&budget), [0, 0]);
     }
 
     #[test]
     fn more_than_there_ever_is_counts_as_all_there_is() {
         let budget = budget();
         let all = budget.write(1 << 40).now_or_never().unwrap();
-        assert_eq!(budget.granted(), [0, 40]);
+        assert_eq!(granted(&budget), [0, 40]);
         drop(all);
         assert!(budget.try_write(1 << 40).is_some());
     }
@@ -306,6 +304,6 @@ mod tests {
         for write in writes {
             write.await.unwrap();
         }
-        assert_eq!((budget.granted(), budget.is_short()), ([0, 0], false));
+        assert_eq!((granted(&budget), budget.is_short()), ([0, 0], false));
     }
 }
