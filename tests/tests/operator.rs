@@ -260,7 +260,9 @@ fn a_cluster_run_by_hand_is_formed_served_by_two_gateways_repaired_and_stopped()
         operator.run("granary", &[args, &["--admin", &admin_b, "--token-file", "admin-token"]].concat())
     };
     ask(&["census"]).well();
-    operator.run("granary", &["status", "--admin", &admin_b, "--token-file", "wrong-token"]).failed(&["401", "wrong"]);
+    operator
+        .run("granary", &["status", "--admin", &admin_b, "--token-file", "wrong-token"])
+        .failed(&["admin token", "wrong"]);
 
     // A disk dies and is wiped.
     nodes.remove(2).kill();
