@@ -157,8 +157,8 @@ impl Gateway {
         };
         let stop = || gateway.stops[BACKGROUND].clone();
         let shards = gateway.shards.clone();
-        let watch_stop = stop();
-        background(Box::pin(async move { shards.watch_map(watch_stop).await }));
+        let (heard, watch_stop) = (gateway.disks.heard_epoch(), stop());
+        background(Box::pin(async move { shards.watch_map(heard, watch_stop).await }));
         let sources = Sources {
             shards: gateway.shards.clone(),
             disks: gateway.disks.clone(),

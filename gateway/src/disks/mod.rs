@@ -12,7 +12,7 @@ pub use health::DiskHealth;
 use health::State;
 
 use futures::stream::{self, StreamExt};
-use granary_placement::id::{DiskId, DiskUuid};
+use granary_placement::id::{DiskId, DiskUuid, Epoch};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::settings::Values;
 use granary_wire::auth::Credentials;
@@ -138,6 +138,7 @@ struct Inner {
     table: RwLock<HashMap<DiskId, Arc<Entry>>>,
     kick: Notify,
     changes: watch::Sender<u64>,
+    heard: watch::Sender<Epoch>,
     counters: DiskCounters,
 }
 
@@ -166,6 +167,7 @@ impl Disks {
             table: RwLock::default(),
             kick: Notify::new(),
             changes: watch::Sender::new(0),
+            heard: watch::Sender::new(Epoch(0)),
             counters: DiskCounters::default(),
         });
         let task = Watcher { inner: inner.clone(), addresses: BTreeMap::new(), read_at: None };
@@ -256,6 +258,11 @@ impl Disks {
     /// Changes whenever a disk's health changes or the map brings other disks.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.inner.changes.subscribe()
+    }
+
+    /// The highest epoch of the cluster map that a disk node told with its status, since this gateway began.
+    pub fn heard_epoch(&self) -> watch::Receiver<Epoch> {
+        self.inner.heard.subscribe()
     }
 
     /// Counters.
@@ -361,6 +368,12 @@ impl Inner {
             Ok(ControlResponse::Status(status))
                 if status.uuid == entry.uuid && status.disk.is_none_or(|id| id == entry.id) =>
             {
+                let told = status.epoch;
+                self.heard.send_if_modified(|heard| {
+                    let newer = told > *heard;
+                    *heard = told.max(*heard);
+                    newer
+                });
                 self.change(&entry, |state, settings| state.pinged(now, status, settings));
                 true
             }

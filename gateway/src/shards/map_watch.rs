@@ -1,4 +1,5 @@
-//! The cluster map: asked of the root shard each second, published here, and offered to disk nodes that lag behind.
+//! The cluster map: asked of the root shard when a disk node told of a newer one and every few seconds, published here,
+//! and offered to disk nodes that lag behind.
 //!
 //! Whoever has the map before is told the difference, and the whole map when that does not fit.
 //!
@@ -13,11 +14,13 @@ use granary_placement::map::{apply_diff, diff, ClusterMap, DiskState, MapDiff};
 use granary_wire::control::{ControlRequest, ControlResponse};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-const POLL: Duration = Duration::from_secs(1);
-/// Nodes are asked for their epoch every so many polls.
-const OFFER_POLLS: u32 = 5;
+/// The root shard is asked this often without a reason. Each time costs it a round of its majority.
+const POLL: Duration = Duration::from_secs(5);
+/// And at most this often with one.
+const POLL_AGAIN: Duration = Duration::from_secs(1);
 /// Nodes spoken to at the same time.
 const OFFERS_AT_ONCE: usize = 32;
 /// Differences between maps kept to be offered.
@@ -37,37 +40,47 @@ pub enum MapSet {
 }
 
 impl Shards {
-    /// Keeps the map fresh until `stop`. One task per gateway.
-    pub async fn watch_map(&self, stop: CancellationToken) {
-        let mut polls = 0u32;
+    /// Keeps the map fresh until `stop`. One task per gateway. `heard`: the highest epoch that a disk node told.
+    pub async fn watch_map(&self, mut heard: watch::Receiver<Epoch>, stop: CancellationToken) {
         let mut root_lost = false;
         loop {
             match self.refresh_map().await {
-                Ok(changed) => {
-                    if root_lost {
-                        tracing::info!("the root shard answers again");
-                        root_lost = false;
-                    }
-                    if changed || polls.is_multiple_of(OFFER_POLLS) {
-                        self.offer_map().await;
-                    }
+                Ok(_) if root_lost => {
+                    tracing::info!("the root shard answers again");
+                    root_lost = false;
                 }
+                Ok(_) => {}
                 Err(error) => {
                     if !root_lost {
                         tracing::warn!(%error, "cannot ask the root shard for the cluster map");
                         root_lost = true;
                     }
-                    // Nodes that lost everything but their disk learn the map from us even while the root shard has no
-                    // leader.
-                    self.offer_map().await;
                 }
             }
-            polls = polls.wrapping_add(1);
+            // Nodes that lost everything but their disk learn the map from us even while the root shard has no leader.
+            self.offer_map().await;
+            let soon = root_lost || !*self.inner.confirmed.borrow();
             tokio::select! {
-                () = tokio::time::sleep(jitter(POLL)) => {}
+                () = self.wait_for_a_reason(&mut heard, soon) => {}
                 () = stop.cancelled() => return,
             }
         }
+    }
+
+    /// Waits until the root shard should be asked again.
+    async fn wait_for_a_reason(&self, heard: &mut watch::Receiver<Epoch>, soon: bool) {
+        tokio::time::sleep(jitter(POLL_AGAIN)).await;
+        if soon {
+            return;
+        }
+        let known = self.current_map().map_or(Epoch(0), |map| map.epoch);
+        let newer = async {
+            // It ends with an error when nobody tells any more.
+            if heard.wait_for(|told| *told > known).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let _ = tokio::time::timeout(jitter(POLL - POLL_AGAIN), newer).await;
     }
 
     /// Asks the root shard for the map once. True when it is another than the one known.

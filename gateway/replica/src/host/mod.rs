@@ -291,7 +291,7 @@ impl MetaHost {
         });
         let opened = match opened.await {
             Ok(Ok((log, machine))) => {
-                Replica::open(inner.peers.clone(), inner.config.timing.clone(), log, machine).await
+                Replica::open(inner.peers.clone(), inner.config.timing.of(shard), log, machine).await
             }
             Ok(Err(error)) => Err(error.to_string()),
             Err(error) => Err(error.to_string()),

@@ -193,6 +193,21 @@ impl Timing {
         Duration::from_millis(self.election_min_ms)
     }
 
+    /// The timers of that shard. The root shard never sleeps, and no client waits for it but one that makes or deletes
+    /// a bucket: its timers run slower, for they are most of what a cluster costs that nobody uses.
+    #[must_use]
+    pub fn of(&self, shard: ShardId) -> Timing {
+        match shard {
+            ShardId::ROOT => Timing {
+                heartbeat_ms: self.heartbeat_ms.saturating_mul(4).min(self.election_min_ms),
+                election_min_ms: self.election_min_ms.saturating_mul(2),
+                election_max_ms: self.election_max_ms.saturating_mul(2),
+                ..self.clone()
+            },
+            _ => self.clone(),
+        }
+    }
+
     /// From the settings `node.raft_*`.
     pub fn from_settings(values: &Values) -> Timing {
         Timing {
