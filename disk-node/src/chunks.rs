@@ -4,12 +4,13 @@
 use crate::label::Label;
 use crate::leases::{LeaseRefused, Leases, UnderLease};
 use crate::maps::{MapRefused, Maps, News};
-use crate::roles::{OnFatal, Roles};
+use crate::roles::{no_map, OnFatal, Roles};
 use crate::store::handle::{Store, Upload};
 use crate::store::StoreError;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
+use granary_placement::id::{DiskId, DiskUuid};
 use granary_placement::lease::LeaseStamp;
 use granary_placement::map::MapError;
 use granary_wire::chunk::{ChunkId, ChunkSpec};
@@ -91,8 +92,8 @@ impl ChunkSink for Sink {
 }
 
 impl NodeService for Node {
-    fn control(&self, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
-        async move { self.answer(request).await.unwrap_or_else(ControlResponse::Error) }.boxed()
+    fn control(&self, from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
+        async move { self.answer(from, request).await.unwrap_or_else(ControlResponse::Error) }.boxed()
     }
 
     fn begin_chunk(
@@ -163,7 +164,7 @@ fn at_most(count: usize, limit: usize) -> Result<(), ControlError> {
 }
 
 impl Node {
-    async fn answer(&self, request: ControlRequest) -> Result<ControlResponse, ControlError> {
+    async fn answer(&self, caller: Option<DiskUuid>, request: ControlRequest) -> Result<ControlResponse, ControlError> {
         Ok(match request {
             ControlRequest::Status => ControlResponse::Status(self.status()?),
             ControlRequest::DeleteChunks { chunks, lease } => {
@@ -211,15 +212,18 @@ impl Node {
                 ControlResponse::Shard(self.roles.serve_shard(shard, &request).await?)
             }
             ControlRequest::Raft { shard, from, message } => {
+                self.check_sender(caller, from)?;
                 ControlResponse::Raft(self.roles.raft(shard, from, message).await?)
             }
             ControlRequest::RaftBatch { from, messages } => {
+                self.check_sender(caller, from)?;
                 if messages.len() > MAX_CHUNKS {
                     return Err(ControlError::BadRequest(format!("{} Raft messages in a batch", messages.len())));
                 }
                 ControlResponse::RaftBatch(self.roles.raft_batch(from, messages).await)
             }
             ControlRequest::LinkBeat { from, message } => {
+                self.check_sender(caller, from)?;
                 ControlResponse::LinkBeat(self.roles.link_beat(from, message).await?)
             }
             ControlRequest::InitShard { shard, members } => {
@@ -256,6 +260,22 @@ impl Node {
             ControlRequest::GetMap => ControlResponse::Map(self.maps.newest().map(|map| Box::new((*map).clone()))),
             ControlRequest::ShardStatus => ControlResponse::Shards(self.roles.status()),
         })
+    }
+
+    /// Replicas listen to the disk that the newest map means by a number, and to no other: a disk that was given the
+    /// number or the address of another is not that one. Without a map nobody is known.
+    fn check_sender(&self, caller: Option<DiskUuid>, from: DiskId) -> Result<(), ControlError> {
+        let map = self.maps.newest().ok_or_else(no_map)?;
+        match map.disk(from) {
+            Some(disk) if Some(disk.uuid) == caller => Ok(()),
+            Some(disk) => Err(ControlError::BadRequest(format!(
+                "the map says that disk {from} is {}, but {} calls itself that",
+                disk.uuid,
+                caller.map_or_else(|| "a caller that is no disk".to_owned(), |uuid| uuid.to_string())
+            ))),
+            // A newer map may name it.
+            None => Err(ControlError::Unavailable(format!("disk {from} is not in the map of epoch {}", map.epoch))),
+        }
     }
 
     fn status(&self) -> Result<NodeStatus, ControlError> {

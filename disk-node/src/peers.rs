@@ -1,9 +1,10 @@
 //! The other disk nodes: where they are, and one client for each that is talked to.
 
+use crate::label::Label;
 use crate::maps::Maps;
-use granary_placement::id::{DiskId, ShardId};
+use granary_placement::id::{DiskId, DiskUuid, ShardId};
 use granary_wire::control::{ControlRequest, ControlResponse};
-use granary_wire::{ClientLimits, Credentials, LinkError, NodeClient};
+use granary_wire::{ClientLimits, Credentials, Ends, LinkError, NodeClient};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -66,6 +67,7 @@ impl Book {
 /// The other disk nodes.
 pub struct Peers {
     me: DiskId,
+    uuid: DiskUuid,
     maps: Arc<Maps>,
     credentials: Credentials,
     book: Mutex<Book>,
@@ -77,10 +79,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Peers {
-    /// `book` is a file with a JSON object of disk id to `host:port`.
-    pub fn new(me: DiskId, maps: Arc<Maps>, credentials: Credentials, book: Option<PathBuf>) -> Peers {
+    /// As the disk of that label. `book` is a file with a JSON object of disk id to `host:port`.
+    pub fn new(label: &Label, maps: Arc<Maps>, credentials: Credentials, book: Option<PathBuf>) -> Peers {
         let book = Book { path: book, looked: None, modified: None, addresses: BTreeMap::new() };
-        Peers { me, maps, credentials, book: Mutex::new(book), clients: Mutex::new(HashMap::new()) }
+        let (me, uuid) = (label.disk, label.uuid);
+        Peers { me, uuid, maps, credentials, book: Mutex::new(book), clients: Mutex::new(HashMap::new()) }
     }
 
     /// This disk.
@@ -99,15 +102,22 @@ impl Peers {
         map.disk(disk).map(|disk| disk.address.clone()).filter(|address| !address.is_empty())
     }
 
-    /// The client of a disk's node; a new one when its address changed.
+    /// The disk that has this number in the newest map.
+    pub fn uuid_of(&self, disk: DiskId) -> Option<DiskUuid> {
+        self.maps.newest()?.disk(disk).map(|disk| disk.uuid)
+    }
+
+    /// The client of a disk's node; a new one when its address changed, or the disk that has the number. None while no
+    /// map says which disk that is.
     pub fn client(&self, disk: DiskId) -> Option<NodeClient> {
         let address = self.address(disk)?;
+        let ends = Ends { to: Some(self.uuid_of(disk)?), from: Some(self.uuid) };
         let mut clients = lock(&self.clients);
         // As many as disks were ever talked to: members of shards here, a handful.
         match clients.get(&disk) {
-            Some(client) if client.address() == address => Some(client.clone()),
+            Some(client) if client.address() == address && client.ends() == ends => Some(client.clone()),
             _ => {
-                let client = NodeClient::new(address, self.credentials.clone(), ClientLimits::default());
+                let client = NodeClient::new(address, ends, self.credentials.clone(), ClientLimits::default());
                 clients.insert(disk, client.clone());
                 Some(client)
             }

@@ -1,8 +1,7 @@
 //! The metadata role: shard replicas on this disk. The only file that knows granary-replica.
 //!
 //! A disk without the role has no `DIR/meta` and opens nothing. The host is opened at start when the folder is there,
-//! and otherwise when the map gives this disk the role, or when the first peer speaks to a replica here before any map
-//! is known.
+//! and otherwise when the map gives this disk the role.
 
 use crate::maps::Maps;
 use crate::peers::Peers;
@@ -67,6 +66,11 @@ impl Transport {
         }
         .boxed()
     }
+}
+
+/// A node without a map does not know who is who, and takes part in no shard.
+pub fn no_map() -> ControlError {
+    ControlError::Unavailable("no cluster map is known here yet".to_owned())
 }
 
 impl PeerTransport for Transport {
@@ -221,13 +225,15 @@ impl Roles {
         self.host.get().ok_or(ControlError::NoSuchShard(shard))
     }
 
-    /// For requests that may make a replica: opens the host unless the map denies this disk the role.
+    /// For requests that may make a replica: opens the host if the map gives this disk the role.
     async fn host_for_new(&self, shard: ShardId) -> Result<&MetaHost, ControlError> {
         if let Some(host) = self.host.get() {
             return Ok(host);
         }
-        if self.granted() == Some(false) {
-            return Err(ControlError::NoSuchShard(shard));
+        match self.granted() {
+            None => return Err(no_map()),
+            Some(false) => return Err(ControlError::NoSuchShard(shard)),
+            Some(true) => {}
         }
         self.open().await.map_err(|error| ControlError::Disk(error.to_string()))
     }

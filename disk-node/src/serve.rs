@@ -114,7 +114,7 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
     let leases = Arc::new(Leases::open(&options.dir)?);
     let metrics = Arc::new(Metrics::new().map_err(|error| ServeError::Metrics(error.to_string()))?);
     let store = open_store(&options, &label, metrics.clone()).await?;
-    let peers = Arc::new(Peers::new(label.disk, maps.clone(), credentials.clone(), options.addresses.clone()));
+    let peers = Arc::new(Peers::new(&label, maps.clone(), credentials.clone(), options.addresses.clone()));
     let background = stop.child_token();
     let on_fatal: Arc<dyn Fn(String) + Send + Sync> = Arc::new(|reason: String| end(&reason));
     let roles =
@@ -136,7 +136,7 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
     write_address(&options.dir, bound)?;
     tracing::info!(%bound, disk = label.disk.0, uuid = %label.uuid, cluster = %label.cluster, "serving");
     let limits = ServerLimits::from_settings(&options.values);
-    let server = tokio::spawn(granary_wire::serve(listener, node, credentials, limits, stop.clone()));
+    let server = tokio::spawn(granary_wire::serve(listener, node, (label.uuid, credentials), limits, stop.clone()));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("signal handler"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("signal handler"))?;
     tokio::select! {

@@ -3,12 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use bytes::Bytes;
-use granary_placement::id::{ClusterId, ExtentId, HashSlot, PlacementGroupId};
+use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ExtentId, HashSlot, PlacementGroupId, ShardId};
 use granary_placement::lease::LeaseStamp;
-use granary_placement::scheme::CodecId;
+use granary_placement::map::{
+    deal_hash_slots, ClusterMap, Disk as MapDisk, DiskState, GroupSlot, Location, PlacementGroup, Roles, ShardReplicas,
+};
+use granary_placement::scheme::{CodecId, FailureDomain, Scheme};
 use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
-use granary_wire::{ChunkError, ClientLimits, ClusterSecret, Credentials, NodeClient};
+use granary_wire::error::{AuthError, LinkError};
+use granary_wire::{ChunkError, ClientLimits, ClusterSecret, Credentials, Ends, NodeClient};
+use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -95,8 +100,12 @@ struct Running {
 
 impl Running {
     fn client(&self) -> NodeClient {
+        self.client_as(Ends::default())
+    }
+
+    fn client_as(&self, ends: Ends) -> NodeClient {
         let credentials = Credentials { cluster: CLUSTER, secret: ClusterSecret::from_hex(SECRET).unwrap() };
-        NodeClient::new(self.address.clone(), credentials, ClientLimits::default())
+        NodeClient::new(self.address.clone(), ends, credentials, ClientLimits::default())
     }
 
     fn signal(&self, name: &str) {
@@ -347,6 +356,87 @@ async fn what_is_not_this_nodes_disk_is_refused_in_words() {
     std::fs::write(disk.dir().join("label.json"), b"{\"version\": 1}").unwrap();
     let (code, text) = serve(&[]);
     assert!(code == Some(2) && text.contains("damaged"), "{text}");
+}
+
+/// Three disks, of which the second is `second`; the metadata lie on the first, which is not this node.
+fn map(second: DiskUuid) -> ClusterMap {
+    let disk = |id: u32| MapDisk {
+        id: DiskId(id),
+        uuid: if id == 4 { second } else { DiskUuid([id as u8; 16]) },
+        address: format!("127.0.0.1:{id}"),
+        location: Location { zone: "z".into(), rack: "r".into(), server: "s".into() },
+        weight: 1,
+        roles: Roles { storage: true, metadata: id == 3 },
+        state: DiskState::In,
+    };
+    let slots = (3..6).map(|id| GroupSlot::new(DiskId(id))).collect();
+    ClusterMap {
+        cluster_id: CLUSTER,
+        epoch: Epoch(1),
+        next_disk_id: 7,
+        disks: (3..6).map(|id| (DiskId(id), disk(id))).collect(),
+        schemes: BTreeMap::from([("s".to_owned(), Scheme::new(2, 1, FailureDomain::Disk).unwrap())]),
+        default_scheme: "s".to_owned(),
+        groups: BTreeMap::from([(PlacementGroupId(1), PlacementGroup { scheme: "s".to_owned(), slots })]),
+        shards: vec![ShardReplicas { members: vec![DiskId(3)] }; 2],
+        slot_shards: deal_hash_slots(1),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_takes_nothing_that_is_meant_for_another_disk() {
+    let disk = Disk::new();
+    let node = disk.serve();
+    let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
+    let right = node.client_as(Ends { to: Some(status.uuid), from: None });
+    put(&right, 1, 1000).await.unwrap();
+
+    let wrong = node.client_as(Ends { to: Some(DiskUuid([9; 16])), from: None });
+    assert_eq!(put(&wrong, 2, 1000).await, Err(ChunkError::Link(LinkError::Auth(AuthError::Disk))));
+    assert_eq!(get(&wrong, 1).await, Err(ChunkError::Link(LinkError::Auth(AuthError::Disk))));
+    let deletion = ControlRequest::DeleteChunks { chunks: vec![chunk(1)], lease: None };
+    let deleted = wrong.control(deletion, Duration::from_secs(10)).await;
+    assert_eq!(deleted, Err(LinkError::Auth(AuthError::Disk)));
+    assert_eq!(ask(&right, ControlRequest::HaveChunks(vec![chunk(1), chunk(2)])).await, {
+        ControlResponse::Have(vec![true, false])
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_listen_to_the_disks_of_the_map_and_to_nobody_before_there_is_one() {
+    let disk = Disk::new();
+    let node = disk.serve();
+    let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
+    let caller = |from| node.client_as(Ends { to: Some(status.uuid), from });
+    let third = caller(Some(DiskUuid([3; 16])));
+    let messages = || {
+        let (shard, from, message) = (ShardId::ROOT, DiskId(3), Bytes::from_static(b"\x01"));
+        [
+            ControlRequest::Raft { shard, from, message: message.clone() },
+            ControlRequest::RaftBatch { from, messages: vec![(shard, message.clone())] },
+            ControlRequest::LinkBeat { from, message },
+        ]
+    };
+    for message in messages() {
+        let answer = ask(&third, message).await;
+        assert!(matches!(answer, ControlResponse::Error(ControlError::Unavailable(_))), "{answer:?}");
+    }
+    let init = ControlRequest::InitShard { shard: ShardId::ROOT, members: vec![DiskId(4)] };
+    let answer = ask(&third, init).await;
+    assert!(matches!(answer, ControlResponse::Error(ControlError::Unavailable(_))), "{answer:?}");
+    assert!(!disk.dir().join("meta").exists(), "nothing was made for them");
+
+    assert_eq!(ask(&third, ControlRequest::OfferMap(Box::new(map(status.uuid)))).await, ControlResponse::Done);
+    for stranger in [None, Some(DiskUuid([5; 16])), Some(DiskUuid([9; 16]))] {
+        for message in messages() {
+            let answer = ask(&caller(stranger), message).await;
+            assert!(matches!(answer, ControlResponse::Error(ControlError::BadRequest(_))), "{answer:?}");
+        }
+    }
+    // The third disk is heard: this node holds no replica, and says so.
+    let [message, ..] = messages();
+    let answer = ask(&third, message).await;
+    assert_eq!(answer, ControlResponse::Error(ControlError::NoSuchShard(ShardId::ROOT)));
 }
 
 /// The kernel refuses one sync; the process must end without an answer, and a fresh one must hold what was acknowledged

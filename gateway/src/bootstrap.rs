@@ -73,7 +73,8 @@ pub async fn check_disks(disks: &Disks, map: &ClusterMap) -> Result<(), FormErro
 async fn check_disk(disks: &Disks, map: &ClusterMap, disk: &Disk, deadline: Instant) -> Result<(), FormError> {
     let (id, uuid) = (disk.id, disk.uuid);
     loop {
-        let client = disks.client(id).ok_or(FormError::NotInMap(id))?;
+        // Whichever disk answers there, so that it can be named.
+        let client = disks.client_at(disks.client(id).ok_or(FormError::NotInMap(id))?.address());
         let failed = |why: String| FormError::Mistaken { disk: id, address: client.address().to_owned(), why };
         let known = match client.control(ControlRequest::Status, ATTEMPT).await {
             Ok(ControlResponse::Status(found)) if found.uuid != uuid || found.disk.is_some_and(|found| found != id) => {

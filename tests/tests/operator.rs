@@ -318,3 +318,70 @@ fn a_cluster_run_by_hand_is_formed_served_by_two_gateways_repaired_and_stopped()
         assert!(said.contains("no damage found; every block was read"), "{said}");
     }
 }
+
+/// Two nodes come back on each other's addresses. What is written meanwhile lies on the right disks or is refused.
+#[test]
+fn disks_that_swapped_addresses_take_nothing_meant_for_each_other() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let mut random = Random::of_this_run("swapped");
+    let operator = Operator::new();
+    let mut nodes = Vec::new();
+    let mut disks = Vec::new();
+    for number in 1..=6 {
+        let dir = format!("disk-{number}");
+        let uuid = operator.format(&dir, number);
+        let (node, address) = operator.serve(&dir, "127.0.0.1:0");
+        nodes.push((node, address.clone()));
+        disks.push(json!({"uuid": uuid, "address": address, "zone": "a", "rack": "1", "server": "s1", "weight": 1000, "metadata": true}));
+    }
+    let config = json!({"cluster_id": CLUSTER, "scheme": "4+2", "failure_domain": "disk", "shards": 2, "disks": disks});
+    operator.init(&config, "cluster-secret").well();
+    let [s3, admin] = free_ports::<2>().map(|port| format!("127.0.0.1:{port}"));
+    let gateway = operator.gateway(&s3, &admin);
+    let client = operator.client(&s3);
+    let body: Bytes = random.bytes(3_000_000).into();
+    runtime.block_on(async {
+        assert_eq!(client.make_bucket("swapped").await.unwrap().status, 200);
+        assert_eq!(client.put("swapped", "before", body.clone()).await.unwrap().status, 200);
+    });
+
+    let (second, at_second) = nodes.remove(1);
+    let (first, at_first) = nodes.remove(0);
+    assert_eq!((first.stop(), second.stop()), (Some(0), Some(0)));
+    let chunks = |dir: &str| {
+        let said = operator.run("granary-disk-node", &["inspect", "--dir", dir, "--json"]).well();
+        let report: Value = serde_json::from_str(&said).unwrap();
+        report["segments"].as_array().unwrap().iter().map(|segment| segment["records"].as_u64().unwrap()).sum::<u64>()
+    };
+    let before = [chunks("disk-1"), chunks("disk-2")];
+    assert!(before.iter().all(|chunks| *chunks > 0), "{before:?}");
+    let first = operator.serve("disk-1", &at_second).0;
+    let second = operator.serve("disk-2", &at_first).0;
+    // Both are known to be elsewhere once their pings were refused; before that a write may time out.
+    let stored = eventually("a write", || {
+        let key = format!("while-{}", random.number());
+        let answer = runtime.block_on(client.put("swapped", &key, body.clone())).unwrap();
+        (answer.status == 200).then_some(key)
+    });
+    let read = |key: &str| {
+        let answer = runtime.block_on(client.get("swapped", key)).unwrap();
+        (answer.status == 200).then(|| assert!(answer.body == body, "{key}: other bytes"))
+    };
+    eventually("reads while two disks are not where they belong", || read("before").and_then(|()| read(&stored)));
+    assert_eq!((first.stop(), second.stop()), (Some(0), Some(0)));
+    assert_eq!([chunks("disk-1"), chunks("disk-2")], before, "chunks on a disk that was not meant");
+
+    let first = operator.serve("disk-1", &at_first).0;
+    let second = operator.serve("disk-2", &at_second).0;
+    eventually("full redundancy", || {
+        let args = ["census", "--admin", &admin, "--token-file", "admin-token"];
+        (operator.run("granary", &args).code == Some(0)).then_some(())
+    });
+    for key in ["before", &stored] {
+        read(key).expect("every disk is at its place again");
+    }
+    assert_eq!(gateway.stop(), Some(0));
+    for node in [first, second].into_iter().chain(nodes.into_iter().map(|(node, _)| node)) {
+        assert_eq!(node.stop(), Some(0));
+    }
+}

@@ -22,6 +22,9 @@ pub enum AuthError {
     /// The other end does not know the cluster secret.
     #[error("the peer does not have the same cluster secret")]
     Secret,
+    /// The client meant another disk than the one at this address.
+    #[error("another disk answers at this address than the one meant")]
+    Disk,
     /// A request or an answer that was altered, replayed or put in another order.
     #[error("a message does not carry the authentication code it should")]
     Message,

@@ -15,7 +15,7 @@ use futures::stream::{self, StreamExt};
 use granary_placement::id::{DiskId, DiskUuid, Epoch};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::settings::Values;
-use granary_wire::auth::Credentials;
+use granary_wire::auth::{Credentials, Ends};
 use granary_wire::client::{ClientLimits, NodeClient};
 use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::error::{ChunkError, LinkError};
@@ -189,7 +189,8 @@ impl Disks {
 
     /// A client of a disk node that the map does not have yet, to see which disk it serves before the map names it.
     pub fn client_at(&self, address: &str) -> NodeClient {
-        NodeClient::new(address.to_owned(), self.inner.credentials.clone(), self.inner.settings.limits.clone())
+        let inner = &self.inner;
+        NodeClient::new(address.to_owned(), Ends::default(), inner.credentials.clone(), inner.settings.limits.clone())
     }
 
     /// Whether a disk answers. A disk the map does not have is Down.
@@ -217,7 +218,7 @@ impl Disks {
             ChunkError::Link(LinkError::TooLarge) => {}
             ChunkError::Link(link) => {
                 self.inner.counters.service_errors.fetch_add(1, Ordering::Relaxed);
-                let refused = matches!(link, LinkError::Connect(_));
+                let refused = nobody_there(link);
                 self.inner.change(&entry, |state, settings| state.error(now, refused, &error.to_string(), settings));
                 self.inner.kick.notify_one();
             }
@@ -340,11 +341,13 @@ impl Inner {
             let kept = table.get(&disk.id).filter(|entry| entry.address == *address && entry.uuid == disk.uuid);
             let entry = kept.cloned().unwrap_or_else(|| {
                 changed = true;
+                let ends = Ends { to: Some(disk.uuid), from: None };
+                let (credentials, limits) = (self.credentials.clone(), self.settings.limits.clone());
                 Arc::new(Entry {
                     id: disk.id,
                     uuid: disk.uuid,
                     address: address.clone(),
-                    client: NodeClient::new(address.clone(), self.credentials.clone(), self.settings.limits.clone()),
+                    client: NodeClient::new(address.clone(), ends, credentials, limits),
                     state: Mutex::new(State::default()),
                 })
             });
@@ -393,7 +396,7 @@ impl Inner {
                 false
             }
             Err(error) => {
-                let refused = matches!(error, LinkError::Connect(_));
+                let refused = nobody_there(&error);
                 self.change(&entry, |state, settings| state.error(now, refused, &error.to_string(), settings));
                 false
             }
@@ -414,6 +417,11 @@ impl Inner {
         };
         stream::iter(due).for_each_concurrent(self.settings.pings_at_once, |entry| self.ping(entry)).await;
     }
+}
+
+/// Does the error say that the disk that is meant is not there? Another one, or a stranger, may answer at its address.
+fn nobody_there(error: &LinkError) -> bool {
+    matches!(error, LinkError::Connect(_) | LinkError::Auth(_))
 }
 
 /// The one task of [`Disks`].

@@ -86,8 +86,8 @@ impl Disk {
 
     pub fn serve(self: &Arc<Disk>, listener: TcpListener, credentials: Credentials) {
         let service: Arc<dyn NodeService> = Arc::new(Service(self.clone()));
-        let server =
-            tokio::spawn(serve(listener, service, credentials, ServerLimits::default(), CancellationToken::new()));
+        let who = (self.uuid, credentials);
+        let server = tokio::spawn(serve(listener, service, who, ServerLimits::default(), CancellationToken::new()));
         *self.server.lock().unwrap() = Some(server);
     }
 
@@ -179,7 +179,7 @@ impl Disk {
 struct Service(Arc<Disk>);
 
 impl NodeService for Service {
-    fn control(&self, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
+    fn control(&self, _from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
         Box::pin(async move {
             let disk = &self.0;
             disk.hang().await;

@@ -1,7 +1,8 @@
 //! The handshake that opens every connection, and the keys it leaves behind.
 //!
 //! ```text
-//! client -> server  hello    magic 8 | highest version u16 | purpose u8 | older u8 | cluster id 16 | client nonce 32
+//! client -> server  hello    magic 8 | highest version u16 | purpose u8 | older u8 | cluster id 16
+//!                            | disk meant 16 | client's disk 16 | client nonce 32
 //! server -> client  hello    magic 8 | highest version u16 | verdict u8 | older u8 | server nonce 32 | server proof 32
 //! client -> server  proof    client proof 32
 //! server -> client  verdict  u8
@@ -14,9 +15,13 @@
 //! so that ends of different versions can say so: `older` is how many versions before the highest an end speaks as
 //! well. Both ends use the highest version that both speak; since the transcript holds both ranges, nobody between them
 //! can talk them into an older one.
+//!
+//! The hello names the disk that the client means to speak to, and the client's own if it is a disk node. Addresses are
+//! taken over and swapped; a node refuses whoever means another disk, and knows which disk speaks to it. Zeros stand
+//! for "whoever answers" and "no disk": a gateway that looks who is there, and every gateway.
 
 use crate::error::{AuthError, LinkError};
-use granary_placement::id::ClusterId;
+use granary_placement::id::{ClusterId, DiskUuid};
 use hmac::{Hmac, Mac};
 use sha2::{Digest, Sha256};
 use std::fmt;
@@ -67,7 +72,8 @@ impl fmt::Display for VersionRange {
 const MAGIC: [u8; 8] = *b"granary\0";
 const NONCE_BYTES: usize = 32;
 const PREFIX_BYTES: usize = 12;
-const CLIENT_HELLO_BYTES: usize = PREFIX_BYTES + 16 + NONCE_BYTES;
+const UUID_BYTES: usize = 16;
+const CLIENT_HELLO_BYTES: usize = PREFIX_BYTES + 3 * UUID_BYTES + NONCE_BYTES;
 const SERVER_HEAD_BYTES: usize = PREFIX_BYTES + NONCE_BYTES;
 const PROOF_BYTES: usize = 32;
 
@@ -221,6 +227,37 @@ impl Purpose {
     }
 }
 
+/// Which disks a connection is between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Ends {
+    /// The disk that the client means to speak to; None: whoever answers.
+    pub to: Option<DiskUuid>,
+    /// The client's own disk; None for a gateway.
+    pub from: Option<DiskUuid>,
+}
+
+/// No disk has this one.
+const NOBODY: DiskUuid = DiskUuid([0; UUID_BYTES]);
+
+fn said(disk: Option<DiskUuid>) -> [u8; UUID_BYTES] {
+    disk.unwrap_or(NOBODY).0
+}
+
+fn heard(bytes: [u8; UUID_BYTES]) -> Option<DiskUuid> {
+    Some(DiskUuid(bytes)).filter(|disk| *disk != NOBODY)
+}
+
+/// What a server learns of a client.
+#[derive(Debug)]
+pub(crate) struct Caller {
+    /// What the connection is for.
+    pub purpose: Purpose,
+    /// The client's disk, if it is a disk node.
+    pub disk: Option<DiskUuid>,
+    /// The keys of the connection.
+    pub session: Session,
+}
+
 /// A key for HMAC-SHA256, with its pads already hashed.
 #[derive(Clone)]
 pub(crate) struct MacKey(Hmac<Sha256>);
@@ -277,6 +314,7 @@ enum Verdict {
     Cluster,
     Secret,
     Busy,
+    Disk,
 }
 
 impl Verdict {
@@ -287,6 +325,7 @@ impl Verdict {
             Verdict::Cluster => 2,
             Verdict::Secret => 3,
             Verdict::Busy => 4,
+            Verdict::Disk => 5,
         }
     }
 
@@ -298,6 +337,7 @@ impl Verdict {
             2 => Err(AuthError::Cluster.into()),
             3 => Err(AuthError::Secret.into()),
             4 => Err(LinkError::Connect("the peer has no room for more connections".to_owned())),
+            5 => Err(AuthError::Disk.into()),
             other => Err(LinkError::Protocol(format!("unknown verdict {other} in the handshake"))),
         }
     }
@@ -356,14 +396,16 @@ fn lost(error: std::io::Error) -> LinkError {
 pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     credentials: &Credentials,
-    purpose: Purpose,
+    (purpose, ends): (Purpose, Ends),
     versions: VersionRange,
     nonce: [u8; NONCE_BYTES],
 ) -> Result<Session, LinkError> {
     let mut client_hello = [0u8; CLIENT_HELLO_BYTES];
     client_hello[..12].copy_from_slice(&prefix(versions, purpose.number()));
     client_hello[12..28].copy_from_slice(&credentials.cluster.0);
-    client_hello[28..].copy_from_slice(&nonce);
+    client_hello[28..44].copy_from_slice(&said(ends.to));
+    client_hello[44..60].copy_from_slice(&said(ends.from));
+    client_hello[60..].copy_from_slice(&nonce);
     stream.write_all(&client_hello).await.map_err(lost)?;
 
     let mut head = [0u8; PREFIX_BYTES];
@@ -388,13 +430,14 @@ pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(transcript.session(version))
 }
 
-/// The server's side. The caller sets the deadline.
+/// The server's side; `me` is its disk. The caller sets the deadline.
 pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     credentials: &Credentials,
+    me: DiskUuid,
     versions: VersionRange,
     nonce: [u8; NONCE_BYTES],
-) -> Result<(Purpose, Session), LinkError> {
+) -> Result<Caller, LinkError> {
     let mut client_hello = [0u8; CLIENT_HELLO_BYTES];
     let mut head = [0u8; PREFIX_BYTES];
     stream.read_exact(&mut head).await.map_err(lost)?;
@@ -409,6 +452,9 @@ pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(stream, versions, Verdict::Cluster).await;
         return Err(AuthError::Cluster.into());
     }
+    let [mut to, mut from] = [[0u8; UUID_BYTES]; 2];
+    to.copy_from_slice(&client_hello[28..44]);
+    from.copy_from_slice(&client_hello[44..60]);
     let purpose = Purpose::from_number(purpose)
         .ok_or_else(|| LinkError::Protocol(format!("unknown purpose {purpose} in the handshake")))?;
 
@@ -431,8 +477,13 @@ pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
         let _ = stream.write_all(&[Verdict::Secret.number()]).await;
         return Err(AuthError::Secret.into());
     }
+    // Only now: a stranger does not learn which disk this is.
+    if heard(to).is_some_and(|meant| meant != me) {
+        let _ = stream.write_all(&[Verdict::Disk.number()]).await;
+        return Err(AuthError::Disk.into());
+    }
     stream.write_all(&[Verdict::Accepted.number()]).await.map_err(lost)?;
-    Ok((purpose, transcript.session(version)))
+    Ok(Caller { purpose, disk: heard(from), session: transcript.session(version) })
 }
 
 /// Tells a client why it is turned away; whether it hears it does not matter.

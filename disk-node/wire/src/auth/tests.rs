@@ -8,14 +8,21 @@ use tokio::io::{duplex, DuplexStream};
 const SECRET: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
 // Computed with another implementation of HMAC from the description at the top of `auth.rs`: secret and cluster id as
-// in `known`, client nonce 11 11 .., server nonce 22 22 .. .
+// in `known`, disk meant 33 33 .., client's disk 44 44 .., client nonce 11 11 .., server nonce 22 22 .. .
 const CLIENT_HELLO: &str =
-    "6772616e6172790000010200070707070707070707070707070707071111111111111111111111111111111111111111111111111111111111111111";
-const SERVER_HELLO: &str = "6772616e61727900000100002222222222222222222222222222222222222222222222222222222222222222bab138f272a26e8ae472912ccde8359cbeb69ade9f24536d8ffc0210e53bed6f";
-const CLIENT_PROOF: &str = "1956789b4d380d30f1df81e48f043566c8b5b715fd535adbae7261602c0ddd9c";
+    "6772616e61727900000102000707070707070707070707070707070733333333333333333333333333333333444444444444444444444444444444441111111111111111111111111111111111111111111111111111111111111111";
+const SERVER_HELLO: &str = "6772616e61727900000100002222222222222222222222222222222222222222222222222222222222222222ddfa668dfce3b5e2a10e1b63597c612ff5db61df16239716bf3c2fa5efeb4ffc";
+const CLIENT_PROOF: &str = "759f39cd1080558abd44f7bd89c58518cb1cb44e315553bf8db7636006d0c057";
 
 fn known() -> Credentials {
     Credentials { cluster: ClusterId([7; 16]), secret: ClusterSecret::from_hex(SECRET).unwrap() }
+}
+
+/// The disk of the golden handshake.
+const ME: DiskUuid = DiskUuid([0x33; 16]);
+
+fn known_ends() -> Ends {
+    Ends { to: Some(ME), from: Some(DiskUuid([0x44; 16])) }
 }
 
 /// The session of the golden handshake.
@@ -42,7 +49,10 @@ async fn a_client_says_the_golden_bytes() {
         expect(&mut theirs, CLIENT_PROOF).await;
         theirs.write_all(&[0]).await.unwrap();
     });
-    let session = client_handshake(&mut ours, &known(), Purpose::Control, PROTOCOL_VERSIONS, [0x11; 32]).await.unwrap();
+    let session =
+        client_handshake(&mut ours, &known(), (Purpose::Control, known_ends()), PROTOCOL_VERSIONS, [0x11; 32])
+            .await
+            .unwrap();
     server.await.unwrap();
     assert_eq!(session.to_server.mac(&[b"x"]), known_session().to_server.mac(&[b"x"]));
     assert_ne!(session.to_server.mac(&[b"x"]), session.to_client.mac(&[b"x"]));
@@ -57,21 +67,21 @@ async fn a_server_says_the_golden_bytes() {
         theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
         expect(&mut theirs, "00").await;
     });
-    let (purpose, session) = server_handshake(&mut ours, &known(), PROTOCOL_VERSIONS, [0x22; 32]).await.unwrap();
+    let caller = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32]).await.unwrap();
     client.await.unwrap();
-    assert_eq!(purpose, Purpose::Control);
-    assert_eq!(session.to_client.mac(&[b"x"]), known_session().to_client.mac(&[b"x"]));
+    assert_eq!((caller.purpose, caller.disk), (Purpose::Control, known_ends().from));
+    assert_eq!(caller.session.to_client.mac(&[b"x"]), known_session().to_client.mac(&[b"x"]));
 }
 
 /// Runs both ends against each other.
-async fn meet(
-    client: Credentials,
-    server: Credentials,
-) -> (Result<Session, LinkError>, Result<(Purpose, Session), LinkError>) {
+async fn meet(client: Credentials, server: Credentials) -> (Result<Session, LinkError>, Result<Caller, LinkError>) {
     let (mut ours, mut theirs) = duplex(1024);
     tokio::join!(
-        async move { client_handshake(&mut ours, &client, Purpose::Data, PROTOCOL_VERSIONS, nonce().unwrap()).await },
-        async move { server_handshake(&mut theirs, &server, PROTOCOL_VERSIONS, nonce().unwrap()).await }
+        async move {
+            client_handshake(&mut ours, &client, (Purpose::Data, known_ends()), PROTOCOL_VERSIONS, nonce().unwrap())
+                .await
+        },
+        async move { server_handshake(&mut theirs, &server, ME, PROTOCOL_VERSIONS, nonce().unwrap()).await }
     )
 }
 
@@ -91,6 +101,29 @@ async fn another_cluster_is_refused_on_both_sides() {
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Cluster));
 }
 
+/// What a client that means disk `to` makes of the disk [`ME`], and whom the server takes it for.
+async fn meet_for(
+    to: Option<DiskUuid>,
+    from: Option<DiskUuid>,
+) -> (Result<(), LinkError>, Result<Option<DiskUuid>, LinkError>) {
+    let (mut ours, mut theirs) = duplex(1024);
+    let (credentials, ends) = (known(), Ends { to, from });
+    let (client, server) = tokio::join!(
+        client_handshake(&mut ours, &credentials, (Purpose::Data, ends), PROTOCOL_VERSIONS, [0x11; 32]),
+        server_handshake(&mut theirs, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32])
+    );
+    (client.map(|_| ()), server.map(|caller| caller.disk))
+}
+
+#[tokio::test]
+async fn a_client_that_means_another_disk_is_refused_on_both_sides() {
+    let other = DiskUuid([0x34; 16]);
+    let error = LinkError::Auth(AuthError::Disk);
+    assert_eq!(meet_for(Some(other), None).await, (Err(error.clone()), Err(error)));
+    assert_eq!(meet_for(Some(ME), Some(other)).await, (Ok(()), Ok(Some(other))));
+    assert_eq!(meet_for(None, None).await, (Ok(()), Ok(None)), "whoever answers");
+}
+
 #[tokio::test]
 async fn a_client_that_skips_the_proof_of_the_server_gains_nothing() {
     for proof in [[0u8; 32], [0xff; 32]] {
@@ -106,7 +139,7 @@ async fn a_client_that_skips_the_proof_of_the_server_gains_nothing() {
         };
         let credentials = known();
         let (verdict, server) =
-            tokio::join!(attacker, server_handshake(&mut ours, &credentials, PROTOCOL_VERSIONS, [0x22; 32]));
+            tokio::join!(attacker, server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32]));
         assert_eq!(verdict, 3);
         assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
     }
@@ -122,7 +155,8 @@ async fn the_servers_own_proof_is_not_a_proof_of_the_client() {
         theirs.write_all(&hello[44..]).await.unwrap();
     };
     let credentials = known();
-    let (_, server) = tokio::join!(attacker, server_handshake(&mut ours, &credentials, PROTOCOL_VERSIONS, [0x22; 32]));
+    let (_, server) =
+        tokio::join!(attacker, server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32]));
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
 }
 
@@ -131,20 +165,20 @@ async fn a_recorded_handshake_is_not_good_for_a_second_connection() {
     let (mut ours, mut theirs) = duplex(1024);
     theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();
     theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
-    let server = server_handshake(&mut ours, &known(), PROTOCOL_VERSIONS, nonce().unwrap()).await;
+    let server = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, nonce().unwrap()).await;
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
 }
 
 #[tokio::test]
 async fn every_altered_byte_of_a_handshake_is_noticed() {
     // Bytes 8, 9 and 11 are the versions; those that are only in the transcript count most.
-    for at in 0..60 {
+    for at in 0..CLIENT_HELLO_BYTES {
         let (mut ours, mut theirs) = duplex(1024);
         let mut hello = hex::decode(CLIENT_HELLO).unwrap();
         hello[at] ^= 1;
         theirs.write_all(&hello).await.unwrap();
         theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
-        assert!(server_handshake(&mut ours, &known(), PROTOCOL_VERSIONS, [0x22; 32]).await.is_err(), "byte {at}");
+        assert!(server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32]).await.is_err(), "byte {at}");
     }
     for at in 0..76 {
         let (mut ours, mut theirs) = duplex(1024);
@@ -153,7 +187,9 @@ async fn every_altered_byte_of_a_handshake_is_noticed() {
         theirs.write_all(&hello).await.unwrap();
         theirs.write_all(&[0]).await.unwrap();
         assert!(
-            client_handshake(&mut ours, &known(), Purpose::Control, PROTOCOL_VERSIONS, [0x11; 32]).await.is_err(),
+            client_handshake(&mut ours, &known(), (Purpose::Control, known_ends()), PROTOCOL_VERSIONS, [0x11; 32])
+                .await
+                .is_err(),
             "byte {at}"
         );
     }
@@ -168,10 +204,10 @@ async fn meet_as(client: VersionRange, server: VersionRange) -> [Result<u16, Lin
     let (mut ours, mut theirs) = duplex(1024);
     let credentials = known();
     let (client, server) = tokio::join!(
-        client_handshake(&mut ours, &credentials, Purpose::Data, client, [0x11; 32]),
-        server_handshake(&mut theirs, &credentials, server, [0x22; 32])
+        client_handshake(&mut ours, &credentials, (Purpose::Data, known_ends()), client, [0x11; 32]),
+        server_handshake(&mut theirs, &credentials, ME, server, [0x22; 32])
     );
-    [client.map(|session| session.version), server.map(|(_, session)| session.version)]
+    [client.map(|session| session.version), server.map(|caller| caller.session.version)]
 }
 
 #[tokio::test]
@@ -207,7 +243,7 @@ async fn a_refusal_for_the_version_is_the_golden_bytes() {
     let mut hello = hex::decode(CLIENT_HELLO).unwrap();
     hello[9] = 2;
     theirs.write_all(&hello).await.unwrap();
-    let server = server_handshake(&mut ours, &known(), PROTOCOL_VERSIONS, [0x22; 32]).await;
+    let server = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32]).await;
     let (one, two) = (versions(1, 1), versions(2, 2));
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Version { ours: one, theirs: two }));
     expect(&mut theirs, "6772616e6172790000010100").await;
@@ -218,7 +254,7 @@ async fn a_stranger_is_told_apart_from_a_peer() {
     let (mut ours, mut theirs) = duplex(1024);
     theirs.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     assert_eq!(
-        server_handshake(&mut ours, &known(), PROTOCOL_VERSIONS, [0x22; 32]).await.unwrap_err(),
+        server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32]).await.unwrap_err(),
         LinkError::Auth(AuthError::Magic)
     );
 }

@@ -13,7 +13,7 @@ mod tests;
 
 pub use chunk::ChunkWriter;
 
-use crate::auth::{client_handshake, nonce, Credentials, Purpose, Session, PROTOCOL_VERSIONS};
+use crate::auth::{client_handshake, nonce, Credentials, Ends, Purpose, Session, PROTOCOL_VERSIONS};
 use crate::chunk::{ChunkId, ChunkSpec};
 use crate::control::{ControlRequest, ControlResponse};
 use crate::error::{ChunkError, LinkError};
@@ -104,6 +104,7 @@ struct Shared {
 #[derive(Clone)]
 struct Target {
     address: Arc<str>,
+    ends: Ends,
     credentials: Credentials,
     limits: Arc<ClientLimits>,
 }
@@ -115,9 +116,11 @@ impl fmt::Debug for NodeClient {
 }
 
 impl NodeClient {
-    /// A client of the node at `address` (`host:port`). Nothing is connected yet.
-    pub fn new(address: String, credentials: Credentials, limits: ClientLimits) -> NodeClient {
-        let target = Target { address: address.into(), credentials, limits: Arc::new(limits) };
+    /// A client of the node at `address` (`host:port`) that serves the disk `ends.to`: every connection, for chunks
+    /// too, is refused with [`AuthError::Disk`](crate::error::AuthError::Disk) when another disk is found there.
+    /// Nothing is connected yet.
+    pub fn new(address: String, ends: Ends, credentials: Credentials, limits: ClientLimits) -> NodeClient {
+        let target = Target { address: address.into(), ends, credentials, limits: Arc::new(limits) };
         let pool = Arc::new(pool::Pool::new(target.clone()));
         NodeClient { shared: Arc::new(Shared { pool, control: control::ControlLink::new(target) }) }
     }
@@ -125,6 +128,11 @@ impl NodeClient {
     /// The address it was made with.
     pub fn address(&self) -> &str {
         &self.shared.pool.target().address
+    }
+
+    /// The disks it was made for.
+    pub fn ends(&self) -> Ends {
+        self.shared.pool.target().ends
     }
 
     /// Begins to store a chunk; its payload follows through the writer. A refusal of the node (disk full, already
@@ -226,7 +234,8 @@ async fn connect(target: &Target, purpose: Purpose) -> Result<(TcpStream, Sessio
         .map_err(|_| LinkError::Connect(format!("no connection to {} in time", target.address)))?
         .map_err(|error| LinkError::Connect(format!("{}: {error}", target.address)))?;
     stream.set_nodelay(true).map_err(|error| LinkError::Connect(error.to_string()))?;
-    let handshake = client_handshake(&mut stream, &target.credentials, purpose, PROTOCOL_VERSIONS, nonce()?);
+    let handshake =
+        client_handshake(&mut stream, &target.credentials, (purpose, target.ends), PROTOCOL_VERSIONS, nonce()?);
     match timeout(limits.handshake_timeout, handshake).await {
         Ok(Ok(session)) => {
             tracing::debug!(address = %target.address, ?purpose, version = session.version, "connected");

@@ -2,11 +2,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::*;
-use crate::auth::{server_handshake, VersionRange, PROTOCOL_VERSIONS};
+use crate::auth::{server_handshake, Caller, Ends, VersionRange, PROTOCOL_VERSIONS};
 use crate::error::AuthError;
 use crate::frame::{encode, Frame, FrameReader, FrameWriter, Kind};
 use crate::head;
-use crate::test_support::{chunk_id, credentials, payload, spec, start, DEADLINE};
+use crate::test_support::{chunk_id, credentials, payload, spec, start, DEADLINE, ME};
 use http::StatusCode;
 use std::future::Future;
 use std::time::Instant;
@@ -41,7 +41,7 @@ where
             tokio::spawn(what(stream));
         }
     });
-    NodeClient::new(address, credentials(), limits)
+    NodeClient::new(address, Ends::default(), credentials(), limits)
 }
 
 async fn hang() {
@@ -99,7 +99,7 @@ async fn something_else_that_listens_is_named_as_such() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_falls_silent_fails_in_time() {
     let client = against(quick(), |mut stream| async move {
-        let _ = server_handshake(&mut stream, &credentials(), PROTOCOL_VERSIONS, [1; 32]).await;
+        let _ = server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32]).await;
         hang().await;
     })
     .await;
@@ -117,7 +117,8 @@ async fn an_answer_without_the_right_code_is_not_believed() {
     // request.
     for counter in [None, Some(1)] {
         let client = against(quick(), move |mut stream| async move {
-            let (_, session) = server_handshake(&mut stream, &credentials(), PROTOCOL_VERSIONS, [1; 32]).await.unwrap();
+            let Caller { session, .. } =
+                server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32]).await.unwrap();
             let mac =
                 counter.map_or([0; 32], |counter| head::answer_mac(&session.to_client, counter, StatusCode::OK, "", 0));
             let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: 0\r\nx-granary-mac: {}\r\n\r\n", hex::encode(mac));
@@ -154,7 +155,7 @@ async fn an_answer_with_other_blocks_than_asked_for_is_not_believed() {
         let client = against(quick(), move |mut stream| {
             let text = text.clone();
             async move {
-                let (_, session) = server_handshake(&mut stream, &credentials(), PROTOCOL_VERSIONS, [1; 32]).await.unwrap();
+                let Caller { session, .. } = server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32]).await.unwrap();
                 let mac = hex::encode(head::answer_mac(&session.to_client, 0, StatusCode::OK, &text, len));
                 let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {len}\r\nx-granary-answer: {text}\r\nx-granary-mac: {mac}\r\n\r\n");
                 let mut byte = [0; 1];
@@ -178,7 +179,7 @@ async fn a_frame_too_large_or_forged_ends_the_connection_and_its_waiters() {
         let client = against(quick(), move |mut stream| {
             let bytes = bytes.clone();
             async move {
-                let _ = server_handshake(&mut stream, &credentials(), PROTOCOL_VERSIONS, [1; 32]).await;
+                let _ = server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32]).await;
                 let mut byte = [0; 1];
                 let _ = stream.read(&mut byte).await;
                 let _ = stream.write_all(&bytes).await;
@@ -196,7 +197,8 @@ async fn a_frame_too_large_or_forged_ends_the_connection_and_its_waiters() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_of_another_kind_or_to_nobody_harms_nobody() {
     let client = against(ClientLimits::default(), |mut stream| async move {
-        let (_, session) = server_handshake(&mut stream, &credentials(), PROTOCOL_VERSIONS, [1; 32]).await.unwrap();
+        let Caller { session, .. } =
+            server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32]).await.unwrap();
         let (read, write) = stream.into_split();
         let mut reader = FrameReader::new(read, session.to_server);
         let mut writer = FrameWriter::new(write, session.to_client);
@@ -219,7 +221,7 @@ async fn an_answer_of_another_kind_or_to_nobody_harms_nobody() {
 async fn a_full_pool_says_so_in_time() {
     let server = start().await;
     let limits = ClientLimits { max_in_use: 2, ..quick() };
-    let client = NodeClient::new(server.address.to_string(), credentials(), limits);
+    let client = NodeClient::new(server.address.to_string(), Ends::default(), credentials(), limits);
     let first = client.begin_chunk(chunk_id(1), spec(5)).await.unwrap();
     let _second = client.begin_chunk(chunk_id(2), spec(5)).await.unwrap();
     assert_eq!(client.read_blocks(chunk_id(1), 0, 1).await, Err(ChunkError::Overloaded));
@@ -232,7 +234,7 @@ async fn too_many_control_requests_at_once_are_refused_not_queued() {
     let server = start().await;
     server.node.hang.store(true, std::sync::atomic::Ordering::SeqCst);
     let limits = ClientLimits { max_control_in_flight: 3, ..ClientLimits::default() };
-    let client = NodeClient::new(server.address.to_string(), credentials(), limits);
+    let client = NodeClient::new(server.address.to_string(), Ends::default(), credentials(), limits);
     let calls = (0..5).map(|_| client.control(ControlRequest::Status, QUICK));
     let results = futures::future::join_all(calls).await;
     assert_eq!(results.iter().filter(|result| **result == Err(LinkError::Busy)).count(), 2, "{results:?}");

@@ -8,9 +8,9 @@ use proptest::prelude::{any, proptest, ProptestConfig, Strategy};
 const STALL: Duration = Duration::from_millis(200);
 
 // Computed with another implementation of HMAC, under the session keys of the golden handshake.
-const REQUEST: &str = "0000001a0000000000000001010014719391e3742f14fb5176426d5bc639";
-const REQUEST_2: &str = "0000001a000000000000000201090e9f1db659939cbd212e2100e4a18a8b";
-const RESPONSE: &str = "0000001b000000000000000102020344c46ba144820ecbe819f06b7e6834f0";
+const REQUEST: &str = "0000001a00000000000000010100d0b55b4aaa96ef62d43db8bf21b2cf4a";
+const REQUEST_2: &str = "0000001a000000000000000201099c5ce562e1c9acb420dd69f656799c64";
+const RESPONSE: &str = "0000001b0000000000000001020203be68370f58f3c7798d6a2cfe0abffb85";
 
 fn requests() -> [Frame; 2] {
     [(1, ControlRequest::Status), (2, ControlRequest::GetMap)].map(|(id, request)| Frame {

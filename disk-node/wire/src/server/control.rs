@@ -1,12 +1,13 @@
 //! Control frames of one connection: each request in a task of its own, answers as they come.
 
 use super::Server;
-use crate::auth::Session;
+use crate::auth::Caller;
 use crate::control::{ControlError, ControlRequest, ControlResponse};
 use crate::error::LinkError;
 use crate::frame::{decode, encode, Frame, FrameReader, FrameWriter, Kind};
 use bytes::Bytes;
 use futures::FutureExt;
+use granary_placement::id::DiskUuid;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -28,7 +29,8 @@ pub(super) fn units(bytes: usize) -> u32 {
 }
 
 /// Serves one connection to its end.
-pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, session: Session, peer: SocketAddr) {
+pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, caller: Caller, peer: SocketAddr) {
+    let Caller { disk, session, .. } = caller;
     let (read, write) = stream.into_split();
     let reader = FrameReader::new(read, session.to_server);
     let writer = FrameWriter::new(write, session.to_client);
@@ -38,7 +40,7 @@ pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, session: Sess
     let _abort = AbortOnDrop(writing.abort_handle());
 
     let ended = tokio::select! {
-        ended = read_loop(server, reader, &mut tasks, &answers) => ended,
+        ended = read_loop((server, disk), reader, &mut tasks, &answers) => ended,
         written = &mut writing => written.unwrap_or_else(|error| Err(LinkError::Closed(error.to_string()))),
         () = server.stop.cancelled() => {
             // What was asked is still answered: a command that is already in the log had better not look lost.
@@ -67,7 +69,7 @@ impl Drop for AbortOnDrop {
 }
 
 async fn read_loop(
-    server: &Arc<Server>,
+    (server, disk): (&Arc<Server>, Option<DiskUuid>),
     mut reader: FrameReader<OwnedReadHalf>,
     tasks: &mut JoinSet<()>,
     answers: &mpsc::Sender<Frame>,
@@ -101,7 +103,7 @@ async fn read_loop(
         };
         let (server, answers) = (Arc::clone(server), answers.clone());
         tasks.spawn(async move {
-            let body = answer(&server, &body).await;
+            let body = answer(&server, disk, &body).await;
             let _ = answers.send(Frame { id, kind: Kind::Response, body }).await;
             drop(room);
         });
@@ -109,12 +111,14 @@ async fn read_loop(
 }
 
 /// The encoded answer to an encoded request.
-async fn answer(server: &Server, body: &[u8]) -> Bytes {
+async fn answer(server: &Server, disk: Option<DiskUuid>, body: &[u8]) -> Bytes {
     let response = match decode::<ControlRequest>(body) {
-        Ok(request) => AssertUnwindSafe(server.service.control(request)).catch_unwind().await.unwrap_or_else(|_| {
-            // The panic itself is in the log. The peer must not wait for its deadline.
-            ControlResponse::Error(ControlError::Unavailable("the node failed while answering".to_owned()))
-        }),
+        Ok(request) => {
+            AssertUnwindSafe(server.service.control(disk, request)).catch_unwind().await.unwrap_or_else(|_| {
+                // The panic itself is in the log. The peer must not wait for its deadline.
+                ControlResponse::Error(ControlError::Unavailable("the node failed while answering".to_owned()))
+            })
+        }
         // Authenticated, so not an attack: another build, or a defect.
         Err(error) => ControlResponse::Error(ControlError::BadRequest(error.to_string())),
     };

@@ -14,12 +14,13 @@ mod stall;
 #[cfg(test)]
 mod tests;
 
-use crate::auth::{nonce, refuse_busy, server_handshake, Credentials, Purpose, PROTOCOL_VERSIONS};
+use crate::auth::{nonce, refuse_busy, server_handshake, Caller, Credentials, Purpose, PROTOCOL_VERSIONS};
 use crate::chunk::{ChunkId, ChunkSpec};
 use crate::control::{ControlRequest, ControlResponse};
 use crate::error::{ChunkError, LinkError};
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use granary_placement::id::DiskUuid;
 use granary_placement::lease::LeaseStamp;
 use granary_placement::settings::Values;
 use std::net::SocketAddr;
@@ -36,8 +37,8 @@ pub const MAX_READ_BLOCKS: u32 = 64;
 
 /// What a disk node does with what peers ask. Futures may be dropped at any await when the peer goes away.
 pub trait NodeService: Send + Sync + 'static {
-    /// Answers a control request.
-    fn control(&self, request: ControlRequest) -> BoxFuture<'_, ControlResponse>;
+    /// Answers a control request. `from`: the disk whose node asks; None for a gateway.
+    fn control(&self, from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse>;
 
     /// Begins to store a chunk. Refuses early what cannot be stored, before its payload is on the way. `lease`: the
     /// lease under which background work writes it; one that was taken over is refused, also when that happens while
@@ -127,6 +128,7 @@ impl Default for ServerLimits {
 /// What all connections of a server share.
 struct Server {
     service: Arc<dyn NodeService>,
+    me: DiskUuid,
     credentials: Credentials,
     limits: ServerLimits,
     stop: CancellationToken,
@@ -135,12 +137,12 @@ struct Server {
     complaints: Complaints,
 }
 
-/// Serves peers until `stop` is cancelled, and then until requests under way have ended or `stop_grace` is over.
-/// Dropping the future ends everything at once.
+/// Serves peers of the disk `me` until `stop` is cancelled, and then until requests under way have ended or
+/// `stop_grace` is over. Dropping the future ends everything at once.
 pub async fn serve(
     listener: TcpListener,
     service: Arc<dyn NodeService>,
-    credentials: Credentials,
+    (me, credentials): (DiskUuid, Credentials),
     limits: ServerLimits,
     stop: CancellationToken,
 ) {
@@ -148,6 +150,7 @@ pub async fn serve(
         handshakes: Arc::new(Semaphore::new(limits.max_handshakes.clamp(1, Semaphore::MAX_PERMITS))),
         control_units: Arc::new(Semaphore::new(control::units(limits.max_control_bytes) as usize)),
         service,
+        me,
         credentials,
         limits,
         stop,
@@ -192,16 +195,16 @@ impl Server {
             }
         };
         match authenticated {
-            Ok(Ok((Purpose::Data, session))) => data::serve(&self, stream, session, peer).await,
-            Ok(Ok((Purpose::Control, session))) => control::serve(&self, stream, session, peer).await,
+            Ok(Ok(Caller { purpose: Purpose::Data, session, .. })) => data::serve(&self, stream, session, peer).await,
+            Ok(Ok(caller)) => control::serve(&self, stream, caller, peer).await,
             Ok(Err(LinkError::Closed(_))) => {} // A port check, or a peer that died.
             Ok(Err(error)) => self.complaints.warn(peer, &error.to_string()),
             Err(_) => self.complaints.warn(peer, "no handshake in time"),
         }
     }
 
-    async fn handshake(&self, stream: &mut TcpStream) -> Result<(Purpose, crate::auth::Session), LinkError> {
-        server_handshake(stream, &self.credentials, PROTOCOL_VERSIONS, nonce()?).await
+    async fn handshake(&self, stream: &mut TcpStream) -> Result<Caller, LinkError> {
+        server_handshake(stream, &self.credentials, self.me, PROTOCOL_VERSIONS, nonce()?).await
     }
 }
 

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::*;
-use crate::auth::{client_handshake, Session};
+use crate::auth::{client_handshake, Ends, Session};
 use crate::client::{ClientLimits, NodeClient};
 use crate::error::AuthError;
 use crate::frame::{encode, Frame, FrameReader, FrameWriter, Kind};
@@ -15,7 +15,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 async fn enter(server: &Running, purpose: Purpose) -> (TcpStream, Session) {
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     let session =
-        client_handshake(&mut stream, &credentials(), purpose, PROTOCOL_VERSIONS, nonce().unwrap()).await.unwrap();
+        client_handshake(&mut stream, &credentials(), (purpose, Ends::default()), PROTOCOL_VERSIONS, nonce().unwrap())
+            .await
+            .unwrap();
     (stream, session)
 }
 
@@ -121,7 +123,7 @@ async fn a_recorded_conversation_cannot_be_played_again() {
             to_server.write_all(&buffer[..read]).await.unwrap();
         }
     });
-    let client = NodeClient::new(address.to_string(), credentials(), ClientLimits::default());
+    let client = NodeClient::new(address.to_string(), Ends::default(), credentials(), ClientLimits::default());
     client.put_chunk(chunk_id(1), spec(1000), vec![payload(1000)]).await.unwrap();
     server.node.chunks.lock().unwrap().clear();
 
@@ -241,7 +243,7 @@ async fn a_wrong_secret_or_cluster_reaches_nothing() {
         (Credentials { cluster: granary_placement::id::ClusterId([8; 16]), ..credentials() }, AuthError::Cluster),
     ];
     for (stranger, error) in strangers {
-        let client = NodeClient::new(server.address.to_string(), stranger, ClientLimits::default());
+        let client = NodeClient::new(server.address.to_string(), Ends::default(), stranger, ClientLimits::default());
         assert_eq!(client.control(ControlRequest::Status, DEADLINE).await, Err(LinkError::Auth(error.clone())));
         let put = client.put_chunk(chunk_id(1), spec(5), vec![payload(5)]).await;
         assert_eq!(put, Err(ChunkError::Link(LinkError::Auth(error.clone()))));

@@ -4,14 +4,15 @@
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
-use granary_placement::id::{ClusterId, ExtentId, HashSlot, PlacementGroupId};
+use granary_placement::id::{ClusterId, DiskUuid, ExtentId, HashSlot, PlacementGroupId};
 use granary_placement::lease::LeaseStamp;
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{block_count, block_crc, ChunkId, ChunkSpec, BLOCK_BYTES};
 use granary_wire::control::{ControlRequest, ControlResponse};
 use granary_wire::error::ChunkError;
 use granary_wire::{
-    serve, ChunkBlocks, ChunkSink, ClientLimits, ClusterSecret, Credentials, NodeClient, NodeService, ServerLimits,
+    serve, ChunkBlocks, ChunkSink, ClientLimits, ClusterSecret, Credentials, Ends, NodeClient, NodeService,
+    ServerLimits,
 };
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -23,6 +24,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 pub const SECRET: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
+/// The disk that the node is.
+pub const ME: DiskUuid = DiskUuid([0x33; 16]);
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Default)]
@@ -96,7 +99,7 @@ impl ChunkSink for MemorySink {
 pub struct Service(pub Arc<MemoryNode>);
 
 impl NodeService for Service {
-    fn control(&self, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
+    fn control(&self, _from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
         async move {
             self.0.controls.fetch_add(1, Ordering::SeqCst);
             if self.0.hang.load(Ordering::SeqCst) {
@@ -199,13 +202,13 @@ pub async fn start_with(node: Arc<MemoryNode>, limits: ServerLimits, address: &s
     let address = listener.local_addr().unwrap();
     let stop = CancellationToken::new();
     let service = Arc::new(Service(Arc::clone(&node)));
-    let task = tokio::spawn(serve(listener, service, credentials(), limits, stop.clone()));
+    let task = tokio::spawn(serve(listener, service, (ME, credentials()), limits, stop.clone()));
     Running { address, node, stop, task }
 }
 
 impl Running {
     pub fn client(&self) -> NodeClient {
-        NodeClient::new(self.address.to_string(), credentials(), ClientLimits::default())
+        NodeClient::new(self.address.to_string(), Ends::default(), credentials(), ClientLimits::default())
     }
 
     /// Stops the server in good order and starts another at the same address.
