@@ -70,6 +70,7 @@ fn answer(request: &Request<Incoming>, store: &Store, roles: &Roles, metrics: &M
             if let Some(counters) = roles.counters() {
                 metrics.record_meta(&counters);
             }
+            metrics.metadata_closed.set(i64::from(roles.cannot_be_opened()));
             (StatusCode::OK, Bytes::from(metrics.render()))
         }
         _ => (StatusCode::NOT_FOUND, Bytes::from_static(b"not found\n")),

@@ -1,4 +1,5 @@
-//! The label of a disk: which disk of which cluster this is. Written once, by `format`.
+//! The label of a disk: which disk of which cluster this is. Written by `format`; what is added later is the number of
+//! its metadata folder.
 //!
 //! ```text
 //! DIR/label.json   the label            DIR/segments/  chunks
@@ -42,6 +43,24 @@ pub struct Label {
     pub disk: DiskId,
     /// When it was formatted, Unix milliseconds.
     pub created_ms: u64,
+    /// The number of the metadata folder, once the disk has had one. A label that has it and a disk without the folder
+    /// tell of metadata that were lost.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "number")]
+    pub metadata: Option<u64>,
+}
+
+/// As 16 hex digits: a JSON number would be rounded by some readers.
+mod number {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(number: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&number.map(|number| format!("{number:016x}")).unwrap_or_default())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        u64::from_str_radix(&text, 16).map(Some).map_err(serde::de::Error::custom)
+    }
 }
 
 /// Why a disk cannot be used.
@@ -162,13 +181,29 @@ pub fn format(dir: &Path, cluster: ClusterId, disk: DiskId, uuid: DiskUuid) -> R
             return Err(LabelError::Labelled { dir: dir.to_owned(), disk, uuid, cluster })
         }
     }
-    let label = Label { version: LABEL_VERSION, cluster, uuid, disk, created_ms: now_ms() };
+    let label = Label { version: LABEL_VERSION, cluster, uuid, disk, created_ms: now_ms(), metadata: None };
+    write(dir, &label)?;
+    Ok(label)
+}
+
+/// Writes the number of the metadata folder on the label, if it has another. The caller holds the disk's lock.
+///
+/// # Errors
+/// [`LabelError`]; the old label is then still there.
+pub fn set_metadata(dir: &Path, number: u64) -> Result<(), LabelError> {
+    let label = read(dir)?;
+    if label.metadata == Some(number) {
+        return Ok(());
+    }
+    write(dir, &Label { metadata: Some(number), ..label })
+}
+
+fn write(dir: &Path, label: &Label) -> Result<(), LabelError> {
     let path = dir.join(LABEL_FILE);
     let damaged = |error: serde_json::Error| LabelError::Damaged { path: path.clone(), why: error.to_string() };
-    let mut text = serde_json::to_vec_pretty(&label).map_err(damaged)?;
+    let mut text = serde_json::to_vec_pretty(label).map_err(damaged)?;
     text.push(b'\n');
-    replace_file(&path, &text).map_err(failed(&path))?;
-    Ok(label)
+    replace_file(&path, &text).map_err(failed(&path))
 }
 
 /// Reads the label of a disk.

@@ -136,7 +136,9 @@ fn run_serve(args: Serve) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         report(panic);
-        std::process::abort();
+        if !panic.location().is_some_and(|at| concerns_one_shard(at.file())) {
+            std::process::abort();
+        }
     }));
     let RolesFrom::Map = args.roles_from;
     let values = load_settings(&args.set, args.config.as_deref())?;
@@ -152,6 +154,12 @@ fn run_serve(args: Serve) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(serve(options, CancellationToken::new()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Was it the Raft library's own code that panicked, by the name of the source file? It runs in tasks of one shard, and
+/// shares nothing with other shards or with the chunks: that replica stops, and says so.
+fn concerns_one_shard(file: &str) -> bool {
+    file.split(['/', '\\']).any(|folder| folder == "openraft" || folder.starts_with("openraft-"))
 }
 
 /// `--set` before the environment before the file before the defaults.
@@ -203,4 +211,20 @@ fn run_inspect(args: &Inspect) -> Result<ExitCode, Box<dyn std::error::Error>> {
         _ => {}
     }
     Ok(if report.damaged { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::concerns_one_shard;
+
+    #[test]
+    fn a_panic_in_the_raft_library_ends_one_replica_and_any_other_the_process() {
+        assert!(concerns_one_shard("/registry/src/index/openraft-0.10.0-alpha.37/src/engine/mod.rs"));
+        assert!(concerns_one_shard("vendor/openraft/src/lib.rs"));
+        for ours in
+            ["gateway/replica/src/raft/machine.rs", "disk-node/src/store/core.rs", "/registry/tokio-1/src/lib.rs"]
+        {
+            assert!(!concerns_one_shard(ours), "{ours}");
+        }
+    }
 }

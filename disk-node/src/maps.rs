@@ -244,8 +244,14 @@ mod tests {
     #[tokio::test]
     async fn a_peer_gets_the_differences_that_lead_to_the_newest_map_or_the_whole() {
         let dir = tempfile::tempdir().unwrap();
-        let label =
-            Label { version: 1, cluster: ClusterId([7; 16]), uuid: DiskUuid([9; 16]), disk: DiskId(9), created_ms: 1 };
+        let label = Label {
+            version: 1,
+            cluster: ClusterId([7; 16]),
+            uuid: DiskUuid([9; 16]),
+            disk: DiskId(9),
+            created_ms: 1,
+            metadata: None,
+        };
         let maps = Maps::open(dir.path(), label.clone()).unwrap();
         assert_eq!(maps.since(Epoch(0)), News::None);
         assert!(maps.offer(map(3)).await.unwrap());

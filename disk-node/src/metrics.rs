@@ -22,6 +22,7 @@ const META: &[(&str, &str, Count)] = &[
     ("heartbeats_total", "Raft heartbeats sent by timers", |counters| counters.heartbeats),
     ("heartbeat_messages_total", "Messages that carried Raft heartbeats", |counters| counters.heartbeat_messages),
     ("link_beats_total", "Heartbeats of links to other disks", |counters| counters.link_beats),
+    ("replicas_rebuilt_total", "Damaged shard replicas that began anew, empty", |counters| counters.replicas_rebuilt),
 ];
 
 /// All metrics of one disk node.
@@ -32,6 +33,9 @@ pub struct Metrics {
     /// Held while `meta` is brought up to date.
     meta_turn: Mutex<()>,
     replicas_asleep: IntGauge,
+    replicas_stopped: IntGauge,
+    /// 1 while the metadata of this disk cannot be opened.
+    pub metadata_closed: IntGauge,
     /// Chunks stored.
     pub puts: IntCounter,
     /// Payload of them, in bytes.
@@ -92,6 +96,8 @@ impl Metrics {
             meta: meta?,
             meta_turn: Mutex::new(()),
             replicas_asleep: gauge("meta_replicas_asleep", "Shard replicas whose timers stand still")?,
+            replicas_stopped: gauge("meta_replicas_stopped", "Shard replicas that do not run: damaged, or ended")?,
+            metadata_closed: gauge("meta_closed", "1 while the metadata of this disk cannot be opened")?,
             puts: counter("chunk_puts_total", "Chunks stored")?,
             put_bytes: counter("chunk_put_bytes_total", "Payload of chunks stored, in bytes")?,
             refused_full: counter("chunk_refused_full_total", "Uploads refused because the disk is full")?,
@@ -118,6 +124,7 @@ impl Metrics {
             metric.inc_by(count(counters).saturating_sub(metric.get()));
         }
         self.replicas_asleep.set(i64::try_from(counters.replicas_asleep).unwrap_or(i64::MAX));
+        self.replicas_stopped.set(i64::try_from(counters.replicas_stopped).unwrap_or(i64::MAX));
     }
 
     /// All of them in Prometheus text form.

@@ -3,8 +3,10 @@
 //! A disk without the role has no `DIR/meta` and opens nothing. The host is opened at start when the folder is there,
 //! and otherwise when the map gives this disk the role.
 
+use crate::label::{self, LabelError};
 use crate::maps::Maps;
 use crate::peers::Peers;
+use crate::store::file_device::sync_folder;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
@@ -14,26 +16,35 @@ use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportErro
 pub use granary_replica::{MetaCounters, MetaError}; // for metrics and the errors of `serve`
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
 use granary_wire::LinkError;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 const META_FOLDER: &str = "meta";
+/// Between two attempts to open metadata.
+const TRY_AGAIN: Duration = Duration::from_secs(10);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Called with the reason when the metadata of this disk can no longer be trusted; ends the process.
 pub type OnFatal = Arc<dyn Fn(String) + Send + Sync>;
 
 /// Shard replicas of this disk, if it has the role.
 pub struct Roles {
+    dir: PathBuf,
     folder: PathBuf,
     peers: Arc<Peers>,
     maps: Arc<Maps>,
     timing: Timing,
     on_fatal: OnFatal,
     host: OnceCell<MetaHost>,
+    /// Why the host could not be opened at the last attempt.
+    why_closed: Mutex<Option<String>>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -139,46 +150,85 @@ impl Roles {
         let folder = dir.join(META_FOLDER);
         let timing = Timing::from_settings(values);
         Arc::new(Roles {
+            dir: dir.to_owned(),
             folder,
             peers,
             maps,
             timing,
             on_fatal,
             host: OnceCell::new(),
+            why_closed: Mutex::default(),
             tasks: TaskTracker::new(),
             stop,
         })
     }
 
-    /// Opens the replicas that are here, and from now on whenever the map gives this disk the role.
-    ///
-    /// # Errors
-    /// When what is here cannot be opened.
-    pub async fn start(self: &Arc<Self>) -> Result<(), MetaError> {
-        if self.folder.exists() || self.granted() == Some(true) {
-            self.open().await?;
-            return Ok(());
+    /// Opens the replicas that are here, and from now on whenever the map gives this disk the role. Metadata that cannot
+    /// be opened keep nothing else from being served: they are tried again, or, damaged, put aside.
+    pub async fn start(self: &Arc<Self>) {
+        if self.try_open().await {
+            return;
         }
         let roles = self.clone();
         let mut map = self.maps.watch();
         self.tasks.spawn(async move {
             loop {
-                if roles.host.initialized() {
-                    return;
-                }
-                if roles.granted() == Some(true) {
-                    if let Err(error) = roles.open().await {
-                        (roles.on_fatal)(format!("metadata: {error}"));
-                    }
-                    return;
-                }
                 tokio::select! {
                     () = roles.stop.cancelled() => return,
                     changed = map.changed() => if changed.is_err() { return },
+                    () = tokio::time::sleep(TRY_AGAIN) => {}
+                }
+                if roles.try_open().await {
+                    return;
                 }
             }
         });
-        Ok(())
+    }
+
+    /// Opens the host if there is something to open, or the map wants it. True when it is open.
+    async fn try_open(&self) -> bool {
+        if self.host.initialized() {
+            return true;
+        }
+        if !self.folder.exists() && self.granted() != Some(true) {
+            return false;
+        }
+        let Err(error) = self.open().await else { return true };
+        if error.is_damage() && self.put_aside(&error) {
+            return self.open().await.map_err(|error| self.cannot_open(&error)).is_ok();
+        }
+        self.cannot_open(&error);
+        false
+    }
+
+    fn cannot_open(&self, error: &MetaError) {
+        let why = error.to_string();
+        let mut known = lock(&self.why_closed);
+        if known.as_ref() != Some(&why) {
+            tracing::error!(why, "the metadata of this disk cannot be opened; its chunks are served");
+        }
+        *known = Some(why);
+    }
+
+    /// Moves damaged metadata out of the way: the replicas begin anew, empty, and learn from the others, who know them
+    /// for new ones. Once only: what was put aside before is not overwritten. True when it is done.
+    fn put_aside(&self, error: &MetaError) -> bool {
+        let aside = self.folder.with_extension("damaged");
+        let moved = if aside.exists() {
+            Err(std::io::Error::other(format!("{} is there already: look at it, then move it away", aside.display())))
+        } else {
+            std::fs::rename(&self.folder, &aside).and_then(|()| aside.parent().map_or(Ok(()), sync_folder))
+        };
+        match moved {
+            Ok(()) => {
+                tracing::error!(%error, aside = %aside.display(), "the metadata of this disk are damaged and were put aside");
+                true
+            }
+            Err(why) => {
+                tracing::error!(%error, %why, "the metadata of this disk are damaged and cannot be put aside");
+                false
+            }
+        }
     }
 
     /// Does the map give this disk the role? None while no map is known.
@@ -191,7 +241,8 @@ impl Roles {
         self.host
             .get_or_try_init(|| async {
                 let (dir, disk, timing) = (self.folder.clone(), self.peers.me(), self.timing.clone());
-                let config = HostConfig { dir, disk, timing, clock: WallClock::default() };
+                let number = self.label(label::read)?.metadata;
+                let config = HostConfig { dir, disk, number, timing, clock: WallClock::default() };
                 let host = MetaHost::open(
                     config,
                     Arc::new(Transport(self.peers.clone())),
@@ -199,6 +250,9 @@ impl Roles {
                     self.on_fatal.clone(),
                 )
                 .await?;
+                let number = host.number();
+                self.label(|dir| label::set_metadata(dir, number))?;
+                *lock(&self.why_closed) = None;
                 tracing::info!(folder = %self.folder.display(), "holding metadata replicas");
                 // A root replica here learns of new maps before anyone can ask for them.
                 let (mut applied, maps, stop) = (host.root_map(), self.maps.clone(), self.stop.clone());
@@ -221,14 +275,22 @@ impl Roles {
             .await
     }
 
+    fn label<T>(&self, work: impl FnOnce(&Path) -> Result<T, LabelError>) -> Result<T, MetaError> {
+        work(&self.dir).map_err(|error| MetaError::Directory(std::io::Error::other(error)))
+    }
+
     fn host(&self, shard: ShardId) -> Result<&MetaHost, ControlError> {
-        self.host.get().ok_or(ControlError::NoSuchShard(shard))
+        match (self.host.get(), &*lock(&self.why_closed)) {
+            (Some(host), _) => Ok(host),
+            (None, Some(why)) => Err(ControlError::Disk(format!("metadata: {why}"))),
+            (None, None) => Err(ControlError::NoSuchShard(shard)),
+        }
     }
 
     /// For requests that may make a replica: opens the host if the map gives this disk the role.
     async fn host_for_new(&self, shard: ShardId) -> Result<&MetaHost, ControlError> {
-        if let Some(host) = self.host.get() {
-            return Ok(host);
+        if self.host.initialized() || lock(&self.why_closed).is_some() {
+            return self.host(shard);
         }
         match self.granted() {
             None => return Err(no_map()),
@@ -271,6 +333,11 @@ impl Roles {
     /// What the replicas here did since they were opened; None when there are none.
     pub fn counters(&self) -> Option<MetaCounters> {
         self.host.get().map(MetaHost::counters)
+    }
+
+    /// Are there metadata here that cannot be opened?
+    pub fn cannot_be_opened(&self) -> bool {
+        !self.host.initialized() && lock(&self.why_closed).is_some()
     }
 
     /// See [`MetaHost::init_shard`].

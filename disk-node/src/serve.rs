@@ -6,7 +6,7 @@ use crate::leases::{LeaseRefused, Leases};
 use crate::maps::{MapRefused, Maps};
 use crate::metrics::Metrics;
 use crate::peers::Peers;
-use crate::roles::{MetaError, Roles};
+use crate::roles::Roles;
 use crate::store::device::Device;
 use crate::store::file_device::FileDevice;
 use crate::store::handle::Store;
@@ -65,9 +65,6 @@ pub enum ServeError {
     /// The chunks cannot be opened.
     #[error("chunk store: {0}")]
     Store(#[from] OpenError),
-    /// The shard replicas cannot be opened.
-    #[error("metadata: {0}")]
-    Meta(#[from] MetaError),
     /// A listener or file failed.
     #[error("{what}: {source}")]
     Io {
@@ -119,7 +116,7 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
     let on_fatal: Arc<dyn Fn(String) + Send + Sync> = Arc::new(|reason: String| end(&reason));
     let roles =
         Roles::new(&options.dir, &options.values, peers.clone(), maps.clone(), on_fatal.clone(), background.clone());
-    roles.start().await?;
+    roles.start().await;
     let mut tasks = tokio::task::JoinSet::new();
     if let Some(address) = &options.admin {
         let listener = TcpListener::bind(address).await.map_err(failed(format!("listen on {address}")))?;

@@ -439,6 +439,100 @@ async fn replicas_listen_to_the_disks_of_the_map_and_to_nobody_before_there_is_o
     assert_eq!(answer, ControlResponse::Error(ControlError::NoSuchShard(ShardId::ROOT)));
 }
 
+/// This disk holds all metadata.
+fn map_of_one(me: DiskUuid) -> ClusterMap {
+    let mut map = map(me);
+    for disk in map.disks.values_mut() {
+        disk.roles.metadata = disk.id == DiskId(4);
+    }
+    map.shards = vec![ShardReplicas { members: vec![DiskId(4)] }; 2];
+    map
+}
+
+/// Overwrites the beginning of every file of that ending in a folder.
+fn damage(folder: &Path, named: &str) {
+    let mut files = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.file_name().unwrap().to_str().unwrap().starts_with(named) {
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes.iter_mut().take(64).for_each(|byte| *byte ^= 0x5a);
+            std::fs::write(&path, bytes).unwrap();
+            files += 1;
+        }
+    }
+    assert!(files > 0, "no file {named} in {}", folder.display());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_metadata_are_put_aside_once_and_chunks_are_served_all_the_while() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let client = node.client();
+    let ControlResponse::Status(status) = ask(&client, ControlRequest::Status).await else { panic!() };
+    let label = || -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(disk.dir().join("label.json")).unwrap()).unwrap()
+    };
+    assert!(label().get("metadata").is_none());
+    assert_eq!(ask(&client, ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)))).await, ControlResponse::Done);
+    let init = || ControlRequest::InitShard { shard: ShardId(1), members: vec![DiskId(4)] };
+    assert_eq!(ask(&client, init()).await, ControlResponse::Done);
+    put(&client, 1, 100_000).await.unwrap();
+    let first = label()["metadata"].clone();
+    node.signal("TERM");
+    assert!(node.wait().success());
+
+    damage(&disk.dir().join("meta/state"), "MANIFEST");
+    let mut node = disk.serve();
+    let client = node.client();
+    assert_eq!(get(&client, 1).await.unwrap(), payload(1, 100_000));
+    put(&client, 2, 100_000).await.unwrap();
+    assert!(disk.dir().join("meta.damaged/state").exists() && disk.dir().join("meta/state").exists(), "{}", disk.log());
+    assert_ne!(label()["metadata"], first);
+    // The only replica is lost. It is not begun again, empty, as if nothing had been there.
+    let again = ask(&client, init()).await;
+    assert!(matches!(&again, ControlResponse::Error(ControlError::Disk(why)) if why.contains("lost")), "{again:?}");
+    node.signal("TERM");
+    assert!(node.wait().success());
+
+    damage(&disk.dir().join("meta/log"), "MANIFEST");
+    let node = disk.serve();
+    let client = node.client();
+    assert_eq!(get(&client, 2).await.unwrap(), payload(2, 100_000));
+    let again = ask(&client, init()).await;
+    assert!(
+        matches!(&again, ControlResponse::Error(ControlError::Disk(why)) if why.contains("Corruption")),
+        "{again:?}"
+    );
+    assert!(disk.log().contains("meta.damaged is there already"), "{}", disk.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_metadata_folder_is_refused_and_the_chunks_are_served() {
+    let disk = Disk::new();
+    let node = disk.serve();
+    let client = node.client();
+    let ControlResponse::Status(status) = ask(&client, ControlRequest::Status).await else { panic!() };
+    put(&client, 1, 1000).await.unwrap();
+    assert_eq!(ask(&client, ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)))).await, ControlResponse::Done);
+    let init = || ControlRequest::InitShard { shard: ShardId(1), members: vec![DiskId(4)] };
+    assert_eq!(ask(&client, init()).await, ControlResponse::Done);
+    drop(node);
+    let (meta, older) = (disk.dir().join("meta"), disk.root.path().join("older"));
+    std::fs::rename(&meta, &older).unwrap();
+    let node = disk.serve();
+    assert!(matches!(ask(&node.client(), init()).await, ControlResponse::Error(ControlError::Disk(_))));
+    drop(node);
+    std::fs::remove_dir_all(&meta).unwrap();
+    std::fs::rename(&older, &meta).unwrap();
+    let node = disk.serve();
+    let client = node.client();
+    let again = ask(&client, init()).await;
+    assert!(matches!(&again, ControlResponse::Error(ControlError::Disk(why)) if why.contains("label")), "{again:?}");
+    assert_eq!(get(&client, 1).await.unwrap(), payload(1, 1000));
+    assert!(!disk.dir().join("meta.damaged").exists(), "it is sound, only not the newest");
+}
+
 /// The kernel refuses one sync; the process must end without an answer, and a fresh one must hold what was acknowledged
 /// before.
 #[tokio::test(flavor = "multi_thread")]

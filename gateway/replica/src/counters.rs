@@ -33,4 +33,8 @@ pub struct MetaCounters {
     pub link_beats: u64,
     /// Replicas whose timers stand still now.
     pub replicas_asleep: u64,
+    /// Replicas that do not run now: their data cannot be used, or their Raft tasks ended.
+    pub replicas_stopped: u64,
+    /// Damaged replicas that began anew, empty.
+    pub replicas_rebuilt: u64,
 }

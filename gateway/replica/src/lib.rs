@@ -4,6 +4,7 @@
 //! 1. [`store`] (RocksDB's door), [`writer`] (group commit), [`snapshot`]: what is durable when.
 //! 2. [`log`] and [`raft`] (openraft's doors), [`message`]: the log, the replica, the words between replicas.
 //! 3. [`batching`], [`host`]: commands and reads that share their rounds, and [`MetaHost`], which a disk node holds.
+//!    [`members`]: how the members of a shard become those of the map.
 //! 4. [`sleep`]: shards that nobody uses stop their timers. [`clock`]: leaders whose clocks are off give way.
 //!
 //! What a 200 rests on: a command is acknowledged after a majority of disks synced it in their Raft logs ([`writer`]),
@@ -15,6 +16,7 @@ pub mod counters;
 pub mod fatal;
 pub mod host;
 pub mod log;
+pub mod members;
 pub mod message;
 pub mod raft;
 pub mod sleep;

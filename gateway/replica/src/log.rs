@@ -134,6 +134,11 @@ impl ShardLog {
         Ok(ShardLog { shard, db, writer, state, tail: Arc::new(Mutex::new(tail)) })
     }
 
+    /// Where the log begins: the entries before were purged.
+    pub fn first_index(&self) -> u64 {
+        lock(&self.tail).first
+    }
+
     /// Entries from `start` on and below `end`, at least one if there is one, then up to `max_bytes`.
     fn read(&self, start: u64, end: u64, max_bytes: usize) -> io::Result<Vec<Entry>> {
         let (mut found, from_cache, start, end) = {

@@ -4,22 +4,46 @@
 use bytes::Bytes;
 use granary_meta::codec::Record;
 use granary_meta::message::{decode_versioned, encode_versioned, BadBytes};
-use granary_placement::id::ShardId;
+use granary_placement::id::{DiskId, ShardId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// Version of messages between replicas. Version 1: the first.
 pub const MESSAGE_VERSION: u8 = 1;
 /// Version of log entries. Version 1: the first.
 pub const ENTRY_VERSION: u8 = 1;
 
+/// Which replica: its id in Raft. The disk's number alone would not do: metadata that were lost leave an empty replica
+/// behind, and that one must never count as the one that voted and acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct ReplicaId {
+    /// The disk it is on.
+    pub disk: DiskId,
+    /// Drawn at random when the replica was made.
+    pub incarnation: u64,
+}
+
+impl fmt::Display for ReplicaId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}#{:016x}", self.disk, self.incarnation)
+    }
+}
+
+/// For the Raft library's own tests, which number their replicas.
+impl From<u64> for ReplicaId {
+    fn from(number: u64) -> ReplicaId {
+        ReplicaId { disk: DiskId(u32::try_from(number).unwrap_or(u32::MAX)), incarnation: 0 }
+    }
+}
+
 /// A leader's or candidate's claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WireVote {
     /// The Raft term.
     pub term: u64,
-    /// The Raft id of the candidate or leader.
-    pub node: u64,
+    /// The candidate or leader.
+    pub node: ReplicaId,
     /// Granted by a majority: that node is leader.
     pub committed: bool,
 }
@@ -29,8 +53,8 @@ pub struct WireVote {
 pub struct WireLogId {
     /// Term of the leader.
     pub term: u64,
-    /// The Raft id of the leader that wrote it.
-    pub node: u64,
+    /// The leader that wrote it.
+    pub node: ReplicaId,
     /// Its index in the log, from 0.
     pub index: u64,
 }
@@ -39,9 +63,9 @@ pub struct WireLogId {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct WireMembership {
     /// Sets of voters.
-    pub configs: Vec<Vec<u64>>,
+    pub configs: Vec<Vec<ReplicaId>>,
     /// Voters and learners.
-    pub nodes: Vec<u64>,
+    pub nodes: Vec<ReplicaId>,
 }
 
 /// What an entry does.
@@ -75,7 +99,19 @@ pub struct AppliedState {
     pub membership: WireMembership,
 }
 
-/// A message to a replica.
+/// A message to a replica, with who speaks to whom.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerMessage {
+    /// The sender. Its disk is that of the connection, and a claim to lead or a candidacy in the request is its own.
+    pub from: ReplicaId,
+    /// The replica that is meant; another one on that disk answers OtherReplica. None for what any may answer: Members
+    /// and Identify.
+    pub to: Option<ReplicaId>,
+    /// What it says.
+    pub request: PeerRequest,
+}
+
+/// What is said to a replica.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PeerRequest {
     /// AppendEntries.
@@ -105,7 +141,7 @@ pub enum PeerRequest {
         /// The vote under which the sender leads.
         vote: WireVote,
         /// To whom.
-        to: u64,
+        to: ReplicaId,
         /// Its last entry.
         last: Option<WireLogId>,
     },
@@ -124,6 +160,11 @@ pub enum PeerRequest {
     },
     /// Who are the members, as you know them?
     Members,
+    /// Which replica is there? An empty one is made for the answer where the map wants one.
+    Identify,
+    /// From the leader to a replica whose data cannot be used, once a majority of the others has all of the log: begin
+    /// anew, empty and under another incarnation. Answers Identity.
+    Rebuild,
 }
 
 /// The answer of a replica.
@@ -159,6 +200,25 @@ pub enum PeerResponse {
     },
     /// It could not be done.
     Failed(String),
+    /// Answer to Identify.
+    Identity {
+        /// The replica that answers.
+        me: ReplicaId,
+        /// It has neither a log nor a vote.
+        is_empty: bool,
+    },
+    /// The message was for another replica than the one that is here now.
+    OtherReplica {
+        /// The one that is here.
+        me: ReplicaId,
+    },
+    /// The replica is here, but its data cannot be used.
+    Broken {
+        /// The one that is here.
+        me: ReplicaId,
+        /// Why.
+        why: String,
+    },
 }
 
 /// A shard that sleeps, or is to: its leader sends no Raft heartbeats for it, and its followers hold no elections while
@@ -241,9 +301,36 @@ pub fn decode_entry(group: u16, index: u64, bytes: &[u8]) -> Result<WireEntry, B
     Ok(entry)
 }
 
-/// The disk that a metadata directory belongs to, as the log keeps it.
+impl PeerRequest {
+    /// The claim to lead, or the candidacy, that the sender makes with it.
+    pub fn claim(&self) -> Option<&WireVote> {
+        match self {
+            PeerRequest::Append { vote, .. }
+            | PeerRequest::Vote { vote, .. }
+            | PeerRequest::Transfer { vote, .. }
+            | PeerRequest::SnapshotPiece { vote, .. } => Some(vote),
+            PeerRequest::Members | PeerRequest::Identify | PeerRequest::Rebuild => None,
+        }
+    }
+}
+
+/// Whose a metadata directory is, as its log database keeps it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskIdentity(pub u32);
+pub struct MetadataIdentity {
+    /// The disk it is on.
+    pub disk: DiskId,
+    /// Drawn at random when the directory was made; the disk's label has it too.
+    pub number: u64,
+    /// The number of the directory that was lost on this disk before it, if one was.
+    pub replaces: Option<u64>,
+}
+
+/// That a replica lives here, as the log database keeps it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaRecord {
+    /// See [`ReplicaId::incarnation`].
+    pub incarnation: u64,
+}
 
 /// Records that a replica keeps for itself; feature levels do not concern them.
 macro_rules! first_version {
@@ -258,4 +345,4 @@ macro_rules! first_version {
     };
 }
 
-first_version!(AppliedState, WireVote, WireLogId, DiskIdentity);
+first_version!(AppliedState, WireVote, WireLogId, MetadataIdentity, ReplicaRecord);

@@ -270,6 +270,31 @@ pub fn finish_interrupted(state: &StateDb, shard: ShardId, dir: &Path) -> Result
     Ok(())
 }
 
+/// Deletes everything of a shard, and an install that was interrupted, for certain. Blocks.
+///
+/// # Errors
+/// [`SnapshotError`].
+pub fn forget(state: &StateDb, shard: ShardId, dir: &Path) -> Result<(), SnapshotError> {
+    let range = Keys::new(shard).shard_range();
+    let something = {
+        let mut cursor = state.cursor(&range.to);
+        // What cannot be read is something, too.
+        cursor.seek(&range.from).is_err() || cursor.entry().is_some()
+    };
+    if something || state.get(&marker_key(shard))?.is_some() {
+        state.clear(shard)?;
+        let mut writes = Writes::new();
+        writes.insert(marker_key(shard), None);
+        state.write(shard, writes, None)?;
+        state.flush()?;
+    }
+    let file = install_path(dir, shard);
+    if file.exists() {
+        std::fs::remove_file(&file)?;
+    }
+    Ok(())
+}
+
 /// CRC-64-like digest of a shard's whole state: equal on replicas that applied the same entries. For tests and audits;
 /// reads everything.
 ///

@@ -9,6 +9,7 @@ use common::{put, request, Random};
 use granary_meta::record::{AccountId, BucketId};
 use granary_meta::{Answer, Command, Query, Reply, VersionPick};
 use granary_placement::id::{DiskId, Epoch, ShardId};
+use granary_replica::message::{encode_message, PeerMessage, PeerRequest, ReplicaId};
 use granary_wire::control::ControlError;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -199,11 +200,14 @@ async fn a_shard_whose_first_member_is_cut_off_at_birth_forms_when_the_network_h
     let all = [disk(1), disk(2), disk(3)];
     cluster.start_all(&[1, 2, 3]).await;
     cluster.network.isolate(disk(1), &all);
-    cluster.init(SHARD, &[1, 2, 3]).await;
+    cluster.name(SHARD, &[1, 2, 3]);
+    let refused = cluster.try_init(SHARD, &[1, 2, 3]).await;
+    assert!(matches!(refused, Err(ControlError::Unavailable(_))), "{refused:?}");
     let mut random = Random(24);
     let sent = request(&mut random, 1, put(1, "early", b"x"));
     assert!(cluster.host(1).command(SHARD, sent.clone()).await.is_err(), "one of three took a command");
     cluster.network.heal();
+    cluster.init(SHARD, &[1, 2, 3]).await;
     assert!(matches!(cluster.command(SHARD, &sent).await, Reply::Put { .. }));
     cluster.same_state(SHARD, &[1, 2, 3]).await;
     cluster.stop_all().await;
@@ -366,7 +370,9 @@ async fn an_unknown_shard_is_refused_when_the_map_does_not_name_this_disk() {
     let cluster = Cluster::new();
     cluster.map.send_replace(Some(Arc::new(map(1, vec![vec![2], vec![2]]))));
     let host = cluster.start(1).await;
-    let message = bytes::Bytes::from_static(&[1, 4]);
+    let from = ReplicaId { disk: disk(2), incarnation: 1 };
+    let message = PeerMessage { from, to: None, request: PeerRequest::Identify };
+    let message = encode_message(&message).unwrap();
     assert!(matches!(host.raft(SHARD, DiskId(2), message).await, Err(ControlError::NoSuchShard(_))));
     assert!(matches!(
         host.raft(SHARD, DiskId(2), bytes::Bytes::from_static(b"junk")).await,

@@ -11,7 +11,9 @@ use granary_meta::record::BucketId;
 use granary_meta::{Answer, Query, VersionPick};
 use granary_placement::id::{DiskId, ShardId};
 use granary_replica::fatal::Fatal;
-use granary_replica::message::{decode_message, encode_message, PeerRequest, PeerResponse, WireVote};
+use granary_replica::message::{
+    decode_message, encode_message, PeerMessage, PeerRequest, PeerResponse, ReplicaId, WireVote,
+};
 use granary_replica::snapshot;
 use granary_replica::store::{LogDb, LogWrite, StateDb};
 use granary_wire::control::ControlError;
@@ -137,7 +139,7 @@ fn tamper(dir: &Path, index: u64, change: impl Fn(&LogDb, Vec<u8>) -> Option<Vec
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bad_entry_in_the_log_stops_the_replica_and_is_not_cut_away() {
+async fn a_bad_entry_in_the_log_stops_the_replica_and_is_not_cut_away_until_the_others_have_all() {
     type Change = fn(&LogDb, Vec<u8>) -> Option<Vec<u8>>;
     let changes: [(&str, Change); 5] = [
         ("flipped bit", |_, mut bytes| {
@@ -161,6 +163,7 @@ async fn a_bad_entry_in_the_log_stops_the_replica_and_is_not_cut_away() {
         cluster.same_state(SHARD, &[1, 2, 3]).await;
         cluster.stop(2).await;
         tamper(&cluster.path(2), 5, change);
+        cluster.network.isolate(DiskId(2), &[DiskId(1), DiskId(3)]);
         let host = cluster.start(2).await;
         let status = host.status();
         assert_eq!((status.len(), status[0].state.as_str()), (1, "stopped"), "{name}");
@@ -172,36 +175,55 @@ async fn a_bad_entry_in_the_log_stops_the_replica_and_is_not_cut_away() {
         let log = LogDb::open(&cluster.path(2).join("log")).unwrap();
         assert!(log.get(&log_key(6)).unwrap().is_some(), "{name}: entries were cut away");
         drop(log);
+        // The others have all that it had: it begins anew.
+        cluster.network.heal();
+        cluster.start(2).await;
+        cluster.same_state(SHARD, &[1, 2, 3]).await;
+        assert_eq!(cluster.host(2).counters().replicas_rebuilt, 1, "{name}");
         cluster.stop_all().await;
     }
 }
 
-async fn ask(host: &granary_replica::MetaHost, from: u32, request: &PeerRequest) -> PeerResponse {
-    let message = encode_message(request).unwrap();
-    decode_message(&host.raft(SHARD, DiskId(from), message).await.unwrap()).unwrap()
+/// A replica of that disk.
+fn id(disk: u32) -> ReplicaId {
+    ReplicaId { disk: DiskId(disk), incarnation: 1 }
+}
+
+async fn ask(host: &granary_replica::MetaHost, from: u32, request: PeerRequest) -> PeerResponse {
+    let mut message = PeerMessage { from: id(from), to: None, request: PeerRequest::Identify };
+    for request in [PeerRequest::Identify, request] {
+        message.request = request;
+        let bytes = encode_message(&message).unwrap();
+        match decode_message(&host.raft(SHARD, DiskId(from), bytes).await.unwrap()).unwrap() {
+            PeerResponse::Identity { me, .. } => message.to = Some(me),
+            answer => return answer,
+        }
+    }
+    panic!("no answer")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_vote_is_not_given_twice_across_a_crash() {
     let cluster = Cluster::new();
     let host = cluster.start(1).await;
-    let vote = |node| PeerRequest::Vote {
-        vote: WireVote { term: 5, node, committed: false },
+    cluster.name(SHARD, &[1, 2, 3]);
+    let vote = |disk| PeerRequest::Vote {
+        vote: WireVote { term: 5, node: id(disk), committed: false },
         last: None,
         transfer: false,
         pre_vote: false,
     };
-    let PeerResponse::Voted { granted: true, .. } = ask(&host, 3, &vote(3)).await else { panic!("no vote") };
+    let PeerResponse::Voted { granted: true, .. } = ask(&host, 3, vote(3)).await else { panic!("no vote") };
     copy_dir(&cluster.path(1), &cluster.path(8));
     cluster.stop_all().await;
     drop(host);
     std::fs::remove_dir_all(cluster.path(1)).unwrap();
     std::fs::rename(cluster.path(8), cluster.path(1)).unwrap();
     let host = cluster.start(1).await;
-    let PeerResponse::Voted { granted, vote: held, .. } = ask(&host, 2, &vote(2)).await else { panic!("no answer") };
+    let PeerResponse::Voted { granted, vote: held, .. } = ask(&host, 2, vote(2)).await else { panic!("no answer") };
     assert!(!granted, "two candidates of one term got this vote");
-    assert_eq!((held.term, held.node), (5, 3));
-    let PeerResponse::Voted { granted: true, .. } = ask(&host, 3, &vote(3)).await else {
+    assert_eq!((held.term, held.node), (5, id(3)));
+    let PeerResponse::Voted { granted: true, .. } = ask(&host, 3, vote(3)).await else {
         panic!("the vote was forgotten")
     };
     cluster.stop_all().await;
@@ -216,6 +238,7 @@ async fn a_directory_of_another_disk_is_refused() {
     let config = granary_replica::HostConfig {
         dir: cluster.path(2),
         disk: DiskId(2),
+        number: None,
         timing: cluster.timing.clone(),
         clock: cluster.clock(DiskId(2)),
     };
@@ -232,7 +255,7 @@ fn filled(dir: &Path, objects: u64) -> StateDb {
         let sent = request(&mut random, 1, put(1, &format!("key-{i}"), &[1; 700]));
         apply(SHARD, &mut overlay, &sent).unwrap();
         let applied = granary_replica::message::AppliedState {
-            last: Some(granary_replica::message::WireLogId { term: 1, node: 1, index: i }),
+            last: Some(granary_replica::message::WireLogId { term: 1, node: id(1), index: i }),
             ..Default::default()
         };
         let key = granary_meta::keys::Keys::new(SHARD).single(granary_meta::keys::kind::APPLIED);

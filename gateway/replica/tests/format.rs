@@ -5,15 +5,21 @@
 mod common;
 
 use common::{inline, record, Random};
+use granary_meta::codec::encode;
 use granary_meta::message::{decode_batch, encode_batch, encode_request};
 use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData};
 use granary_meta::{ChunkRef, Command, Conditions, MetaRequest};
-use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
+use granary_placement::id::{DiskId, Epoch, ExtentId, PlacementGroupId};
 use granary_placement::scheme::CodecId;
 use granary_replica::message::{
-    decode_entry, decode_message, encode_entry, encode_message, PeerRequest, WireEntry, WireLogId, WirePayload,
-    WireVote,
+    decode_entry, decode_message, encode_entry, encode_message, MetadataIdentity, PeerMessage, PeerRequest, ReplicaId,
+    ReplicaRecord, WireEntry, WireLogId, WirePayload, WireVote,
 };
+
+/// A replica of that disk.
+fn id(disk: u32) -> ReplicaId {
+    ReplicaId { disk: DiskId(disk), incarnation: 0x1122_3344_5566_7788 + u64::from(disk) }
+}
 
 fn extent(id: u8) -> ExtentRef {
     ExtentRef {
@@ -67,16 +73,21 @@ fn log_entries_and_messages_lie_as_they_did_in_version_1() {
     let requests: Vec<Vec<u8>> = fixed_requests().iter().map(|request| encode_request(request).unwrap()).collect();
     let batch = encode_batch(requests.iter().map(Vec::as_slice));
     assert_eq!(decode_batch(&batch).unwrap(), fixed_requests());
-    let entry = WireEntry { id: WireLogId { term: 2, node: 4, index: 300 }, payload: WirePayload::Batch(batch) };
+    let entry = WireEntry { id: WireLogId { term: 2, node: id(4), index: 300 }, payload: WirePayload::Batch(batch) };
     let bytes = encode_entry(3, &entry).unwrap();
     assert_eq!(decode_entry(3, 300, &bytes).unwrap(), entry);
     let vote = PeerRequest::Vote {
-        vote: WireVote { term: 9, node: 2, committed: false },
-        last: Some(WireLogId { term: 8, node: 1, index: 77 }),
+        vote: WireVote { term: 9, node: id(2), committed: false },
+        last: Some(WireLogId { term: 8, node: id(1), index: 77 }),
         transfer: false,
         pre_vote: true,
     };
-    let lines = format!("{}\n{}\n", hex::encode(bytes), hex::encode(encode_message(&vote).unwrap()));
+    let message = PeerMessage { from: id(2), to: Some(id(3)), request: vote };
+    let identity = MetadataIdentity { disk: DiskId(4), number: 0x0102_0304_0506_0708, replaces: Some(9) };
+    let record = ReplicaRecord { incarnation: 0x0102_0304_0506_0708 };
+    let lines =
+        [bytes, encode_message(&message).unwrap().to_vec(), encode(&identity).unwrap(), encode(&record).unwrap()];
+    let lines: String = lines.iter().map(|bytes| hex::encode(bytes) + "\n").collect();
     assert_golden("log-v1.txt", &lines);
 }
 
@@ -92,7 +103,7 @@ fn assert_golden(name: &str, found: &str) {
 
 #[test]
 fn damaged_log_entries_are_seen() {
-    let entry = WireEntry { id: WireLogId { term: 2, node: 4, index: 300 }, payload: WirePayload::Blank };
+    let entry = WireEntry { id: WireLogId { term: 2, node: id(4), index: 300 }, payload: WirePayload::Blank };
     let bytes = encode_entry(3, &entry).unwrap();
     assert!(decode_entry(4, 300, &bytes).is_err() && decode_entry(3, 301, &bytes).is_err());
     for at in 0..bytes.len() {
@@ -106,7 +117,7 @@ fn damaged_log_entries_are_seen() {
     let mut random = Random(1);
     for _ in 0..10_000 {
         let junk: Vec<u8> = (0..random.below(40)).map(|_| random.next() as u8).collect();
-        let _ = decode_message::<PeerRequest>(&junk);
+        let _ = decode_message::<PeerMessage>(&junk);
         let _ = decode_batch(&junk);
     }
 }

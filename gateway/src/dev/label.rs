@@ -1,5 +1,5 @@
 //! Reads the label of a disk directory: enough to know whose it is. The format is the disk node's
-//! (docs/formats/label.md).
+//! (docs/formats/chunk-store.md).
 
 use super::ready::Label;
 use granary_placement::id::{ClusterId, DiskId, DiskUuid};

@@ -31,8 +31,9 @@ use std::path::{Path, PathBuf};
 /// Format of everything below DIR, named in `dev.json`. It is raised when any file there changes so that this build
 /// cannot use what another one wrote.
 ///
-/// 1: granary 0.1.0. 2: hash slots, two disks per slot of a placement group, a version in each record.
-pub const DATA_VERSION: u32 = 2;
+/// 1: granary 0.1.0. 2: hash slots, two disks per slot of a placement group, a version in each record. 3: replicas with
+/// incarnations.
+pub const DATA_VERSION: u32 = 3;
 /// Disk directories of the default cluster.
 pub const DEFAULT_DISKS: u16 = 6;
 /// Most disks of a `granary dev` cluster: each is a process with threads of its own.

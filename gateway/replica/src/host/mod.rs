@@ -8,32 +8,33 @@
 //! A replica that the map does not name any more is stopped once the shard's leader, asked by it, says that it is no
 //! member. Its data stays; should the map name this disk again, it begins from there.
 
+mod identity;
 mod links;
 mod reconcile;
+mod replicas;
 
 use crate::batching::{BatchCounters, Batcher};
 use crate::clock::{ahead_ms, is_agreed, off_by, OtherClocks, WallClock, MAX_OFF_MS};
 use crate::counters::MetaCounters;
 use crate::fatal::{Fatal, OnFatal};
-use crate::log::ShardLog;
-use crate::message::{decode_message, encode_message, DiskIdentity, PeerRequest, PeerResponse};
+use crate::message::{decode_message, encode_message, MetadataIdentity, ReplicaId};
 use crate::raft::heartbeats::Heartbeats;
-use crate::raft::machine::{blocking, ApplyCounters, Machine, MapSender};
+use crate::raft::machine::{blocking, ApplyCounters, MapSender};
 use crate::raft::network::{PeerTransport, Peers};
-use crate::raft::{Replica, Timing};
+use crate::raft::Timing;
 use crate::sleep::{Facts, Rest, SleepTiming};
 use crate::snapshot;
-use crate::store::{LogDb, LogWrite, StateDb};
+use crate::store::{LogDb, StateDb};
 use crate::writer::LogWriter;
 use bytes::Bytes;
 use granary_meta::answer::answer;
 use granary_meta::check::check_level;
-use granary_meta::keys::after_prefix;
 use granary_meta::kv::StateError;
 use granary_meta::{Answer, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_wire::control::{ControlError, ShardStatus};
+use identity::{identify, replicas_here};
 use links::Links;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -48,13 +49,6 @@ use tokio_util::task::TaskTracker;
 /// How long a stop waits for what holds the databases.
 const STOP_WAIT: Duration = Duration::from_secs(10);
 
-/// Log-database keys that belong to no shard: `0xFFFF | 'I'` the disk's id, `0xFFFF | 'G' | shard` a replica that lives
-/// here.
-const IDENTITY_KEY: &[u8] = &[0xff, 0xff, b'I'];
-const REPLICA_PREFIX: &[u8] = &[0xff, 0xff, b'G'];
-/// Version of the value under `'G'`, which has nothing else in it.
-const REPLICA_VERSION: u8 = 1;
-
 /// For how long a clock that was told counts. Clocks drift little; whoever leads hears of a majority all the time.
 const CLOCK_COUNTS: Duration = Duration::from_secs(300);
 /// Longest heartbeat of a link, in bytes: all shards that a cluster can have, both ways, fit in.
@@ -65,8 +59,10 @@ const MAX_BEAT_BYTES: usize = 512 * 1024;
 pub struct HostConfig {
     /// Its directory, `DIR/meta`. Made when it is not there.
     pub dir: PathBuf,
-    /// The disk it is on; also the Raft node id of its replicas.
+    /// The disk it is on.
     pub disk: DiskId,
+    /// The number of the directory, as the disk's label has it; None when it has none yet. See [`MetaHost::number`].
+    pub number: Option<u64>,
     /// Heartbeats, elections, deadlines.
     pub timing: Timing,
     /// What stamps commands.
@@ -79,8 +75,7 @@ pub enum MetaError {
     /// The directory or a thread cannot be made.
     #[error("metadata directory: {0}")]
     Directory(#[from] std::io::Error),
-    /// A database cannot be opened: the disk's metadata replicas are lost and come back from their peers under a new
-    /// disk id.
+    /// A database cannot be opened.
     #[error(transparent)]
     State(#[from] StateError),
     /// The directory belongs to another disk.
@@ -91,18 +86,40 @@ pub enum MetaError {
         /// Whose it should be.
         expected: DiskId,
     },
+    /// The directory is not the one that the disk's label knows: an older one, perhaps, or a copy.
+    #[error("metadata directory {found:016x} is not the one on this disk's label, {expected:016x}: put that one back, or move this one away")]
+    OtherDirectory {
+        /// The number in it.
+        found: u64,
+        /// The number on the label.
+        expected: u64,
+    },
+}
+
+impl MetaError {
+    /// Is what lies there damaged, so that trying again is of no use? What another release wrote is not.
+    pub fn is_damage(&self) -> bool {
+        // RocksDB's own word for it begins its messages.
+        matches!(self, MetaError::State(StateError::Database(why)) if why.starts_with("Corruption"))
+    }
 }
 
 enum ReplicaState {
     Running(Arc<Batcher>),
-    /// Its data cannot be used; the reason.
-    Broken(String),
+    /// Its data cannot be used.
+    Broken {
+        /// Which it is, if that can be read.
+        id: Option<ReplicaId>,
+        /// The reason.
+        why: String,
+    },
     /// It is no member any more.
     Removed,
 }
 
 struct Inner {
     config: HostConfig,
+    identity: MetadataIdentity,
     state: Arc<StateDb>,
     log: Arc<LogDb>,
     writer: Mutex<Option<LogWriter>>,
@@ -115,6 +132,8 @@ struct Inner {
     /// One replica is opened at a time.
     opening: tokio::sync::Mutex<()>,
     applies: Arc<ApplyCounters>,
+    /// Damaged replicas that began anew.
+    rebuilt: AtomicU64,
     batches: Arc<BatchCounters>,
     links: Links,
     clocks: OtherClocks,
@@ -134,39 +153,6 @@ pub struct MetaHost {
 
 fn bad_request(error: granary_meta::BadBytes) -> ControlError {
     ControlError::BadRequest(error.to_string())
-}
-
-fn replica_key(shard: ShardId) -> Vec<u8> {
-    [REPLICA_PREFIX, &shard.0.to_be_bytes()].concat()
-}
-
-/// Checks or sets whose directory this is. Blocks.
-fn check_identity(log: &LogDb, disk: DiskId) -> Result<(), MetaError> {
-    match log.get(IDENTITY_KEY)? {
-        Some(bytes) => {
-            let found = DiskId(granary_meta::codec::decode::<DiskIdentity>(&bytes)?.0);
-            if found != disk {
-                return Err(MetaError::OtherDisk { found, expected: disk });
-            }
-        }
-        None => log.write_synced(&[LogWrite::Put(
-            IDENTITY_KEY.to_vec(),
-            granary_meta::codec::encode(&DiskIdentity(disk.0))?,
-        )])?,
-    }
-    Ok(())
-}
-
-fn replicas_here(log: &LogDb) -> Result<Vec<ShardId>, StateError> {
-    let mut found = Vec::new();
-    let end = after_prefix(REPLICA_PREFIX).unwrap_or_default();
-    log.scan(REPLICA_PREFIX, &end, |key, _| {
-        if let Some(shard) = key.last_chunk::<2>() {
-            found.push(ShardId(u16::from_be_bytes(*shard)));
-        }
-        Ok(true)
-    })?;
-    Ok(found)
 }
 
 /// Removes files of transfers that a stop cut off; an interrupted install keeps its file.
@@ -195,13 +181,13 @@ impl MetaHost {
     ) -> Result<MetaHost, MetaError> {
         let fatal = Fatal::new(on_fatal);
         let snapshot_dir = config.dir.join("snapshots");
-        let (dir, disk, opened_fatal, clean_dir) =
-            (config.dir.clone(), config.disk, fatal.clone(), snapshot_dir.clone());
+        let (dir, disk, on_label) = (config.dir.clone(), config.disk, config.number);
+        let (opened_fatal, clean_dir) = (fatal.clone(), snapshot_dir.clone());
         let open = move || -> Result<_, MetaError> {
             std::fs::create_dir_all(&clean_dir)?;
             clean_snapshots(&clean_dir)?;
             let log = Arc::new(LogDb::open(&dir.join("log"))?);
-            check_identity(&log, disk)?;
+            let identity = identify(&log, disk, on_label)?;
             let state = Arc::new(StateDb::open(&dir.join("state"), opened_fatal.clone())?);
             // The directories themselves must survive a power loss before anything in them is relied on.
             for path in [&dir, &clean_dir] {
@@ -209,15 +195,21 @@ impl MetaHost {
             }
             let (writer, thread) = LogWriter::start(log.clone(), opened_fatal)?;
             let replicas = replicas_here(&log)?;
-            Ok((log, state, writer, thread, replicas))
+            Ok((log, identity, state, writer, thread, replicas))
         };
         let opened =
             tokio::task::spawn_blocking(open).await.map_err(|error| std::io::Error::other(error.to_string()))?;
-        let (log, state, writer, thread, replicas) = opened?;
+        let (log, identity, state, writer, thread, replicas) = opened?;
+        if let Some(lost) = identity.replaces.filter(|lost| on_label == Some(*lost)) {
+            tracing::error!(
+                lost = format!("{lost:016x}"),
+                "the metadata of this disk are gone; its replicas begin anew, empty, and learn from the others"
+            );
+        }
         let message_deadline = Duration::from_millis(config.timing.election_min_ms);
         let peers = Arc::new(Peers {
-            me: config.disk,
             transport: transport.clone(),
+            heard: Mutex::default(),
             snapshot_dir,
             transfers: AtomicU64::new(1),
             sending: Semaphore::new(1),
@@ -231,6 +223,7 @@ impl MetaHost {
         let clocks = OtherClocks::new(CLOCK_COUNTS);
         let inner = Arc::new(Inner {
             config,
+            identity,
             state,
             log,
             writer: Mutex::new(Some(writer)),
@@ -242,6 +235,7 @@ impl MetaHost {
             replicas: Mutex::default(),
             opening: tokio::sync::Mutex::new(()),
             applies: Arc::default(),
+            rebuilt: AtomicU64::new(0),
             batches: Arc::default(),
             links: Links::new(sleep),
             clocks,
@@ -259,69 +253,20 @@ impl MetaHost {
         Ok(host)
     }
 
+    /// The number of the directory, which belongs on the disk's label: a label with a number and no directory tells of
+    /// one that was lost.
+    pub fn number(&self) -> u64 {
+        self.inner.identity.number
+    }
+
     /// The running replica of a shard.
     fn batcher(&self, shard: ShardId) -> Result<Arc<Batcher>, ControlError> {
         self.inner.fatal.check().map_err(ControlError::Disk)?;
         match lock(&self.inner.replicas).get(&shard) {
             Some(ReplicaState::Running(batcher)) => Ok(batcher.clone()),
-            Some(ReplicaState::Broken(why)) => Err(ControlError::Disk(why.clone())),
+            Some(ReplicaState::Broken { why, .. }) => Err(ControlError::Disk(why.clone())),
             Some(ReplicaState::Removed) | None => Err(ControlError::NoSuchShard(shard)),
         }
-    }
-
-    /// The running replica of a shard; made, empty, when there is none.
-    async fn open_replica(&self, shard: ShardId) -> Result<Arc<Batcher>, ControlError> {
-        let inner = &self.inner;
-        let _one = inner.opening.lock().await;
-        match self.batcher(shard) {
-            Err(ControlError::NoSuchShard(_)) => {}
-            known => return known,
-        }
-        let writer = lock(&inner.writer).clone().ok_or_else(|| ControlError::Unavailable("stopping".to_owned()))?;
-        writer
-            .write(vec![LogWrite::Put(replica_key(shard), vec![REPLICA_VERSION])])
-            .await
-            .map_err(ControlError::Disk)?;
-        let (log, state, dir) = (inner.log.clone(), inner.state.clone(), inner.peers.snapshot_dir.clone());
-        let map = (shard == ShardId::ROOT).then(|| inner.root_map.clone());
-        let applies = inner.applies.clone();
-        let opened = tokio::task::spawn_blocking(move || -> std::io::Result<(ShardLog, Machine)> {
-            let machine = Machine::open(shard, state.clone(), dir, map, applies)?;
-            Ok((ShardLog::open(shard, log, writer, state)?, machine))
-        });
-        let opened = match opened.await {
-            Ok(Ok((log, machine))) => {
-                Replica::open(inner.peers.clone(), inner.config.timing.of(shard), log, machine).await
-            }
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        let replica = match opened {
-            Ok(replica) => {
-                let replica = Arc::new(replica);
-                replica.elect_if_sole_voter().await;
-                let batcher = Batcher::start(replica, inner.batches.clone(), &inner.tasks, inner.stop.child_token());
-                ReplicaState::Running(Arc::new(batcher))
-            }
-            Err(why) => ReplicaState::Broken(why),
-        };
-        lock(&inner.replicas).insert(shard, replica);
-        self.batcher(shard)
-    }
-
-    /// Makes this disk the first of a new shard with these members, itself among them. Repeated, it does nothing.
-    ///
-    /// # Errors
-    /// BadRequest when this disk is no member; Unavailable; Disk.
-    pub async fn init_shard(&self, shard: ShardId, members: Vec<DiskId>) -> Result<(), ControlError> {
-        if !members.contains(&self.inner.config.disk) || shard.0 == u16::MAX {
-            return Err(ControlError::BadRequest(format!(
-                "disk {} is no member of shard {shard}",
-                self.inner.config.disk
-            )));
-        }
-        let batcher = self.open_replica(shard).await?;
-        batcher.replica.initialize(&members).await
     }
 
     /// Does what the bytes of a [`ShardRequest`] ask, and gives the bytes of the [`ShardResponse`].
@@ -403,30 +348,6 @@ impl MetaHost {
         }
     }
 
-    fn named_by(&self, map: &ClusterMap, shard: ShardId) -> bool {
-        map.shards.get(usize::from(shard.0)).is_some_and(|replicas| replicas.members.contains(&self.inner.config.disk))
-    }
-
-    /// Takes a message of another replica, authenticated by the caller, and gives the answer. Makes an empty replica
-    /// for a shard that is not here when the map names this disk for it, or no map is known yet.
-    ///
-    /// # Errors
-    /// NoSuchShard; BadRequest for bytes that are no message; Disk.
-    pub async fn raft(&self, shard: ShardId, from: DiskId, message: Bytes) -> Result<Bytes, ControlError> {
-        let request: PeerRequest = decode_message(&message).map_err(bad_request)?;
-        let batcher = match self.batcher(shard) {
-            Err(ControlError::NoSuchShard(_)) if request != PeerRequest::Members && shard.0 != u16::MAX => {
-                if self.newest_map().is_some_and(|map| !self.named_by(&map, shard)) {
-                    return Err(ControlError::NoSuchShard(shard));
-                }
-                self.open_replica(shard).await?
-            }
-            known => known?,
-        };
-        let response: PeerResponse = batcher.replica.handle(from, request).await;
-        encode_message(&response).map_err(bad_request)
-    }
-
     /// The running replicas.
     fn running(&self) -> Vec<(ShardId, Arc<Batcher>)> {
         let running = |(shard, replica): (&ShardId, &ReplicaState)| match replica {
@@ -469,7 +390,7 @@ impl MetaHost {
             .iter()
             .filter_map(|(shard, replica)| match replica {
                 ReplicaState::Running(batcher) => Some(batcher.replica.status()),
-                ReplicaState::Broken(_) => Some(stopped(*shard)),
+                ReplicaState::Broken { .. } => Some(stopped(*shard)),
                 ReplicaState::Removed => None,
             })
             .collect()
@@ -501,6 +422,8 @@ impl MetaHost {
             heartbeats: read(&heartbeats.heartbeats),
             heartbeat_messages: read(&heartbeats.messages),
             link_beats: read(&self.inner.links.beats),
+            replicas_stopped: self.status().iter().filter(|status| status.state == "stopped").count() as u64,
+            replicas_rebuilt: read(&self.inner.rebuilt),
             replicas_asleep: self.facts().iter().filter(|facts| facts.rest != Rest::Awake).count() as u64,
         }
     }

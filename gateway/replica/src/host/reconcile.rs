@@ -1,10 +1,14 @@
 //! Keeps the members of led shards as the map says, stops replicas that are no members any more, and keeps logs short.
 
+use super::replicas::IDENTIFY_DEADLINE;
 use super::{lock, MetaHost, ReplicaState};
 use crate::batching::Batcher;
-use crate::message::{PeerRequest, PeerResponse};
-use granary_placement::id::ShardId;
+use crate::message::{PeerMessage, PeerRequest, PeerResponse, ReplicaId};
+use crate::raft::Replica;
+use futures::StreamExt;
+use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// How often members are compared with the map.
@@ -15,6 +19,10 @@ const ASK_EVERY_ROUNDS: u64 = 10;
 const ASK_DEADLINE: Duration = Duration::from_secs(3);
 /// How long one step of a change of members may take.
 const STEP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a damaged replica may take to empty itself.
+const REBUILD_DEADLINE: Duration = Duration::from_secs(60);
+/// How many shards are looked at at once: a disk that does not answer holds up those it belongs to only.
+const AT_ONCE: usize = 16;
 
 /// Does so until the host ends.
 pub(super) async fn run(host: MetaHost) {
@@ -27,26 +35,30 @@ pub(super) async fn run(host: MetaHost) {
         }
         round += 1;
         let map = host.newest_map();
-        for (shard, batcher) in host.running() {
-            let work = async {
+        let work = futures::stream::iter(host.running()).for_each_concurrent(AT_ONCE, |(shard, batcher)| {
+            let (host, map) = (&host, &map);
+            async move {
                 batcher.replica.transfer_leadership_if_log_is_long().await;
-                if let Some(map) = &map {
-                    reconcile_shard(&host, map, shard, &batcher, round).await;
+                if let Some(map) = map {
+                    reconcile_shard(host, map, shard, &batcher, round).await;
                 }
-            };
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = work => {}
             }
+        });
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = work => {}
         }
     }
 }
 
 async fn reconcile_shard(host: &MetaHost, map: &ClusterMap, shard: ShardId, batcher: &Batcher, round: u64) {
     let Some(wanted) = map.shards.get(usize::from(shard.0)) else { return };
-    if batcher.replica.is_leader() {
-        let step = batcher.replica.reconcile(&wanted.members);
-        match tokio::time::timeout(STEP_DEADLINE, step).await {
+    let replica = &*batcher.replica;
+    if replica.is_leader() {
+        let on_disks = wanted.members.iter().map(|disk| async { (*disk, replica_on(host, replica, *disk).await) });
+        let wanted: BTreeMap<DiskId, Option<ReplicaId>> =
+            futures::future::join_all(on_disks).await.into_iter().collect();
+        match tokio::time::timeout(STEP_DEADLINE, replica.reconcile(&wanted)).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => tracing::warn!(%shard, %error, "members not changed yet"),
             Err(_) => tracing::warn!(%shard, "changing members takes long"),
@@ -56,17 +68,48 @@ async fn reconcile_shard(host: &MetaHost, map: &ClusterMap, shard: ShardId, batc
     if host.named_by(map, shard) || !round.is_multiple_of(ASK_EVERY_ROUNDS) {
         return;
     }
-    let me = host.inner.config.disk;
-    for member in &wanted.members {
-        let answer = host.inner.peers.ask(*member, shard, &PeerRequest::Members, ASK_DEADLINE).await;
+    for member in wanted.members.iter().filter(|disk| **disk != replica.me.disk) {
+        let message = PeerMessage { from: replica.me, to: None, request: PeerRequest::Members };
+        let answer = host.inner.peers.ask(*member, shard, &message, ASK_DEADLINE).await;
         if let Ok(PeerResponse::Members { leads: true, membership }) = answer {
-            if !membership.nodes.is_empty() && !membership.nodes.contains(&u64::from(me.0)) {
+            if !membership.nodes.is_empty() && !membership.nodes.contains(&replica.me) {
                 tracing::info!(%shard, "this replica is no member any more; stopping it, its data stays");
                 batcher.stop.cancel();
-                batcher.replica.shutdown().await;
+                replica.shutdown().await;
                 lock(&host.inner.replicas).insert(shard, ReplicaState::Removed);
             }
             return;
         }
+    }
+}
+
+/// The replica that is on a disk now, as its leader knows it: the member there, unless another one answered for it;
+/// then, and where there is none yet, the disk is asked.
+async fn replica_on(host: &MetaHost, replica: &Replica, disk: DiskId) -> Option<ReplicaId> {
+    if disk == replica.me.disk {
+        return Some(replica.me);
+    }
+    let (shard, peers) = (replica.shard, &host.inner.peers);
+    let nodes = replica.nodes();
+    let members: Vec<ReplicaId> = nodes.into_iter().filter(|id| id.disk == disk).collect();
+    let heard = || peers.heard().get(&(shard, disk)).copied();
+    match (heard(), members.as_slice()) {
+        (Some(heard), members) if members.contains(&heard.id) && !heard.is_broken => return Some(heard.id),
+        (None, [only]) => return Some(*only),
+        _ => {}
+    }
+    let identify = PeerMessage { from: replica.me, to: None, request: PeerRequest::Identify };
+    if let Ok(PeerResponse::Identity { me, .. }) = peers.ask(disk, shard, &identify, IDENTIFY_DEADLINE).await {
+        return Some(me);
+    }
+    // Broken, it may empty itself once nothing is lost by that. What anyone was told of must not be on it alone.
+    let broken = heard().filter(|heard| heard.is_broken)?;
+    if members.contains(&broken.id) && !replica.can_spare(broken.id) {
+        return None;
+    }
+    let rebuild = PeerMessage { from: replica.me, to: Some(broken.id), request: PeerRequest::Rebuild };
+    match peers.ask(disk, shard, &rebuild, REBUILD_DEADLINE).await {
+        Ok(PeerResponse::Identity { me, .. }) => Some(me),
+        _ => None,
     }
 }

@@ -1,8 +1,11 @@
 //! A shard's state machine: applies committed entries in batches, each with how far it applied, and gives and takes
 //! snapshots.
 
-use super::{log_id_to_wire, membership_to_wire, Batch, Entry, LogId, Members, Replies, TypeConfig};
-use crate::message::AppliedState;
+use super::types::{
+    log_id_from_wire, log_id_to_wire, members_from_applied, membership_to_wire, Batch, Entry, LeaderId, LogId, Members,
+    Replies, TypeConfig,
+};
+use crate::message::{AppliedState, ReplicaId};
 use crate::snapshot;
 use crate::store::StateDb;
 use futures::{Stream, StreamExt};
@@ -75,7 +78,7 @@ fn failed(error: impl ToString) -> io::Error {
 }
 
 fn last_log_id(applied: &AppliedState) -> Option<LogId> {
-    applied.last.map(super::log_id_from_wire)
+    applied.last.map(log_id_from_wire)
 }
 
 impl Machine {
@@ -99,6 +102,11 @@ impl Machine {
         let machine = Machine { shard, state, snapshot_dir, applied, map, counters };
         machine.publish_map();
         Ok(machine)
+    }
+
+    /// The first entry that is not applied.
+    pub fn next_index(&self) -> u64 {
+        self.applied.last.map_or(0, |last| last.index + 1)
     }
 
     fn publish_map(&self) {
@@ -164,7 +172,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     type SnapshotBuilder = Builder;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, Members), io::Error> {
-        Ok((last_log_id(&self.applied), super::members_from_applied(&self.applied)))
+        Ok((last_log_id(&self.applied), members_from_applied(&self.applied)))
     }
 
     async fn apply<Strm>(&mut self, mut entries: Strm) -> Result<(), io::Error>
@@ -201,7 +209,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
 
     async fn install_snapshot(
         &mut self,
-        meta: &SnapshotMeta<super::LeaderId, u64, ()>,
+        meta: &SnapshotMeta<LeaderId, ReplicaId, ()>,
         source: SnapshotSource,
     ) -> Result<(), io::Error> {
         let (state, dir, shard) = (self.state.clone(), self.snapshot_dir.clone(), self.shard);
@@ -229,15 +237,14 @@ impl RaftStateMachine<TypeConfig> for Machine {
 
     async fn get_current_snapshot(
         &mut self,
-    ) -> Result<Option<Snapshot<super::LeaderId, u64, (), SnapshotSource>>, io::Error> {
+    ) -> Result<Option<Snapshot<LeaderId, ReplicaId, (), SnapshotSource>>, io::Error> {
         Ok(self.applied.last.map(|_| live_snapshot(&self.state, &self.applied)))
     }
 }
 
 /// The state itself is the snapshot; its file is only written when it is sent.
-fn live_snapshot(state: &Arc<StateDb>, applied: &AppliedState) -> Snapshot<super::LeaderId, u64, (), SnapshotSource> {
-    let meta =
-        SnapshotMeta { last_log_id: last_log_id(applied), last_membership: super::members_from_applied(applied) };
+fn live_snapshot(state: &Arc<StateDb>, applied: &AppliedState) -> Snapshot<LeaderId, ReplicaId, (), SnapshotSource> {
+    let meta = SnapshotMeta { last_log_id: last_log_id(applied), last_membership: members_from_applied(applied) };
     Snapshot { meta, snapshot: SnapshotSource::Live(state.clone()) }
 }
 
@@ -251,7 +258,7 @@ pub struct Builder {
 impl RaftSnapshotBuilder<TypeConfig> for Builder {
     type SnapshotData = SnapshotSource;
 
-    async fn build_snapshot(&mut self) -> Result<Snapshot<super::LeaderId, u64, (), SnapshotSource>, io::Error> {
+    async fn build_snapshot(&mut self) -> Result<Snapshot<LeaderId, ReplicaId, (), SnapshotSource>, io::Error> {
         let (state, shard) = (self.state.clone(), self.shard);
         if let Some(last) = self.applied.last {
             tokio::task::spawn_blocking(move || state.make_durable(shard, last.index))

@@ -2,8 +2,9 @@
 
 use super::heartbeats::Heartbeats;
 use super::machine::SnapshotSource;
+use super::types::LeaderId;
 use super::{entry_to_wire, log_id_from_wire, log_id_to_wire, vote_from_wire, vote_to_wire, TypeConfig};
-use crate::message::{decode_message, encode_message, AppliedState, PeerRequest, PeerResponse};
+use crate::message::{decode_message, encode_message, AppliedState, PeerMessage, PeerRequest, PeerResponse, ReplicaId};
 use crate::snapshot::{self, SnapshotError, PIECE_BYTES};
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -15,10 +16,11 @@ use openraft::raft::{
     VoteRequest, VoteResponse,
 };
 use openraft::{OptionalSend, Snapshot};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
@@ -72,8 +74,6 @@ pub trait PeerTransport: Send + Sync + 'static {
 
 /// What all replicas of a disk share to talk to others.
 pub struct Peers {
-    /// This disk.
-    pub me: DiskId,
     /// Carries the messages.
     pub transport: Arc<dyn PeerTransport>,
     /// Where snapshot files lie for a while.
@@ -86,24 +86,61 @@ pub struct Peers {
     pub message_deadline: Duration,
     /// Sends heartbeats.
     pub heartbeats: Arc<Heartbeats>,
+    /// What other disks said of their replicas when they were taken for others, or asked.
+    pub heard: Mutex<BTreeMap<(ShardId, DiskId), Heard>>,
+}
+
+/// The replica of a shard on another disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heard {
+    /// Which.
+    pub id: ReplicaId,
+    /// Its data cannot be used.
+    pub is_broken: bool,
 }
 
 impl Peers {
-    /// Sends a message and decodes its answer.
+    /// Sends a message to the replica of a shard on disk `to` and decodes its answer. What that says of the replica
+    /// there is kept.
     ///
     /// # Errors
-    /// [`TransportError`].
+    /// [`TransportError`]; refused also when another replica is there, or one that cannot be used.
     pub async fn ask(
         &self,
         to: DiskId,
         shard: ShardId,
-        request: &PeerRequest,
+        message: &PeerMessage,
         deadline: Duration,
     ) -> Result<PeerResponse, TransportError> {
-        let message = encode_message(request).map_err(|error| TransportError::Refused(error.to_string()))?;
+        let message = encode_message(message).map_err(|error| TransportError::Refused(error.to_string()))?;
         let answer = tokio::time::timeout(deadline, self.transport.raft(to, shard, message, deadline));
-        let answer = answer.await.unwrap_or(Err(TransportError::Timeout))?;
-        decode_message(&answer).map_err(|error| TransportError::Refused(error.to_string()))
+        self.hear(to, shard, &answer.await.unwrap_or(Err(TransportError::Timeout))?)
+    }
+
+    fn hear(&self, disk: DiskId, shard: ShardId, answer: &[u8]) -> Result<PeerResponse, TransportError> {
+        let answer: PeerResponse =
+            decode_message(answer).map_err(|error| TransportError::Refused(error.to_string()))?;
+        let (heard, refused) = match &answer {
+            PeerResponse::Identity { me, .. } => (Heard { id: *me, is_broken: false }, None),
+            PeerResponse::OtherReplica { me } => {
+                (Heard { id: *me, is_broken: false }, Some(format!("the replica there is {me} now")))
+            }
+            PeerResponse::Broken { me, why } => (Heard { id: *me, is_broken: true }, Some(format!("{me}: {why}"))),
+            _ => return Ok(answer),
+        };
+        if heard.id.disk != disk {
+            return Err(TransportError::Refused(format!("disk {disk} calls its replica {}", heard.id)));
+        }
+        let before = self.heard().insert((shard, disk), heard);
+        if before.is_none_or(|before| before != heard) {
+            tracing::info!(%shard, replica = %heard.id, broken = heard.is_broken, "heard of a replica");
+        }
+        refused.map_or(Ok(answer), |why| Err(TransportError::Refused(why)))
+    }
+
+    /// What is known of the replicas on other disks. At most as many as shards here have members.
+    pub fn heard(&self) -> MutexGuard<'_, BTreeMap<(ShardId, DiskId), Heard>> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -111,6 +148,8 @@ impl Peers {
 pub struct PeerLinks {
     /// Which shard.
     pub shard: ShardId,
+    /// The replica here.
+    pub me: ReplicaId,
     /// Shared by all shards.
     pub peers: Arc<Peers>,
     /// Read barriers of the shard under way: its heartbeats are urgent.
@@ -120,28 +159,27 @@ pub struct PeerLinks {
 /// The way to one other replica.
 pub struct PeerLink {
     shard: ShardId,
-    to: DiskId,
+    me: ReplicaId,
+    to: ReplicaId,
     peers: Arc<Peers>,
     /// Given for a link that carries heartbeats only: how many read barriers wait for them.
     heartbeats_for: Option<Arc<AtomicUsize>>,
 }
 
 impl PeerLinks {
-    fn link(&self, target: u64, heartbeats_for: Option<Arc<AtomicUsize>>) -> PeerLink {
-        // A node id that is no disk id cannot come from our membership; disk 0 is nobody and cannot be reached.
-        let to = DiskId(u32::try_from(target).unwrap_or(0));
-        PeerLink { shard: self.shard, to, peers: self.peers.clone(), heartbeats_for }
+    fn link(&self, to: ReplicaId, heartbeats_for: Option<Arc<AtomicUsize>>) -> PeerLink {
+        PeerLink { shard: self.shard, me: self.me, to, peers: self.peers.clone(), heartbeats_for }
     }
 }
 
 impl RaftNetworkFactory<TypeConfig> for PeerLinks {
     type Network = PeerLink;
 
-    async fn new_client(&mut self, target: u64, _node: &()) -> PeerLink {
+    async fn new_client(&mut self, target: ReplicaId, _node: &()) -> PeerLink {
         self.link(target, None)
     }
 
-    async fn new_heartbeat_client(&mut self, target: u64, _node: &()) -> PeerLink {
+    async fn new_heartbeat_client(&mut self, target: ReplicaId, _node: &()) -> PeerLink {
         self.link(target, Some(self.barriers.clone()))
     }
 }
@@ -164,16 +202,24 @@ fn unexpected(response: PeerResponse) -> RPCError<TypeConfig> {
 }
 
 impl PeerLink {
-    async fn ask(&self, request: &PeerRequest) -> Result<PeerResponse, RPCError<TypeConfig>> {
-        self.peers.ask(self.to, self.shard, request, self.peers.message_deadline).await.map_err(rpc_error)
+    fn message(&self, request: PeerRequest) -> PeerMessage {
+        PeerMessage { from: self.me, to: Some(self.to), request }
     }
 
-    async fn heartbeat(&self, request: &PeerRequest, barriers: &AtomicUsize) -> Result<PeerResponse, TransportError> {
-        let refused = |error: granary_meta::BadBytes| TransportError::Refused(error.to_string());
-        let message = encode_message(request).map_err(refused)?;
+    async fn ask(&self, request: PeerRequest) -> Result<PeerResponse, RPCError<TypeConfig>> {
+        self.ask_within(request, self.peers.message_deadline).await
+    }
+
+    async fn ask_within(&self, request: PeerRequest, deadline: Duration) -> Result<PeerResponse, RPCError<TypeConfig>> {
+        self.peers.ask(self.to.disk, self.shard, &self.message(request), deadline).await.map_err(rpc_error)
+    }
+
+    async fn heartbeat(&self, request: PeerRequest, barriers: &AtomicUsize) -> Result<PeerResponse, TransportError> {
+        let message =
+            encode_message(&self.message(request)).map_err(|error| TransportError::Refused(error.to_string()))?;
         let urgent = || barriers.load(Ordering::SeqCst) > 0;
-        let answer = self.peers.heartbeats.send(self.to, self.shard, message, urgent).await?;
-        decode_message(&answer).map_err(refused)
+        let answer = self.peers.heartbeats.send(self.to.disk, self.shard, message, urgent).await?;
+        self.peers.hear(self.to.disk, self.shard, &answer)
     }
 
     async fn request_vote(
@@ -187,7 +233,7 @@ impl PeerLink {
             transfer: rpc.leadership_transfer,
             pre_vote,
         };
-        match self.ask(&request).await? {
+        match self.ask(request).await? {
             PeerResponse::Voted { vote, granted, last } => {
                 Ok(VoteResponse::new(vote_from_wire(vote), last.map(log_id_from_wire), granted))
             }
@@ -208,7 +254,7 @@ impl PeerLink {
         let path = match source {
             SnapshotSource::File(path) => path,
             SnapshotSource::Live(state) => {
-                let path = self.peers.snapshot_dir.join(format!("out-{shard}-{}", self.to));
+                let path = self.peers.snapshot_dir.join(format!("out-{shard}-{}", self.to.disk));
                 let to = path.clone();
                 let written = tokio::task::spawn_blocking(move || snapshot::write_file(&state, shard, &to)).await;
                 written.map_err(|error| lost(error.to_string()))?.map_err(|error| lost(error.to_string()))?;
@@ -246,8 +292,7 @@ impl PeerLink {
                 last,
             };
             let deadline = if last { INSTALL_DEADLINE } else { PIECE_DEADLINE };
-            let answer = self.peers.ask(self.to, self.shard, &request, deadline).await;
-            match answer.map_err(rpc_error)? {
+            match self.ask_within(request, deadline).await? {
                 PeerResponse::Done if !last => offset += step,
                 PeerResponse::Installed(vote) => return Ok(SnapshotResponse::new(vote_from_wire(vote))),
                 other => return Err(unexpected(other).into()),
@@ -271,8 +316,8 @@ impl RaftNetworkV2<TypeConfig> for PeerLink {
             committed: rpc.leader_commit.as_ref().map(log_id_to_wire),
         };
         let answer = match &self.heartbeats_for {
-            Some(barriers) if rpc.entries.is_empty() => self.heartbeat(&request, barriers).await.map_err(rpc_error),
-            _ => self.ask(&request).await,
+            Some(barriers) if rpc.entries.is_empty() => self.heartbeat(request, barriers).await.map_err(rpc_error),
+            _ => self.ask(request).await,
         };
         match answer? {
             PeerResponse::Appended => Ok(AppendEntriesResponse::Success),
@@ -302,7 +347,7 @@ impl RaftNetworkV2<TypeConfig> for PeerLink {
     async fn full_snapshot(
         &mut self,
         vote: super::Vote,
-        snapshot: Snapshot<super::LeaderId, u64, (), SnapshotSource>,
+        snapshot: Snapshot<LeaderId, ReplicaId, (), SnapshotSource>,
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
@@ -322,7 +367,7 @@ impl RaftNetworkV2<TypeConfig> for PeerLink {
             to: *rpc.to_node_id(),
             last: rpc.last_log_id().map(log_id_to_wire),
         };
-        match self.ask(&request).await? {
+        match self.ask(request).await? {
             PeerResponse::Done => Ok(Ok(())),
             other => Err(unexpected(other)),
         }
@@ -331,7 +376,7 @@ impl RaftNetworkV2<TypeConfig> for PeerLink {
 
 /// A snapshot file that is arriving.
 pub struct IncomingSnapshot {
-    from: DiskId,
+    from: ReplicaId,
     transfer: u64,
     len_bytes: u64,
     path: PathBuf,
@@ -341,7 +386,7 @@ pub struct IncomingSnapshot {
 /// One piece of it.
 pub struct Piece {
     /// Who sends it.
-    pub from: DiskId,
+    pub from: ReplicaId,
     /// Which transfer.
     pub transfer: u64,
     /// Where it begins.

@@ -1,7 +1,7 @@
 //! A replica's timers stop and start here; when, is decided in [`crate::sleep`].
 
 use super::{leader_of, Replica};
-use crate::message::Asleep;
+use crate::message::{Asleep, ReplicaId};
 use crate::sleep::{Facts, Rest};
 use granary_placement::id::DiskId;
 use openraft::async_runtime::watch::WatchReceiver;
@@ -36,8 +36,7 @@ impl Replica {
         let metrics = metrics.borrow_watched();
         let last = metrics.last_log_index.unwrap_or(0);
         let membership = &metrics.membership_config;
-        let others: BTreeSet<u64> =
-            membership.nodes().map(|(node, ())| *node).filter(|node| *node != self.me).collect();
+        let others: BTreeSet<ReplicaId> = membership.nodes().map(|(id, ())| *id).filter(|id| *id != self.me).collect();
         let leads = metrics.state.is_leader();
         let settled = leads
             && membership.get_joint_config().len() == 1
@@ -55,7 +54,7 @@ impl Replica {
             last,
             applied: metrics.last_applied.as_ref().map_or(0, |applied| applied.index),
             settled,
-            others: others.into_iter().filter_map(|node| leader_of(Some(node))).collect(),
+            others: others.into_iter().map(|id| id.disk).filter(|disk| *disk != self.me.disk).collect(),
             rest,
             commands,
         }
@@ -84,10 +83,10 @@ impl Replica {
 
     /// An append was taken: it wakes a replica unless it is an empty one (a read barrier's) of the leader it sleeps
     /// under.
-    pub(super) fn wake_after_append(&self, term: u64, node: u64, has_entries: bool) {
+    pub(super) fn wake_after_append(&self, term: u64, from: ReplicaId, has_entries: bool) {
         let mut state = self.rest_state();
         let expected = matches!(state.rest, Rest::Following { leader, term: known }
-            if u64::from(leader.0) == node && known == term && !has_entries);
+            if leader == from.disk && known == term && !has_entries);
         if !expected {
             self.wake_locked(&mut state, "an append");
         }

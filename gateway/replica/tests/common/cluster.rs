@@ -134,6 +134,8 @@ pub struct Cluster {
     pub timing: Timing,
     pub fatal: Arc<Mutex<Vec<String>>>,
     clocks: Mutex<BTreeMap<DiskId, WallClock>>,
+    /// The numbers on the disks' labels.
+    pub labels: Mutex<BTreeMap<DiskId, u64>>,
 }
 
 pub fn disk(id: u32) -> DiskId {
@@ -176,6 +178,7 @@ impl Cluster {
             timing: fast(),
             fatal: Arc::default(),
             clocks: Mutex::default(),
+            labels: Mutex::default(),
         }
     }
 
@@ -195,12 +198,15 @@ impl Cluster {
     /// Starts a host whose tasks run in that runtime.
     pub async fn start_on(&self, id: u32, runtime: &Handle) -> MetaHost {
         let me = DiskId(id);
-        let config = HostConfig { dir: self.path(id), disk: me, timing: self.timing.clone(), clock: self.clock(me) };
+        let number = self.labels.lock().unwrap().get(&me).copied();
+        let (dir, timing, clock) = (self.path(id), self.timing.clone(), self.clock(me));
+        let config = HostConfig { dir, disk: me, number, timing, clock };
         let fatal = self.fatal.clone();
         let wire = Arc::new(Wire { me, network: self.network.clone() });
         let on_fatal = Arc::new(move |why| fatal.lock().unwrap().push(why));
         let opening = MetaHost::open(config, wire, self.map.subscribe(), on_fatal);
         let host = runtime.spawn(opening).await.unwrap().unwrap();
+        self.labels.lock().unwrap().insert(me, host.number());
         self.network.hosts.lock().unwrap().insert(me, (host.clone(), runtime.clone()));
         host
     }
@@ -325,10 +331,29 @@ impl Cluster {
         }
     }
 
+    /// Forms a shard on these disks, after the map has named them for it.
     pub async fn init(&self, shard: ShardId, ids: &[u32]) {
+        self.name(shard, ids);
+        self.try_init(shard, ids).await.unwrap();
+    }
+
+    pub async fn try_init(&self, shard: ShardId, ids: &[u32]) -> Result<(), ControlError> {
         let members: Vec<DiskId> = ids.iter().map(|id| DiskId(*id)).collect();
         let (host, runtime) = self.network.hosts.lock().unwrap().get(&DiskId(ids[0])).cloned().unwrap();
-        runtime.spawn(async move { host.init_shard(shard, members).await }).await.unwrap().unwrap();
+        runtime.spawn(async move { host.init_shard(shard, members).await }).await.unwrap()
+    }
+
+    /// Makes the map name these disks for a shard, and for those before it that it does not have yet.
+    pub fn name(&self, shard: ShardId, ids: &[u32]) {
+        let known = self.map.borrow().clone();
+        let (epoch, mut shards) = known.map_or((0, Vec::new()), |map| {
+            let members = |shard: &ShardReplicas| shard.members.iter().map(|disk| disk.0).collect::<Vec<u32>>();
+            (map.epoch.0, map.shards.iter().map(members).collect())
+        });
+        let number = usize::from(shard.0);
+        shards.resize(shards.len().max(number + 1), ids.to_vec());
+        shards[number] = ids.to_vec();
+        self.map.send_replace(Some(Arc::new(map(epoch + 1, shards))));
     }
 }
 

@@ -1,0 +1,216 @@
+//! How replicas begin on this disk: opened again, made empty for a shard that the map gives it, first of a new shard,
+//! or anew after their data were damaged.
+
+use super::identity::{incarnation_of, new_replica};
+use super::{bad_request, lock, MetaHost, ReplicaState};
+use crate::batching::Batcher;
+use crate::log::ShardLog;
+use crate::message::{decode_message, encode_message, PeerMessage, PeerRequest, PeerResponse, ReplicaId};
+use crate::raft::machine::Machine;
+use crate::raft::Replica;
+use crate::snapshot;
+use crate::store::LogWrite;
+use bytes::Bytes;
+use granary_placement::id::{DiskId, ShardId};
+use granary_placement::map::ClusterMap;
+use granary_wire::control::ControlError;
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long another disk may take to say which replica it has.
+pub(super) const IDENTIFY_DEADLINE: Duration = Duration::from_secs(2);
+
+fn unavailable(why: impl ToString) -> ControlError {
+    ControlError::Unavailable(why.to_string())
+}
+
+fn no_map() -> ControlError {
+    unavailable("no cluster map is known here yet")
+}
+
+impl MetaHost {
+    /// The running replica of a shard; made, empty, when there is none.
+    pub(super) async fn open_replica(&self, shard: ShardId) -> Result<Arc<Batcher>, ControlError> {
+        let inner = &self.inner;
+        let _one = inner.opening.lock().await;
+        match self.batcher(shard) {
+            Err(ControlError::NoSuchShard(_)) => {}
+            known => return known,
+        }
+        let writer = lock(&inner.writer).clone().ok_or_else(|| unavailable("stopping"))?;
+        let log = inner.log.clone();
+        let known = tokio::task::spawn_blocking(move || incarnation_of(&log, shard)).await.map_err(unavailable)?;
+        let id = match known {
+            Ok(Some(incarnation)) => ReplicaId { disk: inner.config.disk, incarnation },
+            Ok(None) => {
+                // The log database alone may have been lost: a new replica begins without a state, too.
+                self.forget_state(shard).await?;
+                let (incarnation, record) =
+                    new_replica(shard).map_err(|error| ControlError::Disk(error.to_string()))?;
+                writer.write(vec![record]).await.map_err(ControlError::Disk)?;
+                ReplicaId { disk: inner.config.disk, incarnation }
+            }
+            Err(error) => {
+                let broken = ReplicaState::Broken { id: None, why: error.to_string() };
+                lock(&inner.replicas).insert(shard, broken);
+                return self.batcher(shard);
+            }
+        };
+        let (log, state, dir) = (inner.log.clone(), inner.state.clone(), inner.peers.snapshot_dir.clone());
+        let map = (shard == ShardId::ROOT).then(|| inner.root_map.clone());
+        let applies = inner.applies.clone();
+        let opened = tokio::task::spawn_blocking(move || -> std::io::Result<(ShardLog, Machine)> {
+            let machine = Machine::open(shard, state.clone(), dir, map, applies)?;
+            let log = ShardLog::open(shard, log, writer, state)?;
+            let (first, next) = (log.first_index(), machine.next_index());
+            if next < first {
+                let why = format!("the state of shard {shard} ends before entry {next}, its log begins at {first}");
+                return Err(std::io::Error::other(why));
+            }
+            Ok((log, machine))
+        });
+        let opened = match opened.await {
+            Ok(Ok((log, machine))) => {
+                Replica::open(id, inner.peers.clone(), inner.config.timing.of(shard), log, machine).await
+            }
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        let replica = match opened {
+            Ok(replica) => {
+                let replica = Arc::new(replica);
+                replica.elect_if_sole_voter().await;
+                let batcher = Batcher::start(replica, inner.batches.clone(), &inner.tasks, inner.stop.child_token());
+                ReplicaState::Running(Arc::new(batcher))
+            }
+            Err(why) => {
+                tracing::error!(%shard, replica = %id, why, "the data of a metadata replica cannot be used");
+                ReplicaState::Broken { id: Some(id), why }
+            }
+        };
+        lock(&inner.replicas).insert(shard, replica);
+        self.batcher(shard)
+    }
+
+    /// Makes this disk the first of a new shard with these members, itself among them. Repeated, it does nothing.
+    ///
+    /// All members must be there and empty: a shard that was formed before, on whichever of these disks something of it
+    /// is left, is not formed again.
+    ///
+    /// # Errors
+    /// BadRequest when this disk is no member or another one has a replica already; Unavailable; Disk.
+    pub async fn init_shard(&self, shard: ShardId, members: Vec<DiskId>) -> Result<(), ControlError> {
+        let me = self.inner.config.disk;
+        let map = self.newest_map().ok_or_else(no_map)?;
+        if !members.contains(&me) || !self.named_by(&map, shard) {
+            return Err(ControlError::BadRequest(format!("disk {me} is no member of shard {shard}")));
+        }
+        let batcher = self.open_replica(shard).await?;
+        if !batcher.replica.nodes().is_empty() {
+            return Ok(());
+        }
+        if let Some(lost) = self.inner.identity.replaces {
+            return Err(ControlError::Disk(format!(
+                "the metadata of disk {me} (number {lost:016x}) were lost: it begins no shard, for that could be one it had"
+            )));
+        }
+        let from = batcher.replica.me;
+        let mut ids = BTreeSet::from([from]);
+        for disk in members.into_iter().filter(|disk| *disk != me) {
+            let message = PeerMessage { from, to: None, request: PeerRequest::Identify };
+            match self.inner.peers.ask(disk, shard, &message, IDENTIFY_DEADLINE).await {
+                Ok(PeerResponse::Identity { me, is_empty: true }) => ids.insert(me),
+                Ok(PeerResponse::Identity { .. }) => {
+                    let why = format!("disk {disk} has a replica of shard {shard} that is not empty");
+                    return Err(ControlError::BadRequest(why));
+                }
+                Ok(_) => return Err(unavailable(format!("disk {disk}: an answer to another question"))),
+                Err(error) => return Err(unavailable(format!("disk {disk}: {error}"))),
+            };
+        }
+        batcher.replica.initialize(ids).await
+    }
+
+    pub(super) fn named_by(&self, map: &ClusterMap, shard: ShardId) -> bool {
+        map.shards.get(usize::from(shard.0)).is_some_and(|replicas| replicas.members.contains(&self.inner.config.disk))
+    }
+
+    /// Takes a message of another replica, authenticated by the caller as one of disk `from`, and gives the answer.
+    /// Makes an empty replica for a shard that is not here when the map names this disk for it.
+    ///
+    /// # Errors
+    /// NoSuchShard; Unavailable while no map is known; BadRequest for bytes that are no message of that disk; Disk.
+    pub async fn raft(&self, shard: ShardId, from: DiskId, message: Bytes) -> Result<Bytes, ControlError> {
+        let message: PeerMessage = decode_message(&message).map_err(bad_request)?;
+        if message.from.disk != from {
+            return Err(ControlError::BadRequest(format!("disk {from} sends a message of replica {}", message.from)));
+        }
+        let map = self.newest_map().ok_or_else(no_map)?;
+        let answer = match self.answer_of_broken(&map, shard, &message).await? {
+            Some(answer) => answer,
+            None => {
+                let batcher = match self.batcher(shard) {
+                    Err(ControlError::NoSuchShard(_))
+                        if message.request != PeerRequest::Members && self.named_by(&map, shard) =>
+                    {
+                        self.open_replica(shard).await?
+                    }
+                    known => known?,
+                };
+                batcher.replica.handle(message).await
+            }
+        };
+        encode_message(&answer).map_err(bad_request)
+    }
+
+    /// What a replica answers whose data cannot be used; None when there is no such replica.
+    async fn answer_of_broken(
+        &self,
+        map: &ClusterMap,
+        shard: ShardId,
+        message: &PeerMessage,
+    ) -> Result<Option<PeerResponse>, ControlError> {
+        let (me, why) = match lock(&self.inner.replicas).get(&shard) {
+            Some(ReplicaState::Broken { id: Some(id), why }) => (*id, why.clone()),
+            _ => return Ok(None),
+        };
+        if message.request != PeerRequest::Rebuild || message.to != Some(me) || !self.named_by(map, shard) {
+            return Ok(Some(PeerResponse::Broken { me, why }));
+        }
+        let batcher = self.rebuild(shard, me).await?;
+        Ok(Some(PeerResponse::Identity { me: batcher.replica.me, is_empty: batcher.replica.is_empty() }))
+    }
+
+    async fn forget_state(&self, shard: ShardId) -> Result<(), ControlError> {
+        let (state, dir) = (self.inner.state.clone(), self.inner.peers.snapshot_dir.clone());
+        let forgotten = tokio::task::spawn_blocking(move || snapshot::forget(&state, shard, &dir)).await;
+        forgotten.map_err(unavailable)?.map_err(|error| ControlError::Disk(error.to_string()))
+    }
+
+    /// Empties a replica whose data cannot be used, and begins it anew under another incarnation.
+    ///
+    /// The state goes first and the log, with the incarnation, in one write after it: a stop between the two leaves the
+    /// old replica, with a log that is as damaged as it was, or that leads to the state once more.
+    async fn rebuild(&self, shard: ShardId, id: ReplicaId) -> Result<Arc<Batcher>, ControlError> {
+        let inner = &self.inner;
+        {
+            let _one = inner.opening.lock().await;
+            match lock(&inner.replicas).get(&shard) {
+                Some(ReplicaState::Broken { id: Some(found), .. }) if *found == id => {}
+                _ => return Err(unavailable("the replica has changed meanwhile")),
+            }
+            let writer = lock(&inner.writer).clone().ok_or_else(|| unavailable("stopping"))?;
+            let (incarnation, record) = new_replica(shard).map_err(|error| ControlError::Disk(error.to_string()))?;
+            tracing::warn!(%shard, replica = %id, incarnation, "a damaged metadata replica begins anew, empty");
+            self.forget_state(shard).await?;
+            let group = shard.0.to_be_bytes().to_vec();
+            let after = shard.0.saturating_add(1).to_be_bytes().to_vec();
+            writer.write(vec![LogWrite::DeleteRange(group, after), record]).await.map_err(ControlError::Disk)?;
+            lock(&inner.replicas).remove(&shard);
+            inner.rebuilt.fetch_add(1, Ordering::Relaxed);
+        }
+        self.open_replica(shard).await
+    }
+}

@@ -1,0 +1,179 @@
+//! Who belongs to a replica's shard: what its leader sees, and the steps it takes.
+
+use super::types::{membership_to_wire, TypeConfig};
+use super::Replica;
+use crate::members::{next_step, Standing, Step};
+use crate::message::{ReplicaId, WireMembership};
+use granary_placement::id::DiskId;
+use granary_wire::control::ShardStatus;
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::{ChangeMembers, RaftMetrics, ServerState};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// How many entries a learner may lack when it becomes a voter, at most.
+const MAX_LAG: u64 = 64;
+
+/// How many entries of the log each other member is known to have.
+fn matched(metrics: &RaftMetrics<TypeConfig>) -> BTreeMap<ReplicaId, u64> {
+    let replication = metrics.replication.iter().flatten();
+    replication.map(|(id, last)| (*id, last.as_ref().map_or(0, |last| last.index + 1))).collect()
+}
+
+impl Replica {
+    /// Members as last committed here, voters and learners.
+    pub(super) fn committed_members(&self) -> WireMembership {
+        let metrics = self.raft.metrics();
+        let membership = metrics.borrow_watched().committed_membership_config.clone();
+        membership_to_wire(membership.membership())
+    }
+
+    /// Voters and learners as last written here, committed or not.
+    pub fn nodes(&self) -> BTreeSet<ReplicaId> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.nodes().map(|(id, ())| *id).collect()
+    }
+
+    /// Does it believe to lead?
+    pub fn is_leader(&self) -> bool {
+        self.raft.is_leader()
+    }
+
+    /// Has it neither a log nor a vote?
+    pub fn is_empty(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.last_log_index.is_none() && metrics.current_term == 0
+    }
+
+    /// One step towards the replicas on these disks, if this replica leads: see [`next_step`]. True when the members
+    /// are as wanted.
+    ///
+    /// # Errors
+    /// The step failed; it is tried again at the next call.
+    pub async fn reconcile(&self, wanted: &BTreeMap<DiskId, Option<ReplicaId>>) -> Result<bool, String> {
+        if wanted.is_empty() || !self.raft.is_leader() {
+            return Ok(true);
+        }
+        let standing = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            let membership = &metrics.membership_config;
+            Standing {
+                voters: membership.voter_ids().collect(),
+                nodes: membership.nodes().map(|(id, ())| *id).collect(),
+                matched: matched(&metrics),
+                entries: metrics.last_log_index.map_or(0, |last| last + 1),
+                lag: self.timing.keep_entries.min(MAX_LAG),
+            }
+        };
+        let shard = self.shard;
+        match next_step(wanted, &standing) {
+            Step::Done => return Ok(true),
+            Step::Wait => {}
+            Step::AddLearner(new) => {
+                self.wake_for_command();
+                tracing::info!(%shard, replica = %new, "adding a replica as learner");
+                self.raft.add_learner(new, (), false).await.map_err(|error| error.to_string())?;
+            }
+            Step::ChangeVoters(voters) => {
+                self.wake_for_command();
+                tracing::info!(%shard, voters = ?voters.iter().map(ToString::to_string).collect::<Vec<_>>(), "changing voters");
+                self.raft.change_membership(voters, false).await.map_err(|error| error.to_string())?;
+            }
+            Step::Remove(stale) => {
+                self.wake_for_command();
+                tracing::info!(%shard, replicas = ?stale.iter().map(ToString::to_string).collect::<Vec<_>>(), "removing learners");
+                let change = ChangeMembers::RemoveNodes(stale);
+                self.raft.change_membership(change, true).await.map_err(|error| error.to_string())?;
+            }
+        }
+        Ok(false)
+    }
+
+    /// Is all that anyone was told of on a majority of the voters without that one, as far as this leader knows? It knows
+    /// what was committed before once it has applied an entry of its own term; what is committed later is committed
+    /// without that one.
+    pub fn can_spare(&self, id: ReplicaId) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        if !metrics.state.is_leader() || metrics.membership_config.get_joint_config().len() != 1 {
+            return false;
+        }
+        let applied = match &metrics.last_applied {
+            Some(applied) if applied.leader_id.term == metrics.current_term => applied.index + 1,
+            _ => return false,
+        };
+        let (voters, matched): (Vec<ReplicaId>, _) =
+            (metrics.membership_config.voter_ids().collect(), matched(&metrics));
+        let has_all = |voter: &&ReplicaId| **voter == self.me || matched.get(voter).is_some_and(|has| *has >= applied);
+        voters.iter().filter(|voter| **voter != id).filter(has_all).count() * 2 > voters.len()
+    }
+
+    /// Hands leadership over when the log has grown far past what snapshots should leave of it.
+    ///
+    /// A leader of this library keeps every entry that a voter has not acknowledged, also for one that is dead; its
+    /// followers do not. So while a disk is dead the leaders take turns: the next one begins with a short log, and this
+    /// one purges as a follower.
+    pub async fn transfer_leadership_if_log_is_long(&self) {
+        let limit = 4 * (self.timing.snapshot_entries + self.timing.keep_entries);
+        let is_long = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            let purged = metrics.purged.as_ref().map_or(0, |purged| purged.index);
+            metrics.last_log_index.unwrap_or(0).saturating_sub(purged) > limit
+        };
+        if let Some(to) = self.successor().filter(|_| is_long) {
+            tracing::info!(shard = %self.shard, %to, "handing leadership over: the log is long because a voter lags");
+            let _ = self.raft.trigger().transfer_leader(to).await;
+        }
+    }
+
+    /// As leader, hands leadership over to a voter that has nearly all of the log, if there is one.
+    pub async fn hand_over(&self) {
+        self.wake("it is handed over");
+        if let Some(to) = self.successor() {
+            let _ = self.raft.trigger().transfer_leader(to).await;
+        }
+    }
+
+    /// The voter that has most of this leader's log, if that is nearly all of it.
+    fn successor(&self) -> Option<ReplicaId> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        if !metrics.state.is_leader() {
+            return None;
+        }
+        let last = metrics.last_log_index.unwrap_or(0);
+        let matched = matched(&metrics);
+        let voters = metrics.membership_config.voter_ids().filter(|id| *id != self.me);
+        voters
+            .filter_map(|id| matched.get(&id).filter(|has| **has > 0).map(|has| (*has, id)))
+            .max()
+            .filter(|(has, _)| has + self.timing.keep_entries > last)
+            .map(|(_, id)| id)
+    }
+
+    /// How it stands.
+    pub fn status(&self) -> ShardStatus {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let state = match (&metrics.running_state, metrics.state) {
+            (Err(_), _) | (_, ServerState::Shutdown) => "stopped",
+            (_, ServerState::Learner) => "learner",
+            (_, ServerState::Follower) => "follower",
+            (_, ServerState::Candidate) => "candidate",
+            (_, ServerState::Leader) => "leader",
+        };
+        let voters: BTreeSet<DiskId> = metrics.membership_config.voter_ids().map(|id| id.disk).collect();
+        ShardStatus {
+            shard: self.shard,
+            state: state.to_owned(),
+            term: metrics.current_term,
+            leader: metrics.current_leader.map(|id| id.disk),
+            last_log_index: metrics.last_log_index.unwrap_or(0),
+            applied_index: metrics.last_applied.as_ref().map_or(0, |applied| applied.index),
+            voters: voters.into_iter().collect(),
+        }
+    }
+}
