@@ -163,8 +163,8 @@ impl Roles {
         })
     }
 
-    /// Opens the replicas that are here, and from now on whenever the map gives this disk the role. Metadata that cannot
-    /// be opened keep nothing else from being served: they are tried again, or, damaged, put aside.
+    /// Opens the replicas that are here, and from now on whenever the map gives this disk the role. Metadata that
+    /// cannot be opened keep nothing else from being served: they are tried again, or, damaged, put aside.
     pub async fn start(self: &Arc<Self>) {
         if self.try_open().await {
             return;

@@ -8,11 +8,12 @@
 
 use bytes::Bytes;
 use granary_s3_client::Client;
-use granary_tests::cluster::{signal, Cluster, Options};
+use granary_tests::cluster::{signal, Cluster, DiskProcess, Options};
 use granary_tests::register::Register;
 use granary_tests::seed::Random;
 use http::StatusCode;
-use std::collections::BTreeMap;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -286,6 +287,60 @@ fn a_third_dead_disk_refuses_clearly_and_loses_nothing() {
         }
         let again = patiently(|| client.put(BUCKET, "after", body(after))).await;
         assert_eq!(again.status, StatusCode::OK);
+    });
+    cluster.wait_full_redundancy(Duration::from_secs(60));
+}
+
+/// One disk after the other loses its metadata folder while it is down. Each comes back as a new replica of its shards,
+/// and in the end nothing of what any of them acknowledged is left but what they learnt.
+#[test]
+fn all_disks_lose_their_metadata_one_after_the_other_and_nothing_is_lost() {
+    let cluster = Cluster::start(Options::default());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let client = cluster.client();
+    assert_eq!(runtime.block_on(client.make_bucket(BUCKET)).unwrap().status, StatusCode::OK);
+    let mut written = Vec::new();
+    let with_metadata = |disk: &DiskProcess| disk.dir.join("meta").exists();
+    let places: Vec<usize> =
+        cluster.disks().iter().enumerate().filter(|(_, disk)| with_metadata(disk)).map(|(place, _)| place).collect();
+    assert!(places.len() >= 5, "{places:?}");
+    for place in places {
+        let dead = cluster.kill_disk(place);
+        for _ in 0..10 {
+            let (key, number) = (format!("key-{:03}", written.len()), written.len() as u64 + 1);
+            let answer = runtime.block_on(patiently(|| client.put(BUCKET, &key, body(number))));
+            assert_eq!(answer.status, StatusCode::OK);
+            written.push((key, number));
+        }
+        std::fs::remove_dir_all(dead.dir.join("meta")).unwrap();
+        cluster.start_disk(&dead);
+        let started = Instant::now();
+        // A status is collected in the background: the second new one was begun after the disk was started.
+        let mut collected = BTreeSet::new();
+        loop {
+            let status = cluster.admin("GET", "/v1/status");
+            collected.insert(status["collected_ms"].as_u64().unwrap());
+            let votes = |replica: &&Value| replica["state"] == "leader" || replica["state"] == "follower";
+            let whole = |shard: &Value| {
+                let replicas = shard["replicas"].as_array().unwrap();
+                replicas.iter().filter(votes).count() == shard["members"].as_array().unwrap().len()
+            };
+            let shards = status["shards"].as_array().unwrap();
+            if collected.len() > 2 && !shards.is_empty() && shards.iter().all(whole) {
+                break;
+            }
+            assert!(started.elapsed() < Duration::from_secs(60), "shards are not whole again: {}", status["shards"]);
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        println!("    disk {} has all its replicas again after {:?}", dead.disk, started.elapsed());
+    }
+    runtime.block_on(async {
+        let listed = client.list(BUCKET, "").await.unwrap();
+        assert_eq!(listed.len(), written.len());
+        for (key, number) in &written {
+            let answer = patiently(|| client.get(BUCKET, key)).await;
+            assert_eq!(number_of(key, &answer.body), *number);
+        }
     });
     cluster.wait_full_redundancy(Duration::from_secs(60));
 }

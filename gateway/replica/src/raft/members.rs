@@ -91,9 +91,9 @@ impl Replica {
         Ok(false)
     }
 
-    /// Is all that anyone was told of on a majority of the voters without that one, as far as this leader knows? It knows
-    /// what was committed before once it has applied an entry of its own term; what is committed later is committed
-    /// without that one.
+    /// Is all that anyone was told of on a majority of the voters without that one, as far as this leader knows? It
+    /// knows what was committed before once it has applied an entry of its own term; what is committed later is
+    /// committed without that one.
     pub fn can_spare(&self, id: ReplicaId) -> bool {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();

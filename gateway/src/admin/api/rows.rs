@@ -190,9 +190,10 @@ pub struct ShardRow {
 }
 
 impl ShardRow {
-    /// Voters whose replica answered.
+    /// Voters that answered. A replica that still learns, or is stopped, counts for nothing, whatever disk it is on.
     pub fn voters_answering(&self) -> usize {
-        self.replicas.iter().filter(|replica| self.voters.contains(&replica.disk)).count()
+        let votes = |replica: &&ReplicaRow| ["leader", "follower", "candidate"].contains(&replica.state.as_str());
+        self.replicas.iter().filter(|replica| self.voters.contains(&replica.disk)).filter(votes).count()
     }
 }
 
