@@ -34,6 +34,8 @@ pub struct Metrics {
     meta_turn: Mutex<()>,
     replicas_asleep: IntGauge,
     replicas_stopped: IntGauge,
+    metadata_full: IntGauge,
+    log_kept_bytes: IntGauge,
     /// 1 while the metadata of this disk cannot be opened.
     pub metadata_closed: IntGauge,
     /// Chunks stored.
@@ -97,6 +99,8 @@ impl Metrics {
             meta_turn: Mutex::new(()),
             replicas_asleep: gauge("meta_replicas_asleep", "Shard replicas whose timers stand still")?,
             replicas_stopped: gauge("meta_replicas_stopped", "Shard replicas that do not run: damaged, or ended")?,
+            log_kept_bytes: gauge("meta_log_kept_bytes", "Raft logs of all replicas, in bytes")?,
+            metadata_full: gauge("meta_full", "1 while the disk has no room for metadata to grow")?,
             metadata_closed: gauge("meta_closed", "1 while the metadata of this disk cannot be opened")?,
             puts: counter("chunk_puts_total", "Chunks stored")?,
             put_bytes: counter("chunk_put_bytes_total", "Payload of chunks stored, in bytes")?,
@@ -124,6 +128,8 @@ impl Metrics {
             metric.inc_by(count(counters).saturating_sub(metric.get()));
         }
         self.replicas_asleep.set(i64::try_from(counters.replicas_asleep).unwrap_or(i64::MAX));
+        self.log_kept_bytes.set(i64::try_from(counters.log_kept_bytes).unwrap_or(i64::MAX));
+        self.metadata_full.set(i64::from(counters.is_full));
         self.replicas_stopped.set(i64::try_from(counters.replicas_stopped).unwrap_or(i64::MAX));
     }
 

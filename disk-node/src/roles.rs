@@ -12,7 +12,7 @@ use futures::future::BoxFuture;
 use futures::FutureExt;
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::settings::Values;
-use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportError, WallClock};
+use granary_replica::{HostConfig, MetaHost, PeerTransport, Space, Timing, TransportError, WallClock};
 pub use granary_replica::{MetaCounters, MetaError}; // for metrics and the errors of `serve`
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
 use granary_wire::LinkError;
@@ -41,6 +41,7 @@ pub struct Roles {
     peers: Arc<Peers>,
     maps: Arc<Maps>,
     timing: Timing,
+    reserve_bytes: u64,
     on_fatal: OnFatal,
     host: OnceCell<MetaHost>,
     /// Why the host could not be opened at the last attempt.
@@ -138,10 +139,11 @@ impl Roles {
         granary_replica::MAX_FEATURE_LEVEL
     }
 
-    /// Nothing is opened yet.
+    /// Nothing is opened yet. `reserve_bytes`: free space that metadata do not grow into.
     pub fn new(
         dir: &std::path::Path,
         values: &Values,
+        reserve_bytes: u64,
         peers: Arc<Peers>,
         maps: Arc<Maps>,
         on_fatal: OnFatal,
@@ -155,6 +157,7 @@ impl Roles {
             peers,
             maps,
             timing,
+            reserve_bytes,
             on_fatal,
             host: OnceCell::new(),
             why_closed: Mutex::default(),
@@ -194,41 +197,38 @@ impl Roles {
             return false;
         }
         let Err(error) = self.open().await else { return true };
-        if error.is_damage() && self.put_aside(&error) {
-            return self.open().await.map_err(|error| self.cannot_open(&error)).is_ok();
+        let mut why = error.to_string();
+        if error.is_damage() {
+            match self.put_aside() {
+                Ok(aside) => {
+                    tracing::error!(why, aside = %aside.display(), "damaged metadata were put aside");
+                    match self.open().await {
+                        Ok(_) => return true,
+                        Err(error) => why = error.to_string(),
+                    }
+                }
+                Err(error) => why = format!("{why}; it cannot be put aside: {error}"),
+            }
         }
-        self.cannot_open(&error);
-        false
-    }
-
-    fn cannot_open(&self, error: &MetaError) {
-        let why = error.to_string();
         let mut known = lock(&self.why_closed);
         if known.as_ref() != Some(&why) {
             tracing::error!(why, "the metadata of this disk cannot be opened; its chunks are served");
         }
         *known = Some(why);
+        false
     }
 
     /// Moves damaged metadata out of the way: the replicas begin anew, empty, and learn from the others, who know them
-    /// for new ones. Once only: what was put aside before is not overwritten. True when it is done.
-    fn put_aside(&self, error: &MetaError) -> bool {
+    /// for new ones. Once only: what was put aside before is not overwritten.
+    fn put_aside(&self) -> std::io::Result<PathBuf> {
         let aside = self.folder.with_extension("damaged");
-        let moved = if aside.exists() {
-            Err(std::io::Error::other(format!("{} is there already: look at it, then move it away", aside.display())))
-        } else {
-            std::fs::rename(&self.folder, &aside).and_then(|()| aside.parent().map_or(Ok(()), sync_folder))
-        };
-        match moved {
-            Ok(()) => {
-                tracing::error!(%error, aside = %aside.display(), "the metadata of this disk are damaged and were put aside");
-                true
-            }
-            Err(why) => {
-                tracing::error!(%error, %why, "the metadata of this disk are damaged and cannot be put aside");
-                false
-            }
+        if aside.exists() {
+            let why = format!("{} is there already: look at it, then move it away", aside.display());
+            return Err(std::io::Error::other(why));
         }
+        std::fs::rename(&self.folder, &aside)?;
+        aside.parent().map_or(Ok(()), sync_folder)?;
+        Ok(aside)
     }
 
     /// Does the map give this disk the role? None while no map is known.
@@ -242,7 +242,13 @@ impl Roles {
             .get_or_try_init(|| async {
                 let (dir, disk, timing) = (self.folder.clone(), self.peers.me(), self.timing.clone());
                 let number = self.label(label::read)?.metadata;
-                let config = HostConfig { dir, disk, number, timing, clock: WallClock::default() };
+                let folder = self.dir.clone();
+                let free_bytes = Arc::new(move || {
+                    let stat = rustix::fs::statvfs(&folder)?;
+                    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+                });
+                let space = Space { reserve_bytes: self.reserve_bytes, free_bytes };
+                let config = HostConfig { dir, disk, number, timing, clock: WallClock::default(), space };
                 let host = MetaHost::open(
                     config,
                     Arc::new(Transport(self.peers.clone())),

@@ -114,8 +114,16 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
     let peers = Arc::new(Peers::new(&label, maps.clone(), credentials.clone(), options.addresses.clone()));
     let background = stop.child_token();
     let on_fatal: Arc<dyn Fn(String) + Send + Sync> = Arc::new(|reason: String| end(&reason));
-    let roles =
-        Roles::new(&options.dir, &options.values, peers.clone(), maps.clone(), on_fatal.clone(), background.clone());
+    let reserve_bytes = store.settings().meta_reserve_bytes;
+    let roles = Roles::new(
+        &options.dir,
+        &options.values,
+        reserve_bytes,
+        peers.clone(),
+        maps.clone(),
+        on_fatal.clone(),
+        background.clone(),
+    );
     roles.start().await;
     let mut tasks = tokio::task::JoinSet::new();
     if let Some(address) = &options.admin {

@@ -264,6 +264,11 @@ impl Store {
         self.0.readers.run(mark).await
     }
 
+    /// What it was opened with.
+    pub fn settings(&self) -> &StoreSettings {
+        &self.0.shared.settings
+    }
+
     /// How full the store is.
     ///
     /// # Errors

@@ -109,6 +109,8 @@ pub struct StoreSettings {
     pub min_segment_bytes: u64,
     /// Free space that new chunks never take, in bytes: for deletes, the index and the metadata of a full disk.
     pub reserve_bytes: u64,
+    /// Free space that metadata do not grow into, in bytes.
+    pub meta_reserve_bytes: u64,
     /// Chunks up to this long are handed to the writer whole, in bytes.
     pub whole_bytes: u64,
     /// Longer ones come in pieces of this size, in bytes.
@@ -132,12 +134,13 @@ pub struct StoreSettings {
 impl StoreSettings {
     /// From the settings `node.*`, for a file system of so many bytes.
     pub fn from_settings(values: &Values, capacity_bytes: u64) -> StoreSettings {
+        let reserve_bytes =
+            values.number_or_auto("node.reserve").unwrap_or_else(|| default_reserve_bytes(capacity_bytes));
         StoreSettings {
             segment_bytes: values.number("node.segment"),
             min_segment_bytes: values.number("node.min_segment"),
-            reserve_bytes: values
-                .number_or_auto("node.reserve")
-                .unwrap_or_else(|| default_reserve_bytes(capacity_bytes)),
+            reserve_bytes,
+            meta_reserve_bytes: values.number_or_auto("node.meta_reserve").unwrap_or(reserve_bytes / 2),
             whole_bytes: values.number("node.whole"),
             piece_bytes: values.number("node.piece"),
             queue_bytes: values.number("node.queue"),

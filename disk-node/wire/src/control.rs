@@ -175,6 +175,12 @@ pub enum ControlError {
         /// How far the sender's is ahead, in milliseconds; negative: it lags.
         ahead_ms: i64,
     },
+    /// A disk of the shard has no room for what makes metadata grow; deletes are taken. Nothing was done.
+    #[error("disk {disk} has no room left for more metadata")]
+    NoRoom {
+        /// Which disk.
+        disk: DiskId,
+    },
 }
 
 /// How a disk node stands.

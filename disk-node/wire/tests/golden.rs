@@ -162,6 +162,7 @@ fn errors() -> Vec<ControlError> {
         ControlError::EpochMismatch { known: Epoch(12) },
         ControlError::StaleLease { current: 301 },
         ControlError::ClockOff { ahead_ms: -300 },
+        ControlError::NoRoom { disk: DiskId(3) },
     ]
 }
 

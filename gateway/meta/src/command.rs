@@ -385,3 +385,40 @@ pub enum Command {
         lease: LeaseStamp,
     },
 }
+
+impl Command {
+    /// Does it make the metadata grow, by the wish of a client? A shard on a full disk refuses those. Deletes, repairs
+    /// and what the cluster does for itself are taken, though some of them add a record as well.
+    pub fn grows(&self) -> bool {
+        match self {
+            Command::PutObject { .. }
+            | Command::CreateUpload { .. }
+            | Command::PutPart { .. }
+            | Command::CompleteUpload { .. }
+            | Command::CreateBucket { .. } => true,
+            Command::DeleteObject { .. }
+            | Command::AbortUpload { .. }
+            | Command::FenceBucket { .. }
+            | Command::UnfenceBucket { .. }
+            | Command::ReportMissing { .. }
+            | Command::RepairDone { .. }
+            | Command::GarbageDone { .. }
+            | Command::BeginDeleteBucket { .. }
+            | Command::EndDeleteBucket { .. }
+            | Command::SetMap { .. }
+            | Command::Noop
+            | Command::TakeLease { .. }
+            | Command::RenewLease { .. }
+            | Command::ReleaseLease { .. }
+            | Command::SetSetting { .. }
+            | Command::BeginBucketRule { .. }
+            | Command::EndBucketRule { .. }
+            | Command::SetBucketRule { .. }
+            | Command::QueueRepair { .. }
+            | Command::AdvanceRepair { .. }
+            | Command::RepairSlotDone { .. }
+            | Command::SetFeatureLevel { .. }
+            | Command::RequireMap { .. } => false,
+        }
+    }
+}

@@ -33,6 +33,10 @@ pub struct MetaCounters {
     pub link_beats: u64,
     /// Replicas whose timers stand still now.
     pub replicas_asleep: u64,
+    /// Bytes of the Raft logs of all replicas now.
+    pub log_kept_bytes: u64,
+    /// The disk has no room for metadata to grow.
+    pub is_full: bool,
     /// Replicas that do not run now: their data cannot be used, or their Raft tasks ended.
     pub replicas_stopped: u64,
     /// Damaged replicas that began anew, empty.

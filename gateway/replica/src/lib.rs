@@ -5,7 +5,8 @@
 //! 2. [`log`] and [`raft`] (openraft's doors), [`message`]: the log, the replica, the words between replicas.
 //! 3. [`batching`], [`host`]: commands and reads that share their rounds, and [`MetaHost`], which a disk node holds.
 //!    [`members`]: how the members of a shard become those of the map.
-//! 4. [`sleep`]: shards that nobody uses stop their timers. [`clock`]: leaders whose clocks are off give way.
+//! 4. [`sleep`]: shards that nobody uses stop their timers. [`clock`]: leaders whose clocks are off give way. [`room`]:
+//!    full disks take deletes only.
 //!
 //! What a 200 rests on: a command is acknowledged after a majority of disks synced it in their Raft logs ([`writer`]),
 //! in the order of that log; the state is only a cache of it up to the last flush ([`store`]).
@@ -16,9 +17,11 @@ pub mod counters;
 pub mod fatal;
 pub mod host;
 pub mod log;
+pub mod log_bytes;
 pub mod members;
 pub mod message;
 pub mod raft;
+pub mod room;
 pub mod sleep;
 pub mod snapshot;
 pub mod store;
@@ -30,3 +33,4 @@ pub use granary_meta::level::MAX_FEATURE_LEVEL;
 pub use host::{HostConfig, MetaError, MetaHost};
 pub use raft::network::{PeerTransport, TransportError};
 pub use raft::Timing;
+pub use room::Space;

@@ -6,6 +6,7 @@
 //! **Invariant:** an entry leaves the cache only after it is in the database, and the entries in the cache are the tail
 //! of the log without a hole.
 
+use crate::log_bytes::LogBytes;
 use crate::message::{decode_entry, encode_entry, WireLogId, WireVote};
 use crate::raft::{entry_from_wire, entry_to_wire, log_id_from_wire, log_id_to_wire, vote_from_wire, vote_to_wire};
 use crate::raft::{Entry, LogId, TypeConfig, Vote};
@@ -62,6 +63,8 @@ struct Tail {
     first: u64,
     last: Option<LogId>,
     purged: Option<LogId>,
+    /// Of the entries from `first` on.
+    bytes: LogBytes,
     vote: Option<Vote>,
 }
 
@@ -125,6 +128,7 @@ impl ShardLog {
             }
             let entry = decode_entry(group, index, value).map_err(|error| bad(error.to_string()))?;
             expected = index + 1;
+            tail.bytes.push(index, value.len() as u64);
             last = Some(entry.id);
             Ok(true)
         })
@@ -137,6 +141,14 @@ impl ShardLog {
     /// Where the log begins: the entries before were purged.
     pub fn first_index(&self) -> u64 {
         lock(&self.tail).first
+    }
+
+    /// Bytes of the log, and the entry up to which it must be purged to be half of `most_bytes`, if it is longer than
+    /// that.
+    pub fn excess(&self, most_bytes: u64) -> (u64, Option<u64>) {
+        let tail = lock(&self.tail);
+        let total = tail.bytes.total();
+        (total, if total > most_bytes { tail.bytes.purge_to_keep(most_bytes / 2) } else { None })
     }
 
     /// Entries from `start` on and below `end`, at least one if there is one, then up to `max_bytes`.
@@ -294,6 +306,7 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
             }
             for cached in added {
                 tail.cache_bytes += cached.len_bytes;
+                tail.bytes.push(cached.entry.log_id.index, cached.len_bytes as u64);
                 tail.cache.insert(cached.entry.log_id.index, cached);
             }
             tail.last = Some(last);
@@ -319,6 +332,7 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
                 return Ok(());
             }
             let gone = tail.cache.split_off(&first_gone);
+            tail.bytes.truncate(first_gone);
             tail.cache_bytes -= gone.values().map(|cached| cached.len_bytes).sum::<usize>();
             tail.last = last_log_id.max(tail.purged);
         }
@@ -342,6 +356,10 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
             let kept = tail.cache.split_off(&(log_id.index + 1));
             let gone = std::mem::replace(&mut tail.cache, kept);
             tail.cache_bytes -= gone.values().map(|cached| cached.len_bytes).sum::<usize>();
+            tail.bytes.purge(log_id.index);
+            if tail.last.as_ref().is_none_or(|last| last.index <= log_id.index) {
+                tail.bytes = LogBytes::default();
+            }
             tail.purged = tail.purged.max(Some(log_id));
             tail.first = tail.first.max(log_id.index + 1);
             tail.last = tail.last.max(Some(log_id));

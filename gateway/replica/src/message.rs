@@ -243,6 +243,8 @@ pub struct LinkBeat {
     pub agreed: Vec<Asleep>,
     /// The sender's clock, Unix milliseconds.
     pub clock_ms: u64,
+    /// The sender's disk has no room for metadata to grow.
+    pub is_full: bool,
 }
 
 /// A message's bytes: version, postcard.

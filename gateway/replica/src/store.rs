@@ -21,6 +21,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+/// No buffer is smaller, in bytes.
+const MIN_BUFFER_BYTES: u64 = 1024 * 1024;
 /// Memtable of the state database, in bytes; two of them at most.
 const STATE_BUFFER_BYTES: usize = 24 * 1024 * 1024;
 /// Block cache of the state database, in bytes.
@@ -31,6 +33,37 @@ const LOG_BUFFER_BYTES: usize = 16 * 1024 * 1024;
 const LOG_CACHE_BYTES: usize = 8 * 1024 * 1024;
 /// Most write-ahead log of the Raft log kept before memtables are flushed, in bytes.
 const LOG_WAL_BYTES: u64 = 64 * 1024 * 1024;
+
+/// How much the databases hold back before they write it to files, in bytes. On a disk with a small reserve it is less:
+/// what they hold must find room there when they write it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Buffers {
+    state_bytes: usize,
+    log_bytes: usize,
+    log_wal_bytes: u64,
+}
+
+impl Buffers {
+    /// As much as is useful, within three quarters of the reserve; 0: no reserve, no bound.
+    pub fn within(reserve_bytes: u64) -> Buffers {
+        let share = |most: u64, part: u64| match reserve_bytes {
+            0 => most,
+            _ => (reserve_bytes / part).clamp(MIN_BUFFER_BYTES, most),
+        };
+        Buffers {
+            // Two of each at most.
+            state_bytes: share(STATE_BUFFER_BYTES as u64, 8) as usize,
+            log_bytes: share(LOG_BUFFER_BYTES as u64, 8) as usize,
+            log_wal_bytes: share(LOG_WAL_BYTES, 4),
+        }
+    }
+}
+
+impl Default for Buffers {
+    fn default() -> Buffers {
+        Buffers::within(0)
+    }
+}
 
 fn database(error: rocksdb::Error) -> StateError {
     StateError::Database(error.into_string())
@@ -134,8 +167,16 @@ impl StateDb {
     /// # Errors
     /// [`StateError::Database`], also when the files are damaged.
     pub fn open(dir: &Path, fatal: Fatal) -> Result<StateDb, StateError> {
+        StateDb::open_with(dir, fatal, &Buffers::default())
+    }
+
+    /// As [`StateDb::open`], with buffers of that size.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_with(dir: &Path, fatal: Fatal, buffers: &Buffers) -> Result<StateDb, StateError> {
         let mut options = common_options(STATE_CACHE_BYTES);
-        options.set_write_buffer_size(STATE_BUFFER_BYTES);
+        options.set_write_buffer_size(buffers.state_bytes);
         options.set_max_write_buffer_number(2);
         options.set_atomic_flush(true);
         let db = DB::open(&options, dir).map_err(database)?;
@@ -188,6 +229,16 @@ impl StateDb {
             self.fatal.raise(format!("writing metadata state: {error}"));
             error
         })
+    }
+
+    /// Ends a merge that is under way. Nothing is flushed afterwards: only for a stop.
+    pub fn end_merging(&self) {
+        self.db.cancel_all_background_work(false);
+    }
+
+    /// Merges old data, so that what was deleted gives its space back. Blocks, for long; needs some room.
+    pub fn merge(&self) {
+        self.db.compact_range(None::<&[u8]>, None::<&[u8]>);
     }
 
     /// Tells what a shard found applied when it was opened: it was read from disk, so it is durable.
@@ -262,12 +313,30 @@ impl LogDb {
     /// [`StateError::Database`], also when the files are damaged: a bad record in the middle of the write-ahead log is
     /// an error, and only an unfinished record at its very end, which was never acknowledged, is dropped.
     pub fn open(dir: &Path) -> Result<LogDb, StateError> {
+        LogDb::open_with(dir, &Buffers::default())
+    }
+
+    /// As [`LogDb::open`], with buffers of that size.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_with(dir: &Path, buffers: &Buffers) -> Result<LogDb, StateError> {
         let mut options = common_options(LOG_CACHE_BYTES);
-        options.set_write_buffer_size(LOG_BUFFER_BYTES);
+        options.set_write_buffer_size(buffers.log_bytes);
         options.set_max_write_buffer_number(2);
-        options.set_max_total_wal_size(LOG_WAL_BYTES);
+        options.set_max_total_wal_size(buffers.log_wal_bytes);
         options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
         DB::open(&options, dir).map(|db| LogDb { db }).map_err(database)
+    }
+
+    /// Ends a merge that is under way. Nothing is flushed afterwards: only for a stop.
+    pub fn end_merging(&self) {
+        self.db.cancel_all_background_work(false);
+    }
+
+    /// Merges old data, so that what was deleted gives its space back. Blocks, for long; needs some room.
+    pub fn merge(&self) {
+        self.db.compact_range(None::<&[u8]>, None::<&[u8]>);
     }
 
     /// Writes a batch and syncs it. Blocks for the disk.

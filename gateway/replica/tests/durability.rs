@@ -241,6 +241,7 @@ async fn a_directory_of_another_disk_is_refused() {
         number: None,
         timing: cluster.timing.clone(),
         clock: cluster.clock(DiskId(2)),
+        space: granary_replica::Space::without_reserve(),
     };
     let wire = Arc::new(common::cluster::Wire { me: DiskId(2), network: cluster.network.clone() });
     let opened = granary_replica::MetaHost::open(config, wire, cluster.map.subscribe(), Arc::new(|_| {})).await;

@@ -45,7 +45,15 @@ pub(super) fn command(error: ShardError) -> S3Error {
         tracing::warn!(cause = %error, "the outcome of a command is not known");
         return unavailable("It is not known whether the request took effect.");
     }
+    if let ShardError::NoRoom { .. } = error {
+        tracing::error!(cause = %error, "no space left");
+        return no_space();
+    }
     query(error)
+}
+
+fn no_space() -> S3Error {
+    custom("InsufficientStorage", StatusCode::INSUFFICIENT_STORAGE, "There is no space left for this object.")
 }
 
 /// A query got no answer.
@@ -68,7 +76,7 @@ pub(super) fn stage(error: StageError, disks_are_full: bool) -> S3Error {
         StageError::Stalled => s3_error!(SlowDown, "Memory is short, and nothing of the body came for a while."),
         StageError::Unavailable(cause) if disks_are_full => {
             tracing::error!(%cause, "no space left");
-            custom("InsufficientStorage", StatusCode::INSUFFICIENT_STORAGE, "There is no space left for this object.")
+            no_space()
         }
         StageError::Unavailable(cause) => {
             tracing::warn!(%cause, "a payload cannot be stored now");

@@ -121,6 +121,14 @@ pub enum ShardError {
         /// How far ahead, in milliseconds; negative: behind.
         ahead_ms: i64,
     },
+    /// A disk of the shard has no room for what makes metadata grow. Nothing was done.
+    #[error("shard {shard}: disk {disk} has no room left for more metadata")]
+    NoRoom {
+        /// Which shard.
+        shard: ShardId,
+        /// Which disk.
+        disk: DiskId,
+    },
     /// An answer came, and this build makes no sense of it. A command may have been applied.
     #[error("shard {shard} gave an answer that makes no sense here: {why}")]
     Garbled {
@@ -399,6 +407,8 @@ impl Shards {
                         return Err(ShardError::ClockOff { shard, ahead_ms });
                     }
                     ControlError::ClockOff { .. } => ("clock_off", format!("disk {target}: {error}")),
+                    ControlError::NoRoom { disk } if !in_doubt => return Err(ShardError::NoRoom { shard, disk }),
+                    ControlError::NoRoom { .. } => ("no_room", format!("disk {target}: {error}")),
                     ControlError::Overloaded => ("overloaded", format!("disk {target} is overloaded")),
                     ControlError::Unavailable(why) => ("unavailable", format!("disk {target}: {why}")),
                     ControlError::NoSuchShard(_) => ("not_leader", format!("disk {target} holds no replica")),

@@ -126,6 +126,7 @@ pub const TABLE: &[Setting] = &[
     time("s3.keep_alive", Process, min(2), [s(1), min(60)], "Longest silence of a kept-alive connection between requests."),
     // Disk nodes: the chunk store.
     of("node.reserve", Process, Value::Auto, Kind::Bytes(0, 1 << 60), "Free space that new chunks never take: for deletes, the index and the metadata of a full disk. auto: 1 % of the file system, 64MiB to 8GiB, at most an eighth."),
+    of("node.meta_reserve", Process, Value::Auto, Kind::Bytes(0, 1 << 60), "Free space below which metadata take deletes and repairs only. auto: half of node.reserve."),
     bytes("node.segment", Process, 256 * MIB, [64 * KIB, TIB], "Length of a segment. A longer record gets a segment of its own; on a filling disk segments are shorter."),
     bytes("node.min_segment", Process, 4 * MIB, [64 * KIB, TIB], "Shortest segment worth making."),
     bytes("node.whole", Process, MIB, [64 * KIB, 64 * MIB], "Chunks up to this long are handed to the writer whole."),
@@ -153,6 +154,7 @@ pub const TABLE: &[Setting] = &[
     time("node.raft_election_max", Process, s(2), [ms(100), min(10)], "Longest such time. It is drawn anew for each election."),
     time("node.raft_request", Process, s(10), DEADLINE, "How long a command or query may take before it is given up."),
     count("node.raft_snapshot_entries", Process, 5_000, [10, 10_000_000], "Log entries between two snapshots: how much a restarted replica replays at most."),
+    bytes("node.raft_log", Process, 64 * MIB, [MIB, TIB], "Raft log of a shard kept once its state is durable, at most; a replica that lags by more learns from a snapshot."),
     count("node.raft_keep_entries", Process, 1_000, [0, 10_000_000], "Log entries kept behind a snapshot for replicas that lag a little."),
     time(
         "node.raft_sleep_after",

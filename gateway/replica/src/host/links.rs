@@ -73,6 +73,7 @@ async fn exchange(host: &MetaHost, peer: DiskId) {
                 // It was told between these two moments.
                 let mine_ms = asked_ms / 2 + inner.config.clock.now_ms() / 2;
                 inner.clocks.hear(peer, beat.clock_ms, mine_ms);
+                inner.room.hear(peer, beat.is_full, Instant::now());
                 take(host, peer, &beat, &host.facts());
             }
             Err(error) => tracing::warn!(%peer, %error, "a link heartbeat cannot be read"),
@@ -89,7 +90,7 @@ impl MetaHost {
 
     fn beat_for(&self, peer: DiskId, facts: &[Facts]) -> LinkBeat {
         let beat = lock(&self.inner.links.sleepers).beat_for(peer, facts);
-        LinkBeat { clock_ms: self.inner.config.clock.now_ms(), ..beat }
+        LinkBeat { clock_ms: self.inner.config.clock.now_ms(), is_full: self.inner.room.is_full(), ..beat }
     }
 }
 
@@ -127,6 +128,7 @@ fn take(host: &MetaHost, from: DiskId, beat: &LinkBeat, facts: &[Facts]) {
 pub(super) fn answer(host: &MetaHost, from: DiskId, beat: &LinkBeat) -> LinkBeat {
     host.inner.links.beats.fetch_add(1, Ordering::Relaxed);
     host.inner.clocks.hear(from, beat.clock_ms, host.inner.config.clock.now_ms());
+    host.inner.room.hear(from, beat.is_full, Instant::now());
     let facts = host.facts();
     take(host, from, beat, &facts);
     host.beat_for(from, &facts)

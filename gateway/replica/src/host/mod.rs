@@ -10,6 +10,7 @@
 
 mod identity;
 mod links;
+mod reclaim;
 mod reconcile;
 mod replicas;
 
@@ -22,9 +23,10 @@ use crate::raft::heartbeats::Heartbeats;
 use crate::raft::machine::{blocking, ApplyCounters, MapSender};
 use crate::raft::network::{PeerTransport, Peers};
 use crate::raft::Timing;
+use crate::room::{Room, Space};
 use crate::sleep::{Facts, Rest, SleepTiming};
 use crate::snapshot;
-use crate::store::{LogDb, StateDb};
+use crate::store::{Buffers, LogDb, StateDb};
 use crate::writer::LogWriter;
 use bytes::Bytes;
 use granary_meta::answer::answer;
@@ -41,7 +43,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{watch, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -67,6 +69,8 @@ pub struct HostConfig {
     pub timing: Timing,
     /// What stamps commands.
     pub clock: WallClock,
+    /// The file system that the directory is on.
+    pub space: Space,
 }
 
 /// Why a host cannot be opened.
@@ -137,6 +141,7 @@ struct Inner {
     batches: Arc<BatchCounters>,
     links: Links,
     clocks: OtherClocks,
+    room: Room,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -182,13 +187,14 @@ impl MetaHost {
         let fatal = Fatal::new(on_fatal);
         let snapshot_dir = config.dir.join("snapshots");
         let (dir, disk, on_label) = (config.dir.clone(), config.disk, config.number);
+        let buffers = Buffers::within(config.space.reserve_bytes);
         let (opened_fatal, clean_dir) = (fatal.clone(), snapshot_dir.clone());
         let open = move || -> Result<_, MetaError> {
             std::fs::create_dir_all(&clean_dir)?;
             clean_snapshots(&clean_dir)?;
-            let log = Arc::new(LogDb::open(&dir.join("log"))?);
+            let log = Arc::new(LogDb::open_with(&dir.join("log"), &buffers)?);
             let identity = identify(&log, disk, on_label)?;
-            let state = Arc::new(StateDb::open(&dir.join("state"), opened_fatal.clone())?);
+            let state = Arc::new(StateDb::open_with(&dir.join("state"), opened_fatal.clone(), &buffers)?);
             // The directories themselves must survive a power loss before anything in them is relied on.
             for path in [&dir, &clean_dir] {
                 std::fs::File::open(path)?.sync_all()?;
@@ -221,6 +227,7 @@ impl MetaHost {
             lost: config.timing.link_beat() * 2,
         };
         let clocks = OtherClocks::new(CLOCK_COUNTS);
+        let room = Room::new(config.space.clone());
         let inner = Arc::new(Inner {
             config,
             identity,
@@ -239,6 +246,7 @@ impl MetaHost {
             batches: Arc::default(),
             links: Links::new(sleep),
             clocks,
+            room,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -250,6 +258,7 @@ impl MetaHost {
         }
         host.inner.tasks.spawn(reconcile::run(host.clone()));
         host.inner.tasks.spawn(links::run(host.clone()));
+        host.inner.tasks.spawn(reclaim::run(host.clone()));
         Ok(host)
     }
 
@@ -317,7 +326,15 @@ impl MetaHost {
     /// [`ControlError`]. After Unavailable the command may have been applied: retry it under the same request id.
     pub async fn command(&self, shard: ShardId, request: MetaRequest) -> Result<Reply, ControlError> {
         check_level(&request.command).map_err(ControlError::BadRequest)?;
-        self.batcher(shard)?.command(request).await
+        let batcher = self.batcher(shard)?;
+        if self.inner.room.any_full() && request.command.grows() && batcher.replica.is_leader() {
+            let voters = batcher.replica.status().voters;
+            let full = self.inner.room.full_one_of(self.inner.config.disk, voters.into_iter(), Instant::now());
+            if let Some(disk) = full {
+                return Err(ControlError::NoRoom { disk });
+            }
+        }
+        batcher.command(request).await
     }
 
     /// Answers a query from a state that includes every command acknowledged before this call.
@@ -422,6 +439,8 @@ impl MetaHost {
             heartbeats: read(&heartbeats.heartbeats),
             heartbeat_messages: read(&heartbeats.messages),
             link_beats: read(&self.inner.links.beats),
+            is_full: self.inner.room.is_full(),
+            log_kept_bytes: self.running().iter().map(|(_, batcher)| batcher.replica.log_bytes()).sum(),
             replicas_stopped: self.status().iter().filter(|status| status.state == "stopped").count() as u64,
             replicas_rebuilt: read(&self.inner.rebuilt),
             replicas_asleep: self.facts().iter().filter(|facts| facts.rest != Rest::Awake).count() as u64,

@@ -9,9 +9,15 @@ use granary_wire::control::ShardStatus;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{ChangeMembers, RaftMetrics, ServerState};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
 
 /// How many entries a learner may lack when it becomes a voter, at most.
 const MAX_LAG: u64 = 64;
+/// How long a leader leads before it hands over because its log is long: several looks of its followers at theirs.
+const TURN: Duration = Duration::from_secs(3);
+/// How much log a shard keeps on a full disk, in bytes.
+const SHORT_LOG_BYTES: u64 = 2 * 1024 * 1024;
 
 /// How many entries of the log each other member is known to have.
 fn matched(metrics: &RaftMetrics<TypeConfig>) -> BTreeMap<ReplicaId, u64> {
@@ -110,22 +116,86 @@ impl Replica {
         voters.iter().filter(|voter| **voter != id).filter(has_all).count() * 2 > voters.len()
     }
 
+    /// Keeps the log short in bytes, where few entries are many: makes the state durable and purges what it covers.
+    pub async fn keep_log_short(&self, disk_is_full: bool) {
+        let most_bytes = if disk_is_full { SHORT_LOG_BYTES } else { self.timing.log_bytes };
+        let (_, Some(upto)) = self.log.excess(most_bytes) else { return };
+        let snapshot = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            // A leader keeps what a member lacks, and asked to purge it, remembers that it was asked: it would do
+            // nothing when it is asked again as a follower, who keeps nothing for others.
+            let matched = matched(&metrics);
+            let has_it = |id: ReplicaId| id == self.me || matched.get(&id).is_some_and(|has| *has > upto);
+            if metrics.state.is_leader() && !metrics.membership_config.nodes().all(|(id, ())| has_it(*id)) {
+                return;
+            }
+            metrics.snapshot.as_ref().map_or(0, |snapshot| snapshot.index)
+        };
+        // One step each time: the other is due when this one is done.
+        let asked = if snapshot >= upto {
+            self.raft.trigger().purge_log(self.more_than_asked(upto).min(snapshot)).await
+        } else {
+            self.raft.trigger().snapshot().await
+        };
+        if let Err(error) = asked {
+            tracing::debug!(shard = %self.shard, %error, "the log is not shortened");
+        }
+    }
+
+    /// The index to ask the library to purge up to: each time further while nothing was purged, for it ignores an index
+    /// that it was asked for before.
+    fn more_than_asked(&self, upto: u64) -> u64 {
+        let first = self.log.first_index();
+        let mut asked = self.asked_to_purge.lock().unwrap_or_else(PoisonError::into_inner);
+        let more = if asked.0 == first { asked.1.saturating_mul(2).max(1) } else { 0 };
+        *asked = (first, more);
+        upto.saturating_add(more)
+    }
+
+    /// Bytes of the log.
+    pub fn log_bytes(&self) -> u64 {
+        self.log.excess(u64::MAX).0
+    }
+
     /// Hands leadership over when the log has grown far past what snapshots should leave of it.
     ///
     /// A leader of this library keeps every entry that a voter has not acknowledged, also for one that is dead; its
     /// followers do not. So while a disk is dead the leaders take turns: the next one begins with a short log, and this
-    /// one purges as a follower.
+    /// one purges as a follower. A turn lasts long enough for that.
     pub async fn transfer_leadership_if_log_is_long(&self) {
         let limit = 4 * (self.timing.snapshot_entries + self.timing.keep_entries);
         let is_long = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
             let purged = metrics.purged.as_ref().map_or(0, |purged| purged.index);
-            metrics.last_log_index.unwrap_or(0).saturating_sub(purged) > limit
+            let entries = metrics.last_log_index.unwrap_or(0).saturating_sub(purged);
+            entries > limit || self.log.excess(self.timing.log_bytes.saturating_mul(2)).1.is_some()
         };
-        if let Some(to) = self.successor().filter(|_| is_long) {
+        if let Some(to) = self.successor().filter(|_| self.has_led_for_a_turn() && is_long) {
             tracing::info!(shard = %self.shard, %to, "handing leadership over: the log is long because a voter lags");
             let _ = self.raft.trigger().transfer_leader(to).await;
+        }
+    }
+
+    /// Has it been seen to lead in this term for as long as a turn lasts?
+    fn has_led_for_a_turn(&self) -> bool {
+        let term = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            metrics.state.is_leader().then_some(metrics.current_term)
+        };
+        let mut led = self.led.lock().unwrap_or_else(PoisonError::into_inner);
+        match (term, *led) {
+            (Some(term), Some((known, since))) if term == known => since.elapsed() >= TURN,
+            (Some(term), _) => {
+                *led = Some((term, Instant::now()));
+                false
+            }
+            (None, _) => {
+                *led = None;
+                false
+            }
         }
     }
 

@@ -30,7 +30,7 @@ use rest::RestState;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use timing::raft_config;
 pub use timing::Timing;
 use types::members_from_applied;
@@ -47,9 +47,14 @@ pub struct Replica {
     pub me: ReplicaId,
     timing: Timing,
     raft: openraft::Raft<TypeConfig, Machine>,
+    log: ShardLog,
     incoming: tokio::sync::Mutex<Option<network::IncomingSnapshot>>,
     peers: Arc<Peers>,
     rest: Mutex<RestState>,
+    /// Since when it has been seen to lead, and in which term.
+    led: Mutex<Option<(u64, Instant)>>,
+    /// Where the log began when it was last asked to be purged, and how many entries more than needed were asked for.
+    asked_to_purge: Mutex<(u64, u64)>,
     /// Read barriers under way.
     barriers: Arc<AtomicUsize>,
 }
@@ -95,9 +100,22 @@ impl Replica {
         let config = raft_config(shard, &timing)?;
         let barriers = Arc::<AtomicUsize>::default();
         let links = PeerLinks { shard, me, peers: peers.clone(), barriers: barriers.clone() };
-        let raft = openraft::Raft::new(me, config, links, log, machine).await.map_err(|error| error.to_string())?;
+        let raft =
+            openraft::Raft::new(me, config, links, log.clone(), machine).await.map_err(|error| error.to_string())?;
         let incoming = tokio::sync::Mutex::new(None);
-        Ok(Replica { shard, me, timing, raft, incoming, peers, rest: RestState::awake(), barriers })
+        Ok(Replica {
+            shard,
+            me,
+            timing,
+            raft,
+            log,
+            incoming,
+            peers,
+            rest: RestState::awake(),
+            led: Mutex::default(),
+            asked_to_purge: Mutex::default(),
+            barriers,
+        })
     }
 
     fn deadline(&self) -> Duration {

@@ -21,6 +21,8 @@ pub struct Timing {
     pub snapshot_entries: u64,
     /// Log entries kept behind a snapshot for replicas that lag a little.
     pub keep_entries: u64,
+    /// Most bytes of log that a shard keeps once its state is durable, however few entries that are.
+    pub log_bytes: u64,
     /// A shard whose log has not grown for so long stops its timers, in milliseconds; 0: never.
     pub sleep_after_ms: u64,
 }
@@ -62,6 +64,7 @@ impl Timing {
             request_ms: millis(values.time("node.raft_request")),
             snapshot_entries: values.number("node.raft_snapshot_entries"),
             keep_entries: values.number("node.raft_keep_entries"),
+            log_bytes: values.number("node.raft_log"),
             sleep_after_ms: millis(values.time("node.raft_sleep_after")),
         }
     }

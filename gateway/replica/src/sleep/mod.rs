@@ -209,6 +209,7 @@ impl Sleepers {
             asleep: all.iter().filter_map(named).collect(),
             agreed: self.links.get(&peer).map(|link| link.agreed.clone()).unwrap_or_default(),
             clock_ms: 0,
+            is_full: false,
         }
     }
 

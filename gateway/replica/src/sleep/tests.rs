@@ -29,7 +29,7 @@ fn facts(me: u32) -> Facts {
 }
 
 fn agreed() -> LinkBeat {
-    LinkBeat { asleep: Vec::new(), agreed: vec![AT], clock_ms: 0 }
+    LinkBeat { asleep: Vec::new(), agreed: vec![AT], clock_ms: 0, is_full: false }
 }
 
 /// A leader's view after its shard has rested long enough, and when that is.
@@ -107,7 +107,7 @@ fn a_sleeping_leader_wakes_when_a_member_leaves_its_agreement_or_its_link_is_los
 
 #[test]
 fn a_follower_agrees_only_where_the_leader_stands() {
-    let beat = LinkBeat { asleep: vec![AT], agreed: Vec::new(), clock_ms: 0 };
+    let beat = LinkBeat { asleep: vec![AT], agreed: Vec::new(), clock_ms: 0, is_full: false };
     let now = Instant::now();
     let all = [facts(2)];
     let mut sleepers = Sleepers::new(TIMING);
@@ -132,7 +132,7 @@ fn a_follower_agrees_only_where_the_leader_stands() {
 
 #[test]
 fn a_sleeping_follower_wakes_without_its_leaders_word() {
-    let beat = LinkBeat { asleep: vec![AT], agreed: Vec::new(), clock_ms: 0 };
+    let beat = LinkBeat { asleep: vec![AT], agreed: Vec::new(), clock_ms: 0, is_full: false };
     let now = Instant::now();
     let mut all = [facts(2)];
     let mut sleepers = Sleepers::new(TIMING);

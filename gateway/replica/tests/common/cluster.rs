@@ -6,11 +6,12 @@ use futures::future::BoxFuture;
 use granary_meta::{Answer, Command, MetaRequest, Query, Reply};
 use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, Disk, DiskState, Location, Roles, ShardReplicas};
-use granary_replica::{HostConfig, MetaHost, PeerTransport, Timing, TransportError, WallClock};
+use granary_replica::{HostConfig, MetaHost, PeerTransport, Space, Timing, TransportError, WallClock};
 use granary_wire::control::ControlError;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -115,6 +116,9 @@ impl PeerTransport for Wire {
     }
 }
 
+/// Free space that metadata do not grow into.
+pub const RESERVE_BYTES: u64 = 1 << 30;
+
 pub fn fast() -> Timing {
     Timing {
         heartbeat_ms: 60,
@@ -123,6 +127,7 @@ pub fn fast() -> Timing {
         request_ms: 2_000,
         snapshot_entries: 40,
         keep_entries: 10,
+        log_bytes: 64 << 20,
         sleep_after_ms: 500,
     }
 }
@@ -134,6 +139,7 @@ pub struct Cluster {
     pub timing: Timing,
     pub fatal: Arc<Mutex<Vec<String>>>,
     clocks: Mutex<BTreeMap<DiskId, WallClock>>,
+    free: Mutex<BTreeMap<DiskId, Arc<AtomicU64>>>,
     /// The numbers on the disks' labels.
     pub labels: Mutex<BTreeMap<DiskId, u64>>,
 }
@@ -178,8 +184,15 @@ impl Cluster {
             timing: fast(),
             fatal: Arc::default(),
             clocks: Mutex::default(),
+            free: Mutex::default(),
             labels: Mutex::default(),
         }
+    }
+
+    /// How much is free on a disk, in bytes.
+    pub fn free(&self, disk: DiskId) -> Arc<AtomicU64> {
+        let mut all = self.free.lock().unwrap();
+        all.entry(disk).or_insert_with(|| Arc::new(AtomicU64::new(1 << 40))).clone()
     }
 
     /// The clock of a disk.
@@ -200,7 +213,10 @@ impl Cluster {
         let me = DiskId(id);
         let number = self.labels.lock().unwrap().get(&me).copied();
         let (dir, timing, clock) = (self.path(id), self.timing.clone(), self.clock(me));
-        let config = HostConfig { dir, disk: me, number, timing, clock };
+        let free = self.free(me);
+        let free_bytes = Arc::new(move || Ok(free.load(Ordering::Relaxed)));
+        let space = Space { reserve_bytes: RESERVE_BYTES, free_bytes };
+        let config = HostConfig { dir, disk: me, number, timing, clock, space };
         let fatal = self.fatal.clone();
         let wire = Arc::new(Wire { me, network: self.network.clone() });
         let on_fatal = Arc::new(move |why| fatal.lock().unwrap().push(why));
