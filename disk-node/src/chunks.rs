@@ -5,6 +5,7 @@ use crate::label::Label;
 use crate::leases::{LeaseRefused, Leases, UnderLease};
 use crate::maps::{MapRefused, Maps, News};
 use crate::roles::{no_map, OnFatal, Roles};
+use crate::store::core::Whose;
 use crate::store::handle::{Store, Upload};
 use crate::store::StoreError;
 use bytes::Bytes;
@@ -107,7 +108,8 @@ impl NodeService for Node {
                 drop(self.admit(lease).await.map_err(chunk_error)?);
             }
             let lease = lease.map(|lease| (lease, self.leases.clone(), self.on_fatal.clone()));
-            let upload = self.store.begin(id, spec).await?;
+            let whose = if lease.is_some() { Whose::Repair } else { Whose::Client };
+            let upload = self.store.begin(id, spec, whose).await?;
             Ok(Box::new(Sink { upload, lease }) as Box<dyn ChunkSink>)
         }
         .boxed()
@@ -339,7 +341,7 @@ mod tests {
                 owner: HashSlot(3),
                 created_ms: 5,
             };
-            let mut upload = store.begin(id, spec).await.unwrap();
+            let mut upload = store.begin(id, spec, Whose::Client).await.unwrap();
             upload.write(data.clone()).await.unwrap();
             let crcs = data.chunks(65536).zip(0..).map(|(bytes, block)| block_crc(&id, block, bytes)).collect();
             (upload, crcs)

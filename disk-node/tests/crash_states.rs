@@ -10,7 +10,7 @@ mod sim;
 
 use bytes::Bytes;
 use granary_disk_node::metrics::Metrics;
-use granary_disk_node::store::core::{Core, Done, Op};
+use granary_disk_node::store::core::{Core, Done, Op, Whose};
 use granary_disk_node::store::index::Index;
 use granary_disk_node::store::index_memory::MemoryEngine;
 use granary_disk_node::store::recover::recover;
@@ -130,6 +130,7 @@ fn run(device: &SimDevice, engine: &MemoryEngine, actions: &[Action]) -> Model {
         let put = |number: u8, data: &Bytes| Op::Put {
             id: chunk(number),
             spec: spec(data.len() as u64),
+            whose: Whose::Client,
             payload: vec![data.clone()],
             crcs: crcs(&chunk(number), data),
         };
@@ -141,7 +142,7 @@ fn run(device: &SimDevice, engine: &MemoryEngine, actions: &[Action]) -> Model {
             }
             Action::PutBig(number) => {
                 let data = payload(write, 9000);
-                let ticket = match world.core.reserve(chunk(*number), spec(9000)) {
+                let ticket = match world.core.reserve(chunk(*number), spec(9000), Whose::Client) {
                     Ok(ticket) => ticket,
                     Err(StoreError::DiskFull) => continue,
                     Err(_) => return model,
@@ -162,7 +163,7 @@ fn run(device: &SimDevice, engine: &MemoryEngine, actions: &[Action]) -> Model {
                 under_way.extend([(*one, Some(first)), (*two, Some(second)), (*one, None)]);
             }
             Action::Abort(number) => {
-                let ticket = match world.core.reserve(chunk(*number), spec(5000)) {
+                let ticket = match world.core.reserve(chunk(*number), spec(5000), Whose::Client) {
                     Ok(ticket) => ticket,
                     Err(StoreError::DiskFull) => continue,
                     Err(_) => return model,
@@ -181,7 +182,7 @@ fn run(device: &SimDevice, engine: &MemoryEngine, actions: &[Action]) -> Model {
                 under_way.clear();
             }
             Action::Interleaved(number) => {
-                let ticket = match world.core.reserve(chunk(*number), spec(9000)) {
+                let ticket = match world.core.reserve(chunk(*number), spec(9000), Whose::Client) {
                     Ok(ticket) => ticket,
                     Err(StoreError::DiskFull) => continue,
                     Err(_) => return model,

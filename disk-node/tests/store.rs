@@ -4,6 +4,7 @@
 
 use bytes::Bytes;
 use granary_disk_node::metrics::Metrics;
+use granary_disk_node::store::core::Whose;
 use granary_disk_node::store::device::Device;
 use granary_disk_node::store::file_device::FileDevice;
 use granary_disk_node::store::handle::Store;
@@ -85,7 +86,11 @@ fn crcs(id: &ChunkId, data: &[u8]) -> Vec<u32> {
 }
 
 async fn put(store: &Store, id: ChunkId, data: &[u8]) -> Result<(), StoreError> {
-    let mut upload = store.begin(id, spec(data.len() as u64)).await?;
+    put_for(Whose::Client, store, id, data).await
+}
+
+async fn put_for(whose: Whose, store: &Store, id: ChunkId, data: &[u8]) -> Result<(), StoreError> {
+    let mut upload = store.begin(id, spec(data.len() as u64), whose).await?;
     for piece in data.chunks(100_003) {
         upload.write(Bytes::copy_from_slice(piece)).await?;
     }
@@ -129,7 +134,7 @@ async fn chunks_of_every_size_come_back_over_restarts_and_without_the_index() {
     store.close().await.unwrap();
     assert!(matches!(store.have(vec![chunk(0)]).await, Err(StoreError::Failed(_))));
     assert!(matches!(
-        store.begin(chunk(0), spec(10)).await.unwrap().finish(vec![]).await,
+        store.begin(chunk(0), spec(10), Whose::Client).await.unwrap().finish(vec![]).await,
         Err(StoreError::Rejected(_))
     ));
     assert!(matches!(put(&store, chunk(0), b"late").await, Err(StoreError::Failed(_))));
@@ -186,23 +191,23 @@ async fn an_upload_that_is_wrong_or_given_up_leaves_nothing() {
     let (store, _) = open(dir.path());
     for size in [50_000, 5 * MIB] {
         let data = payload(1, size);
-        let mut upload = store.begin(chunk(1), spec(size)).await.unwrap();
+        let mut upload = store.begin(chunk(1), spec(size), Whose::Client).await.unwrap();
         upload.write(Bytes::copy_from_slice(&data[..40_000])).await.unwrap();
         drop(upload);
-        let mut upload = store.begin(chunk(1), spec(size)).await.unwrap();
+        let mut upload = store.begin(chunk(1), spec(size), Whose::Client).await.unwrap();
         upload.write(Bytes::copy_from_slice(&data[..40_000])).await.unwrap();
         assert!(matches!(upload.finish(crcs(&chunk(1), &data)).await, Err(StoreError::Rejected(_))), "short");
-        let mut upload = store.begin(chunk(1), spec(size)).await.unwrap();
+        let mut upload = store.begin(chunk(1), spec(size), Whose::Client).await.unwrap();
         upload.write(Bytes::copy_from_slice(&data)).await.unwrap();
         assert!(matches!(upload.write(Bytes::from_static(b"x")).await, Err(StoreError::Rejected(_))), "long");
-        let mut upload = store.begin(chunk(1), spec(size)).await.unwrap();
+        let mut upload = store.begin(chunk(1), spec(size), Whose::Client).await.unwrap();
         upload.write(Bytes::copy_from_slice(&data)).await.unwrap();
         let mut wrong = crcs(&chunk(1), &data);
         wrong[0] ^= 1;
         assert_eq!(upload.finish(wrong).await, Err(StoreError::Corrupt { block: 0 }));
     }
-    assert!(matches!(store.begin(chunk(1), spec(0)).await, Err(StoreError::Rejected(_))));
-    assert!(matches!(store.begin(chunk(1), spec(64 * MIB + 1)).await, Err(StoreError::Rejected(_))));
+    assert!(matches!(store.begin(chunk(1), spec(0), Whose::Client).await, Err(StoreError::Rejected(_))));
+    assert!(matches!(store.begin(chunk(1), spec(64 * MIB + 1), Whose::Client).await, Err(StoreError::Rejected(_))));
     assert_eq!(store.have(vec![chunk(1)]).await, Ok(vec![false]));
     assert_eq!(store.fill().unwrap().chunks, 0);
     store.close().await.unwrap();
@@ -393,6 +398,16 @@ async fn a_full_disk_refuses_chunks_reads_deletes_and_takes_chunks_again() {
     assert!(stored.len() > 80, "{}", stored.len());
     let space = FileDevice::open_read_only(&mount.path().join("segments")).space().unwrap();
     assert!(space.free_bytes >= reserve - MIB, "the reserve was kept: {} free", space.free_bytes);
+    // Repairs go on into a quarter of the reserve, and no further.
+    assert_eq!(put(&store, chunk(5000), &payload(1, MIB)).await, Err(StoreError::DiskFull));
+    let mut repaired = 0;
+    while put_for(Whose::Repair, &store, chunk(6000 + repaired), &payload(1, MIB)).await.is_ok() {
+        repaired += 1;
+    }
+    assert!((1..=3).contains(&repaired), "{repaired}");
+    let space = FileDevice::open_read_only(&mount.path().join("segments")).space().unwrap();
+    assert!(space.free_bytes >= reserve / 4 * 3 - MIB, "{} free", space.free_bytes);
+    assert_eq!(store.delete((0..repaired).map(|number| chunk(6000 + number)).collect()).await, Ok(repaired));
     // Take the reserve away too: to the last byte, as a stranger on the same file system would.
     let filler = std::fs::File::create(mount.path().join("filler")).unwrap();
     let mut written = 0;

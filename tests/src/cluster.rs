@@ -243,6 +243,30 @@ impl Cluster {
         self.admin("POST", "/v1/census")
     }
 
+    /// After a run with faults: sweeps as if it had been long ago, and waits until everything on the disks that no
+    /// shard knows is in quarantine.
+    pub fn wait_no_orphans(&self, limit: Duration) {
+        for (name, value) in [("heal.orphan_age", "5s"), ("heal.sweep_interval", "1s"), ("heal.orphan_limit", "100%")] {
+            let token = self.json()["admin_token_file"].as_str().expect("token file").to_owned();
+            let mut command = Command::new(bin("granary"));
+            command.args(["config", "set", name, value, "--admin", &self.admin, "--token-file", &token]);
+            let done = command.output().expect("granary config");
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        }
+        let started = Instant::now();
+        loop {
+            let census = self.census();
+            let number =
+                |name: &str| census[name].as_u64().unwrap_or_else(|| panic!("census without {name}: {census}"));
+            if number("orphans") == number("orphans_quarantined") {
+                println!("    {} orphans, all of them in quarantine", number("orphans"));
+                return;
+            }
+            assert!(started.elapsed() < limit, "orphans outside quarantine after {:?}: {census}", started.elapsed());
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    }
+
     /// Waits until a census finds every chunk good.
     pub fn wait_full_redundancy(&self, limit: Duration) -> Value {
         let started = Instant::now();

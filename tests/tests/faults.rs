@@ -240,6 +240,7 @@ fn one_hundred_kills_lose_nothing_acknowledged() {
     cluster.wait_ready(Duration::from_secs(60));
     let census = cluster.wait_full_redundancy(Duration::from_secs(120));
     assert_eq!(census["extents_lost"].as_u64(), Some(0), "{census}");
+    cluster.wait_no_orphans(Duration::from_secs(90));
 }
 
 /// With a third of six disks gone, 4+2 cannot be read: the refusal is a 503 with a code, never bytes and never 404, and
@@ -289,6 +290,7 @@ fn a_third_dead_disk_refuses_clearly_and_loses_nothing() {
         assert_eq!(again.status, StatusCode::OK);
     });
     cluster.wait_full_redundancy(Duration::from_secs(60));
+    cluster.wait_no_orphans(Duration::from_secs(60));
 }
 
 /// One disk after the other loses its metadata folder while it is down. Each comes back as a new replica of its shards,
@@ -343,6 +345,7 @@ fn all_disks_lose_their_metadata_one_after_the_other_and_nothing_is_lost() {
         }
     });
     cluster.wait_full_redundancy(Duration::from_secs(60));
+    cluster.wait_no_orphans(Duration::from_secs(60));
 }
 
 /// A flipped byte on a disk is never given to a client, and is repaired.

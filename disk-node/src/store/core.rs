@@ -14,7 +14,7 @@ use super::format::{
 };
 use super::index::{Batch, DiskInfo, Hole, Location, SegmentInfo, SegmentState};
 use super::shared::Shared;
-use super::StoreError;
+use super::{StoreError, StoreSettings};
 use bytes::Bytes;
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use std::collections::btree_map::Entry;
@@ -34,6 +34,8 @@ pub enum Op {
         id: ChunkId,
         /// What it is part of.
         spec: ChunkSpec,
+        /// For whom.
+        whose: Whose,
         /// Its payload, in order.
         payload: Vec<Bytes>,
         /// Checksum of each block.
@@ -51,6 +53,26 @@ pub enum Op {
         /// Which.
         ids: Vec<ChunkId>,
     },
+}
+
+/// For whom a chunk is written, which says how far it may fill the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whose {
+    /// A client's: it leaves the reserve.
+    Client,
+    /// Background work's, such as a repair: it may take a quarter of the reserve, so that chunks that are missing
+    /// somewhere can be made again when clients have filled all disks.
+    Repair,
+}
+
+impl Whose {
+    /// Free space that such a chunk leaves, in bytes.
+    pub fn leaves_bytes(self, settings: &StoreSettings) -> u64 {
+        match self {
+            Whose::Client => settings.reserve_bytes,
+            Whose::Repair => settings.reserve_bytes - settings.reserve_bytes / 4,
+        }
+    }
 }
 
 /// What a request came to.
@@ -184,19 +206,19 @@ impl Core {
     // --- Space -----------------------------------------------------------------------------------------------------
 
     /// Reserves space for a record, in a new segment when the present one has no room.
-    fn allocate(&mut self, len_bytes: u64) -> Result<Allocation, StoreError> {
+    fn allocate(&mut self, len_bytes: u64, whose: Whose) -> Result<Allocation, StoreError> {
         let need = record_bytes(len_bytes);
         let fits = |segment: &Segment| segment.tail + need <= segment.info.length_bytes;
         let number = match self.active {
             Some(number) if self.segments.get(&number).is_some_and(fits) => number,
             before => {
-                let number = match self.create_segment(need) {
+                let number = match self.create_segment(need, whose) {
                     Err(StoreError::DiskFull)
                         if !(self.unflushed_holes.is_empty() && self.flushed_holes.is_empty()) =>
                     {
                         self.flush()?;
                         self.punch(usize::MAX)?;
-                        self.create_segment(need)?
+                        self.create_segment(need, whose)?
                     }
                     other => other?,
                 };
@@ -217,12 +239,12 @@ impl Core {
 
     /// Creates a segment that holds a record of `need` bytes, and syncs its header and name before any record is
     /// written to it.
-    fn create_segment(&mut self, need: u64) -> Result<u32, StoreError> {
+    fn create_segment(&mut self, need: u64, whose: Whose) -> Result<u32, StoreError> {
         let settings = self.shared.settings;
         let device = self.shared.device.clone();
         let space = device.space().map_err(|error| self.fail("free space", error))?;
         let least = (RECORDS_AT + need).max(settings.min_segment_bytes.min(settings.segment_bytes));
-        let available = space.free_bytes.saturating_sub(settings.reserve_bytes);
+        let available = space.free_bytes.saturating_sub(whose.leaves_bytes(&settings));
         if available < least {
             return Err(StoreError::DiskFull);
         }
@@ -282,9 +304,9 @@ impl Core {
     ///
     /// # Errors
     /// [`StoreError::DiskFull`]; [`StoreError::Failed`].
-    pub fn reserve(&mut self, id: ChunkId, spec: ChunkSpec) -> Result<Ticket, StoreError> {
+    pub fn reserve(&mut self, id: ChunkId, spec: ChunkSpec, whose: Whose) -> Result<Ticket, StoreError> {
         self.shared.check_running()?;
-        let space = self.allocate(spec.len_bytes)?;
+        let space = self.allocate(spec.len_bytes, whose)?;
         let ticket = Ticket(self.next_ticket);
         self.next_ticket += 1;
         self.uploads.insert(ticket, Reservation { id, spec, space, full: false });
@@ -397,8 +419,8 @@ impl Core {
     fn write_op(&mut self, op: Op) -> Result<Step, StoreError> {
         match op {
             Op::Delete { ids } => Ok(Step::Delete { ids }),
-            Op::Put { id, spec, payload, crcs } => {
-                let space = self.allocate(spec.len_bytes)?;
+            Op::Put { id, spec, whose, payload, crcs } => {
+                let space = self.allocate(spec.len_bytes, whose)?;
                 let file = self.file(space.segment)?;
                 let mut offset = space.offset + header_region_bytes(spec.len_bytes);
                 for piece in &payload {

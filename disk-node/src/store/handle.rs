@@ -1,7 +1,7 @@
 //! The store as the daemon sees it: uploads, reads, deletions, listings. Cheap to clone; the last clone ends the
 //! threads.
 
-use super::core::{Done, Op};
+use super::core::{Done, Op, Whose};
 use super::device::Device;
 use super::format::{record_bytes, RECORDS_AT};
 use super::index::{Batch, Engine, Index};
@@ -134,20 +134,21 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Rejected`], [`StoreError::DiskFull`], [`StoreError::Failed`].
-    pub async fn begin(&self, id: ChunkId, spec: ChunkSpec) -> Result<Upload, StoreError> {
+    pub async fn begin(&self, id: ChunkId, spec: ChunkSpec, whose: Whose) -> Result<Upload, StoreError> {
         let inner = &self.0;
         inner.shared.check_running()?;
         check_spec(&id, &spec)?;
         let room = if spec.len_bytes <= inner.shared.settings.whole_bytes {
-            self.check_room(&spec)?;
+            self.check_room(&spec, whose)?;
             Room::Whole(inner.queue.byte_permit(spec.len_bytes).await?)
         } else {
-            Room::Reserved(inner.queue.reserve(id, spec).await?)
+            Room::Reserved(inner.queue.reserve(id, spec, whose).await?)
         };
         Ok(Upload {
             store: self.clone(),
             id,
             spec,
+            whose,
             room,
             received_bytes: 0,
             sent_bytes: 0,
@@ -160,14 +161,14 @@ impl Store {
     }
 
     /// A small chunk gets its space when it is written; on a full disk it is refused before its payload is received.
-    fn check_room(&self, spec: &ChunkSpec) -> Result<(), StoreError> {
+    fn check_room(&self, spec: &ChunkSpec, whose: Whose) -> Result<(), StoreError> {
         let shared = &self.0.shared;
         let need = record_bytes(spec.len_bytes);
         if shared.open_bytes.load(Ordering::Relaxed) >= need {
             return Ok(());
         }
         let space = shared.device.space().map_err(|error| StoreError::Unreadable(error.to_string()))?;
-        if space.free_bytes.saturating_sub(shared.settings.reserve_bytes) < RECORDS_AT + need {
+        if space.free_bytes.saturating_sub(whose.leaves_bytes(&shared.settings)) < RECORDS_AT + need {
             shared.metrics.refused_full.inc();
             return Err(StoreError::DiskFull);
         }
@@ -338,6 +339,7 @@ pub struct Upload {
     store: Store,
     id: ChunkId,
     spec: ChunkSpec,
+    whose: Whose,
     room: Room,
     received_bytes: u64,
     sent_bytes: u64,
@@ -430,10 +432,10 @@ impl Upload {
         }
         self.send().await?;
         self.flush_small();
-        let Upload { store, id, spec, room, pieces, .. } = self;
+        let Upload { store, id, spec, whose, room, pieces, .. } = self;
         match room {
             Room::Whole(permit) => {
-                store.0.queue.submit(Op::Put { id, spec, payload: pieces, crcs }, Some(permit)).await?
+                store.0.queue.submit(Op::Put { id, spec, whose, payload: pieces, crcs }, Some(permit)).await?
             }
             Room::Reserved(reserved) => reserved.commit(crcs).await?,
         };

@@ -4,7 +4,7 @@
 //! requests as one group, so that they share one sync: the longer a sync takes, the more requests the next one serves.
 //! It ends on a stop message.
 
-use super::core::{Core, Done, Op, Ticket};
+use super::core::{Core, Done, Op, Ticket, Whose};
 use super::shared::Shared;
 use super::StoreError;
 use bytes::Bytes;
@@ -22,6 +22,7 @@ enum Message {
     Reserve {
         id: ChunkId,
         spec: ChunkSpec,
+        whose: Whose,
         reply: oneshot::Sender<Result<Reserved, StoreError>>,
         _permit: OwnedSemaphorePermit,
     },
@@ -89,10 +90,10 @@ impl Queue {
         self.sender.send(message).map_err(|_| stopped())
     }
 
-    pub(super) async fn reserve(&self, id: ChunkId, spec: ChunkSpec) -> Result<Reserved, StoreError> {
+    pub(super) async fn reserve(&self, id: ChunkId, spec: ChunkSpec, whose: Whose) -> Result<Reserved, StoreError> {
         let permit = self.request_permit().await?;
         let (reply, answer) = oneshot::channel();
-        self.send(Message::Reserve { id, spec, reply, _permit: permit })?;
+        self.send(Message::Reserve { id, spec, whose, reply, _permit: permit })?;
         answer.await.map_err(|_| stopped())?
     }
 
@@ -226,8 +227,8 @@ impl Writer {
 
     fn handle_unbatched(&mut self, message: Message) {
         match message {
-            Message::Reserve { id, spec, reply, _permit } => {
-                let reserved = self.core.reserve(id, spec);
+            Message::Reserve { id, spec, whose, reply, _permit } => {
+                let reserved = self.core.reserve(id, spec, whose);
                 if reserved == Err(StoreError::DiskFull) {
                     self.shared.metrics.refused_full.inc();
                 }

@@ -48,8 +48,8 @@ pub enum LinkError {
     /// A message is longer than a frame may be. Nothing was sent.
     #[error("message too large")]
     TooLarge,
-    /// Too many requests are under way to this peer. Nothing was sent.
-    #[error("too many requests under way to this peer")]
+    /// Too many requests are under way to this peer, or connections to it. Nothing was sent.
+    #[error("too many requests or connections under way to this peer")]
     Busy,
     /// The peer said something that makes no sense.
     #[error("protocol error: {0}")]

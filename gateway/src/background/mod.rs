@@ -1,7 +1,8 @@
 //! Work that no client waits for: healing, garbage, walks. One gateway at a time does each task.
 //!
 //! - [`leases`]: who does it, and how that is found out by everybody else;
-//! - [`heal`]: the tasks themselves.
+//! - [`heal`]: the tasks themselves;
+//! - [`reads`]: garbage waits for reads that last long.
 //!
 //! **Invariant:** every command that takes something off a queue, and every chunk request of background work, carries
 //! the stamp of its lease, so that shards and disks refuse a gateway that was paused and does not know yet that another
@@ -10,6 +11,7 @@
 
 pub mod heal;
 pub mod leases;
+pub mod reads;
 
 use crate::shards::{ShardError, Shards};
 use granary_meta::{Command, Reply};

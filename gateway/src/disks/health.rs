@@ -24,6 +24,7 @@ pub(super) struct State {
     failing_since: Option<Instant>,
     last_service_error: Option<Instant>,
     unwritable_until: Option<Instant>,
+    full_until: Option<Instant>,
     pinged: bool,
     times_up: u64,
     status: Option<NodeStatus>,
@@ -37,6 +38,7 @@ impl Default for State {
             failing_since: None,
             last_service_error: None,
             unwritable_until: None,
+            full_until: None,
             pinged: false,
             times_up: 0,
             status: None,
@@ -68,6 +70,15 @@ impl State {
 
     pub(super) fn is_unwritable(&self, now: Instant) -> bool {
         self.unwritable_until.is_some_and(|until| now < until)
+    }
+
+    /// Has it refused a client's chunk for want of room a moment ago? Repairs may fill it further.
+    pub(super) fn is_full_for_clients(&self, now: Instant) -> bool {
+        self.full_until.is_some_and(|until| now < until)
+    }
+
+    pub(super) fn full_until(&mut self, until: Instant) {
+        self.full_until = Some(until);
     }
 
     pub(super) fn unwritable_until(&mut self, until: Instant) {

@@ -202,6 +202,16 @@ impl Disks {
     pub fn writable(&self, disk: DiskId) -> bool {
         self.inner.entry(disk).is_some_and(|entry| {
             let state = entry.state();
+            let now = Instant::now();
+            state.health() == DiskHealth::Up && !state.is_unwritable(now) && !state.is_full_for_clients(now)
+        })
+    }
+
+    /// Whether a disk should get chunks that a repair makes: as [`Disks::writable`], but one that is full for clients
+    /// has room for those still.
+    pub fn repairable(&self, disk: DiskId) -> bool {
+        self.inner.entry(disk).is_some_and(|entry| {
+            let state = entry.state();
             state.health() == DiskHealth::Up && !state.is_unwritable(Instant::now())
         })
     }
@@ -212,7 +222,10 @@ impl Disks {
         let Some(entry) = self.inner.entry(disk) else { return };
         let now = Instant::now();
         match error {
-            ChunkError::DiskFull | ChunkError::Overloaded | ChunkError::Link(LinkError::Busy) => {
+            ChunkError::DiskFull => {
+                self.inner.change(&entry, |state, settings| state.full_until(now + settings.unwritable_hold));
+            }
+            ChunkError::Overloaded | ChunkError::Link(LinkError::Busy) => {
                 self.inner.change(&entry, |state, settings| state.unwritable_until(now + settings.unwritable_hold));
             }
             ChunkError::Link(LinkError::TooLarge) => {}
@@ -395,6 +408,8 @@ impl Inner {
                 });
                 false
             }
+            // Somebody is there, and has no place for another connection just now: that says nothing about the disk.
+            Err(LinkError::Busy) => false,
             Err(error) => {
                 let refused = nobody_there(&error);
                 self.change(&entry, |state, settings| state.error(now, refused, &error.to_string(), settings));

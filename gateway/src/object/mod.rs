@@ -19,6 +19,7 @@ mod chunk_write;
 mod counters;
 mod extent_write;
 pub mod fetch;
+mod open_reads;
 mod read;
 mod recheck;
 pub mod reports;
@@ -28,6 +29,7 @@ mod write;
 pub(crate) use budget::{Budget, Grant};
 pub(crate) use counters::add;
 pub use counters::ObjectCounters;
+pub use open_reads::OpenReads;
 pub use read::{ObjectReader, ReadError};
 pub use staged::{Placement, Staged};
 pub use write::StageError;
@@ -122,6 +124,7 @@ struct Inner {
     reports: Reports,
     cleaner: Cleaner,
     memory: Budget,
+    reads: OpenReads,
 }
 
 impl ObjectStore {
@@ -142,6 +145,7 @@ impl ObjectStore {
                 reports: Reports::default(),
                 cleaner,
                 memory,
+                reads: OpenReads::default(),
             }),
         }
     }
@@ -154,6 +158,11 @@ impl ObjectStore {
     /// The memory for payloads.
     pub(crate) fn memory(&self) -> &Budget {
         &self.inner.memory
+    }
+
+    /// Payload reads under way.
+    pub fn open_reads(&self) -> &OpenReads {
+        &self.inner.reads
     }
 
     /// Chunks that readers found missing or corrupt; the healer takes them from here.

@@ -7,6 +7,7 @@
 
 use super::budget::{Grant, FLOOR_BYTES};
 use super::fetch::{fetch, Avoid, Wanted};
+use super::open_reads::OpenRead;
 use super::{check_extent, ObjectStore};
 use bytes::Bytes;
 use futures::stream::Stream;
@@ -86,6 +87,7 @@ impl ObjectStore {
             next: None,
             failed: None,
             left_bytes: range.end.saturating_sub(range.start),
+            _open: self.open_reads().begin(),
         };
         match data {
             ObjectData::Inline { bytes, crc32 } => reader.read_inline(bytes, *crc32, range),
@@ -110,6 +112,8 @@ pub struct ObjectReader {
     next: Option<Fetching>,
     failed: Option<ReadError>,
     left_bytes: u64,
+    /// While it lives, garbage that was not queued before it began stays.
+    _open: OpenRead,
 }
 
 /// A window being fetched; given up when dropped.

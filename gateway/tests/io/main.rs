@@ -2,7 +2,7 @@
 //! and faults on demand.
 //!
 //! - [`node`]: such a disk node; [`cluster`]: some of them, a map, and an object store on top;
-//! - [`write`], [`read`]: what staging and reading promise;
+//! - [`write`], [`read`]: what staging and reading promise; [`reads`]: reads that last long;
 //! - [`peers`]: the metadata shards, in memory; [`meta`]: what tests do in them behind the gateways' backs;
 //! - [`heal`]: what repair, garbage collection and census promise; [`sweep`]: what becomes of chunks that nobody owns.
 
@@ -15,5 +15,6 @@ mod node;
 #[allow(dead_code)] // the tests inside the gateway use more of it
 mod peers;
 mod read;
+mod reads;
 mod sweep;
 mod write;

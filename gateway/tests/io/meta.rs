@@ -8,7 +8,8 @@ use granary_gateway::shards::Shards;
 use granary_meta::codec::encode;
 use granary_meta::keys::Keys;
 use granary_meta::record::{
-    AccountId, BucketId, ExtentRecord, ExtentRef, ObjectData, ObjectMeta, ObjectRecord, RepairSlotRecord, VersionSeq,
+    AccountId, BucketId, ExtentRecord, ExtentRef, LeaseRecord, ObjectData, ObjectMeta, ObjectRecord, RepairSlotRecord,
+    VersionSeq,
 };
 use granary_meta::{Answer, ChunkRef, Command, Conditions, Query, Reply, VersionPick};
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
@@ -143,6 +144,14 @@ impl Meta {
         let generation = self.queued_slots(shard)[0].2.generation;
         let advance = Command::AdvanceRepair { group, slot, generation, cursor, lease };
         assert_eq!(self.peers.command(shard, advance), Reply::Done);
+    }
+
+    /// All leases.
+    pub fn leases(&self) -> Vec<LeaseRecord> {
+        match self.peers.query(ShardId::ROOT, &Query::ListLeases) {
+            Answer::Leases(leases) => leases,
+            other => panic!("{other:?}"),
+        }
     }
 
     pub fn is_garbage(&self, shard: ShardId, extent: &ExtentRef) -> bool {

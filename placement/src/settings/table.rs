@@ -139,8 +139,9 @@ pub const TABLE: &[Setting] = &[
     time("node.flush_interval", Process, s(30), [ms(100), min(60)], "And after this long."),
     time("node.punch_interval", Process, s(1), [ms(10), min(60)], "Space of dead chunks comes back within about this time."),
     // Disk nodes: the listener.
-    count("node.max_connections", Process, 512, AT_ONCE, "Connections at once. Each may buffer about a megabyte."),
-    count("node.max_handshakes", Process, 256, AT_ONCE, "Of these, not authenticated yet."),
+    count("node.max_connections", Process, 512, AT_ONCE, "Connections for chunk requests at once. Each may buffer about a megabyte. One between two requests makes room for a new one."),
+    count("node.max_control_connections", Process, 512, AT_ONCE, "Connections for everything else: one for each gateway, and one for each metadata disk."),
+    count("node.max_handshakes", Process, 256, AT_ONCE, "Connections at once that are not authenticated yet. The oldest makes room for a new one."),
     time("node.handshake_timeout", Process, s(5), DEADLINE, "From accept to the end of the handshake."),
     time("node.head_timeout", Process, s(10), DEADLINE, "For the whole head of a request, counted from the end of the one before: also how long a data connection may be idle."),
     time("node.stall_timeout", Process, s(30), DEADLINE, "Without a byte more, in a body or a frame, either way."),

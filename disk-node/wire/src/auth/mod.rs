@@ -336,7 +336,7 @@ impl Verdict {
             1 => Err(AuthError::Version { ours, theirs }.into()),
             2 => Err(AuthError::Cluster.into()),
             3 => Err(AuthError::Secret.into()),
-            4 => Err(LinkError::Connect("the peer has no room for more connections".to_owned())),
+            4 => Err(LinkError::Busy),
             5 => Err(AuthError::Disk.into()),
             other => Err(LinkError::Protocol(format!("unknown verdict {other} in the handshake"))),
         }
@@ -430,13 +430,15 @@ pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(transcript.session(version))
 }
 
-/// The server's side; `me` is its disk. The caller sets the deadline.
+/// The server's side; `me` is its disk. `admit` says whether there is a place for a client of that purpose, once it is
+/// known to be of the cluster. The caller sets the deadline.
 pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     credentials: &Credentials,
     me: DiskUuid,
     versions: VersionRange,
     nonce: [u8; NONCE_BYTES],
+    admit: impl FnOnce(Purpose) -> bool,
 ) -> Result<Caller, LinkError> {
     let mut client_hello = [0u8; CLIENT_HELLO_BYTES];
     let mut head = [0u8; PREFIX_BYTES];
@@ -482,6 +484,10 @@ pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
         let _ = stream.write_all(&[Verdict::Disk.number()]).await;
         return Err(AuthError::Disk.into());
     }
+    if !admit(purpose) {
+        let _ = stream.write_all(&[Verdict::Busy.number()]).await;
+        return Err(LinkError::Busy);
+    }
     stream.write_all(&[Verdict::Accepted.number()]).await.map_err(lost)?;
     Ok(Caller { purpose, disk: heard(from), session: transcript.session(version) })
 }
@@ -490,11 +496,6 @@ pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
 async fn refuse<S: AsyncWrite + Unpin>(stream: &mut S, versions: VersionRange, verdict: Verdict) {
     let _ = stream.write_all(&prefix(versions, verdict.number())).await;
     let _ = stream.shutdown().await;
-}
-
-/// Tells a client that there is no room for it.
-pub(crate) async fn refuse_busy<S: AsyncWrite + Unpin>(stream: &mut S) {
-    refuse(stream, PROTOCOL_VERSIONS, Verdict::Busy).await;
 }
 
 #[cfg(test)]

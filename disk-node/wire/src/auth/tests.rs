@@ -67,7 +67,7 @@ async fn a_server_says_the_golden_bytes() {
         theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
         expect(&mut theirs, "00").await;
     });
-    let caller = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32]).await.unwrap();
+    let caller = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true).await.unwrap();
     client.await.unwrap();
     assert_eq!((caller.purpose, caller.disk), (Purpose::Control, known_ends().from));
     assert_eq!(caller.session.to_client.mac(&[b"x"]), known_session().to_client.mac(&[b"x"]));
@@ -81,7 +81,7 @@ async fn meet(client: Credentials, server: Credentials) -> (Result<Session, Link
             client_handshake(&mut ours, &client, (Purpose::Data, known_ends()), PROTOCOL_VERSIONS, nonce().unwrap())
                 .await
         },
-        async move { server_handshake(&mut theirs, &server, ME, PROTOCOL_VERSIONS, nonce().unwrap()).await }
+        async move { server_handshake(&mut theirs, &server, ME, PROTOCOL_VERSIONS, nonce().unwrap(), |_| true).await }
     )
 }
 
@@ -110,7 +110,7 @@ async fn meet_for(
     let (credentials, ends) = (known(), Ends { to, from });
     let (client, server) = tokio::join!(
         client_handshake(&mut ours, &credentials, (Purpose::Data, ends), PROTOCOL_VERSIONS, [0x11; 32]),
-        server_handshake(&mut theirs, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32])
+        server_handshake(&mut theirs, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true)
     );
     (client.map(|_| ()), server.map(|caller| caller.disk))
 }
@@ -138,8 +138,10 @@ async fn a_client_that_skips_the_proof_of_the_server_gains_nothing() {
             verdict[0]
         };
         let credentials = known();
-        let (verdict, server) =
-            tokio::join!(attacker, server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32]));
+        let (verdict, server) = tokio::join!(
+            attacker,
+            server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true)
+        );
         assert_eq!(verdict, 3);
         assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
     }
@@ -156,7 +158,7 @@ async fn the_servers_own_proof_is_not_a_proof_of_the_client() {
     };
     let credentials = known();
     let (_, server) =
-        tokio::join!(attacker, server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32]));
+        tokio::join!(attacker, server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true));
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
 }
 
@@ -165,7 +167,7 @@ async fn a_recorded_handshake_is_not_good_for_a_second_connection() {
     let (mut ours, mut theirs) = duplex(1024);
     theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();
     theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
-    let server = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, nonce().unwrap()).await;
+    let server = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, nonce().unwrap(), |_| true).await;
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
 }
 
@@ -178,7 +180,10 @@ async fn every_altered_byte_of_a_handshake_is_noticed() {
         hello[at] ^= 1;
         theirs.write_all(&hello).await.unwrap();
         theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
-        assert!(server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32]).await.is_err(), "byte {at}");
+        assert!(
+            server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true).await.is_err(),
+            "byte {at}"
+        );
     }
     for at in 0..76 {
         let (mut ours, mut theirs) = duplex(1024);
@@ -205,7 +210,7 @@ async fn meet_as(client: VersionRange, server: VersionRange) -> [Result<u16, Lin
     let credentials = known();
     let (client, server) = tokio::join!(
         client_handshake(&mut ours, &credentials, (Purpose::Data, known_ends()), client, [0x11; 32]),
-        server_handshake(&mut theirs, &credentials, ME, server, [0x22; 32])
+        server_handshake(&mut theirs, &credentials, ME, server, [0x22; 32], |_| true)
     );
     [client.map(|session| session.version), server.map(|caller| caller.session.version)]
 }
@@ -243,7 +248,7 @@ async fn a_refusal_for_the_version_is_the_golden_bytes() {
     let mut hello = hex::decode(CLIENT_HELLO).unwrap();
     hello[9] = 2;
     theirs.write_all(&hello).await.unwrap();
-    let server = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32]).await;
+    let server = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true).await;
     let (one, two) = (versions(1, 1), versions(2, 2));
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Version { ours: one, theirs: two }));
     expect(&mut theirs, "6772616e6172790000010100").await;
@@ -254,7 +259,7 @@ async fn a_stranger_is_told_apart_from_a_peer() {
     let (mut ours, mut theirs) = duplex(1024);
     theirs.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     assert_eq!(
-        server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32]).await.unwrap_err(),
+        server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true).await.unwrap_err(),
         LinkError::Auth(AuthError::Magic)
     );
 }

@@ -1,5 +1,6 @@
 //! Chunk requests of one connection.
 
+use super::places::Number;
 use super::stall::WriteDeadline;
 use super::{ChunkBlocks, Server};
 use crate::auth::Session;
@@ -12,16 +13,17 @@ use granary_placement::lease::LeaseStamp;
 use http::header::{HeaderValue, CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::{pin, Pin};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -34,8 +36,8 @@ const MAX_HEADERS: usize = 32;
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Serves one connection to its end.
-pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, session: Session, peer: SocketAddr) {
-    let requests = Arc::new(Requests { server: Arc::clone(server), session, counter: AtomicU64::new(0), peer });
+pub(super) async fn serve(server: &Arc<Server>, number: Number, stream: TcpStream, session: Session, peer: SocketAddr) {
+    let requests = Arc::new(Requests { server: Arc::clone(server), number, session, counter: AtomicU64::new(0), peer });
     let service = service_fn(move |request| {
         let requests = Arc::clone(&requests);
         async move { Ok::<_, Infallible>(requests.answer(request).await) }
@@ -64,6 +66,51 @@ pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, session: Sess
     }
 }
 
+/// While it lives, the connection has a request at work and is not closed for another.
+struct AtWork {
+    server: Arc<Server>,
+    number: Number,
+}
+
+impl AtWork {
+    fn new(server: Arc<Server>, number: Number) -> AtWork {
+        server.places().work(number);
+        AtWork { server, number }
+    }
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        self.server.places().silence(self.number);
+    }
+}
+
+/// The body of an answer; the request is at work until all of it was written.
+struct Answer {
+    body: WireBody,
+    _at_work: AtWork,
+}
+
+impl Body for Answer {
+    type Data = <WireBody as Body>::Data;
+    type Error = <WireBody as Body>::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
 /// What went wrong with a request.
 enum Refusal {
     /// Not from who holds the session key, or not at this place in the order.
@@ -84,13 +131,16 @@ fn rejected(why: impl Into<String>) -> Refusal {
 /// The requests of one connection, which hyper hands over one after the other.
 struct Requests {
     server: Arc<Server>,
+    /// Of the connection, among the server's.
+    number: Number,
     session: Session,
     counter: AtomicU64,
     peer: SocketAddr,
 }
 
 impl Requests {
-    async fn answer(&self, request: Request<Incoming>) -> Response<WireBody> {
+    async fn answer(&self, request: Request<Incoming>) -> Response<Answer> {
+        let at_work = AtWork::new(self.server.clone(), self.number);
         let counter = self.counter.fetch_add(1, Ordering::Relaxed);
         let (parts, mut body) = request.into_parts();
         let result = self.handle(&parts, &mut body, counter).await;
@@ -103,7 +153,7 @@ impl Requests {
                 (StatusCode::UNAUTHORIZED, "unauthenticated".to_owned(), VecDeque::new())
             }
             Err(Refusal::Chunk(error)) => {
-                if !http_body::Body::is_end_stream(&body) {
+                if !body.is_end_stream() {
                     // Ends by itself after a while; and each connection has one request at a time.
                     tokio::spawn(timeout(DRAIN_TIMEOUT, drain(body)));
                 }
@@ -114,7 +164,7 @@ impl Requests {
         let body_out = WireBody::list(body_out);
         let len_bytes = body_out.remaining_bytes();
         let mac = head::answer_mac(&self.session.to_client, counter, status, &text, len_bytes);
-        let mut response = Response::new(body_out);
+        let mut response = Response::new(Answer { body: body_out, _at_work: at_work });
         *response.status_mut() = status;
         let headers = response.headers_mut();
         if close {

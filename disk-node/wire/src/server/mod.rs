@@ -1,20 +1,22 @@
 //! The server's end: what a disk node implements, and the loop that serves it.
 //!
 //! 1. this file: [`NodeService`], limits, accepting and stopping;
-//! 2. [`data`]: chunk requests, HTTP/1.1;
-//! 3. [`control`]: control frames;
-//! 4. [`stall`]: a stream that gives up on a peer that does not read.
+//! 2. [`places`]: who may stay while many want to;
+//! 3. [`data`]: chunk requests, HTTP/1.1;
+//! 4. [`control`]: control frames;
+//! 5. [`stall`]: a stream that gives up on a peer that does not read.
 //!
 //! Every connection is bounded in number, has a deadline until it is authenticated, and ends with [`serve`]: dropping
 //! its future closes them all.
 
 mod control;
 mod data;
+mod places;
 mod stall;
 #[cfg(test)]
 mod tests;
 
-use crate::auth::{nonce, refuse_busy, server_handshake, Caller, Credentials, Purpose, PROTOCOL_VERSIONS};
+use crate::auth::{nonce, server_handshake, Caller, Credentials, Purpose, PROTOCOL_VERSIONS};
 use crate::chunk::{ChunkId, ChunkSpec};
 use crate::control::{ControlRequest, ControlResponse};
 use crate::error::{ChunkError, LinkError};
@@ -23,8 +25,9 @@ use futures::future::BoxFuture;
 use granary_placement::id::DiskUuid;
 use granary_placement::lease::LeaseStamp;
 use granary_placement::settings::Values;
+use places::{Bounds, Places};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -81,9 +84,11 @@ pub struct ChunkBlocks {
 /// Bounds and deadlines of [`serve`].
 #[derive(Debug, Clone)]
 pub struct ServerLimits {
-    /// Connections at once.
+    /// Connections for chunk requests at once.
     pub max_connections: usize,
-    /// Of these, not authenticated yet.
+    /// Connections for control frames at once.
+    pub max_control_connections: usize,
+    /// Connections at once that are not authenticated yet.
     pub max_handshakes: usize,
     /// From accept to the end of the handshake.
     pub handshake_timeout: Duration,
@@ -107,6 +112,7 @@ impl ServerLimits {
     pub fn from_settings(values: &Values) -> ServerLimits {
         ServerLimits {
             max_connections: values.size("node.max_connections"),
+            max_control_connections: values.size("node.max_control_connections"),
             max_handshakes: values.size("node.max_handshakes"),
             handshake_timeout: values.time("node.handshake_timeout"),
             head_timeout: values.time("node.head_timeout"),
@@ -132,7 +138,7 @@ struct Server {
     credentials: Credentials,
     limits: ServerLimits,
     stop: CancellationToken,
-    handshakes: Arc<Semaphore>,
+    places: Mutex<Places>,
     control_units: Arc<Semaphore>,
     complaints: Complaints,
 }
@@ -147,7 +153,11 @@ pub async fn serve(
     stop: CancellationToken,
 ) {
     let server = Arc::new(Server {
-        handshakes: Arc::new(Semaphore::new(limits.max_handshakes.clamp(1, Semaphore::MAX_PERMITS))),
+        places: Mutex::new(Places::new(Bounds {
+            strangers: limits.max_handshakes,
+            control: limits.max_control_connections,
+            data: limits.max_connections,
+        })),
         control_units: Arc::new(Semaphore::new(control::units(limits.max_control_bytes) as usize)),
         service,
         me,
@@ -163,10 +173,20 @@ pub async fn serve(
             () = server.stop.cancelled() => break,
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) if connections.len() < server.limits.max_connections => {
-                    connections.spawn(Arc::clone(&server).connection(stream, peer));
+                Ok((stream, peer)) => {
+                    let close = CancellationToken::new();
+                    let (number, crowded) = server.places().arrive(close.clone());
+                    if crowded {
+                        server.complaints.warn(peer, "too many connections that are not authenticated yet: the oldest made room");
+                    }
+                    let guest = Guest { server: Arc::clone(&server), number };
+                    connections.spawn(async move {
+                        tokio::select! {
+                            () = close.cancelled() => {}
+                            () = guest.connection(stream, peer) => {}
+                        }
+                    });
                 }
-                Ok((_, peer)) => server.complaints.warn(peer, "too many connections: one was turned away"),
                 Err(error) => {
                     // Out of file descriptors, most likely: closing ones will free some, trying again at once will not.
                     tracing::warn!(%error, "cannot accept connections");
@@ -180,31 +200,46 @@ pub async fn serve(
 }
 
 impl Server {
-    async fn connection(self: Arc<Self>, mut stream: TcpStream, peer: SocketAddr) {
+    fn places(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection and its place, which is free when this is dropped.
+struct Guest {
+    server: Arc<Server>,
+    number: places::Number,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.server.places().leave(self.number);
+    }
+}
+
+impl Guest {
+    async fn connection(&self, mut stream: TcpStream, peer: SocketAddr) {
+        let server = &self.server;
         let _ = stream.set_nodelay(true);
-        let authenticated = {
-            let Ok(_place) = self.handshakes.try_acquire() else {
-                let _ = timeout(Duration::from_millis(100), refuse_busy(&mut stream)).await;
-                return self
-                    .complaints
-                    .warn(peer, "too many connections that are not authenticated yet: one was turned away");
-            };
-            tokio::select! {
-                () = self.stop.cancelled() => return,
-                done = timeout(self.limits.handshake_timeout, self.handshake(&mut stream)) => done,
-            }
+        let authenticated = tokio::select! {
+            () = server.stop.cancelled() => return,
+            done = timeout(server.limits.handshake_timeout, self.handshake(&mut stream)) => done,
         };
         match authenticated {
-            Ok(Ok(Caller { purpose: Purpose::Data, session, .. })) => data::serve(&self, stream, session, peer).await,
-            Ok(Ok(caller)) => control::serve(&self, stream, caller, peer).await,
+            Ok(Ok(Caller { purpose: Purpose::Data, session, .. })) => {
+                data::serve(server, self.number, stream, session, peer).await;
+            }
+            Ok(Ok(caller)) => control::serve(server, stream, caller, peer).await,
             Ok(Err(LinkError::Closed(_))) => {} // A port check, or a peer that died.
-            Ok(Err(error)) => self.complaints.warn(peer, &error.to_string()),
-            Err(_) => self.complaints.warn(peer, "no handshake in time"),
+            Ok(Err(error)) => server.complaints.warn(peer, &error.to_string()),
+            Err(_) => server.complaints.warn(peer, "no handshake in time"),
         }
     }
 
     async fn handshake(&self, stream: &mut TcpStream) -> Result<Caller, LinkError> {
-        server_handshake(stream, &self.credentials, self.me, PROTOCOL_VERSIONS, nonce()?).await
+        let server = &self.server;
+        let admit = |purpose| server.places().admit(self.number, purpose == Purpose::Control);
+        server_handshake(stream, &server.credentials, server.me, PROTOCOL_VERSIONS, nonce()?, admit).await
     }
 }
 

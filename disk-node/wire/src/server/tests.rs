@@ -217,22 +217,35 @@ async fn a_peer_that_does_not_read_its_answer_is_let_go() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_and_handshakes_are_bounded() {
-    let limits = ServerLimits { max_handshakes: 4, max_connections: 8, ..ServerLimits::default() };
+    let limits =
+        ServerLimits { max_handshakes: 4, max_connections: 2, max_control_connections: 8, ..ServerLimits::default() };
     let server = start_with(Arc::default(), limits, "127.0.0.1:0").await;
-    let silent: Vec<TcpStream> =
+    // Sockets that say nothing keep nobody out: the oldest goes.
+    let mut silent: Vec<TcpStream> =
         futures::future::try_join_all((0..4).map(|_| TcpStream::connect(server.address))).await.unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let result = server.client().control(ControlRequest::Status, DEADLINE).await;
-    assert!(matches!(result, Err(LinkError::Connect(_))), "{result:?}");
+    server.client().control(ControlRequest::Status, DEADLINE).await.unwrap();
+    let mut still_open = 0;
+    for stream in &mut silent {
+        let ended = timeout(Duration::from_millis(200), stream.read_u8()).await;
+        still_open += usize::from(ended.is_err());
+    }
+    assert_eq!(still_open, 3);
     drop(silent);
     tokio::time::sleep(Duration::from_millis(100)).await;
     let clients: Vec<NodeClient> = (0..8).map(|_| server.client()).collect();
     for client in &clients {
         client.control(ControlRequest::Status, DEADLINE).await.unwrap();
     }
+    // Full is not gone: whoever hears it does not take the disk for dead.
     let result = server.client().control(ControlRequest::Status, DEADLINE).await;
-    assert!(matches!(result, Err(LinkError::Connect(_))), "{result:?}");
+    assert_eq!(result, Err(LinkError::Busy));
     clients[0].control(ControlRequest::Status, DEADLINE).await.unwrap();
+    // Chunk requests have places of their own, and a connection between two requests makes room for another client.
+    for client in clients.iter().chain(&clients) {
+        let read = client.read_blocks(chunk_id(1), 0, 1).await;
+        assert!(matches!(read, Err(ChunkError::NotFound)), "{read:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

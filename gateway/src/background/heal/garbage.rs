@@ -7,6 +7,7 @@
 use super::Inner;
 use crate::background::command_under;
 use crate::background::leases::Held;
+use crate::background::reads::Readers;
 use crate::object::{add, chunk_id, slot_of};
 use crate::shards::buckets::odd_answer;
 use crate::shards::{now_ms, ShardError};
@@ -32,12 +33,21 @@ const DISKS_AT_ONCE: usize = 16;
 impl Inner {
     pub(super) async fn garbage_loop(&self, held: &Held) {
         let mut not_before: HashMap<ShardId, Instant> = HashMap::new();
+        let mut readers = Readers::default();
         loop {
+            let oldest_read_ms = match self.oldest_read_ms(&mut readers).await {
+                Ok(oldest_ms) => oldest_ms,
+                Err(error) => {
+                    tracing::debug!(%error, "it is not known what is being read, and no garbage is collected");
+                    tokio::time::sleep(self.settings().garbage_backoff).await;
+                    continue;
+                }
+            };
             for shard in self.meta.object_shards() {
                 if not_before.get(&shard).is_some_and(|at| Instant::now() < *at) {
                     continue;
                 }
-                match self.collect(shard, held).await {
+                match self.collect(shard, oldest_read_ms, held).await {
                     Ok(true) => {
                         not_before.remove(&shard);
                     }
@@ -56,10 +66,20 @@ impl Inner {
         }
     }
 
+    /// Garbage that was queued after this time may be read by a gateway somewhere.
+    async fn oldest_read_ms(&self, readers: &mut Readers) -> Result<u64, ShardError> {
+        match self.meta.query(ShardId::ROOT, Query::ListLeases).await? {
+            Answer::Leases(leases) => {
+                Ok(readers.oldest_ms(&leases, tokio::time::Instant::now(), self.settings().lease.ttl))
+            }
+            other => Err(odd_answer(ShardId::ROOT, &other)),
+        }
+    }
+
     /// Empties a shard's queue of what is old enough. False when something had to stay.
-    async fn collect(&self, shard: ShardId, held: &Held) -> Result<bool, ShardError> {
+    async fn collect(&self, shard: ShardId, oldest_read_ms: u64, held: &Held) -> Result<bool, ShardError> {
         let grace_ms = u64::try_from(self.settings().garbage_grace.as_millis()).unwrap_or(u64::MAX);
-        let until_ms = now_ms().saturating_sub(grace_ms);
+        let until_ms = now_ms().saturating_sub(grace_ms).min(oldest_read_ms);
         loop {
             let (queued, more) = match self.meta.query(shard, Query::ListGarbage { until_ms, limit: PAGE }).await? {
                 Answer::Garbage { extents, more } => (extents, more),

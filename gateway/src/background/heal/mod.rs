@@ -30,6 +30,7 @@ mod sweep;
 pub use census::{Census, CensusProgress};
 
 use super::leases::{Held, Holder, LeaseSettings};
+use super::reads::publish;
 use crate::object::{ObjectCounters, ObjectStore};
 use crate::shards::buckets::odd_answer;
 use crate::shards::{ShardError, Shards};
@@ -215,6 +216,13 @@ impl Healer {
         healer.own(HEAL_TASK, |inner, held| async move {
             tokio::join!(inner.repair_loop(&held), inner.walk_loop(&held), inner.sweep_loop(&held));
         });
+        let (timing, reads) = (healer.inner.settings.clone(), healer.inner.store.open_reads().clone());
+        let timing = move || {
+            let settings = timing.borrow();
+            (settings.garbage_grace, settings.lease)
+        };
+        let (shards, address) = (healer.inner.meta.clone(), healer.inner.address.clone());
+        healer.inner.tasks.spawn(publish(reads, shards, timing, address, healer.inner.stop.clone()));
         healer.own(GARBAGE_TASK, |inner, held| async move { inner.garbage_loop(&held).await });
         healer.inner.tasks.close();
         healer

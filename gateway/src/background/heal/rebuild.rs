@@ -100,7 +100,7 @@ impl Inner {
         let now = Instant::now();
         let disks = self.store.disks();
         let target = |extent: &ExtentRef, index: u8| match disk_of(&map, extent, index) {
-            Some(disk) if disks.writable(disk) => Target::Up,
+            Some(disk) if disks.repairable(disk) => Target::Up,
             Some(disk) if disks.health(disk) != DiskHealth::Down => Target::Busy,
             _ => Target::Down,
         };

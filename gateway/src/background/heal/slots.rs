@@ -261,7 +261,7 @@ impl Inner {
         let Some(entry) = map.group(group).and_then(|entry| entry.slots.get(usize::from(slot))) else {
             return Ok(Look::Waits);
         };
-        if self.pace.is_paused() || !self.store.disks().writable(entry.current) {
+        if self.pace.is_paused() || !self.store.disks().repairable(entry.current) {
             return Ok(Look::Waits);
         }
         let key = (shard, (group, slot));
