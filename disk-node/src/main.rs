@@ -3,6 +3,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use granary_disk_node::inspect::inspect;
 use granary_disk_node::label;
+use granary_disk_node::roles::note_metadata_panic;
 use granary_disk_node::serve::{serve, ServeOptions};
 use granary_placement::id::{ClusterId, DiskId, DiskUuid};
 use granary_placement::settings::{Layers, Program, Values};
@@ -133,12 +134,13 @@ fn run_serve(args: Serve) -> Result<ExitCode, Box<dyn std::error::Error>> {
         LogFormat::Json => log.json().flatten_event(true).init(),
     }
     // A broken invariant ends the process: other threads must not go on answering from a state nobody understands.
-    let report = std::panic::take_hook();
+    let (report, folder) = (std::panic::take_hook(), args.dir.clone());
     std::panic::set_hook(Box::new(move |panic| {
         report(panic);
-        if !panic.location().is_some_and(|at| concerns_one_shard(at.file())) {
-            std::process::abort();
+        if panic.location().is_some_and(|at| is_of_raft(at.file())) {
+            note_metadata_panic(&folder);
         }
+        std::process::abort();
     }));
     let RolesFrom::Map = args.roles_from;
     let values = load_settings(&args.set, args.config.as_deref())?;
@@ -151,14 +153,25 @@ fn run_serve(args: Serve) -> Result<ExitCode, Box<dyn std::error::Error>> {
         addresses: args.addresses,
         admin: args.admin,
     };
+    raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(serve(options, CancellationToken::new()))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Was it the Raft library's own code that panicked, by the name of the source file? It runs in tasks of one shard, and
-/// shares nothing with other shards or with the chunks: that replica stops, and says so.
-fn concerns_one_shard(file: &str) -> bool {
+/// Lets this process open as many files and sockets as the system allows it; the usual soft limit of 1,024 is less than
+/// the places for connections alone.
+fn raise_file_limit() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, ..limit };
+    if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
+/// Was it the Raft library's own code that panicked, by the name of the source file? The next starts are then told: see
+/// [`note_metadata_panic`].
+fn is_of_raft(file: &str) -> bool {
     file.split(['/', '\\']).any(|folder| folder == "openraft" || folder.starts_with("openraft-"))
 }
 
@@ -215,16 +228,16 @@ fn run_inspect(args: &Inspect) -> Result<ExitCode, Box<dyn std::error::Error>> {
 
 #[cfg(test)]
 mod tests {
-    use super::concerns_one_shard;
+    use super::is_of_raft;
 
     #[test]
-    fn a_panic_in_the_raft_library_ends_one_replica_and_any_other_the_process() {
-        assert!(concerns_one_shard("/registry/src/index/openraft-0.10.0-alpha.37/src/engine/mod.rs"));
-        assert!(concerns_one_shard("vendor/openraft/src/lib.rs"));
+    fn panics_of_the_raft_library_are_told_from_others() {
+        assert!(is_of_raft("/registry/src/index/openraft-0.10.0-alpha.37/src/engine/mod.rs"));
+        assert!(is_of_raft("vendor/openraft/src/lib.rs"));
         for ours in
             ["gateway/replica/src/raft/machine.rs", "disk-node/src/store/core.rs", "/registry/tokio-1/src/lib.rs"]
         {
-            assert!(!concerns_one_shard(ours), "{ours}");
+            assert!(!is_of_raft(ours), "{ours}");
         }
     }
 }

@@ -31,6 +31,31 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// In the folder of the disk: how often metadata ended the process by an assertion, one byte each, lately.
+const PANIC_FILE: &str = "meta.panics";
+/// For how long that counts.
+const PANIC_COUNTS: Duration = Duration::from_secs(600);
+
+/// Notes that the Raft library ended the process by an assertion. The first time the next start goes on as ever, for a
+/// restart mends most of what can be. When it comes again within ten minutes, metadata stay closed until those are
+/// over, and the chunks are served: a node that ends at every start serves nobody.
+pub fn note_metadata_panic(dir: &Path) {
+    let path = dir.join(PANIC_FILE);
+    let noted = panics(&path) + 1;
+    // Best effort: the process is ending.
+    let _ = std::fs::write(path, vec![b'!'; noted.min(100)]);
+}
+
+/// How many assertions were noted lately.
+fn panics(path: &Path) -> usize {
+    let Ok(about) = std::fs::metadata(path) else { return 0 };
+    let age = about.modified().ok().and_then(|at| at.elapsed().ok()).unwrap_or_default();
+    if age >= PANIC_COUNTS {
+        return 0;
+    }
+    usize::try_from(about.len()).unwrap_or(usize::MAX)
+}
+
 /// Called with the reason when the metadata of this disk can no longer be trusted; ends the process.
 pub type OnFatal = Arc<dyn Fn(String) + Send + Sync>;
 
@@ -196,6 +221,12 @@ impl Roles {
         if !self.folder.exists() && self.granted() != Some(true) {
             return false;
         }
+        if panics(&self.dir.join(PANIC_FILE)) > 1 {
+            self.stays_closed(
+                "the Raft library ended the process by an assertion twice: tried again after ten minutes".to_owned(),
+            );
+            return false;
+        }
         let Err(error) = self.open().await else { return true };
         let mut why = error.to_string();
         if error.is_damage() {
@@ -210,12 +241,16 @@ impl Roles {
                 Err(error) => why = format!("{why}; it cannot be put aside: {error}"),
             }
         }
+        self.stays_closed(why);
+        false
+    }
+
+    fn stays_closed(&self, why: String) {
         let mut known = lock(&self.why_closed);
         if known.as_ref() != Some(&why) {
             tracing::error!(why, "the metadata of this disk cannot be opened; its chunks are served");
         }
         *known = Some(why);
-        false
     }
 
     /// Moves damaged metadata out of the way: the replicas begin anew, empty, and learn from the others, who know them
@@ -257,7 +292,10 @@ impl Roles {
                 )
                 .await?;
                 let number = host.number();
-                self.label(|dir| label::set_metadata(dir, number))?;
+                if let Err(error) = self.label(|dir| label::set_metadata(dir, number)) {
+                    host.shutdown().await;
+                    return Err(error);
+                }
                 *lock(&self.why_closed) = None;
                 tracing::info!(folder = %self.folder.display(), "holding metadata replicas");
                 // A root replica here learns of new maps before anyone can ask for them.

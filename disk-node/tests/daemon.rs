@@ -9,6 +9,9 @@ use granary_placement::map::{
     deal_hash_slots, ClusterMap, Disk as MapDisk, DiskState, GroupSlot, Location, PlacementGroup, Roles, ShardReplicas,
 };
 use granary_placement::scheme::{CodecId, FailureDomain, Scheme};
+use granary_replica::message::{
+    decode_message, encode_message, PeerMessage, PeerRequest, PeerResponse, ReplicaId, WireVote,
+};
 use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::error::{AuthError, LinkError};
@@ -389,6 +392,11 @@ async fn a_node_takes_nothing_that_is_meant_for_another_disk() {
     let node = disk.serve();
     let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
     let right = node.client_as(Ends { to: Some(status.uuid), from: None });
+    // It may open as many sockets as the system allows.
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", node.child.id())).unwrap();
+    let files: Vec<&str> =
+        limits.lines().find(|line| line.starts_with("Max open files")).unwrap().split_whitespace().collect();
+    assert_eq!(files[3], files[4], "{limits}");
     put(&right, 1, 1000).await.unwrap();
 
     let wrong = node.client_as(Ends { to: Some(DiskUuid([9; 16])), from: None });
@@ -449,7 +457,7 @@ fn map_of_one(me: DiskUuid) -> ClusterMap {
     map
 }
 
-/// Overwrites the beginning of every file of that ending in a folder.
+/// Overwrites the beginning of every file in a folder whose name begins so.
 fn damage(folder: &Path, named: &str) {
     let mut files = 0;
     for entry in std::fs::read_dir(folder).unwrap() {
@@ -505,6 +513,34 @@ async fn damaged_metadata_are_put_aside_once_and_chunks_are_served_all_the_while
         "{again:?}"
     );
     assert!(disk.log().contains("meta.damaged is there already"), "{}", disk.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metadata_that_ended_the_process_twice_stay_closed_for_a_while_and_chunks_are_served() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
+    let map = ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)));
+    assert_eq!(ask(&node.client(), map).await, ControlResponse::Done);
+    let init = || ControlRequest::InitShard { shard: ShardId(1), members: vec![DiskId(4)] };
+    assert_eq!(ask(&node.client(), init()).await, ControlResponse::Done);
+    put(&node.client(), 1, 1000).await.unwrap();
+    let panics = disk.dir().join("meta.panics");
+    for (noted, age_s, open) in [("!", 0, true), ("!!", 0, false), ("!!", 601, true)] {
+        node.signal("TERM");
+        assert!(node.wait().success());
+        std::fs::write(&panics, noted).unwrap();
+        let then = std::time::SystemTime::now() - Duration::from_secs(age_s);
+        std::fs::File::options().write(true).open(&panics).unwrap().set_modified(then).unwrap();
+        node = disk.serve();
+        let answer = ask(&node.client(), init()).await;
+        if open {
+            assert_eq!(answer, ControlResponse::Done, "{noted} {age_s}");
+        } else {
+            assert!(matches!(&answer, ControlResponse::Error(ControlError::Disk(why)) if why.contains("assertion")));
+        }
+        assert_eq!(get(&node.client(), 1).await.unwrap(), payload(1, 1000));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -579,6 +615,65 @@ async fn the_first_failed_sync_ends_the_process() {
         node.signal("TERM");
         assert!(node.wait().success());
     }
+}
+
+/// What the replica of shard 1 answers to a replica of disk 3.
+async fn say(client: &NodeClient, to: Option<ReplicaId>, request: PeerRequest) -> Result<PeerResponse, LinkError> {
+    let from = candidate(1);
+    let message = encode_message(&PeerMessage { from, to, request }).unwrap();
+    let raft = ControlRequest::Raft { shard: ShardId(1), from: from.disk, message };
+    match client.control(raft, Duration::from_secs(5)).await? {
+        ControlResponse::Raft(answer) => Ok(decode_message(&answer).unwrap()),
+        other => Err(LinkError::Protocol(format!("{other:?}"))),
+    }
+}
+
+fn candidate(incarnation: u64) -> ReplicaId {
+    ReplicaId { disk: DiskId(3), incarnation }
+}
+
+/// The kernel refuses the sync of a vote: it is not given, and those given before are kept. The tests of the replica
+/// copy files of a live process, and would not notice that nothing is synced.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_vote_is_given_whose_sync_failed() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
+    assert_eq!(
+        ask(&node.client(), ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)))).await,
+        ControlResponse::Done
+    );
+    let ends = Ends { to: Some(status.uuid), from: Some(DiskUuid([3; 16])) };
+    let PeerResponse::Identity { me, .. } = say(&node.client_as(ends), None, PeerRequest::Identify).await.unwrap()
+    else {
+        panic!()
+    };
+    node.signal("TERM");
+    node.wait();
+    let vote = |term, node| {
+        let vote = WireVote { term, node, committed: false };
+        PeerRequest::Vote { vote, last: None, transfer: false, pre_vote: false }
+    };
+    let trace = disk.root.path().join("trace");
+    let mut command = Command::new("strace");
+    command.args(["-f", "-qq", "-o", trace.to_str().unwrap(), "-e", "trace=fdatasync", "-e"]);
+    // Counted per thread: past what opening needs.
+    command.arg("inject=fdatasync:error=EIO:when=30").arg(BINARY).args(disk.serve_args());
+    let mut node = disk.start(&mut command);
+    let client = node.client_as(ends);
+    let mut given = 0;
+    for term in 1..100 {
+        match say(&client, Some(me), vote(term, candidate(1))).await {
+            Ok(PeerResponse::Voted { granted: true, .. }) => given = term,
+            _ => break,
+        }
+    }
+    assert!((1..99).contains(&given), "no sync failed: {}", std::fs::read_to_string(&trace).unwrap());
+    assert!(!node.wait().success());
+    assert!(disk.log().contains("can no longer be trusted"), "{}", disk.log());
+    let node = disk.serve();
+    let another = say(&node.client_as(ends), Some(me), vote(given, candidate(1))).await.unwrap();
+    assert!(matches!(another, PeerResponse::Voted { vote, .. } if vote.term >= given), "{another:?}");
 }
 
 /// Many long uploads and reads at once; what is not written yet must wait in the clients, not in the node.

@@ -135,6 +135,8 @@ pub struct Core {
     shared: Arc<Shared>,
     segments: BTreeMap<u32, Segment>,
     active: Option<u32>,
+    /// For whom `active` was made: clients get no room in one that repairs made of the reserve.
+    active_for: Whose,
     // Sets of segment numbers, so that a group never walks over all segments of a large disk.
     /// Segments that take no new records and are sealed when their last upload ends.
     closing: BTreeSet<u32>,
@@ -172,6 +174,7 @@ impl Core {
             shared,
             segments,
             active: None,
+            active_for: Whose::Client,
             closing: BTreeSet::new(),
             unsynced: BTreeSet::new(),
             dirty: BTreeSet::new(),
@@ -196,7 +199,9 @@ impl Core {
         self.shared.chunk_bytes.store(self.disk.chunk_bytes, Ordering::Relaxed);
         let open = self.active.and_then(|number| self.segments.get(&number));
         let open = open.map_or(0, |segment| segment.info.length_bytes.saturating_sub(segment.tail));
-        self.shared.open_bytes.store(open, Ordering::Relaxed);
+        self.shared.open_repair_bytes.store(open, Ordering::Relaxed);
+        let for_clients = if self.active_for == Whose::Client { open } else { 0 };
+        self.shared.open_bytes.store(for_clients, Ordering::Relaxed);
     }
 
     fn fail(&self, what: &str, why: impl Display) -> StoreError {
@@ -210,7 +215,12 @@ impl Core {
         let need = record_bytes(len_bytes);
         let fits = |segment: &Segment| segment.tail + need <= segment.info.length_bytes;
         let number = match self.active {
-            Some(number) if self.segments.get(&number).is_some_and(fits) => number,
+            Some(number)
+                if (whose == Whose::Repair || self.active_for == Whose::Client)
+                    && self.segments.get(&number).is_some_and(fits) =>
+            {
+                number
+            }
             before => {
                 let number = match self.create_segment(need, whose) {
                     Err(StoreError::DiskFull)
@@ -225,6 +235,7 @@ impl Core {
                 // Not before: when there is no room for a new segment, shorter records may still fit into the old one.
                 self.closing.extend(before);
                 self.active = Some(number);
+                self.active_for = whose;
                 number
             }
         };

@@ -140,7 +140,7 @@ impl Store {
         check_spec(&id, &spec)?;
         let room = if spec.len_bytes <= inner.shared.settings.whole_bytes {
             self.check_room(&spec, whose)?;
-            Room::Whole(inner.queue.byte_permit(spec.len_bytes).await?)
+            Room::Whole
         } else {
             Room::Reserved(inner.queue.reserve(id, spec, whose).await?)
         };
@@ -164,7 +164,11 @@ impl Store {
     fn check_room(&self, spec: &ChunkSpec, whose: Whose) -> Result<(), StoreError> {
         let shared = &self.0.shared;
         let need = record_bytes(spec.len_bytes);
-        if shared.open_bytes.load(Ordering::Relaxed) >= need {
+        let open = match whose {
+            Whose::Client => &shared.open_bytes,
+            Whose::Repair => &shared.open_repair_bytes,
+        };
+        if open.load(Ordering::Relaxed) >= need {
             return Ok(());
         }
         let space = shared.device.space().map_err(|error| StoreError::Unreadable(error.to_string()))?;
@@ -328,8 +332,9 @@ fn check_spec(id: &ChunkId, spec: &ChunkSpec) -> Result<(), StoreError> {
 }
 
 enum Room {
-    /// Permit for the whole payload; the record's space is taken when it is written.
-    Whole(OwnedSemaphorePermit),
+    /// The payload is gathered here, and its space taken when it is written. It waits for the writer only once it is
+    /// whole: a sender that stalls in the middle holds up nobody else.
+    Whole,
     /// Space on the disk; pieces are sent as they fill.
     Reserved(Reserved),
 }
@@ -434,8 +439,10 @@ impl Upload {
         self.flush_small();
         let Upload { store, id, spec, whose, room, pieces, .. } = self;
         match room {
-            Room::Whole(permit) => {
-                store.0.queue.submit(Op::Put { id, spec, whose, payload: pieces, crcs }, Some(permit)).await?
+            Room::Whole => {
+                let queue = &store.0.queue;
+                let permit = queue.byte_permit(spec.len_bytes).await?;
+                queue.submit(Op::Put { id, spec, whose, payload: pieces, crcs }, Some(permit)).await?
             }
             Room::Reserved(reserved) => reserved.commit(crcs).await?,
         };

@@ -35,6 +35,8 @@ pub struct Shared {
     pub chunk_bytes: AtomicU64,
     /// Room left in the segment being filled, in bytes.
     pub open_bytes: AtomicU64,
+    /// The same for repairs, which may use a segment that clients may not.
+    pub open_repair_bytes: AtomicU64,
     /// Headers by chunk and sequence number of the record.
     pub(super) headers: Cache<(ChunkId, u64), Arc<RecordHeader>, HeaderWeight>,
     pub(super) buffers: Arc<BufferPool>,
@@ -71,6 +73,7 @@ impl Shared {
             chunks: AtomicU64::new(0),
             chunk_bytes: AtomicU64::new(0),
             open_bytes: AtomicU64::new(0),
+            open_repair_bytes: AtomicU64::new(0),
             headers: Cache::with_weighter(HEADERS_EXPECTED, HEADER_CACHE_BYTES, HeaderWeight),
             buffers: Arc::new(BufferPool::default()),
             files,

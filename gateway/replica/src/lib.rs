@@ -6,7 +6,7 @@
 //! 3. [`batching`], [`host`]: commands and reads that share their rounds, and [`MetaHost`], which a disk node holds.
 //!    [`members`]: how the members of a shard become those of the map.
 //! 4. [`sleep`]: shards that nobody uses stop their timers. [`clock`]: leaders whose clocks are off give way. [`room`]:
-//!    full disks take deletes only.
+//!    full disks take deletes and repairs only.
 //!
 //! What a 200 rests on: a command is acknowledged after a majority of disks synced it in their Raft logs ([`writer`]),
 //! in the order of that log; the state is only a cache of it up to the last flush ([`store`]).

@@ -138,6 +138,18 @@ impl ShardLog {
         Ok(ShardLog { shard, db, writer, state, tail: Arc::new(Mutex::new(tail)) })
     }
 
+    /// Is there neither an entry, nor was there one, nor a vote?
+    pub fn is_empty(&self) -> bool {
+        let tail = lock(&self.tail);
+        tail.last.is_none() && tail.purged.is_none() && tail.vote.is_none()
+    }
+
+    /// Is there an entry, or was there one?
+    pub fn has_entries(&self) -> bool {
+        let tail = lock(&self.tail);
+        tail.last.is_some() || tail.purged.is_some()
+    }
+
     /// Where the log begins: the entries before were purged.
     pub fn first_index(&self) -> u64 {
         lock(&self.tail).first

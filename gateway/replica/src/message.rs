@@ -162,8 +162,8 @@ pub enum PeerRequest {
     Members,
     /// Which replica is there? An empty one is made for the answer where the map wants one.
     Identify,
-    /// From the leader to a replica whose data cannot be used, once a majority of the others has all of the log: begin
-    /// anew, empty and under another incarnation. Answers Identity.
+    /// From the leader to a replica whose data cannot be used, once all that the leader has applied is on a majority of
+    /// the voters, that one not counted: begin anew, empty and under another incarnation. Answers Identity.
     Rebuild,
 }
 

@@ -32,6 +32,12 @@ impl fmt::Debug for Space {
 }
 
 impl Space {
+    /// Are so many bytes free beyond half of the reserve? The other half is for what replicas must write in any case.
+    pub fn has_room_for(&self, bytes: u64) -> bool {
+        self.reserve_bytes == 0
+            || (self.free_bytes)().is_ok_and(|free| free >= (self.reserve_bytes / 2).saturating_add(bytes))
+    }
+
     /// For tests: without a reserve.
     pub fn without_reserve() -> Space {
         Space { reserve_bytes: 0, free_bytes: Arc::new(|| Ok(u64::MAX)) }

@@ -10,6 +10,7 @@
 //! see [`install`].
 
 use crate::message::AppliedState;
+use crate::room::Space;
 use crate::store::StateDb;
 use granary_meta::keys::{kind, Keys};
 use granary_meta::kv::{Kv, StateError, Writes};
@@ -40,6 +41,9 @@ pub enum SnapshotError {
     /// The state database failed.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The disk has too little room for it.
+    #[error("there is no room for a snapshot on this disk")]
+    NoRoom,
 }
 
 fn damaged(why: impl Into<String>) -> SnapshotError {
@@ -79,7 +83,7 @@ pub fn applied_state<K: Kv + ?Sized>(kv: &K, shard: ShardId) -> Result<AppliedSt
 ///
 /// # Errors
 /// [`SnapshotError`]; the file is of no use then.
-pub fn write_file(state: &StateDb, shard: ShardId, path: &Path) -> Result<AppliedState, SnapshotError> {
+pub fn write_file(state: &StateDb, shard: ShardId, path: &Path, space: &Space) -> Result<AppliedState, SnapshotError> {
     let view = state.view();
     let applied = applied_state(&view, shard)?;
     let mut out = BufWriter::new(File::create(path)?);
@@ -102,6 +106,9 @@ pub fn write_file(state: &StateDb, shard: ShardId, path: &Path) -> Result<Applie
         block.push((key.get(2..).unwrap_or_default().to_vec(), value.to_vec()));
         entries += 1;
         if block_bytes >= BLOCK_BYTES {
+            if !space.has_room_for(block_bytes as u64) {
+                return Err(SnapshotError::NoRoom);
+            }
             write_block(&mut out, shard, number, &block)?;
             number += 1;
             block.clear();
@@ -259,9 +266,12 @@ fn replace(state: &StateDb, shard: ShardId, file: &Path) -> Result<AppliedState,
 ///
 /// # Errors
 /// [`SnapshotError`]: the shard's replica cannot be used.
-pub fn finish_interrupted(state: &StateDb, shard: ShardId, dir: &Path) -> Result<(), SnapshotError> {
+pub fn finish_interrupted(state: &StateDb, shard: ShardId, dir: &Path, space: &Space) -> Result<(), SnapshotError> {
     let file = install_path(dir, shard);
     if state.get(&marker_key(shard))?.is_some() {
+        if !space.has_room_for(std::fs::metadata(&file)?.len()) {
+            return Err(SnapshotError::NoRoom);
+        }
         tracing::warn!(%shard, "a snapshot install was interrupted; beginning it again");
         replace(state, shard, &file)?;
     } else if file.exists() {

@@ -19,6 +19,7 @@ use rocksdb::{
 };
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// No buffer is smaller, in bytes.
@@ -149,6 +150,8 @@ pub struct StateDb {
     durable: Mutex<BTreeMap<ShardId, u64>>,
     /// One flush at a time; who waits finds its index covered.
     flushing: Mutex<()>,
+    /// A merge was ended for a stop: nothing is flushed any more, and that is no failure of the disk.
+    ending: AtomicBool,
 }
 
 impl Kv for StateDb {
@@ -180,7 +183,14 @@ impl StateDb {
         options.set_max_write_buffer_number(2);
         options.set_atomic_flush(true);
         let db = DB::open(&options, dir).map_err(database)?;
-        Ok(StateDb { db, fatal, applied: Mutex::default(), durable: Mutex::default(), flushing: Mutex::default() })
+        Ok(StateDb {
+            db,
+            fatal,
+            applied: Mutex::default(),
+            durable: Mutex::default(),
+            flushing: Mutex::default(),
+            ending: AtomicBool::new(false),
+        })
     }
 
     /// One consistent moment.
@@ -233,6 +243,7 @@ impl StateDb {
 
     /// Ends a merge that is under way. Nothing is flushed afterwards: only for a stop.
     pub fn end_merging(&self) {
+        self.ending.store(true, Ordering::SeqCst);
         self.db.cancel_all_background_work(false);
     }
 
@@ -277,6 +288,9 @@ impl StateDb {
     /// [`StateError::Database`]; the process is ending then.
     pub fn flush(&self) -> Result<(), StateError> {
         self.fatal.check().map_err(StateError::Database)?;
+        if self.ending.load(Ordering::SeqCst) {
+            return Err(StateError::Database("stopping".to_owned()));
+        }
         let before = lock(&self.applied).clone();
         self.db.flush().map_err(|error| {
             let error = database(error);

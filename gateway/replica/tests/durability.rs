@@ -16,6 +16,7 @@ use granary_replica::message::{
 };
 use granary_replica::snapshot;
 use granary_replica::store::{LogDb, LogWrite, StateDb};
+use granary_replica::Space;
 use granary_wire::control::ControlError;
 use std::path::Path;
 use std::sync::Arc;
@@ -241,7 +242,7 @@ async fn a_directory_of_another_disk_is_refused() {
         number: None,
         timing: cluster.timing.clone(),
         clock: cluster.clock(DiskId(2)),
-        space: granary_replica::Space::without_reserve(),
+        space: Space::without_reserve(),
     };
     let wire = Arc::new(common::cluster::Wire { me: DiskId(2), network: cluster.network.clone() });
     let opened = granary_replica::MetaHost::open(config, wire, cluster.map.subscribe(), Arc::new(|_| {})).await;
@@ -272,7 +273,7 @@ fn a_snapshot_file_carries_the_whole_shard_and_any_damage_is_seen() {
     let dir = tempfile::tempdir().unwrap();
     let from = filled(&dir.path().join("from"), 1_000);
     let file = dir.path().join("snapshot");
-    let applied = snapshot::write_file(&from, SHARD, &file).unwrap();
+    let applied = snapshot::write_file(&from, SHARD, &file, &Space::without_reserve()).unwrap();
     assert_eq!(applied.last.unwrap().index, 999);
     assert_eq!(snapshot::check_file(&file, SHARD).unwrap(), applied);
     assert!(snapshot::check_file(&file, ShardId(2)).is_err(), "taken for another shard");
@@ -306,7 +307,7 @@ fn an_install_that_a_crash_interrupts_is_finished_at_the_next_start() {
     let from = filled(&dir.path().join("from"), 3_000);
     let expected = snapshot::state_hash(&from, SHARD).unwrap();
     let file = dir.path().join("snapshot");
-    snapshot::write_file(&from, SHARD, &file).unwrap();
+    snapshot::write_file(&from, SHARD, &file, &Space::without_reserve()).unwrap();
     let files = dir.path().join("files");
     std::fs::create_dir_all(&files).unwrap();
 
@@ -325,13 +326,13 @@ fn an_install_that_a_crash_interrupts_is_finished_at_the_next_start() {
     drop(state);
 
     let state = StateDb::open(&dir.path().join("to"), no_fatal()).unwrap();
-    snapshot::finish_interrupted(&state, SHARD, &files).unwrap();
+    snapshot::finish_interrupted(&state, SHARD, &files, &Space::without_reserve()).unwrap();
     // `half` is overwritten by nothing: it must be gone, not mixed in.
     assert_eq!(snapshot::state_hash(&state, SHARD).unwrap(), expected);
     assert_eq!(std::fs::read_dir(&files).unwrap().count(), 0);
     drop(state);
     let state = StateDb::open(&dir.path().join("to"), no_fatal()).unwrap();
-    snapshot::finish_interrupted(&state, SHARD, &files).unwrap();
+    snapshot::finish_interrupted(&state, SHARD, &files, &Space::without_reserve()).unwrap();
     assert_eq!(snapshot::state_hash(&state, SHARD).unwrap(), expected, "not durable");
 }
 

@@ -223,6 +223,35 @@ async fn a_torn_replica_is_rebuilt_from_the_others_once_nothing_rests_on_it_alon
     cluster.stop_all().await;
 }
 
+/// What the leader remembers of the others' logs does not count: both are torn, and each would be emptied on the
+/// other's acknowledgements.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_torn_replicas_of_three_are_both_left_as_they_are() {
+    let cluster = Cluster::new();
+    cluster.start_all(&[1, 2, 3]).await;
+    cluster.init(SHARD, &[1, 2, 3]).await;
+    let mut random = Random(37);
+    for i in 0..5 {
+        cluster.put(&mut random, SHARD, &format!("key-{i}"), b"x").await;
+    }
+    cluster.same_state(SHARD, &[1, 2, 3]).await;
+    let leader = cluster.leader(SHARD).await.0;
+    let torn: Vec<u32> = [1, 2, 3].into_iter().filter(|id| *id != leader).collect();
+    let mut before = Vec::new();
+    for id in &torn {
+        before.push(identity(&cluster.host(*id)).await);
+        cluster.stop(*id).await;
+        tear(&cluster, *id);
+    }
+    cluster.start_all(&torn).await;
+    tokio::time::sleep(ELECTIONS).await;
+    for (id, before) in torn.iter().zip(before) {
+        assert_eq!(status(&cluster.host(*id)).state, "stopped");
+        assert_eq!(identity(&cluster.host(*id)).await, before, "disk {id} was emptied");
+    }
+    cluster.stop_all().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_whose_state_is_behind_its_log_is_rebuilt() {
     let cluster = Cluster::new();

@@ -21,7 +21,15 @@ impl StoreBuilder<TypeConfig, ShardLog, Machine, tempfile::TempDir> for Builder 
         let db = Arc::new(LogDb::open(&dir.path().join("log")).unwrap());
         let state = Arc::new(StateDb::open(&dir.path().join("state"), fatal.clone()).unwrap());
         let (writer, _) = LogWriter::start(db.clone(), fatal).unwrap();
-        let machine = Machine::open(ShardId(1), state.clone(), dir.path().to_owned(), None, Arc::default()).unwrap();
+        let machine = Machine::open(
+            ShardId(1),
+            state.clone(),
+            dir.path().to_owned(),
+            granary_replica::Space::without_reserve(),
+            None,
+            Arc::default(),
+        )
+        .unwrap();
         let log = ShardLog::open(ShardId(1), db, writer, state).unwrap();
         Ok((dir, log, machine))
     }

@@ -16,12 +16,17 @@ const SHARD: ShardId = ShardId(1);
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Puts until the answer is as wanted.
-async fn puts_until(cluster: &Cluster, random: &mut Random, wanted: impl Fn(&Result<Reply, ControlError>) -> bool) {
+async fn puts_until(
+    cluster: &Cluster,
+    random: &mut Random,
+    shard: ShardId,
+    wanted: impl Fn(&Result<Reply, ControlError>) -> bool,
+) {
     let until = Instant::now() + PATIENCE;
     loop {
-        let leader = cluster.leader(SHARD).await;
+        let leader = cluster.leader(shard).await;
         let sent = request(random, 1, put(1, "grows", b"x"));
-        let answer = cluster.host(leader.0).command(SHARD, sent).await;
+        let answer = cluster.host(leader.0).command(shard, sent).await;
         if wanted(&answer) {
             return;
         }
@@ -41,7 +46,7 @@ async fn a_voter_whose_disk_is_full_takes_deletes_only_until_it_has_room() {
     let follower = [1, 2, 3].into_iter().map(disk).find(|id| *id != leader).unwrap();
     for full in [leader, follower] {
         cluster.free(full).store(RESERVE_BYTES - 1, Ordering::Relaxed);
-        puts_until(&cluster, &mut random, |answer| *answer == Err(ControlError::NoRoom { disk: full })).await;
+        puts_until(&cluster, &mut random, SHARD, |answer| *answer == Err(ControlError::NoRoom { disk: full })).await;
         let delete = Command::DeleteObject {
             bucket: BucketId(1),
             key: "grows".to_owned(),
@@ -54,12 +59,15 @@ async fn a_voter_whose_disk_is_full_takes_deletes_only_until_it_has_room() {
         let noop = cluster.command(SHARD, &request(&mut random, 1, Command::Noop)).await;
         assert_eq!(noop, Reply::Done);
         cluster.free(full).store(2 * RESERVE_BYTES, Ordering::Relaxed);
-        puts_until(&cluster, &mut random, Result::is_ok).await;
+        puts_until(&cluster, &mut random, SHARD, Result::is_ok).await;
     }
-    // A disk that has nothing to do with the shard does not concern it.
+    // A disk that has nothing to do with the shard does not concern it, though it is known to be full.
     cluster.start(4).await;
+    cluster.init(ShardId(2), &[1, 2, 4]).await;
+    cluster.put(&mut random, ShardId(2), "k", b"x").await;
     cluster.free(disk(4)).store(0, Ordering::Relaxed);
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    puts_until(&cluster, &mut random, ShardId(2), |answer| *answer == Err(ControlError::NoRoom { disk: disk(4) }))
+        .await;
     cluster.put(&mut random, SHARD, "k", b"y").await;
     cluster.stop_all().await;
 }

@@ -20,8 +20,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Names of the leases: this and a number below [`PLACES`]. Leases are never removed, so there is a fixed number; a
-/// gateway that finds its place taken waits, or draws another.
+/// gateway that finds its place taken draws another.
 const TASK: &str = "reads-";
+/// Longest time between two looks, however long the grace is: it may be made shorter meanwhile.
+const LOOK: Duration = Duration::from_secs(30);
 /// Gateways that can have long reads at once.
 const PLACES: u64 = 64;
 /// Clocks of gateways and shards are this far apart at most: gateways further off their shards are refused, and so are
@@ -44,28 +46,45 @@ pub async fn publish(
     address: String,
     stop: CancellationToken,
 ) {
+    publish_in(PLACES, reads, shards, timing, address, stop).await;
+}
+
+async fn publish_in(
+    places: u64,
+    reads: OpenReads,
+    shards: Shards,
+    timing: impl Fn() -> (Duration, LeaseSettings) + Clone + Send + Sync + 'static,
+    address: String,
+    stop: CancellationToken,
+) {
     let is_long = |grace: Duration| {
         let half_ms = u64::try_from(grace.as_millis() / 2).unwrap_or(u64::MAX);
         reads.oldest_ms().is_some_and(|oldest_ms| now_ms().saturating_sub(oldest_ms) >= half_ms)
     };
     loop {
         let (grace, _) = timing();
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(grace / 8) => {}
-        }
         if !is_long(grace) {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep((grace / 8).min(LOOK)) => {}
+            }
             continue;
         }
-        let (task, lease) = (format!("{TASK}{}", random_below(PLACES)), timing.clone());
+        if stop.is_cancelled() {
+            return;
+        }
+        let (task, lease) = (format!("{TASK}{}", random_below(places)), timing.clone());
         let holder = Holder::new(shards.clone(), move || lease().1, &task, address.clone());
-        let over = stop.child_token();
+        let (over, held) = (stop.child_token(), holder.held());
         let watching = async {
             loop {
-                tokio::time::sleep(grace / 8).await;
-                if !is_long(grace) {
+                tokio::select! {
+                    () = over.cancelled() => return,
+                    () = tokio::time::sleep(grace / 16) => {}
+                }
+                // Without the place it is another gateway's, or the way to the root shard is cut: another is drawn.
+                if !is_long(grace) || held.borrow().is_none() {
                     over.cancel();
-                    return;
                 }
             }
         };

@@ -18,7 +18,7 @@ use granary_placement::settings::Values;
 use granary_wire::auth::{Credentials, Ends};
 use granary_wire::client::{ClientLimits, NodeClient};
 use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
-use granary_wire::error::{ChunkError, LinkError};
+use granary_wire::error::{AuthError, ChunkError, LinkError};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -436,7 +436,11 @@ impl Inner {
 
 /// Does the error say that the disk that is meant is not there? Another one, or a stranger, may answer at its address.
 fn nobody_there(error: &LinkError) -> bool {
-    matches!(error, LinkError::Connect(_) | LinkError::Auth(_))
+    matches!(
+        error,
+        LinkError::Connect(_)
+            | LinkError::Auth(AuthError::Magic | AuthError::Cluster | AuthError::Secret | AuthError::Disk)
+    )
 }
 
 /// The one task of [`Disks`].

@@ -78,6 +78,7 @@ pub const TABLE: &[Setting] = &[
     time("heal.first_backoff", Cluster, s(5), WAIT, "First pause before a failed rebuild is tried again; it doubles up to heal.longest_backoff."),
     time("heal.longest_backoff", Cluster, min(5), WAIT, "Longest such pause."),
     time("heal.garbage_grace", Cluster, min(10), [s(1), min(60 * 24)], "Garbage younger than this stays: readers may be in the middle of it."),
+    time("heal.longest_read", Cluster, min(24 * 60), [s(1), min(60 * 24 * 30)], "Garbage waits for reads that last longer than its grace, up to this long. Longer ones may find chunks gone when their object was overwritten or deleted."),
     time("heal.garbage_backoff", Cluster, s(30), WAIT, "Pause after garbage could not be deleted everywhere."),
     time("heal.sweep_interval", Cluster, min(6 * 60), [ms(10), min(60 * 24 * 30)], "Time between two sweeps over all disks for chunks that no shard knows."),
     time("heal.orphan_age", Cluster, min(48 * 60), [ms(10), min(60 * 24 * 30)], "Chunks that no shard knows stay at least this long: they may belong to an upload. To be longer than object.longest_upload."),
@@ -126,7 +127,7 @@ pub const TABLE: &[Setting] = &[
     time("s3.keep_alive", Process, min(2), [s(1), min(60)], "Longest silence of a kept-alive connection between requests."),
     // Disk nodes: the chunk store.
     of("node.reserve", Process, Value::Auto, Kind::Bytes(0, 1 << 60), "Free space that new chunks never take: for deletes, the index and the metadata of a full disk. auto: 1 % of the file system, 64MiB to 8GiB, at most an eighth."),
-    of("node.meta_reserve", Process, Value::Auto, Kind::Bytes(0, 1 << 60), "Free space below which metadata take deletes and repairs only. auto: half of node.reserve."),
+    of("node.meta_reserve", Process, Value::Auto, Kind::Bytes(0, 1 << 60), "Free space below which metadata take deletes and repairs only. Repairs leave three quarters of node.reserve, so it is to be less than that; 0: no bound, and a full disk ends its node. auto: half of node.reserve."),
     bytes("node.segment", Process, 256 * MIB, [64 * KIB, TIB], "Length of a segment. A longer record gets a segment of its own; on a filling disk segments are shorter."),
     bytes("node.min_segment", Process, 4 * MIB, [64 * KIB, TIB], "Shortest segment worth making."),
     bytes("node.whole", Process, MIB, [64 * KIB, 64 * MIB], "Chunks up to this long are handed to the writer whole."),
@@ -140,7 +141,7 @@ pub const TABLE: &[Setting] = &[
     time("node.punch_interval", Process, s(1), [ms(10), min(60)], "Space of dead chunks comes back within about this time."),
     // Disk nodes: the listener.
     count("node.max_connections", Process, 512, AT_ONCE, "Connections for chunk requests at once. Each may buffer about a megabyte. One between two requests makes room for a new one."),
-    count("node.max_control_connections", Process, 512, AT_ONCE, "Connections for everything else: one for each gateway, and one for each metadata disk."),
+    count("node.max_control_connections", Process, 2048, AT_ONCE, "Connections for everything else: one for each gateway; on disks that hold the root shard one for each disk node, on other metadata disks one for each of them."),
     count("node.max_handshakes", Process, 256, AT_ONCE, "Connections at once that are not authenticated yet. The oldest makes room for a new one."),
     time("node.handshake_timeout", Process, s(5), DEADLINE, "From accept to the end of the handshake."),
     time("node.head_timeout", Process, s(10), DEADLINE, "For the whole head of a request, counted from the end of the one before: also how long a data connection may be idle."),

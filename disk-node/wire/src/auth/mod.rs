@@ -498,5 +498,10 @@ async fn refuse<S: AsyncWrite + Unpin>(stream: &mut S, versions: VersionRange, v
     let _ = stream.shutdown().await;
 }
 
+/// Tells a client that there is no place for it.
+pub(crate) async fn refuse_busy<S: AsyncWrite + Unpin>(stream: &mut S) {
+    refuse(stream, PROTOCOL_VERSIONS, Verdict::Busy).await;
+}
+
 #[cfg(test)]
 pub(crate) mod tests;

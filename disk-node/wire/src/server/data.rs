@@ -24,7 +24,7 @@ use std::pin::{pin, Pin};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -81,11 +81,11 @@ impl AtWork {
 
 impl Drop for AtWork {
     fn drop(&mut self) {
-        self.server.places().silence(self.number);
+        self.server.places().silence(self.number, Instant::now());
     }
 }
 
-/// The body of an answer; the request is at work until all of it was written.
+/// The body of an answer; the request is at work until all of it was handed to the connection.
 struct Answer {
     body: WireBody,
     _at_work: AtWork,

@@ -16,10 +16,10 @@ mod stall;
 #[cfg(test)]
 mod tests;
 
-use crate::auth::{nonce, server_handshake, Caller, Credentials, Purpose, PROTOCOL_VERSIONS};
+use crate::auth::{nonce, refuse_busy, server_handshake, Caller, Credentials, Purpose, PROTOCOL_VERSIONS};
 use crate::chunk::{ChunkId, ChunkSpec};
 use crate::control::{ControlRequest, ControlResponse};
-use crate::error::{ChunkError, LinkError};
+use crate::error::{AuthError, ChunkError, LinkError};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use granary_placement::id::DiskUuid;
@@ -166,19 +166,23 @@ pub async fn serve(
         stop,
         complaints: Complaints::default(),
     });
-    let mut connections = JoinSet::new();
+    let (mut connections, mut refused) = (JoinSet::new(), JoinSet::new());
     loop {
         tokio::select! {
             biased;
             () = server.stop.cancelled() => break,
             Some(_) = connections.join_next() => {}
+            Some(_) = refused.join_next() => {}
             accepted = listener.accept() => match accepted {
                 Ok((stream, peer)) => {
                     let close = CancellationToken::new();
-                    let (number, crowded) = server.places().arrive(close.clone());
-                    if crowded {
-                        server.complaints.warn(peer, "too many connections that are not authenticated yet: the oldest made room");
-                    }
+                    let Some(number) = server.places().arrive(close.clone(), Instant::now()) else {
+                        server.complaints.warn(peer, "too many connections that are not authenticated yet: see node.max_handshakes");
+                        if refused.len() < REFUSED_AT_ONCE {
+                            refused.spawn(refuse(stream));
+                        }
+                        continue;
+                    };
                     let guest = Guest { server: Arc::clone(&server), number };
                     connections.spawn(async move {
                         tokio::select! {
@@ -197,6 +201,14 @@ pub async fn serve(
     }
     drop(listener);
     while connections.join_next().await.is_some() {}
+}
+
+/// Connections at once that are told that there is no place for them.
+const REFUSED_AT_ONCE: usize = 64;
+
+/// Tells a client that there is no place for it just now. It is not taken for gone then.
+async fn refuse(mut stream: TcpStream) {
+    let _ = timeout(Duration::from_millis(200), refuse_busy(&mut stream)).await;
 }
 
 impl Server {
@@ -231,6 +243,15 @@ impl Guest {
             }
             Ok(Ok(caller)) => control::serve(server, stream, caller, peer).await,
             Ok(Err(LinkError::Closed(_))) => {} // A port check, or a peer that died.
+            Ok(Err(LinkError::Busy)) => server.complaints.warn(
+                peer,
+                "all places are taken: see node.max_connections (chunk requests) and node.max_control_connections",
+            ),
+            Ok(Err(LinkError::Auth(AuthError::Disk))) => {
+                server
+                    .complaints
+                    .warn(peer, "the peer means another disk: the map, or its file of addresses, names this one's");
+            }
             Ok(Err(error)) => server.complaints.warn(peer, &error.to_string()),
             Err(_) => server.complaints.warn(peer, "no handshake in time"),
         }
@@ -238,7 +259,7 @@ impl Guest {
 
     async fn handshake(&self, stream: &mut TcpStream) -> Result<Caller, LinkError> {
         let server = &self.server;
-        let admit = |purpose| server.places().admit(self.number, purpose == Purpose::Control);
+        let admit = |purpose| server.places().admit(self.number, purpose == Purpose::Control, Instant::now());
         server_handshake(stream, &server.credentials, server.me, PROTOCOL_VERSIONS, nonce()?, admit).await
     }
 }

@@ -1,12 +1,19 @@
-//! Who may stay while many want to: the decision, without sockets and without a clock.
+//! Who may stay while many want to: the decision, without sockets and without a clock of its own.
 //!
 //! Three kinds of connection have places of their own, so that none can take another's: those that have not proved yet
-//! that they are of the cluster (strangers), those for control frames, and those for chunk requests. A stranger makes
-//! room for the next one, the oldest first. So does a data connection between two requests, the one that has been
-//! silent the longest. Where all are at work, the new one is told that the node is busy.
+//! that they are of the cluster (strangers), those for control frames, and those for chunk requests. A stranger that
+//! has proved nothing for a while makes room for a new one, the oldest first; a handshake takes milliseconds. So does a
+//! data connection between two requests, the one that has been silent the longest; not at once, for the end of its last
+//! answer may still be on its way. Otherwise the new one is told that the node is busy.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
+
+/// How long a stranger is left alone.
+const STRANGER: Duration = Duration::from_millis(500);
+/// How long a data connection must have been silent before it makes room.
+const SILENT: Duration = Duration::from_secs(2);
 
 /// A connection; numbers grow, and none is used twice.
 pub(super) type Number = u64;
@@ -23,8 +30,8 @@ pub(super) struct Bounds {
 enum Place {
     Stranger,
     Control,
-    /// Since which tick it has been silent; None with a request at work.
-    Data(Option<u64>),
+    /// Since when it has been silent; None with a request at work, or before its first.
+    Data(Option<Instant>),
 }
 
 /// All connections. Closing one is asked for by its token; its place is free at once.
@@ -32,8 +39,8 @@ enum Place {
 pub(super) struct Places {
     bounds: Bounds,
     places: BTreeMap<Number, (Place, CancellationToken)>,
-    strangers: BTreeSet<Number>,
-    silent: BTreeSet<(u64, Number)>,
+    strangers: BTreeMap<Number, Instant>,
+    silent: BTreeSet<(Instant, Number)>,
     control: usize,
     data: usize,
     next: u64,
@@ -44,7 +51,7 @@ impl Places {
         Places {
             bounds,
             places: BTreeMap::new(),
-            strangers: BTreeSet::new(),
+            strangers: BTreeMap::new(),
             silent: BTreeSet::new(),
             control: 0,
             data: 0,
@@ -57,22 +64,25 @@ impl Places {
         self.next
     }
 
-    /// A connection was accepted; `close` ends it. The oldest stranger makes room for it; true when one had to.
-    pub(super) fn arrive(&mut self, close: CancellationToken) -> (Number, bool) {
-        let crowded = self.strangers.len() >= self.bounds.strangers.max(1);
-        if let Some(oldest) = self.strangers.first().copied().filter(|_| crowded) {
+    /// A connection was accepted; `close` ends it. None: there is no place, and it is to be told so.
+    pub(super) fn arrive(&mut self, close: CancellationToken, now: Instant) -> Option<Number> {
+        if self.strangers.len() >= self.bounds.strangers.max(1) {
+            let (oldest, since) = self.strangers.first_key_value().map(|(number, since)| (*number, *since))?;
+            if now.saturating_duration_since(since) < STRANGER {
+                return None;
+            }
             self.turn_out(oldest);
         }
         let number = self.tick();
-        self.strangers.insert(number);
+        self.strangers.insert(number, now);
         self.places.insert(number, (Place::Stranger, close));
-        (number, crowded)
+        Some(number)
     }
 
     /// A stranger proved to be of the cluster, and wants to stay for control frames or chunk requests. False: there is
     /// no place, or it was turned out meanwhile.
-    pub(super) fn admit(&mut self, number: Number, control: bool) -> bool {
-        if !self.strangers.contains(&number) {
+    pub(super) fn admit(&mut self, number: Number, control: bool, now: Instant) -> bool {
+        if !self.strangers.contains_key(&number) {
             return false;
         }
         if control {
@@ -82,7 +92,10 @@ impl Places {
             self.control += 1;
         } else {
             if self.data >= self.bounds.data.max(1) {
-                let Some((_, silent)) = self.silent.first().copied() else { return false };
+                let Some((since, silent)) = self.silent.first().copied() else { return false };
+                if now.saturating_duration_since(since) < SILENT {
+                    return false;
+                }
                 self.turn_out(silent);
             }
             self.data += 1;
@@ -90,9 +103,6 @@ impl Places {
         self.strangers.remove(&number);
         if let Some((place, _)) = self.places.get_mut(&number) {
             *place = if control { Place::Control } else { Place::Data(None) };
-        }
-        if !control {
-            self.silence(number);
         }
         true
     }
@@ -107,12 +117,11 @@ impl Places {
     }
 
     /// A data connection has answered and waits for the next request.
-    pub(super) fn silence(&mut self, number: Number) {
+    pub(super) fn silence(&mut self, number: Number, now: Instant) {
         self.work(number);
-        let since = self.tick();
         if let Some((Place::Data(silent), _)) = self.places.get_mut(&number) {
-            *silent = Some(since);
-            self.silent.insert((since, number));
+            *silent = Some(now);
+            self.silent.insert((now, number));
         }
     }
 
@@ -149,72 +158,89 @@ impl Places {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     struct Crowd {
         places: Places,
         tokens: BTreeMap<Number, CancellationToken>,
+        now: Instant,
     }
 
     impl Crowd {
         fn new() -> Crowd {
-            Crowd { places: Places::new(Bounds { strangers: 2, control: 1, data: 2 }), tokens: BTreeMap::new() }
+            let bounds = Bounds { strangers: 2, control: 1, data: 2 };
+            Crowd { places: Places::new(bounds), tokens: BTreeMap::new(), now: Instant::now() }
         }
 
-        fn arrive(&mut self) -> Number {
+        fn arrive(&mut self) -> Option<Number> {
             let token = CancellationToken::new();
-            let (number, _) = self.places.arrive(token.clone());
+            let number = self.places.arrive(token.clone(), self.now)?;
             self.tokens.insert(number, token);
-            number
+            Some(number)
+        }
+
+        fn admit(&mut self, number: Number, control: bool) -> bool {
+            self.places.admit(number, control, self.now)
         }
 
         fn data(&mut self) -> Option<Number> {
-            let number = self.arrive();
-            self.places.admit(number, false).then_some(number)
+            let number = self.arrive()?;
+            let admitted = self.admit(number, false);
+            if !admitted {
+                self.places.leave(number);
+            }
+            admitted.then_some(number)
         }
 
-        fn is_out(&self, number: Number) -> bool {
-            self.tokens.get(&number).is_some_and(CancellationToken::is_cancelled)
+        fn out(&self, numbers: &[Number]) -> Vec<bool> {
+            numbers.iter().map(|number| self.tokens.get(number).is_some_and(CancellationToken::is_cancelled)).collect()
         }
     }
 
     #[test]
-    fn the_oldest_stranger_makes_room_for_a_new_one_and_cannot_come_in_any_more() {
+    fn a_stranger_that_says_nothing_makes_room_after_a_while_and_cannot_come_in_any_more() {
         let mut crowd = Crowd::new();
-        let [first, second, third] = [0; 3].map(|_| crowd.arrive());
-        assert_eq!([first, second, third].map(|number| crowd.is_out(number)), [true, false, false]);
-        assert!(!crowd.places.admit(first, true));
-        assert!(crowd.places.admit(third, true));
+        let (first, second) = (crowd.arrive().unwrap(), crowd.arrive().unwrap());
+        assert_eq!(crowd.arrive(), None, "both have hardly begun");
+        crowd.now += STRANGER;
+        let third = crowd.arrive().unwrap();
+        assert_eq!(crowd.out(&[first, second, third]), [true, false, false]);
+        assert!(!crowd.admit(first, true));
+        assert!(crowd.admit(third, true));
         assert_eq!(crowd.places.count(), 2);
     }
 
     #[test]
-    fn a_silent_data_connection_makes_room_and_one_at_work_does_not() {
+    fn a_silent_data_connection_makes_room_after_a_while_and_one_at_work_does_not() {
         let mut crowd = Crowd::new();
-        let (first, second) = (crowd.data().unwrap_or(0), crowd.data().unwrap_or(0));
+        let (first, second) = (crowd.data().unwrap(), crowd.data().unwrap());
+        crowd.now += 10 * SILENT;
+        assert_eq!(crowd.data(), None, "their first requests are on their way");
         crowd.places.work(first);
-        let third = crowd.data().unwrap_or(0);
-        assert_eq!([first, second, third].map(|number| crowd.is_out(number)), [false, true, false]);
-        crowd.places.work(third);
-        assert_eq!(crowd.data(), None, "all are at work");
-        crowd.places.silence(first);
-        crowd.places.silence(third);
-        let fourth = crowd.data().unwrap_or(0);
-        assert_eq!([first, third, fourth].map(|number| crowd.is_out(number)), [true, false, false]);
+        crowd.places.work(second);
+        crowd.places.silence(second, crowd.now);
+        assert_eq!(crowd.data(), None, "the end of its answer may be on its way");
+        crowd.now += SILENT;
+        let third = crowd.data().unwrap();
+        assert_eq!(crowd.out(&[first, second, third]), [false, true, false]);
+        crowd.places.silence(first, crowd.now);
+        crowd.now += SILENT;
+        crowd.places.silence(third, crowd.now);
+        crowd.places.work(first);
+        assert_eq!(crowd.data(), None, "one is at work again, and the other was a moment ago");
     }
 
     #[test]
     fn control_connections_have_places_of_their_own() {
         let mut crowd = Crowd::new();
-        let (first, second) = (crowd.data().unwrap_or(0), crowd.data().unwrap_or(0));
-        crowd.places.work(first);
-        crowd.places.work(second);
-        let control = crowd.arrive();
-        assert!(crowd.places.admit(control, true));
-        let another = crowd.arrive();
-        assert!(!crowd.places.admit(another, true), "one was all");
+        let (first, second) = (crowd.data().unwrap(), crowd.data().unwrap());
+        let control = crowd.arrive().unwrap();
+        assert!(crowd.admit(control, true));
+        let another = crowd.arrive().unwrap();
+        assert!(!crowd.admit(another, true), "one was all");
         crowd.places.leave(control);
-        assert!(crowd.places.admit(another, true));
+        assert!(crowd.admit(another, true));
         for number in [first, second, another] {
             crowd.places.leave(number);
             crowd.places.leave(number);

@@ -224,6 +224,9 @@ async fn connections_and_handshakes_are_bounded() {
     let mut silent: Vec<TcpStream> =
         futures::future::try_join_all((0..4).map(|_| TcpStream::connect(server.address))).await.unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;
+    let result = server.client().control(ControlRequest::Status, DEADLINE).await;
+    assert_eq!(result, Err(LinkError::Busy), "they may be in the middle of it");
+    tokio::time::sleep(Duration::from_millis(600)).await;
     server.client().control(ControlRequest::Status, DEADLINE).await.unwrap();
     let mut still_open = 0;
     for stream in &mut silent {
@@ -242,9 +245,14 @@ async fn connections_and_handshakes_are_bounded() {
     assert_eq!(result, Err(LinkError::Busy));
     clients[0].control(ControlRequest::Status, DEADLINE).await.unwrap();
     // Chunk requests have places of their own, and a connection between two requests makes room for another client.
-    for client in clients.iter().chain(&clients) {
-        let read = client.read_blocks(chunk_id(1), 0, 1).await;
-        assert!(matches!(read, Err(ChunkError::NotFound)), "{read:?}");
+    let read = |place: usize| clients[place].read_blocks(chunk_id(1), 0, 1);
+    for place in [0, 1, 0] {
+        assert!(matches!(read(place).await, Err(ChunkError::NotFound)));
+    }
+    assert_eq!(read(2).await, Err(ChunkError::Link(LinkError::Busy)), "the others were at work a moment ago");
+    tokio::time::sleep(Duration::from_millis(2100)).await;
+    for place in [2, 3] {
+        assert!(matches!(read(place).await, Err(ChunkError::NotFound)));
     }
 }
 

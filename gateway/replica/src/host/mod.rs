@@ -91,7 +91,7 @@ pub enum MetaError {
         expected: DiskId,
     },
     /// The directory is not the one that the disk's label knows: an older one, perhaps, or a copy.
-    #[error("metadata directory {found:016x} is not the one on this disk's label, {expected:016x}: put that one back, or move this one away")]
+    #[error("metadata directory {found:016x} is not the one on this disk's label, {expected:016x}: put that one back; or, if this is the right one, write its number as `metadata` into label.json")]
     OtherDirectory {
         /// The number in it.
         found: u64,
@@ -215,6 +215,7 @@ impl MetaHost {
         let message_deadline = Duration::from_millis(config.timing.election_min_ms);
         let peers = Arc::new(Peers {
             transport: transport.clone(),
+            space: config.space.clone(),
             heard: Mutex::default(),
             snapshot_dir,
             transfers: AtomicU64::new(1),

@@ -16,7 +16,7 @@ pub(super) async fn run(host: MetaHost) {
     loop {
         match room.look() {
             Some(true) => {
-                tracing::error!("little room is left on this disk: nothing that makes metadata grow is taken")
+                tracing::error!("less than node.meta_reserve is free on this disk's file system: shards with a voter here take deletes and repairs only; delete objects, or remove what else fills it")
             }
             Some(false) => tracing::info!("there is room for metadata again"),
             None => {}

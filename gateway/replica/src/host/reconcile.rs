@@ -8,7 +8,7 @@ use crate::raft::Replica;
 use futures::StreamExt;
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// How often members are compared with the map.
@@ -105,8 +105,23 @@ async fn replica_on(host: &MetaHost, replica: &Replica, disk: DiskId) -> Option<
     }
     // Broken, it may empty itself once nothing is lost by that. What anyone was told of must not be on it alone.
     let broken = heard().filter(|heard| heard.is_broken)?;
-    if members.contains(&broken.id) && !replica.can_spare(broken.id) {
+    // A leader that is none any more may not know who the members are.
+    if replica.read_barrier().await.is_err() {
         return None;
+    }
+    if members.contains(&broken.id) {
+        // What this leader remembers of the others' logs is not enough: they may be damaged or gone as well, one of
+        // them emptied a moment ago. Only those count that say now that they are who they were.
+        let others = replica.voters().into_iter().filter(|id| *id != broken.id && *id != replica.me);
+        let answers = others.map(|id| async move {
+            let identify = PeerMessage { from: replica.me, to: None, request: PeerRequest::Identify };
+            let answer = peers.ask(id.disk, shard, &identify, IDENTIFY_DEADLINE).await;
+            matches!(answer, Ok(PeerResponse::Identity { me, is_empty: false }) if me == id).then_some(id)
+        });
+        let present: BTreeSet<ReplicaId> = futures::future::join_all(answers).await.into_iter().flatten().collect();
+        if !replica.can_spare(broken.id, &present) {
+            return None;
+        }
     }
     let rebuild = PeerMessage { from: replica.me, to: Some(broken.id), request: PeerRequest::Rebuild };
     match peers.ask(disk, shard, &rebuild, REBUILD_DEADLINE).await {

@@ -60,9 +60,9 @@ impl MetaHost {
         };
         let (log, state, dir) = (inner.log.clone(), inner.state.clone(), inner.peers.snapshot_dir.clone());
         let map = (shard == ShardId::ROOT).then(|| inner.root_map.clone());
-        let applies = inner.applies.clone();
+        let (applies, space) = (inner.applies.clone(), inner.config.space.clone());
         let opened = tokio::task::spawn_blocking(move || -> std::io::Result<(ShardLog, Machine)> {
-            let machine = Machine::open(shard, state.clone(), dir, map, applies)?;
+            let machine = Machine::open(shard, state.clone(), dir, space, map, applies)?;
             let log = ShardLog::open(shard, log, writer, state)?;
             let (first, next) = (log.first_index(), machine.next_index());
             if next < first {
@@ -108,12 +108,12 @@ impl MetaHost {
             return Err(ControlError::BadRequest(format!("disk {me} is no member of shard {shard}")));
         }
         let batcher = self.open_replica(shard).await?;
-        if !batcher.replica.nodes().is_empty() {
+        if batcher.replica.has_log() {
             return Ok(());
         }
         if let Some(lost) = self.inner.identity.replaces {
             return Err(ControlError::Disk(format!(
-                "the metadata of disk {me} (number {lost:016x}) were lost: it begins no shard, for that could be one it had"
+                "the metadata of disk {me} (number {lost:016x}) were lost once: it begins no shard, for that could be one it had; name another disk first, or format this one under a new number"
             )));
         }
         let from = batcher.replica.me;
@@ -155,7 +155,10 @@ impl MetaHost {
                     Err(ControlError::NoSuchShard(_))
                         if message.request != PeerRequest::Members && self.named_by(&map, shard) =>
                     {
-                        self.open_replica(shard).await?
+                        // A task of its own: a connection that breaks must not leave it half done.
+                        let host = self.clone();
+                        let opening = tokio::spawn(async move { host.open_replica(shard).await });
+                        opening.await.map_err(unavailable)??
                     }
                     known => known?,
                 };
@@ -176,10 +179,15 @@ impl MetaHost {
             Some(ReplicaState::Broken { id: Some(id), why }) => (*id, why.clone()),
             _ => return Ok(None),
         };
-        if message.request != PeerRequest::Rebuild || message.to != Some(me) || !self.named_by(map, shard) {
+        // Only a disk of the shard can lead it.
+        let members = map.shards.get(usize::from(shard.0)).map(|replicas| replicas.members.as_slice());
+        let may_lead = members.is_some_and(|members| members.contains(&message.from.disk));
+        if message.request != PeerRequest::Rebuild || message.to != Some(me) || !self.named_by(map, shard) || !may_lead
+        {
             return Ok(Some(PeerResponse::Broken { me, why }));
         }
-        let batcher = self.rebuild(shard, me).await?;
+        let host = self.clone();
+        let batcher = tokio::spawn(async move { host.rebuild(shard, me).await }).await.map_err(unavailable)??;
         Ok(Some(PeerResponse::Identity { me: batcher.replica.me, is_empty: batcher.replica.is_empty() }))
     }
 

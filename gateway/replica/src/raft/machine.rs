@@ -6,6 +6,7 @@ use super::types::{
     Replies, TypeConfig,
 };
 use crate::message::{AppliedState, ReplicaId};
+use crate::room::Space;
 use crate::snapshot;
 use crate::store::StateDb;
 use futures::{Stream, StreamExt};
@@ -68,6 +69,7 @@ pub struct Machine {
     pub shard: ShardId,
     state: Arc<StateDb>,
     snapshot_dir: PathBuf,
+    space: Space,
     applied: AppliedState,
     map: Option<MapSender>,
     counters: Arc<ApplyCounters>,
@@ -91,15 +93,16 @@ impl Machine {
         shard: ShardId,
         state: Arc<StateDb>,
         snapshot_dir: PathBuf,
+        space: Space,
         map: Option<MapSender>,
         counters: Arc<ApplyCounters>,
     ) -> io::Result<Machine> {
-        snapshot::finish_interrupted(&state, shard, &snapshot_dir).map_err(failed)?;
+        snapshot::finish_interrupted(&state, shard, &snapshot_dir, &space).map_err(failed)?;
         let applied = snapshot::applied_state(&*state, shard).map_err(failed)?;
         if let Some(last) = applied.last {
             state.opened_at(shard, last.index);
         }
-        let machine = Machine { shard, state, snapshot_dir, applied, map, counters };
+        let machine = Machine { shard, state, snapshot_dir, space, applied, map, counters };
         machine.publish_map();
         Ok(machine)
     }
@@ -212,13 +215,14 @@ impl RaftStateMachine<TypeConfig> for Machine {
         meta: &SnapshotMeta<LeaderId, ReplicaId, ()>,
         source: SnapshotSource,
     ) -> Result<(), io::Error> {
-        let (state, dir, shard) = (self.state.clone(), self.snapshot_dir.clone(), self.shard);
+        let (state, dir, shard, space) =
+            (self.state.clone(), self.snapshot_dir.clone(), self.shard, self.space.clone());
         let install = move || -> Result<AppliedState, snapshot::SnapshotError> {
             let path = match source {
                 SnapshotSource::File(path) => path,
                 SnapshotSource::Live(from) => {
                     let path = dir.join(format!("copy-{shard}"));
-                    snapshot::write_file(&from, shard, &path)?;
+                    snapshot::write_file(&from, shard, &path, &space)?;
                     path
                 }
             };

@@ -40,16 +40,27 @@ impl Replica {
         metrics.membership_config.nodes().map(|(id, ())| *id).collect()
     }
 
+    /// The voters as last written here.
+    pub fn voters(&self) -> BTreeSet<ReplicaId> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.voter_ids().collect()
+    }
+
     /// Does it believe to lead?
     pub fn is_leader(&self) -> bool {
         self.raft.is_leader()
     }
 
-    /// Has it neither a log nor a vote?
+    /// Has it neither a log nor a vote? By the log itself: the library's metrics say so of every replica for a moment
+    /// after it was opened.
     pub fn is_empty(&self) -> bool {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        metrics.last_log_index.is_none() && metrics.current_term == 0
+        self.log.is_empty()
+    }
+
+    /// Has it entries, or had it?
+    pub fn has_log(&self) -> bool {
+        self.log.has_entries()
     }
 
     /// One step towards the replicas on these disks, if this replica leads: see [`next_step`]. True when the members
@@ -97,22 +108,24 @@ impl Replica {
         Ok(false)
     }
 
-    /// Is all that anyone was told of on a majority of the voters without that one, as far as this leader knows? It
-    /// knows what was committed before once it has applied an entry of its own term; what is committed later is
-    /// committed without that one.
-    pub fn can_spare(&self, id: ReplicaId) -> bool {
+    /// Is all that anyone was told of on a majority of the voters, of this leader and those in `present` only? It knows
+    /// what was committed before once an entry of its own term is committed; what is committed later is committed
+    /// without the one that is to go.
+    pub fn can_spare(&self, id: ReplicaId, present: &BTreeSet<ReplicaId>) -> bool {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
         if !metrics.state.is_leader() || metrics.membership_config.get_joint_config().len() != 1 {
             return false;
         }
-        let applied = match &metrics.last_applied {
-            Some(applied) if applied.leader_id.term == metrics.current_term => applied.index + 1,
+        let committed = match metrics.cluster_committed.max(metrics.last_applied) {
+            Some(committed) if committed.leader_id.term == metrics.current_term => committed.index + 1,
             _ => return false,
         };
         let (voters, matched): (Vec<ReplicaId>, _) =
             (metrics.membership_config.voter_ids().collect(), matched(&metrics));
-        let has_all = |voter: &&ReplicaId| **voter == self.me || matched.get(voter).is_some_and(|has| *has >= applied);
+        let has_all = |voter: &&ReplicaId| {
+            **voter == self.me || present.contains(voter) && matched.get(voter).is_some_and(|has| *has >= committed)
+        };
         voters.iter().filter(|voter| **voter != id).filter(has_all).count() * 2 > voters.len()
     }
 

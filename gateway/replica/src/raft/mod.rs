@@ -253,7 +253,14 @@ impl Replica {
             PeerRequest::SnapshotPiece { vote, transfer, offset, data, last } => {
                 let mut incoming = self.incoming.lock().await;
                 let piece = network::Piece { from, transfer, offset, data, last };
-                match network::take_piece(self.shard, &self.peers.snapshot_dir, &mut incoming, piece).await {
+                match network::take_piece(
+                    self.shard,
+                    (&self.peers.snapshot_dir, &self.peers.space),
+                    &mut incoming,
+                    piece,
+                )
+                .await
+                {
                     Ok(None) => PeerResponse::Done,
                     Ok(Some((path, applied))) => {
                         let meta = openraft::SnapshotMeta {

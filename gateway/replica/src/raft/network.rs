@@ -5,6 +5,7 @@ use super::machine::SnapshotSource;
 use super::types::LeaderId;
 use super::{entry_to_wire, log_id_from_wire, log_id_to_wire, vote_from_wire, vote_to_wire, TypeConfig};
 use crate::message::{decode_message, encode_message, AppliedState, PeerMessage, PeerRequest, PeerResponse, ReplicaId};
+use crate::room::Space;
 use crate::snapshot::{self, SnapshotError, PIECE_BYTES};
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -84,6 +85,8 @@ pub struct Peers {
     pub sending: Semaphore,
     /// How long AppendEntries and votes may take.
     pub message_deadline: Duration,
+    /// The file system they lie on.
+    pub space: Space,
     /// Sends heartbeats.
     pub heartbeats: Arc<Heartbeats>,
     /// What other disks said of their replicas when they were taken for others, or asked.
@@ -138,7 +141,8 @@ impl Peers {
         refused.map_or(Ok(answer), |why| Err(TransportError::Refused(why)))
     }
 
-    /// What is known of the replicas on other disks. At most as many as shards here have members.
+    /// What is known of the replicas on other disks. Never removed: at most one for each shard here and disk there ever
+    /// was.
     pub fn heard(&self) -> MutexGuard<'_, BTreeMap<(ShardId, DiskId), Heard>> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -255,8 +259,19 @@ impl PeerLink {
             SnapshotSource::File(path) => path,
             SnapshotSource::Live(state) => {
                 let path = self.peers.snapshot_dir.join(format!("out-{shard}-{}", self.to.disk));
-                let to = path.clone();
-                let written = tokio::task::spawn_blocking(move || snapshot::write_file(&state, shard, &to)).await;
+                if !self.peers.space.has_room_for(self.peers.space.reserve_bytes / 2) {
+                    return Err(lost("there is no room to write a snapshot".to_owned()));
+                }
+                let (to, space) = (path.clone(), self.peers.space.clone());
+                let write = move || {
+                    let written = snapshot::write_file(&state, shard, &to, &space);
+                    if written.is_err() {
+                        // Half of it is of no use, and takes room.
+                        let _ = std::fs::remove_file(&to);
+                    }
+                    written
+                };
+                let written = tokio::task::spawn_blocking(write).await;
                 written.map_err(|error| lost(error.to_string()))?.map_err(|error| lost(error.to_string()))?;
                 path
             }
@@ -404,10 +419,21 @@ pub struct Piece {
 /// [`SnapshotError`]: the sender begins again.
 pub async fn take_piece(
     shard: ShardId,
-    dir: &Path,
+    (dir, space): (&Path, &Space),
     incoming: &mut Option<IncomingSnapshot>,
     piece: Piece,
 ) -> Result<Option<(PathBuf, AppliedState)>, SnapshotError> {
+    // The file, and once it is whole the same again in the database.
+    let needed = match (piece.last, &*incoming) {
+        (true, Some(arriving)) => arriving.len_bytes + 2 * piece.data.len() as u64,
+        _ => piece.data.len() as u64,
+    };
+    if !space.has_room_for(needed) {
+        if let Some(given_up) = incoming.take() {
+            tokio::fs::remove_file(&given_up.path).await?;
+        }
+        return Err(SnapshotError::NoRoom);
+    }
     if piece.offset == 0 {
         let path = dir.join(format!("in-{shard}"));
         let file = tokio::fs::File::create(&path).await?;

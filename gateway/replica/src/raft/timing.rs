@@ -79,6 +79,8 @@ impl Default for Timing {
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
+
+/// The library's configuration for a shard with these timers.
 pub(super) fn raft_config(shard: ShardId, timing: &Timing) -> Result<Arc<openraft::Config>, String> {
     let config = openraft::Config {
         cluster_name: format!("shard-{shard}"),

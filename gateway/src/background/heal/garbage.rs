@@ -35,8 +35,11 @@ impl Inner {
         let mut not_before: HashMap<ShardId, Instant> = HashMap::new();
         let mut readers = Readers::default();
         loop {
-            let oldest_read_ms = match self.oldest_read_ms(&mut readers).await {
-                Ok(oldest_ms) => oldest_ms,
+            // One moment for all shards, before it is asked what is read: a read that is not known of then is younger.
+            let grace_ms = u64::try_from(self.settings().garbage_grace.as_millis()).unwrap_or(u64::MAX);
+            let after_grace_ms = now_ms().saturating_sub(grace_ms);
+            let until_ms = match self.oldest_read_ms(&mut readers).await {
+                Ok(oldest_ms) => after_grace_ms.min(oldest_ms),
                 Err(error) => {
                     tracing::debug!(%error, "it is not known what is being read, and no garbage is collected");
                     tokio::time::sleep(self.settings().garbage_backoff).await;
@@ -47,7 +50,7 @@ impl Inner {
                 if not_before.get(&shard).is_some_and(|at| Instant::now() < *at) {
                     continue;
                 }
-                match self.collect(shard, oldest_read_ms, held).await {
+                match self.collect(shard, until_ms, held).await {
                     Ok(true) => {
                         not_before.remove(&shard);
                     }
@@ -66,20 +69,23 @@ impl Inner {
         }
     }
 
-    /// Garbage that was queued after this time may be read by a gateway somewhere.
+    /// Garbage that was queued after this time may be read by a gateway somewhere. Reads longer than
+    /// `heal.longest_read` are not waited for: one client that reads a byte now and then must not stop deletions
+    /// everywhere.
     async fn oldest_read_ms(&self, readers: &mut Readers) -> Result<u64, ShardError> {
         match self.meta.query(ShardId::ROOT, Query::ListLeases).await? {
             Answer::Leases(leases) => {
-                Ok(readers.oldest_ms(&leases, tokio::time::Instant::now(), self.settings().lease.ttl))
+                let settings = self.settings();
+                let oldest_ms = readers.oldest_ms(&leases, tokio::time::Instant::now(), settings.lease.ttl);
+                let longest_ms = u64::try_from(settings.longest_read.as_millis()).unwrap_or(u64::MAX);
+                Ok(oldest_ms.max(now_ms().saturating_sub(longest_ms)))
             }
             other => Err(odd_answer(ShardId::ROOT, &other)),
         }
     }
 
-    /// Empties a shard's queue of what is old enough. False when something had to stay.
-    async fn collect(&self, shard: ShardId, oldest_read_ms: u64, held: &Held) -> Result<bool, ShardError> {
-        let grace_ms = u64::try_from(self.settings().garbage_grace.as_millis()).unwrap_or(u64::MAX);
-        let until_ms = now_ms().saturating_sub(grace_ms).min(oldest_read_ms);
+    /// Empties a shard's queue of what was queued until then. False when something had to stay.
+    async fn collect(&self, shard: ShardId, until_ms: u64, held: &Held) -> Result<bool, ShardError> {
         loop {
             let (queued, more) = match self.meta.query(shard, Query::ListGarbage { until_ms, limit: PAGE }).await? {
                 Answer::Garbage { extents, more } => (extents, more),

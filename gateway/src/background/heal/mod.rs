@@ -71,6 +71,8 @@ pub struct HealSettings {
     pub longest_backoff: Duration,
     /// Garbage younger than this stays: readers may be in the middle of it.
     pub garbage_grace: Duration,
+    /// Garbage waits for reads up to this long.
+    pub longest_read: Duration,
     /// Pause after garbage could not be deleted everywhere.
     pub garbage_backoff: Duration,
     /// Time between two sweeps over all disks.
@@ -104,6 +106,7 @@ impl HealSettings {
             first_backoff: values.time("heal.first_backoff"),
             longest_backoff: values.time("heal.longest_backoff"),
             garbage_grace: values.time("heal.garbage_grace"),
+            longest_read: values.time("heal.longest_read"),
             garbage_backoff: values.time("heal.garbage_backoff"),
             control_deadline: values.time("heal.control_deadline"),
             verify_deadline: values.time("heal.verify_deadline"),
