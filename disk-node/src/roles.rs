@@ -15,7 +15,7 @@ use granary_placement::settings::Values;
 use granary_replica::{HostConfig, MetaHost, PeerTransport, Space, Timing, TransportError, WallClock};
 pub use granary_replica::{MetaCounters, MetaError}; // for metrics and the errors of `serve`
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
-use granary_wire::LinkError;
+use granary_wire::{AuthError, LinkError};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -154,6 +154,17 @@ impl PeerTransport for Transport {
             ControlResponse::LinkBeat(answer) => Some(answer),
             _ => None,
         })
+    }
+
+    fn is_displaced(&self, deadline: Duration) -> BoxFuture<'static, bool> {
+        let client = self.0.client(self.0.me());
+        async move {
+            let Some(client) = client else { return false };
+            let answer = client.control(ControlRequest::Status, deadline).await;
+            // Nobody there, or somebody who does not know this cluster, tells of a network and not of another disk.
+            matches!(answer, Err(LinkError::Auth(AuthError::Disk)))
+        }
+        .boxed()
     }
 }
 

@@ -142,6 +142,20 @@ impl Operator {
         (process, address.trim().to_owned())
     }
 
+    /// Formats and starts `disk-1` to `disk-6`: their nodes with the address of each, and their rows for `granary init`.
+    fn six_disks(&self) -> (Vec<(Process, String)>, Vec<Value>) {
+        let one = |number: u32| {
+            let dir = format!("disk-{number}");
+            let uuid = self.format(&dir, number);
+            let (node, address) = self.serve(&dir, "127.0.0.1:0");
+            let row = json!({
+                "uuid": uuid, "address": address, "zone": "a", "rack": "1", "server": "s1", "weight": 1000, "metadata": true
+            });
+            ((node, address), row)
+        };
+        (1..=6).map(one).unzip()
+    }
+
     fn gateway(&self, s3: &str, admin: &str) -> Process {
         let args = [
             "gateway",
@@ -202,15 +216,8 @@ fn a_cluster_run_by_hand_is_formed_served_by_two_gateways_repaired_and_stopped()
     let operator = Operator::new();
 
     // Disks, each formatted and started by itself.
-    let mut nodes = Vec::new();
-    let mut disks = Vec::new();
-    for number in 1..=6 {
-        let dir = format!("disk-{number}");
-        let uuid = operator.format(&dir, number);
-        let (node, address) = operator.serve(&dir, "127.0.0.1:0");
-        nodes.push(node);
-        disks.push(json!({"uuid": uuid, "address": address, "zone": "a", "rack": "1", "server": "s1", "weight": 1000, "metadata": true}));
-    }
+    let (nodes, disks) = operator.six_disks();
+    let mut nodes: Vec<Process> = nodes.into_iter().map(|(node, _)| node).collect();
     let said = operator.run("granary-disk-node", &["serve", "--dir", ".", "--secret-file", "cluster-secret"]);
     said.failed(&["refusing to use somebody else's folder"]);
     let other = "ffffffffffffffffffffffffffffffff";
@@ -325,15 +332,7 @@ fn disks_that_swapped_addresses_take_nothing_meant_for_each_other() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let mut random = Random::of_this_run("swapped");
     let operator = Operator::new();
-    let mut nodes = Vec::new();
-    let mut disks = Vec::new();
-    for number in 1..=6 {
-        let dir = format!("disk-{number}");
-        let uuid = operator.format(&dir, number);
-        let (node, address) = operator.serve(&dir, "127.0.0.1:0");
-        nodes.push((node, address.clone()));
-        disks.push(json!({"uuid": uuid, "address": address, "zone": "a", "rack": "1", "server": "s1", "weight": 1000, "metadata": true}));
-    }
+    let (mut nodes, disks) = operator.six_disks();
     let config = json!({"cluster_id": CLUSTER, "scheme": "4+2", "failure_domain": "disk", "shards": 2, "disks": disks});
     operator.init(&config, "cluster-secret").well();
     let [s3, admin] = free_ports::<2>().map(|port| format!("127.0.0.1:{port}"));

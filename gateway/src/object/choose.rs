@@ -5,15 +5,14 @@
 //! fewer it is written narrower, so that as many further disks may still fail as the scheme promises (4+2 with two of
 //! six disks dead: 2+2 on the four left).
 //!
-//! Enough are those that leave K when one more failure domain of the scheme's kind goes, the fullest: 4+2 on three
-//! servers of two disks each is written as 3+2 while a disk is down. Where not even one domain can be spared, nothing
-//! is written. A group whose whole width cannot bear the loss of a domain is not asked for more than it can give.
+//! How many are enough, [`granary_placement::durable`] says: 4+2 on three servers of two disks each is written as 3+2
+//! while a disk is down. Where not even one domain can be spared, nothing is written.
 
-use granary_meta::record::ExtentRef;
 use granary_placement::codec::ChunkSet;
+use granary_placement::durable::{bears, domains_of, most_left};
 use granary_placement::id::{DiskId, PlacementGroupId};
 use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
-use granary_placement::scheme::{FailureDomain, Scheme};
+use granary_placement::scheme::Scheme;
 use std::collections::HashMap;
 
 /// Groups tried at random before all are looked at.
@@ -73,59 +72,6 @@ impl Choice {
         let domains = chunks.iter().filter_map(|index| self.domains.get(usize::from(index)).copied());
         bears(usize::from(self.scheme.k), self.left_over, domains)
     }
-}
-
-/// Whether an extent of which these chunks are in their places by that map may be acknowledged; see
-/// [`Choice::is_durable`].
-pub(super) fn is_durable(map: &ClusterMap, extent: &ExtentRef, chunks: ChunkSet) -> bool {
-    let Some(group) = map.group(extent.group) else { return false };
-    let Some(scheme) = map.schemes.get(&group.scheme) else { return false };
-    let all = domains_of(map, scheme.failure_domain, &group.slots);
-    let k = usize::from(extent.k);
-    let slots = chunks.iter().filter_map(|index| extent.slots.get(usize::from(index)));
-    let domains = slots.filter_map(|slot| all.get(usize::from(*slot)).copied());
-    bears(k, k.min(most_left(usize::from(scheme.k), &all)), domains)
-}
-
-/// So many chunks of a whole group are left when its fullest domain is gone, at most K: more cannot be asked for.
-fn most_left(k: usize, all: &[u8]) -> usize {
-    (0..=k).rev().find(|left| bears(0, *left, all.iter().copied())).unwrap_or_default()
-}
-
-/// Whether chunks in these domains bear the loss of one chunk and of the fullest domain.
-fn bears(k: usize, left_over: usize, domains: impl Iterator<Item = u8>) -> bool {
-    let mut sizes = [0usize; 256];
-    let mut all = 0;
-    for domain in domains {
-        all += 1;
-        if let Some(size) = sizes.get_mut(usize::from(domain)) {
-            *size += 1;
-        }
-    }
-    let fullest = sizes.iter().copied().max().unwrap_or_default();
-    all > k && all - fullest >= left_over
-}
-
-/// Numbers of the failure domains of these disks; a disk that the map does not have is one of its own.
-fn domains_of(map: &ClusterMap, kind: FailureDomain, slots: &[GroupSlot]) -> Vec<u8> {
-    let mut known: Vec<(&str, &str, &str)> = Vec::new();
-    let mut number = |at: usize, slot: &GroupSlot| {
-        let own = u8::try_from(at).unwrap_or(u8::MAX);
-        let Some(place) = map.disk(slot.current).map(|disk| &disk.location) else { return own };
-        let (zone, rack, server) = (place.zone.as_str(), place.rack.as_str(), place.server.as_str());
-        let domain = match kind {
-            FailureDomain::Disk => return own,
-            FailureDomain::Server => (zone, rack, server),
-            FailureDomain::Rack => (zone, rack, ""),
-            FailureDomain::Zone => (zone, "", ""),
-        };
-        let place = known.iter().position(|there| *there == domain).unwrap_or_else(|| {
-            known.push(domain);
-            known.len() - 1
-        });
-        u8::try_from(place).unwrap_or(u8::MAX)
-    };
-    slots.iter().enumerate().map(|(at, slot)| number(at, slot)).collect()
 }
 
 /// Why nothing can be written.

@@ -4,11 +4,11 @@
 //! now; any other is missing. One on the slot's previous disk is read there, and the repair may even find it, but that
 //! disk is given up when the move ends: no extent is committed that would be lost by then.
 
-use super::choose::is_durable;
 use super::slot_of;
 use granary_meta::record::ExtentRef;
 use granary_meta::ChunkRef;
 use granary_placement::codec::ChunkSet;
+use granary_placement::durable::is_durable;
 use granary_placement::id::{DiskId, ExtentId};
 use granary_placement::map::ClusterMap;
 use granary_wire::chunk::ChunkId;
@@ -42,7 +42,7 @@ pub(super) fn recheck(
                 missing.push(chunk);
             }
         }
-        if !is_durable(map, extent, in_place) {
+        if !is_durable(map, extent.group, extent.k, &extent.slots, in_place) {
             return Err(extent.extent);
         }
     }

@@ -31,6 +31,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio_util::sync::CancellationToken;
 
 /// Versions that this build speaks of everything said between nodes: handshake, chunk requests, frames, and the
 /// messages inside them.
@@ -431,25 +432,39 @@ pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// The server's side; `me` is its disk. `admit` says whether there is a place for a client of that purpose, once it is
-/// known to be of the cluster. The caller sets the deadline.
+/// known to be of the cluster; `turned_out` ends the wait for a client whose place another one needs, and tells it that
+/// the node is busy. The caller sets the deadline.
 pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     credentials: &Credentials,
     me: DiskUuid,
     versions: VersionRange,
     nonce: [u8; NONCE_BYTES],
+    turned_out: CancellationToken,
     admit: impl FnOnce(Purpose) -> bool,
 ) -> Result<Caller, LinkError> {
     let mut client_hello = [0u8; CLIENT_HELLO_BYTES];
     let mut head = [0u8; PREFIX_BYTES];
-    stream.read_exact(&mut head).await.map_err(lost)?;
+    tokio::select! {
+        read = stream.read_exact(&mut head) => read.map_err(lost)?,
+        () = turned_out.cancelled() => {
+            refuse_busy(stream).await;
+            return Err(LinkError::Busy);
+        }
+    };
     let (theirs, purpose) = read_prefix(&head)?;
     let Some(version) = versions.common(theirs) else {
         refuse(stream, versions, Verdict::Version).await;
         return Err(AuthError::Version { ours: versions, theirs }.into());
     };
     client_hello[..PREFIX_BYTES].copy_from_slice(&head);
-    stream.read_exact(&mut client_hello[PREFIX_BYTES..]).await.map_err(lost)?;
+    tokio::select! {
+        read = stream.read_exact(&mut client_hello[PREFIX_BYTES..]) => read.map_err(lost)?,
+        () = turned_out.cancelled() => {
+            refuse_busy(stream).await;
+            return Err(LinkError::Busy);
+        }
+    };
     if client_hello[12..28] != credentials.cluster.0 {
         refuse(stream, versions, Verdict::Cluster).await;
         return Err(AuthError::Cluster.into());
@@ -470,11 +485,17 @@ pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     stream.write_all(&hello).await.map_err(lost)?;
 
     let mut client_proof = [0u8; PROOF_BYTES];
-    stream.read_exact(&mut client_proof).await.map_err(|error| match error.kind() {
-        // A client that hangs up here found our proof wrong.
-        std::io::ErrorKind::UnexpectedEof => LinkError::Auth(AuthError::Secret),
-        _ => lost(error),
-    })?;
+    tokio::select! {
+        read = stream.read_exact(&mut client_proof) => read.map_err(|error| match error.kind() {
+            // A client that hangs up here found our proof wrong.
+            std::io::ErrorKind::UnexpectedEof => LinkError::Auth(AuthError::Secret),
+            _ => lost(error),
+        })?,
+        () = turned_out.cancelled() => {
+            let _ = stream.write_all(&[Verdict::Busy.number()]).await;
+            return Err(LinkError::Busy);
+        }
+    };
     if !same(&client_proof, &transcript.mac(LABEL_CLIENT_PROOF)) {
         let _ = stream.write_all(&[Verdict::Secret.number()]).await;
         return Err(AuthError::Secret.into());

@@ -21,6 +21,11 @@ fn known() -> Credentials {
 /// The disk of the golden handshake.
 const ME: DiskUuid = DiskUuid([0x33; 16]);
 
+/// Of a client whose place nobody needs.
+fn stays() -> CancellationToken {
+    CancellationToken::new()
+}
+
 fn known_ends() -> Ends {
     Ends { to: Some(ME), from: Some(DiskUuid([0x44; 16])) }
 }
@@ -67,7 +72,8 @@ async fn a_server_says_the_golden_bytes() {
         theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
         expect(&mut theirs, "00").await;
     });
-    let caller = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true).await.unwrap();
+    let caller =
+        server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true).await.unwrap();
     client.await.unwrap();
     assert_eq!((caller.purpose, caller.disk), (Purpose::Control, known_ends().from));
     assert_eq!(caller.session.to_client.mac(&[b"x"]), known_session().to_client.mac(&[b"x"]));
@@ -81,7 +87,9 @@ async fn meet(client: Credentials, server: Credentials) -> (Result<Session, Link
             client_handshake(&mut ours, &client, (Purpose::Data, known_ends()), PROTOCOL_VERSIONS, nonce().unwrap())
                 .await
         },
-        async move { server_handshake(&mut theirs, &server, ME, PROTOCOL_VERSIONS, nonce().unwrap(), |_| true).await }
+        async move {
+            server_handshake(&mut theirs, &server, ME, PROTOCOL_VERSIONS, nonce().unwrap(), stays(), |_| true).await
+        }
     )
 }
 
@@ -110,7 +118,7 @@ async fn meet_for(
     let (credentials, ends) = (known(), Ends { to, from });
     let (client, server) = tokio::join!(
         client_handshake(&mut ours, &credentials, (Purpose::Data, ends), PROTOCOL_VERSIONS, [0x11; 32]),
-        server_handshake(&mut theirs, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true)
+        server_handshake(&mut theirs, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true)
     );
     (client.map(|_| ()), server.map(|caller| caller.disk))
 }
@@ -140,7 +148,7 @@ async fn a_client_that_skips_the_proof_of_the_server_gains_nothing() {
         let credentials = known();
         let (verdict, server) = tokio::join!(
             attacker,
-            server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true)
+            server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true)
         );
         assert_eq!(verdict, 3);
         assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
@@ -157,9 +165,42 @@ async fn the_servers_own_proof_is_not_a_proof_of_the_client() {
         theirs.write_all(&hello[44..]).await.unwrap();
     };
     let credentials = known();
-    let (_, server) =
-        tokio::join!(attacker, server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true));
+    let (_, server) = tokio::join!(
+        attacker,
+        server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true)
+    );
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
+}
+
+#[tokio::test]
+async fn a_client_whose_place_is_needed_hears_that_the_node_is_busy_wherever_it_stands() {
+    let hello = hex::decode(CLIENT_HELLO).unwrap();
+    for sent in [0, PREFIX_BYTES, CLIENT_HELLO_BYTES] {
+        let (mut ours, mut theirs) = duplex(1024);
+        let turned_out = stays();
+        let client = async {
+            theirs.write_all(&hello[..sent]).await.unwrap();
+            let mut greeting = [0; 76];
+            if sent == CLIENT_HELLO_BYTES {
+                theirs.read_exact(&mut greeting).await.unwrap();
+            } else {
+                tokio::task::yield_now().await;
+            }
+            turned_out.cancel();
+            let mut verdict = [0; PREFIX_BYTES];
+            if sent == CLIENT_HELLO_BYTES {
+                theirs.read_exact(&mut verdict[10..11]).await.unwrap();
+            } else {
+                theirs.read_exact(&mut verdict).await.unwrap();
+            }
+            verdict[10]
+        };
+        let credentials = known();
+        let serving =
+            server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], turned_out.clone(), |_| true);
+        let (verdict, server) = tokio::join!(client, serving);
+        assert_eq!((verdict, server.unwrap_err()), (Verdict::Busy.number(), LinkError::Busy), "after {sent} bytes");
+    }
 }
 
 #[tokio::test]
@@ -167,7 +208,8 @@ async fn a_recorded_handshake_is_not_good_for_a_second_connection() {
     let (mut ours, mut theirs) = duplex(1024);
     theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();
     theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
-    let server = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, nonce().unwrap(), |_| true).await;
+    let server =
+        server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, nonce().unwrap(), stays(), |_| true).await;
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
 }
 
@@ -181,7 +223,7 @@ async fn every_altered_byte_of_a_handshake_is_noticed() {
         theirs.write_all(&hello).await.unwrap();
         theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
         assert!(
-            server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true).await.is_err(),
+            server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true).await.is_err(),
             "byte {at}"
         );
     }
@@ -210,7 +252,7 @@ async fn meet_as(client: VersionRange, server: VersionRange) -> [Result<u16, Lin
     let credentials = known();
     let (client, server) = tokio::join!(
         client_handshake(&mut ours, &credentials, (Purpose::Data, known_ends()), client, [0x11; 32]),
-        server_handshake(&mut theirs, &credentials, ME, server, [0x22; 32], |_| true)
+        server_handshake(&mut theirs, &credentials, ME, server, [0x22; 32], stays(), |_| true)
     );
     [client.map(|session| session.version), server.map(|caller| caller.session.version)]
 }
@@ -248,7 +290,7 @@ async fn a_refusal_for_the_version_is_the_golden_bytes() {
     let mut hello = hex::decode(CLIENT_HELLO).unwrap();
     hello[9] = 2;
     theirs.write_all(&hello).await.unwrap();
-    let server = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true).await;
+    let server = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true).await;
     let (one, two) = (versions(1, 1), versions(2, 2));
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Version { ours: one, theirs: two }));
     expect(&mut theirs, "6772616e6172790000010100").await;
@@ -259,7 +301,7 @@ async fn a_stranger_is_told_apart_from_a_peer() {
     let (mut ours, mut theirs) = duplex(1024);
     theirs.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     assert_eq!(
-        server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], |_| true).await.unwrap_err(),
+        server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true).await.unwrap_err(),
         LinkError::Auth(AuthError::Magic)
     );
 }

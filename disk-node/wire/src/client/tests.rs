@@ -12,6 +12,7 @@ use std::future::Future;
 use std::time::Instant;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 const QUICK: Duration = Duration::from_millis(200);
 
@@ -99,7 +100,16 @@ async fn something_else_that_listens_is_named_as_such() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_falls_silent_fails_in_time() {
     let client = against(quick(), |mut stream| async move {
-        let _ = server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32], |_| true).await;
+        let _ = server_handshake(
+            &mut stream,
+            &credentials(),
+            ME,
+            PROTOCOL_VERSIONS,
+            [1; 32],
+            CancellationToken::new(),
+            |_| true,
+        )
+        .await;
         hang().await;
     })
     .await;
@@ -117,8 +127,17 @@ async fn an_answer_without_the_right_code_is_not_believed() {
     // request.
     for counter in [None, Some(1)] {
         let client = against(quick(), move |mut stream| async move {
-            let Caller { session, .. } =
-                server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32], |_| true).await.unwrap();
+            let Caller { session, .. } = server_handshake(
+                &mut stream,
+                &credentials(),
+                ME,
+                PROTOCOL_VERSIONS,
+                [1; 32],
+                CancellationToken::new(),
+                |_| true,
+            )
+            .await
+            .unwrap();
             let mac =
                 counter.map_or([0; 32], |counter| head::answer_mac(&session.to_client, counter, StatusCode::OK, "", 0));
             let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: 0\r\nx-granary-mac: {}\r\n\r\n", hex::encode(mac));
@@ -155,7 +174,7 @@ async fn an_answer_with_other_blocks_than_asked_for_is_not_believed() {
         let client = against(quick(), move |mut stream| {
             let text = text.clone();
             async move {
-                let Caller { session, .. } = server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32], |_| true).await.unwrap();
+                let Caller { session, .. } = server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32], CancellationToken::new(), |_| true).await.unwrap();
                 let mac = hex::encode(head::answer_mac(&session.to_client, 0, StatusCode::OK, &text, len));
                 let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {len}\r\nx-granary-answer: {text}\r\nx-granary-mac: {mac}\r\n\r\n");
                 let mut byte = [0; 1];
@@ -179,7 +198,16 @@ async fn a_frame_too_large_or_forged_ends_the_connection_and_its_waiters() {
         let client = against(quick(), move |mut stream| {
             let bytes = bytes.clone();
             async move {
-                let _ = server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32], |_| true).await;
+                let _ = server_handshake(
+                    &mut stream,
+                    &credentials(),
+                    ME,
+                    PROTOCOL_VERSIONS,
+                    [1; 32],
+                    CancellationToken::new(),
+                    |_| true,
+                )
+                .await;
                 let mut byte = [0; 1];
                 let _ = stream.read(&mut byte).await;
                 let _ = stream.write_all(&bytes).await;
@@ -197,8 +225,17 @@ async fn a_frame_too_large_or_forged_ends_the_connection_and_its_waiters() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_of_another_kind_or_to_nobody_harms_nobody() {
     let client = against(ClientLimits::default(), |mut stream| async move {
-        let Caller { session, .. } =
-            server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32], |_| true).await.unwrap();
+        let Caller { session, .. } = server_handshake(
+            &mut stream,
+            &credentials(),
+            ME,
+            PROTOCOL_VERSIONS,
+            [1; 32],
+            CancellationToken::new(),
+            |_| true,
+        )
+        .await
+        .unwrap();
         let (read, write) = stream.into_split();
         let mut reader = FrameReader::new(read, session.to_server);
         let mut writer = FrameWriter::new(write, session.to_client);

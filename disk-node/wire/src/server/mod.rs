@@ -184,12 +184,7 @@ pub async fn serve(
                         continue;
                     };
                     let guest = Guest { server: Arc::clone(&server), number };
-                    connections.spawn(async move {
-                        tokio::select! {
-                            () = close.cancelled() => {}
-                            () = guest.connection(stream, peer) => {}
-                        }
-                    });
+                    connections.spawn(async move { guest.connection(stream, peer, close).await });
                 }
                 Err(error) => {
                     // Out of file descriptors, most likely: closing ones will free some, trying again at once will not.
@@ -230,17 +225,19 @@ impl Drop for Guest {
 }
 
 impl Guest {
-    async fn connection(&self, mut stream: TcpStream, peer: SocketAddr) {
+    /// `close` makes room for another connection: a stranger is told that the node is busy, and any other one ends.
+    async fn connection(&self, mut stream: TcpStream, peer: SocketAddr, close: CancellationToken) {
         let server = &self.server;
         let _ = stream.set_nodelay(true);
         let authenticated = tokio::select! {
             () = server.stop.cancelled() => return,
-            done = timeout(server.limits.handshake_timeout, self.handshake(&mut stream)) => done,
+            done = timeout(server.limits.handshake_timeout, self.handshake(&mut stream, &close)) => done,
         };
         match authenticated {
-            Ok(Ok(Caller { purpose: Purpose::Data, session, .. })) => {
-                data::serve(server, self.number, stream, session, peer).await;
-            }
+            Ok(Ok(Caller { purpose: Purpose::Data, session, .. })) => tokio::select! {
+                () = close.cancelled() => {}
+                () = data::serve(server, self.number, stream, session, peer) => {}
+            },
             Ok(Ok(caller)) => control::serve(server, stream, caller, peer).await,
             Ok(Err(LinkError::Closed(_))) => {} // A port check, or a peer that died.
             Ok(Err(LinkError::Busy)) => server.complaints.warn(
@@ -257,10 +254,11 @@ impl Guest {
         }
     }
 
-    async fn handshake(&self, stream: &mut TcpStream) -> Result<Caller, LinkError> {
+    async fn handshake(&self, stream: &mut TcpStream, close: &CancellationToken) -> Result<Caller, LinkError> {
         let server = &self.server;
         let admit = |purpose| server.places().admit(self.number, purpose == Purpose::Control, Instant::now());
-        server_handshake(stream, &server.credentials, server.me, PROTOCOL_VERSIONS, nonce()?, admit).await
+        server_handshake(stream, &server.credentials, server.me, PROTOCOL_VERSIONS, nonce()?, close.clone(), admit)
+            .await
     }
 }
 

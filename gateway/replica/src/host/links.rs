@@ -1,14 +1,18 @@
 //! Exchanges the heartbeats of links with the other disks, and does what [`crate::sleep`] and [`crate::clock`] decide.
 
 use super::{lock, MetaHost};
+use crate::batching::Batcher;
 use crate::message::{decode_message, encode_message, LinkBeat};
 use crate::sleep::{Action, Facts, SleepTiming, Sleepers};
 use granary_placement::id::DiskId;
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::time::MissedTickBehavior;
+
+/// How often a disk that leads looks whether it is the one that answers at its own address.
+const LOOK_AT_HOME: Duration = Duration::from_secs(5);
 
 /// The links of a disk.
 pub(super) struct Links {
@@ -17,11 +21,18 @@ pub(super) struct Links {
     asking: Mutex<BTreeSet<DiskId>>,
     /// Beats sent or answered.
     pub(super) beats: AtomicU64,
+    /// Another disk answers at this disk's address.
+    displaced: AtomicBool,
 }
 
 impl Links {
     pub(super) fn new(timing: SleepTiming) -> Links {
-        Links { sleepers: Mutex::new(Sleepers::new(timing)), asking: Mutex::default(), beats: AtomicU64::new(0) }
+        Links {
+            sleepers: Mutex::new(Sleepers::new(timing)),
+            asking: Mutex::default(),
+            beats: AtomicU64::new(0),
+            displaced: AtomicBool::new(false),
+        }
     }
 }
 
@@ -94,16 +105,49 @@ impl MetaHost {
     }
 }
 
-/// Hands over what is led here while the clock of this disk is off.
+/// Looks, until the host ends, whether another disk answers at this disk's address. Two disks that were started on each
+/// other's addresses still reach all others and can be elected, but gateways look for them where they are not.
+pub(super) async fn look_at_home(host: MetaHost) {
+    let (inner, links) = (&host.inner, &host.inner.links);
+    let mut look = tokio::time::interval(LOOK_AT_HOME);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = inner.stop.cancelled() => return,
+            _ = look.tick() => {}
+        }
+        let leads = |batcher: &Batcher| batcher.replica.status().leader == Some(inner.config.disk);
+        let was = links.displaced.load(Ordering::Relaxed);
+        if !was && !host.running().iter().any(|(_, batcher)| leads(batcher)) {
+            continue;
+        }
+        let is = tokio::select! {
+            () = inner.stop.cancelled() => return,
+            is = inner.peers.transport.is_displaced(LOOK_AT_HOME) => is,
+        };
+        links.displaced.store(is, Ordering::Relaxed);
+        match (was, is) {
+            (false, true) => {
+                tracing::error!(
+                    "another disk answers at this disk's address: it leads no shard until it is found there"
+                )
+            }
+            (true, false) => tracing::info!("this disk is found at its address again"),
+            _ => {}
+        }
+    }
+}
+
+/// Hands over what is led here while the clock of this disk is off, or no gateway finds it.
 async fn give_way(host: &MetaHost) {
     let mut off = None;
+    let displaced = host.inner.links.displaced.load(Ordering::Relaxed);
     for (_, batcher) in host.running() {
         let status = batcher.replica.status();
-        if let Some(ahead_ms) = host.clock_off(&status) {
-            off = Some(ahead_ms);
-            if status.leader == Some(host.inner.config.disk) {
-                batcher.replica.hand_over().await;
-            }
+        let ahead_ms = host.clock_off(&status);
+        off = ahead_ms.or(off);
+        if (ahead_ms.is_some() || displaced) && status.leader == Some(host.inner.config.disk) {
+            batcher.replica.hand_over().await;
         }
     }
     if host.inner.clocks.news(off.is_some()) {

@@ -8,6 +8,7 @@
 //! A replica that the map does not name any more is stopped once the shard's leader, asked by it, says that it is no
 //! member. Its data stays; should the map name this disk again, it begins from there.
 
+mod durable;
 mod identity;
 mod links;
 mod reclaim;
@@ -259,6 +260,7 @@ impl MetaHost {
         }
         host.inner.tasks.spawn(reconcile::run(host.clone()));
         host.inner.tasks.spawn(links::run(host.clone()));
+        host.inner.tasks.spawn(links::look_at_home(host.clone()));
         host.inner.tasks.spawn(reclaim::run(host.clone()));
         Ok(host)
     }
@@ -287,6 +289,9 @@ impl MetaHost {
         let response = match ShardRequest::decode(request).map_err(bad_request)? {
             ShardRequest::Command(mut request) => {
                 self.stamp(shard, &mut request)?;
+                if let Some(refusal) = self.too_few_chunks(shard, &request)? {
+                    return refusal?.encode().map_err(bad_request);
+                }
                 ShardResponse::Reply(self.command(shard, request).await?)
             }
             ShardRequest::Query(query) => ShardResponse::Answer(self.query(shard, query).await?),
@@ -308,6 +313,18 @@ impl MetaHost {
         }
         request.stamp_ms = Some(now_ms);
         Ok(())
+    }
+
+    /// The leader's refusal of a payload that would not bear the loss of a failure domain: see [`durable`].
+    fn too_few_chunks(
+        &self,
+        shard: ShardId,
+        request: &MetaRequest,
+    ) -> Result<Option<Result<ShardResponse, ControlError>>, ControlError> {
+        if !self.batcher(shard)?.replica.is_leader() {
+            return Ok(None);
+        }
+        Ok(self.newest_map().and_then(|map| durable::refusal(&map, &request.command)))
     }
 
     /// How far this disk's clock is ahead of those of a shard's other voters, as far as they were heard of.

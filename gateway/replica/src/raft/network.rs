@@ -71,6 +71,9 @@ pub trait PeerTransport: Send + Sync + 'static {
         message: Bytes,
         deadline: Duration,
     ) -> BoxFuture<'static, Result<Bytes, TransportError>>;
+
+    /// Whether another disk answers where this one is looked for. False while nobody answers there.
+    fn is_displaced(&self, deadline: Duration) -> BoxFuture<'static, bool>;
 }
 
 /// What all replicas of a disk share to talk to others.

@@ -22,6 +22,7 @@ use tokio::sync::watch;
 pub struct Network {
     hosts: Mutex<BTreeMap<DiskId, (MetaHost, Handle)>>,
     cut: Mutex<BTreeSet<(DiskId, DiskId)>>,
+    displaced: Mutex<BTreeSet<DiskId>>,
 }
 
 impl Network {
@@ -31,6 +32,12 @@ impl Network {
 
     pub fn cut_one_way(&self, from: DiskId, to: DiskId) {
         self.cut.lock().unwrap().insert((from, to));
+    }
+
+    /// Lets another disk answer at this disk's address, or no longer. Its own messages still reach all others.
+    pub fn displace(&self, disk: DiskId, is_displaced: bool) {
+        let mut displaced = self.displaced.lock().unwrap();
+        let _ = if is_displaced { displaced.insert(disk) } else { displaced.remove(&disk) };
     }
 
     pub fn isolate(&self, disk: DiskId, others: &[DiskId]) {
@@ -113,6 +120,11 @@ impl PeerTransport for Wire {
         _deadline: Duration,
     ) -> BoxFuture<'static, Result<Bytes, TransportError>> {
         self.ask(to, move |host, me| async move { host.link_beat(me, &message) })
+    }
+
+    fn is_displaced(&self, _deadline: Duration) -> BoxFuture<'static, bool> {
+        let is_displaced = self.network.displaced.lock().unwrap().contains(&self.me);
+        Box::pin(async move { is_displaced })
     }
 }
 
