@@ -140,16 +140,21 @@ impl SegmentFile for OpenSegment {
     fn pread(&self, offset: u64, len_bytes: usize, buffer: &mut Vec<u8>) -> io::Result<()> {
         buffer.clear();
         buffer.reserve(len_bytes);
-        // A pooled buffer may have more room than was asked for; the last read may overshoot, and is cut.
         while buffer.len() < len_bytes {
-            let at = offset + buffer.len() as u64;
-            match rustix::io::pread(&self.0, rustix::buffer::spare_capacity(buffer), at) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) | Err(Errno::INTR) => {}
+            let (at, have) = (offset + buffer.len() as u64, buffer.len());
+            // A pooled buffer may have far more room than is wanted: the kernel is asked for no byte more.
+            let room = buffer.spare_capacity_mut().get_mut(..len_bytes - have).unwrap_or_default();
+            match rustix::io::pread(&self.0, room, at) {
+                Ok(([], _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((read, _)) => {
+                    let length = have + read.len();
+                    // SAFETY: the kernel has written the bytes from `have` to `length`, which lie within the capacity.
+                    unsafe { buffer.set_len(length) };
+                }
+                Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        buffer.truncate(len_bytes);
         Ok(())
     }
 
@@ -178,5 +183,39 @@ impl SegmentFile for OpenSegment {
 
     fn drop_cache(&self) -> io::Result<()> {
         Ok(rustix::fs::fadvise(&self.0, 0, None::<NonZeroU64>, Advice::DontNeed)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Bytes that this thread was given by reads so far, as the kernel counts them.
+    fn bytes_read() -> u64 {
+        let counts = std::fs::read_to_string("/proc/thread-self/io").unwrap();
+        counts.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn a_read_into_a_buffer_with_more_room_asks_for_what_is_wanted_and_no_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("segment");
+        let contents: Vec<u8> = (0..1u32 << 20).map(|at| (at % 251) as u8).collect();
+        std::fs::write(&path, &contents).unwrap();
+        let segment = OpenSegment(std::fs::File::open(&path).unwrap().into());
+        let mut buffer = Vec::with_capacity(contents.len());
+        // The count itself is read from a file, as long as before.
+        let own = (bytes_read(), bytes_read());
+        for (offset, wanted) in [(0, 16_384), (70_001, 65_536), (contents.len() - 10, 10)] {
+            let before = bytes_read();
+            segment.pread(offset as u64, wanted, &mut buffer).unwrap();
+            let read = bytes_read() - before;
+            assert_eq!(buffer, contents[offset..offset + wanted]);
+            let slack = own.1 - own.0 + 64;
+            assert!(read <= wanted as u64 + slack, "{read} bytes for {wanted}");
+        }
+        let past_the_end = segment.pread(contents.len() as u64 - 10, 11, &mut buffer);
+        assert_eq!(past_the_end.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 }
