@@ -7,10 +7,13 @@ use crate::error::{ChunkError, LinkError};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
+
+/// First pause before a node that has no place is asked again; doubles each time.
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
 /// The pool. In use: at most `max_in_use`; idle: at most `max_idle`.
 pub(super) struct Pool {
@@ -57,24 +60,36 @@ impl Pool {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection: an idle one that is still good, unless `fresh`; else a new one.
+    /// A connection: an idle one that is still good, unless `fresh`; else a new one. A node that has no place for one
+    /// is asked again for as long as a request may wait for a place here: connections of other clients that fall silent
+    /// make room. So many gateways may be busy at once, and none drops a chunk for that.
     pub(super) async fn lease(self: &Arc<Self>, fresh: bool) -> Result<Lease, ChunkError> {
+        let until = Instant::now() + self.target.limits.pool_wait;
         let permit = timeout(self.target.limits.pool_wait, Arc::clone(&self.in_use).acquire_owned())
             .await
             .ok()
             .and_then(Result::ok)
             .ok_or(ChunkError::Overloaded)?;
-        while let Some(mut connection) = if fresh { None } else { self.pop_idle() } {
-            if connection.sender.is_closed() || !connection.probe.quiet() {
-                continue;
+        let mut pause = BUSY_PAUSE;
+        loop {
+            while let Some(mut connection) = if fresh { None } else { self.pop_idle() } {
+                if connection.sender.is_closed() || !connection.probe.quiet() {
+                    continue;
+                }
+                // Its last answer is read; what remains is that hyper takes note.
+                if let Ok(Ok(())) = timeout(self.target.limits.connect_timeout, connection.sender.ready()).await {
+                    return Ok(Lease { connection, reused: true, pool: Arc::clone(self), _permit: permit });
+                }
             }
-            // Its last answer is read; what remains is that hyper takes note.
-            if let Ok(Ok(())) = timeout(self.target.limits.connect_timeout, connection.sender.ready()).await {
-                return Ok(Lease { connection, reused: true, pool: Arc::clone(self), _permit: permit });
+            match self.connect().await {
+                Err(LinkError::Busy) if Instant::now() + pause < until => tokio::time::sleep(pause).await,
+                connected => {
+                    let connection = connected?;
+                    return Ok(Lease { connection, reused: false, pool: Arc::clone(self), _permit: permit });
+                }
             }
+            pause *= 2;
         }
-        let connection = self.connect().await?;
-        Ok(Lease { connection, reused: false, pool: Arc::clone(self), _permit: permit })
     }
 
     /// The idle connection that was used last; those kept too long are closed.
