@@ -10,6 +10,7 @@ use granary_wire::error::ChunkError;
 use granary_wire::server::{serve, ChunkBlocks, ChunkSink, NodeService, ServerLimits};
 use granary_wire::Credentials;
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -59,7 +60,7 @@ pub struct Disk {
     pub quarantine: Mutex<BTreeMap<ChunkId, u64>>,
     /// The highest epoch of each background task that was obeyed.
     pub leases: Mutex<BTreeMap<String, u64>>,
-    server: Mutex<Option<JoinHandle<()>>>,
+    server: Mutex<Option<(JoinHandle<()>, CancellationToken)>>,
 }
 
 impl Disk {
@@ -85,15 +86,19 @@ impl Disk {
     }
 
     pub fn serve(self: &Arc<Disk>, listener: TcpListener, credentials: Credentials) {
-        let service: Arc<dyn NodeService> = Arc::new(Service(self.clone()));
+        let killed = CancellationToken::new();
+        let service: Arc<dyn NodeService> = Arc::new(Service { disk: self.clone(), killed: killed.clone() });
         let who = (self.uuid, credentials);
         let server = tokio::spawn(serve(listener, service, who, ServerLimits::default(), CancellationToken::new()));
-        *self.server.lock().unwrap() = Some(server);
+        *self.server.lock().unwrap() = Some((server, killed));
     }
 
-    /// As kill -9: every connection breaks, new ones are refused.
+    /// As kill -9: from now on nothing is done and nothing is answered; every connection breaks, new ones are refused.
     pub fn kill(&self) {
-        if let Some(server) = self.server.lock().unwrap().take() {
+        if let Some((server, killed)) = self.server.lock().unwrap().take() {
+            // The task ends, and closes its connections, only when its runtime comes to that. Nothing that reaches it
+            // until then is answered.
+            killed.cancel();
             server.abort();
         }
     }
@@ -176,12 +181,29 @@ impl Disk {
     }
 }
 
-struct Service(Arc<Disk>);
+/// Does some work of a node, unless and until that is killed: its answer never comes then, and the connection breaks.
+async fn until_killed<T>(killed: &CancellationToken, work: impl Future<Output = T>) -> T {
+    let done = tokio::select! {
+        biased;
+        () = killed.cancelled() => None,
+        done = work => Some(done),
+    };
+    match done.filter(|_| !killed.is_cancelled()) {
+        Some(done) => done,
+        None => std::future::pending().await,
+    }
+}
+
+/// A node from its start until it is killed.
+struct Service {
+    disk: Arc<Disk>,
+    killed: CancellationToken,
+}
 
 impl NodeService for Service {
     fn control(&self, _from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
-        Box::pin(async move {
-            let disk = &self.0;
+        Box::pin(until_killed(&self.killed, async move {
+            let disk = &self.disk;
             disk.hang().await;
             match request {
                 ControlRequest::Status => ControlResponse::Status(NodeStatus {
@@ -245,7 +267,7 @@ impl NodeService for Service {
                 }
                 _ => ControlResponse::Error(ControlError::BadRequest("not in this test".to_owned())),
             }
-        })
+        }))
     }
 
     fn begin_chunk(
@@ -254,34 +276,36 @@ impl NodeService for Service {
         spec: ChunkSpec,
         lease: Option<LeaseStamp>,
     ) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>> {
-        Box::pin(async move {
-            self.0.hang().await;
-            self.0.admit(&lease).map_err(|current| ChunkError::StaleLease { current })?;
-            if self.0.full.load(Ordering::SeqCst) {
+        Box::pin(until_killed(&self.killed, async move {
+            let Service { disk, killed } = self;
+            disk.hang().await;
+            disk.admit(&lease).map_err(|current| ChunkError::StaleLease { current })?;
+            if disk.full.load(Ordering::SeqCst) {
                 return Err(ChunkError::DiskFull);
             }
-            let sink: Box<dyn ChunkSink> = Box::new(Sink { disk: self.0.clone(), id, spec, lease, bytes: Vec::new() });
-            Ok(sink)
-        })
+            let (disk, killed) = (disk.clone(), killed.clone());
+            Ok(Box::new(Sink { disk, killed, id, spec, lease, bytes: Vec::new() }) as Box<dyn ChunkSink>)
+        }))
     }
 
     fn read_blocks(&self, id: ChunkId, first: u32, blocks: u32) -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>> {
-        Box::pin(async move {
-            self.0.reads_begun.fetch_add(1, Ordering::SeqCst);
-            self.0.hang().await;
-            let delay_ms = self.0.read_delay_ms.load(Ordering::SeqCst);
+        Box::pin(until_killed(&self.killed, async move {
+            self.disk.reads_begun.fetch_add(1, Ordering::SeqCst);
+            self.disk.hang().await;
+            let delay_ms = self.disk.read_delay_ms.load(Ordering::SeqCst);
             if delay_ms > 0 {
                 tokio::time::sleep(Duration::from_millis(delay_ms)).await;
             }
-            let result = self.0.read(id, first, blocks);
-            self.0.reads_ended.fetch_add(1, Ordering::SeqCst);
+            let result = self.disk.read(id, first, blocks);
+            self.disk.reads_ended.fetch_add(1, Ordering::SeqCst);
             result
-        })
+        }))
     }
 }
 
 struct Sink {
     disk: Arc<Disk>,
+    killed: CancellationToken,
     id: ChunkId,
     spec: ChunkSpec,
     lease: Option<LeaseStamp>,
@@ -290,7 +314,8 @@ struct Sink {
 
 impl ChunkSink for Sink {
     fn write(&mut self, data: Bytes) -> BoxFuture<'_, Result<(), ChunkError>> {
-        Box::pin(async move {
+        let killed = self.killed.clone();
+        let work = async move {
             self.disk.hang().await;
             let left = self.disk.die_after_bytes.load(Ordering::SeqCst);
             if left != u64::MAX {
@@ -302,11 +327,13 @@ impl ChunkSink for Sink {
             }
             self.bytes.extend_from_slice(&data);
             Ok(())
-        })
+        };
+        Box::pin(async move { until_killed(&killed, work).await })
     }
 
     fn finish(self: Box<Self>, crcs: Vec<u32>) -> BoxFuture<'static, Result<(), ChunkError>> {
-        Box::pin(async move {
+        let killed = self.killed.clone();
+        let work = async move {
             self.disk.hang().await;
             self.disk.admit(&self.lease).map_err(|current| ChunkError::StaleLease { current })?;
             for (block, (bytes, crc)) in (0u32..).zip(self.bytes.chunks(BLOCK_BYTES as usize).zip(&crcs)) {
@@ -320,6 +347,7 @@ impl ChunkSink for Sink {
             self.disk.damage.lock().unwrap().retain(|(id, _), _| *id != self.id);
             chunks.insert(self.id, Stored { spec: self.spec, bytes: self.bytes.into(), crcs });
             Ok(())
-        })
+        };
+        Box::pin(async move { until_killed(&killed, work).await })
     }
 }
