@@ -4,13 +4,17 @@
 //! - [`node`]: such a disk node; [`cluster`]: some of them, a map, and an object store on top;
 //! - [`write`], [`read`]: what staging and reading promise; [`reads`]: reads that last long;
 //! - [`peers`]: the metadata shards, in memory; [`meta`]: what tests do in them behind the gateways' backs;
-//! - [`heal`]: what repair, garbage collection and census promise; [`sweep`]: what becomes of chunks that nobody owns.
+//! - [`heal`]: what repair and garbage collection promise; [`healers`]: several healers at once; [`moves`]: slots that
+//!   get another disk; [`census`]: the count; [`sweep`]: what becomes of chunks that nobody owns.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod census;
 mod cluster;
 mod heal;
+mod healers;
 mod meta;
+mod moves;
 mod node;
 #[allow(dead_code)] // the tests inside the gateway use more of it
 mod peers;

@@ -1,6 +1,7 @@
 use crate::cluster::{payload, seed, Cluster, UNIT};
-use crate::heal::{fill, give_slot_to, now_ms, settings, small};
+use crate::heal::{fill, now_ms, settings, small};
 use crate::meta::Meta;
+use crate::moves::give_slot_to;
 use granary_gateway::background::heal::{HealSettings, Healer};
 use granary_gateway::object::Placement;
 use granary_placement::id::{Epoch, ShardId};

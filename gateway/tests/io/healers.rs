@@ -1,0 +1,80 @@
+//! Several healers at once, and one that does not know that another took over.
+
+use crate::cluster::{seed, Cluster};
+use crate::heal::{all_contents, chunk, contents, fill, heal, small};
+use crate::meta::Meta;
+use granary_gateway::background::heal::HEAL_TASK;
+use granary_gateway::background::leases::{Held, Holder, LeaseSettings};
+use granary_gateway::object::chunk_id;
+use granary_meta::{Command, Reply};
+use granary_placement::id::{ExtentId, ShardId};
+use granary_wire::chunk::ChunkId;
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
+use granary_wire::error::ChunkError;
+use std::time::Duration;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_holder_whose_lease_was_taken_over_can_neither_delete_nor_write() {
+    let mut draw = seed("a_paused_holder_whose_lease_was_taken_over_can_neither_delete_nor_write");
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let ttl = Duration::from_millis(200);
+    let holder =
+        |name: &str| Holder::new(meta.shards.clone(), move || LeaseSettings { ttl }, HEAL_TASK, name.to_owned());
+    // The first takes the lease and is paused from then on: it renews nothing, and does not know what happens.
+    let paused = holder("paused").acquire().await;
+    let successor = holder("successor").acquire().await;
+    assert_eq!((paused.stamp().epoch, successor.stamp().epoch, paused.is_lost()), (1, 2, false));
+
+    let extent = &objects[1].0.extents()[0];
+    let (id, disk) = (chunk_id(extent, 0), cluster.holder(extent, 0));
+    let client = cluster.store.disks().client(disk.id).unwrap();
+    let delete = |held: &Held, id: ChunkId| {
+        let (client, lease) = (client.clone(), Some(held.stamp().clone()));
+        async move {
+            let request = ControlRequest::DeleteChunks { chunks: vec![id], lease };
+            client.control(request, Duration::from_secs(10)).await.unwrap()
+        }
+    };
+    let (spec, bytes) = disk.chunks.lock().unwrap().get(&id).map(|stored| (stored.spec, stored.bytes.clone())).unwrap();
+    let other = ChunkId { extent: ExtentId([9; 16]), ..id };
+    meta.report(ShardId(1), chunk(extent, 0));
+    let queued = (chunk(extent, 0), meta.generation(ShardId(1), chunk(extent, 0)));
+    let repaired = |held: &Held| Command::RepairDone { chunks: vec![queued], lease: held.stamp().clone() };
+
+    // As long as the successor has not acted, nobody knows of it; then the paused one is refused everywhere it acted.
+    assert_eq!(delete(&successor, other).await, ControlResponse::Deleted(0));
+    let noted =
+        meta.shards.command(ShardId(1), Command::GarbageDone { extents: vec![], lease: successor.stamp().clone() });
+    assert_eq!(noted.await.unwrap(), Reply::Done);
+    let before = all_contents(&cluster);
+    let refused = ControlResponse::Error(ControlError::StaleLease { current: 2 });
+    assert_eq!(delete(&paused, id).await, refused);
+    let write = client.put_chunk_under(paused.stamp(), other, spec, vec![bytes]).await;
+    assert_eq!(write, Err(ChunkError::StaleLease { current: 2 }));
+    assert_eq!(meta.shards.command(ShardId(1), repaired(&paused)).await.unwrap(), Reply::StaleLease { current: 2 });
+    assert!(all_contents(&cluster) == before && meta.missing() == 1);
+    assert_eq!(meta.shards.command(ShardId(1), repaired(&successor)).await.unwrap(), Reply::Done);
+    assert_eq!(meta.missing(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_healers_do_no_harm_to_each_other() {
+    let mut draw = seed("several_healers_do_no_harm_to_each_other");
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    fill(&cluster, &meta, &mut draw).await;
+    let before = all_contents(&cluster);
+    let _healers = [heal(&cluster, &meta), heal(&cluster, &meta), heal(&cluster, &meta)];
+    for round in 0..3 {
+        let place = (round + draw.number() as usize % 2) % 6;
+        cluster.kill(place).await;
+        cluster.disks[place].chunks.lock().unwrap().clear();
+        cluster.revive(place).await;
+        cluster
+            .until("it is full again", || contents(&cluster.disks[place]) == before[place] && meta.missing() == 0)
+            .await;
+    }
+    assert!(all_contents(&cluster) == before);
+}
