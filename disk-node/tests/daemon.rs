@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "answers/rows.rs"]
+mod answers;
+
 use bytes::Bytes;
 use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ExtentId, HashSlot, PlacementGroupId, ShardId};
 use granary_placement::lease::LeaseStamp;
@@ -17,7 +20,7 @@ use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::error::{AuthError, LinkError};
 use granary_wire::{ChunkError, ClientLimits, ClusterSecret, Credentials, Ends, NodeClient};
 use std::collections::BTreeMap;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -705,4 +708,45 @@ async fn memory_stays_bounded_under_load() {
     assert!(peak_kib < 400 * 1024, "{peak_kib} KiB");
     node.signal("TERM");
     assert!(node.wait().success());
+}
+
+/// The real node, for the table of answers.
+struct Asked {
+    disk: Disk,
+    running: Running,
+}
+
+impl answers::Node for Asked {
+    fn client(&self) -> NodeClient {
+        self.running.client()
+    }
+
+    fn damage(&mut self, _: ChunkId, _: u32, bytes: &[u8]) {
+        let mut found = 0;
+        for entry in std::fs::read_dir(self.disk.dir().join("segments")).unwrap() {
+            let file = std::fs::OpenOptions::new().read(true).write(true).open(entry.unwrap().path()).unwrap();
+            let mut begin = vec![0; 16 << 20];
+            let len = file.read_at(&mut begin, 0).unwrap();
+            for at in
+                begin[..len].windows(64).enumerate().filter(|(_, window)| *window == &bytes[..64]).map(|(at, _)| at)
+            {
+                file.write_all_at(&[!bytes[0]], at as u64).unwrap();
+                found += 1;
+            }
+        }
+        assert_eq!(found, 1);
+    }
+
+    async fn kill(&mut self) {
+        self.running.signal("KILL");
+        self.running.wait();
+        self.running = self.disk.serve();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_real_node_answers_as_the_table_says() {
+    let disk = Disk::new();
+    let running = disk.serve();
+    answers::ask_all(&mut Asked { disk, running }).await;
 }

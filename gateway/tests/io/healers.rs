@@ -1,8 +1,10 @@
 //! Several healers at once, and one that does not know that another took over.
 
+use crate::answers;
 use crate::cluster::{seed, Cluster};
 use crate::heal::{all_contents, chunk, contents, fill, heal, small};
 use crate::meta::Meta;
+use crate::node::Damage;
 use granary_gateway::background::heal::HEAL_TASK;
 use granary_gateway::background::leases::{Held, Holder, LeaseSettings};
 use granary_gateway::object::chunk_id;
@@ -11,6 +13,7 @@ use granary_placement::id::{ExtentId, ShardId};
 use granary_wire::chunk::ChunkId;
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::error::ChunkError;
+use granary_wire::NodeClient;
 use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -77,4 +80,32 @@ async fn several_healers_do_no_harm_to_each_other() {
             .await;
     }
     assert!(all_contents(&cluster) == before);
+}
+
+/// The imitation of a disk node, for the table of answers.
+struct Asked {
+    cluster: Cluster,
+    client: NodeClient,
+}
+
+impl answers::Node for Asked {
+    fn client(&self) -> NodeClient {
+        self.client.clone()
+    }
+
+    fn damage(&mut self, id: ChunkId, block: u32, _: &[u8]) {
+        self.cluster.disks[0].damage.lock().unwrap().insert((id, block), Damage::Noticed);
+    }
+
+    async fn kill(&mut self) {
+        self.cluster.kill(0).await;
+        self.cluster.revive(0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_imitation_of_a_disk_node_answers_as_the_real_one() {
+    let cluster = Cluster::start(1, 1, small()).await;
+    let client = cluster.store.disks().client(cluster.disks[0].id).unwrap();
+    answers::ask_all(&mut Asked { cluster, client }).await;
 }

@@ -1,18 +1,24 @@
 //! A disk node whose disk is a map, with faults on demand.
+//!
+//! Without faults it answers as the real one does: both are asked the same questions in
+//! `disk-node/tests/answers/rows.rs`. What it leaves out: room (it is full or not), holes, recovery, and the quarantine's
+//! clock, which tests set.
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use granary_placement::id::{DiskId, DiskUuid, Epoch};
 use granary_placement::lease::LeaseStamp;
-use granary_wire::chunk::{block_count, block_crc, ChunkHealth, ChunkId, ChunkInfo, ChunkSpec, BLOCK_BYTES};
+use granary_wire::chunk::{
+    block_count, block_crc, ChunkHealth, ChunkId, ChunkInfo, ChunkSpec, BLOCK_BYTES, MAX_CHUNK_BYTES,
+};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::error::ChunkError;
 use granary_wire::server::{serve, ChunkBlocks, ChunkSink, NodeService, ServerLimits};
 use granary_wire::Credentials;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -58,8 +64,14 @@ pub struct Disk {
     pub deletes: AtomicU64,
     /// Chunks in quarantine, and for how long, in milliseconds.
     pub quarantine: Mutex<BTreeMap<ChunkId, u64>>,
-    /// The highest epoch of each background task that was obeyed.
-    pub leases: Mutex<BTreeMap<String, u64>>,
+    /// The highest epoch of each background task that was obeyed. Locked while a request under a lease is carried out.
+    leases: Mutex<BTreeMap<String, u64>>,
+    /// Requests that were refused because a newer holder of their lease had acted.
+    pub refused_stale: AtomicU64,
+    /// Chunks of which a request took a good block away.
+    pub spoiled: Mutex<BTreeSet<ChunkId>>,
+    /// Called at each step of each request, before it.
+    pub at_step: Mutex<Option<Arc<dyn Fn() + Send + Sync>>>,
     server: Mutex<Option<(JoinHandle<()>, CancellationToken)>>,
 }
 
@@ -81,6 +93,9 @@ impl Disk {
             deletes: AtomicU64::new(0),
             quarantine: Mutex::default(),
             leases: Mutex::default(),
+            refused_stale: AtomicU64::new(0),
+            spoiled: Mutex::default(),
+            at_step: Mutex::default(),
             server: Mutex::new(None),
         })
     }
@@ -107,45 +122,135 @@ impl Disk {
         self.chunks.lock().unwrap().len()
     }
 
-    /// Obeys a lease or gives the epoch that took it over.
-    fn admit(&self, lease: &Option<LeaseStamp>) -> Result<(), u64> {
-        let Some(LeaseStamp { task, epoch }) = lease else { return Ok(()) };
+    /// Obeys a lease, or says why not. Whoever holds the answer is waited for by a newer holder's requests.
+    fn admit(&self, lease: Option<&LeaseStamp>) -> Result<Option<MutexGuard<'_, BTreeMap<String, u64>>>, Refused> {
+        let Some(LeaseStamp { task, epoch }) = lease else { return Ok(None) };
+        if !LeaseStamp::is_task(task) {
+            return Err(Refused::BadTask);
+        }
         let mut leases = self.leases.lock().unwrap();
         let current = leases.entry(task.clone()).or_default();
         *current = (*current).max(*epoch);
-        if *current == *epoch {
-            Ok(())
+        let current = *current;
+        if current == *epoch {
+            Ok(Some(leases))
         } else {
-            Err(*current)
+            self.refused_stale.fetch_add(1, Ordering::SeqCst);
+            Err(Refused::Stale(current))
         }
     }
 
-    async fn hang(&self) {
+    async fn step(&self) {
+        let at_step = self.at_step.lock().unwrap().clone();
+        if let Some(at_step) = at_step {
+            at_step();
+            // Whatever that did to this node or to others comes first.
+            tokio::task::yield_now().await;
+        }
         if self.hung.load(Ordering::SeqCst) {
             std::future::pending::<()>().await;
         }
     }
 
+    /// Puts a chunk in the place of an older one, or nothing, in one step.
+    fn replace(&self, id: ChunkId, stored: Option<Stored>) -> bool {
+        let (mut chunks, mut damage) = (self.chunks.lock().unwrap(), self.damage.lock().unwrap());
+        let before = good_blocks(&chunks, &damage, &id);
+        damage.retain(|(damaged, _), _| *damaged != id);
+        let was_there = match stored {
+            Some(stored) => chunks.insert(id, stored),
+            None => {
+                self.quarantine.lock().unwrap().remove(&id);
+                chunks.remove(&id)
+            }
+        };
+        if !before.is_subset(&good_blocks(&chunks, &damage, &id)) {
+            self.spoiled.lock().unwrap().insert(id);
+        }
+        was_there.is_some()
+    }
+
     fn health(&self, id: &ChunkId) -> ChunkHealth {
-        let chunks = self.chunks.lock().unwrap();
+        let (chunks, damage) = (self.chunks.lock().unwrap(), self.damage.lock().unwrap());
         let Some(stored) = chunks.get(id).filter(|_| !self.blind.load(Ordering::SeqCst)) else {
             return ChunkHealth::Missing;
         };
-        let damage = self.damage.lock().unwrap();
-        let damaged = damage.keys().any(|(damaged, _)| damaged == id);
-        let wrong = stored.bytes.chunks(BLOCK_BYTES as usize).zip(&stored.crcs).zip(0u32..);
-        let wrong = wrong.into_iter().any(|((bytes, crc), block)| block_crc(id, block, bytes) != *crc);
-        if damaged || wrong {
-            ChunkHealth::Corrupt
-        } else {
+        if good_blocks(&chunks, &damage, id).len() as u64 == block_count(stored.spec.len_bytes) {
             ChunkHealth::Good
+        } else {
+            ChunkHealth::Corrupt
         }
+    }
+
+    fn answer(&self, request: ControlRequest) -> Result<ControlResponse, ControlError> {
+        Ok(match request {
+            ControlRequest::Status => ControlResponse::Status(NodeStatus {
+                disk: Some(self.id),
+                uuid: self.uuid,
+                epoch: Epoch(1),
+                capacity_bytes: 1 << 40,
+                free_bytes: 1 << 39,
+                chunks: self.count() as u64,
+                chunk_bytes: 0,
+                feature_level: 1,
+            }),
+            ControlRequest::DeleteChunks { chunks: ids, lease } => {
+                at_most(ids.len(), MAX_CHUNKS)?;
+                let _under_lease = self.admit(lease.as_ref())?;
+                self.deletes.fetch_add(ids.len() as u64, Ordering::SeqCst);
+                ControlResponse::Deleted(ids.iter().filter(|id| self.replace(**id, None)).count() as u32)
+            }
+            ControlRequest::HaveChunks(ids) => {
+                at_most(ids.len(), MAX_CHUNKS)?;
+                let chunks = self.chunks.lock().unwrap();
+                ControlResponse::Have(ids.iter().map(|id| chunks.contains_key(id)).collect())
+            }
+            ControlRequest::ListChunks { after, limit } => {
+                let limit = (limit as usize).clamp(1, MAX_CHUNKS);
+                let (chunks, quarantine) = (self.chunks.lock().unwrap(), self.quarantine.lock().unwrap());
+                let mut listed: Vec<ChunkInfo> = chunks
+                    .iter()
+                    .filter(|(id, _)| after.is_none_or(|after| **id > after))
+                    .take(limit + 1)
+                    .map(|(id, stored)| ChunkInfo {
+                        id: *id,
+                        spec: stored.spec,
+                        age_ms: self.age_ms.load(Ordering::SeqCst),
+                        quarantined_ms: quarantine.get(id).copied(),
+                    })
+                    .collect();
+                let more = listed.len() > limit;
+                listed.truncate(limit);
+                ControlResponse::Chunks { chunks: listed, more }
+            }
+            ControlRequest::Quarantine { chunks: ids, into, lease } => {
+                at_most(ids.len(), MAX_CHUNKS)?;
+                let _under_lease = self.admit(Some(&lease))?;
+                let (chunks, mut quarantine) = (self.chunks.lock().unwrap(), self.quarantine.lock().unwrap());
+                for id in ids {
+                    if !into {
+                        quarantine.remove(&id);
+                    } else if chunks.contains_key(&id) {
+                        quarantine.entry(id).or_insert(0);
+                    }
+                }
+                ControlResponse::Done
+            }
+            ControlRequest::VerifyChunks(ids) => {
+                at_most(ids.len(), MAX_VERIFY)?;
+                ControlResponse::Health(ids.iter().map(|id| self.health(id)).collect())
+            }
+            _ => return Err(ControlError::BadRequest("not in this test".to_owned())),
+        })
     }
 
     fn read(&self, id: ChunkId, first: u32, blocks: u32) -> Result<ChunkBlocks, ChunkError> {
         let chunks = self.chunks.lock().unwrap();
         let stored = chunks.get(&id).filter(|_| !self.blind.load(Ordering::SeqCst)).ok_or(ChunkError::NotFound)?;
         let total = block_count(stored.spec.len_bytes) as u32;
+        if blocks == 0 || first >= total {
+            return Err(ChunkError::Rejected(format!("block {first} of a chunk of {total} blocks")));
+        }
         let damage = self.damage.lock().unwrap();
         let (mut crcs, mut data) = (Vec::new(), Vec::new());
         for block in first..total.min(first + blocks) {
@@ -181,6 +286,50 @@ impl Disk {
     }
 }
 
+/// Most chunks that one request may name, and may have verified.
+const MAX_CHUNKS: usize = 1000;
+const MAX_VERIFY: usize = 256;
+
+/// Why a request under a lease is refused.
+enum Refused {
+    Stale(u64),
+    BadTask,
+}
+
+impl From<Refused> for ChunkError {
+    fn from(refused: Refused) -> ChunkError {
+        match refused {
+            Refused::Stale(current) => ChunkError::StaleLease { current },
+            Refused::BadTask => ChunkError::Rejected("not the name of a task".to_owned()),
+        }
+    }
+}
+
+impl From<Refused> for ControlError {
+    fn from(refused: Refused) -> ControlError {
+        match refused {
+            Refused::Stale(current) => ControlError::StaleLease { current },
+            Refused::BadTask => ControlError::BadRequest("not the name of a task".to_owned()),
+        }
+    }
+}
+
+fn good_blocks(
+    chunks: &BTreeMap<ChunkId, Stored>,
+    damage: &BTreeMap<(ChunkId, u32), Damage>,
+    id: &ChunkId,
+) -> BTreeSet<u32> {
+    let Some(stored) = chunks.get(id) else { return BTreeSet::new() };
+    let blocks = (0u32..).zip(stored.bytes.chunks(BLOCK_BYTES as usize).zip(&stored.crcs));
+    let good = blocks.filter(|(block, (bytes, crc))| block_crc(id, *block, bytes) == **crc);
+    good.map(|(block, _)| block).filter(|block| !damage.contains_key(&(*id, *block))).collect()
+}
+
+fn at_most(count: usize, limit: usize) -> Result<(), ControlError> {
+    let too_many = || ControlError::BadRequest(format!("{count} chunks in one request, at most {limit} are allowed"));
+    (count <= limit).then_some(()).ok_or_else(too_many)
+}
+
 /// Does some work of a node, unless and until that is killed: its answer never comes then, and the connection breaks.
 async fn until_killed<T>(killed: &CancellationToken, work: impl Future<Output = T>) -> T {
     let done = tokio::select! {
@@ -203,70 +352,8 @@ struct Service {
 impl NodeService for Service {
     fn control(&self, _from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
         Box::pin(until_killed(&self.killed, async move {
-            let disk = &self.disk;
-            disk.hang().await;
-            match request {
-                ControlRequest::Status => ControlResponse::Status(NodeStatus {
-                    disk: Some(disk.id),
-                    uuid: disk.uuid,
-                    epoch: Epoch(1),
-                    capacity_bytes: 1 << 40,
-                    free_bytes: 1 << 39,
-                    chunks: disk.count() as u64,
-                    chunk_bytes: 0,
-                    feature_level: 1,
-                }),
-                ControlRequest::DeleteChunks { chunks: ids, lease } => {
-                    if let Err(current) = disk.admit(&lease) {
-                        return ControlResponse::Error(ControlError::StaleLease { current });
-                    }
-                    disk.deletes.fetch_add(ids.len() as u64, Ordering::SeqCst);
-                    let mut chunks = disk.chunks.lock().unwrap();
-                    let mut damage = disk.damage.lock().unwrap();
-                    damage.retain(|(id, _), _| !ids.contains(id));
-                    disk.quarantine.lock().unwrap().retain(|id, _| !ids.contains(id));
-                    ControlResponse::Deleted(ids.iter().filter(|id| chunks.remove(id).is_some()).count() as u32)
-                }
-                ControlRequest::HaveChunks(ids) => {
-                    let chunks = disk.chunks.lock().unwrap();
-                    ControlResponse::Have(ids.iter().map(|id| chunks.contains_key(id)).collect())
-                }
-                ControlRequest::ListChunks { after, limit } => {
-                    let (chunks, quarantine) = (disk.chunks.lock().unwrap(), disk.quarantine.lock().unwrap());
-                    let mut listed: Vec<ChunkInfo> = chunks
-                        .iter()
-                        .filter(|(id, _)| after.is_none_or(|after| **id > after))
-                        .take(limit as usize + 1)
-                        .map(|(id, stored)| ChunkInfo {
-                            id: *id,
-                            spec: stored.spec,
-                            age_ms: disk.age_ms.load(Ordering::SeqCst),
-                            quarantined_ms: quarantine.get(id).copied(),
-                        })
-                        .collect();
-                    let more = listed.len() > limit as usize;
-                    listed.truncate(limit as usize);
-                    ControlResponse::Chunks { chunks: listed, more }
-                }
-                ControlRequest::Quarantine { chunks: ids, into, lease } => {
-                    if let Err(current) = disk.admit(&Some(lease)) {
-                        return ControlResponse::Error(ControlError::StaleLease { current });
-                    }
-                    let mut quarantine = disk.quarantine.lock().unwrap();
-                    for id in ids {
-                        if into {
-                            quarantine.entry(id).or_insert(0);
-                        } else {
-                            quarantine.remove(&id);
-                        }
-                    }
-                    ControlResponse::Done
-                }
-                ControlRequest::VerifyChunks(ids) => {
-                    ControlResponse::Health(ids.iter().map(|id| disk.health(id)).collect())
-                }
-                _ => ControlResponse::Error(ControlError::BadRequest("not in this test".to_owned())),
-            }
+            self.disk.step().await;
+            self.disk.answer(request).unwrap_or_else(ControlResponse::Error)
         }))
     }
 
@@ -278,8 +365,14 @@ impl NodeService for Service {
     ) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>> {
         Box::pin(until_killed(&self.killed, async move {
             let Service { disk, killed } = self;
-            disk.hang().await;
-            disk.admit(&lease).map_err(|current| ChunkError::StaleLease { current })?;
+            disk.step().await;
+            drop(disk.admit(lease.as_ref())?);
+            if spec.len_bytes == 0 || spec.len_bytes > MAX_CHUNK_BYTES {
+                return Err(ChunkError::Rejected("a chunk has 1 byte to 64 MiB of payload".to_owned()));
+            }
+            if spec.k == 0 || u16::from(id.index) >= u16::from(spec.k) + u16::from(spec.m) {
+                return Err(ChunkError::Rejected("the chunk's index is not below K+M".to_owned()));
+            }
             if disk.full.load(Ordering::SeqCst) {
                 return Err(ChunkError::DiskFull);
             }
@@ -291,7 +384,7 @@ impl NodeService for Service {
     fn read_blocks(&self, id: ChunkId, first: u32, blocks: u32) -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>> {
         Box::pin(until_killed(&self.killed, async move {
             self.disk.reads_begun.fetch_add(1, Ordering::SeqCst);
-            self.disk.hang().await;
+            self.disk.step().await;
             let delay_ms = self.disk.read_delay_ms.load(Ordering::SeqCst);
             if delay_ms > 0 {
                 tokio::time::sleep(Duration::from_millis(delay_ms)).await;
@@ -316,7 +409,7 @@ impl ChunkSink for Sink {
     fn write(&mut self, data: Bytes) -> BoxFuture<'_, Result<(), ChunkError>> {
         let killed = self.killed.clone();
         let work = async move {
-            self.disk.hang().await;
+            self.disk.step().await;
             let left = self.disk.die_after_bytes.load(Ordering::SeqCst);
             if left != u64::MAX {
                 if (data.len() as u64) > left {
@@ -334,18 +427,24 @@ impl ChunkSink for Sink {
     fn finish(self: Box<Self>, crcs: Vec<u32>) -> BoxFuture<'static, Result<(), ChunkError>> {
         let killed = self.killed.clone();
         let work = async move {
-            self.disk.hang().await;
-            self.disk.admit(&self.lease).map_err(|current| ChunkError::StaleLease { current })?;
-            for (block, (bytes, crc)) in (0u32..).zip(self.bytes.chunks(BLOCK_BYTES as usize).zip(&crcs)) {
-                if block_crc(&self.id, block, bytes) != *crc {
+            let Sink { disk, killed, id, spec, lease, bytes } = *self;
+            disk.step().await;
+            let _under_lease = disk.admit(lease.as_ref())?;
+            if bytes.len() as u64 != spec.len_bytes {
+                return Err(ChunkError::Rejected("less payload than was announced".to_owned()));
+            }
+            if crcs.len() as u64 != block_count(spec.len_bytes) {
+                return Err(ChunkError::Rejected("as many checksums as blocks are needed".to_owned()));
+            }
+            for (block, (bytes, crc)) in (0u32..).zip(bytes.chunks(BLOCK_BYTES as usize).zip(&crcs)) {
+                if block_crc(&id, block, bytes) != *crc {
                     return Err(ChunkError::Corrupt { block });
                 }
             }
-            assert_eq!(self.bytes.len() as u64, self.spec.len_bytes);
             // As the chunk store does: the whole new chunk takes the place of an older one in one step.
-            let mut chunks = self.disk.chunks.lock().unwrap();
-            self.disk.damage.lock().unwrap().retain(|(id, _), _| *id != self.id);
-            chunks.insert(self.id, Stored { spec: self.spec, bytes: self.bytes.into(), crcs });
+            if !killed.is_cancelled() {
+                disk.replace(id, Some(Stored { spec, bytes: bytes.into(), crcs }));
+            }
             Ok(())
         };
         Box::pin(async move { until_killed(&killed, work).await })
