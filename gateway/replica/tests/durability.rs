@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod common;
+#[path = "common/synced.rs"]
+mod synced;
 
-use common::cluster::{copy_dir, Cluster};
+use common::cluster::Cluster;
 use common::{put, request, Random};
 use granary_meta::apply::apply;
 use granary_meta::kv::{Kv, Overlay};
@@ -15,12 +17,14 @@ use granary_replica::message::{
     decode_message, encode_message, PeerMessage, PeerRequest, PeerResponse, ReplicaId, WireVote,
 };
 use granary_replica::snapshot;
-use granary_replica::store::{LogDb, LogWrite, StateDb};
+use granary_replica::store::{Buffers, LogDb, LogWrite, StateDb};
 use granary_replica::Space;
 use granary_wire::control::ControlError;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use synced::{copy_what_was_synced, Keep};
 
 const SHARD: ShardId = ShardId(1);
 
@@ -52,15 +56,15 @@ async fn a_crash_without_a_flush_replays_the_log_to_the_same_state() {
     loop {
         cluster.same_state(SHARD, &[1]).await;
         applied = cluster.host(1).status()[0].applied_index;
-        // The memtables are lost with the process: the copy has only what reached the files.
-        copy_dir(&cluster.path(1), &cluster.path(2));
+        // The memtables are lost, and so are bytes that were written and not synced.
+        copy_what_was_synced(&cluster.path(1), &cluster.path(2));
         let at = {
             let crashed = StateDb::open(&cluster.path(2).join("state"), no_fatal()).unwrap();
             snapshot::applied_state(&crashed, SHARD).unwrap().last.map_or(0, |last| last.index)
         };
         println!("state on disk at {at}, applied before the crash {applied}");
         std::fs::remove_dir_all(cluster.path(2)).unwrap();
-        copy_dir(&cluster.path(1), &cluster.path(2));
+        copy_what_was_synced(&cluster.path(1), &cluster.path(2));
         if at < applied {
             break;
         }
@@ -111,7 +115,7 @@ async fn a_crash_of_one_of_three_replays_to_the_hash_of_the_others() {
     for i in 0..90u64 {
         cluster.put(&mut random, SHARD, &format!("key-{}", i % 30), &i.to_be_bytes()).await;
     }
-    copy_dir(&cluster.path(2), &cluster.path(9));
+    copy_what_was_synced(&cluster.path(2), &cluster.path(9));
     cluster.stop(2).await;
     std::fs::remove_dir_all(cluster.path(2)).unwrap();
     std::fs::rename(cluster.path(9), cluster.path(2)).unwrap();
@@ -215,7 +219,7 @@ async fn a_vote_is_not_given_twice_across_a_crash() {
         pre_vote: false,
     };
     let PeerResponse::Voted { granted: true, .. } = ask(&host, 3, vote(3)).await else { panic!("no vote") };
-    copy_dir(&cluster.path(1), &cluster.path(8));
+    copy_what_was_synced(&cluster.path(1), &cluster.path(8));
     cluster.stop_all().await;
     drop(host);
     std::fs::remove_dir_all(cluster.path(1)).unwrap();
@@ -301,39 +305,61 @@ fn a_snapshot_file_carries_the_whole_shard_and_any_damage_is_seen() {
     assert_eq!(snapshot::state_hash(&to, SHARD).unwrap(), snapshot::state_hash(&from, SHARD).unwrap());
 }
 
+/// The state and the snapshot files in a folder, opened as at a start. The memtables are as small as they can be.
+fn open_in(dir: &Path) -> StateDb {
+    let state = StateDb::open_with(&dir.join("state"), no_fatal(), &Buffers::within(1)).unwrap();
+    snapshot::finish_interrupted(&state, SHARD, &dir.join("files"), &Space::without_reserve()).unwrap();
+    state
+}
+
 #[test]
-fn an_install_that_a_crash_interrupts_is_finished_at_the_next_start() {
+fn an_install_that_loses_power_at_any_moment_leaves_the_old_state_or_is_finished() {
     let dir = tempfile::tempdir().unwrap();
-    let from = filled(&dir.path().join("from"), 3_000);
-    let expected = snapshot::state_hash(&from, SHARD).unwrap();
-    let file = dir.path().join("snapshot");
-    snapshot::write_file(&from, SHARD, &file, &Space::without_reserve()).unwrap();
-    let files = dir.path().join("files");
+    let disk = dir.path().join("disk");
+    let files = disk.join("files");
     std::fs::create_dir_all(&files).unwrap();
-
-    // As a crash in the middle of the install leaves it: the file under its fixed name, the marker, and half of the new
-    // state.
-    let state = filled(&dir.path().join("to"), 500);
+    std::fs::File::open(&disk).unwrap().sync_all().unwrap();
+    std::fs::File::open(&files).unwrap().sync_all().unwrap();
+    let from = filled(&dir.path().join("from"), 3_000);
+    let new = snapshot::state_hash(&from, SHARD).unwrap();
+    drop(filled(&disk.join("state"), 500));
+    let state = open_in(&disk);
     state.flush().unwrap();
-    std::fs::copy(&file, files.join(format!("install-{SHARD}"))).unwrap();
-    let mut marker = granary_meta::kv::Writes::new();
-    marker.insert([[0xff, 0xff], SHARD.0.to_be_bytes()].concat(), Some(Vec::new()));
-    state.write(SHARD, marker, None).unwrap();
-    state.clear(SHARD).unwrap();
-    let half = granary_meta::keys::Keys::new(SHARD).object(BucketId(1), "half");
-    state.write(SHARD, [(half, Some(vec![1]))].into_iter().collect(), None).unwrap();
-    state.flush().unwrap();
-    drop(state);
+    std::fs::File::open(&disk).unwrap().sync_all().unwrap();
+    let old = snapshot::state_hash(&state, SHARD).unwrap();
 
-    let state = StateDb::open(&dir.path().join("to"), no_fatal()).unwrap();
-    snapshot::finish_interrupted(&state, SHARD, &files, &Space::without_reserve()).unwrap();
-    // `half` is overwritten by nothing: it must be gone, not mixed in.
-    assert_eq!(snapshot::state_hash(&state, SHARD).unwrap(), expected);
-    assert_eq!(std::fs::read_dir(&files).unwrap().count(), 0);
-    drop(state);
-    let state = StateDb::open(&dir.path().join("to"), no_fatal()).unwrap();
-    snapshot::finish_interrupted(&state, SHARD, &files, &Space::without_reserve()).unwrap();
-    assert_eq!(snapshot::state_hash(&state, SHARD).unwrap(), expected, "not durable");
+    let is_installed = Arc::<AtomicU64>::default();
+    let told = is_installed.clone();
+    let record = synced::record(&[disk], move || told.load(Ordering::SeqCst));
+    snapshot::write_file(&from, SHARD, &files.join("in-1"), &Space::without_reserve()).unwrap();
+    snapshot::install(&state, SHARD, &files, &files.join("in-1")).unwrap();
+    is_installed.store(1, Ordering::SeqCst);
+    let moments = record.end();
+
+    let seed = common::seed("an_install_that_loses_power_at_any_moment_leaves_the_old_state_or_is_finished");
+    let mut random = Random(seed);
+    let mut finished = 0;
+    for (number, moment) in moments.iter().enumerate() {
+        for keep in [Keep::Nothing, Keep::SomeOf(Random(random.next()))] {
+            let after = format!("moment {number}, after a sync of {}", moment.after_sync_of.display());
+            let again = tempfile::tempdir().unwrap();
+            let (first, second) = (again.path().join("first"), again.path().join("second"));
+            moment.cuts[0].write(&first, keep);
+            let marker = [[0xff, 0xff], SHARD.0.to_be_bytes()].concat();
+            let found = StateDb::open(&first.join("state"), no_fatal()).unwrap();
+            finished += u64::from(found.get(&marker).unwrap().is_some());
+            drop(found);
+            let state = open_in(&first);
+            let hash = snapshot::state_hash(&state, SHARD).unwrap();
+            assert!(hash == new || (hash == old && moment.told_until == 0), "{after}: half a state, or an old one");
+            assert!(!first.join("files").join(format!("install-{SHARD}")).exists());
+            // And it stays so, whatever was finished here.
+            copy_what_was_synced(&first, &second);
+            assert_eq!(snapshot::state_hash(&open_in(&second), SHARD).unwrap(), hash, "{after}: not for long");
+        }
+    }
+    println!("{} moments, {finished} installs finished at the next start", moments.len());
+    assert!(finished > 0, "no cut came in the middle of the install");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

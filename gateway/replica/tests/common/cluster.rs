@@ -10,7 +10,7 @@ use granary_replica::{HostConfig, MetaHost, PeerTransport, Space, Timing, Transp
 use granary_wire::control::ControlError;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -395,50 +395,4 @@ fn probe(shard: ShardId) -> Query {
 
 pub fn noop(random: &mut Random) -> MetaRequest {
     super::request(random, 1, Command::Noop)
-}
-
-/// Copies a directory as a crash would leave it: what the file system has now, without closing anything. Files come and
-/// go while a database flushes, and a copy that mixes two moments is no crash; so it counts only when nothing changed
-/// while it was made.
-pub fn copy_dir(from: &Path, to: &Path) {
-    for _ in 0..200 {
-        let before = listing(from);
-        if before.is_some() && copy_once(from, to).is_ok() && listing(from) == before {
-            return;
-        }
-        let _ = std::fs::remove_dir_all(to);
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    panic!("{} did not come to rest", from.display());
-}
-
-type Listing = BTreeMap<PathBuf, (u64, std::time::SystemTime)>;
-
-/// Every file with its length and time of change; None when one vanished meanwhile.
-fn listing(dir: &Path) -> Option<Listing> {
-    let mut found = Listing::new();
-    for entry in std::fs::read_dir(dir).ok()? {
-        let entry = entry.ok()?;
-        let about = entry.metadata().ok()?;
-        if about.is_dir() {
-            found.extend(listing(&entry.path())?);
-        } else {
-            found.insert(entry.path(), (about.len(), about.modified().ok()?));
-        }
-    }
-    Some(found)
-}
-
-fn copy_once(from: &Path, to: &Path) -> std::io::Result<()> {
-    std::fs::create_dir_all(to)?;
-    for entry in std::fs::read_dir(from)? {
-        let entry = entry?;
-        let target = to.join(entry.file_name());
-        if entry.file_type()?.is_dir() {
-            copy_once(&entry.path(), &target)?;
-        } else {
-            std::fs::copy(entry.path(), target)?;
-        }
-    }
-    Ok(())
 }
