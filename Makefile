@@ -40,11 +40,14 @@ build: setup ## build the server and the disk node
 run: build ## start an embedded cluster of six disk nodes: S3 on $(S3), data kept in $(DIR)
 	@exec $(BIN)/granary dev --dir "$(DIR)" --s3 "$(S3)" --admin "$(ADMIN)"
 
-test: setup-test ## the whole suite, with real clients and real faults
+# make test ARGS='--test faults -- part_of_a_name' runs a part of it; still the whole workspace, see above.
+ARGS ?=
+
+test: setup-test ## the whole suite, with real clients and real faults; part of it: ARGS='--test s3 -- NAME'
 	@echo "==> building Granary and its tests (the first build on a machine compiles RocksDB: 10 to 20 minutes on two cores)"
 	$(LOCKED) cargo test $(CARGO_FLAGS) --workspace --no-run
 	@echo "==> running the suite (about ten minutes)"
-	$(LOCKED) tests/suite.sh $(CARGO_FLAGS) --workspace
+	$(LOCKED) tests/suite.sh $(CARGO_FLAGS) --workspace $(ARGS)
 
 check: setup setup-check ## formatting, lints, unused dependencies, licences and sources of dependencies
 	cargo fmt --all --check
@@ -54,7 +57,7 @@ check: setup setup-check ## formatting, lints, unused dependencies, licences and
 
 soak: setup-test ## the long forms: hours, results go to docs/reliability.md
 	$(LOCKED) cargo test $(CARGO_FLAGS) --workspace --no-run
-	GRANARY_SOAK=1 $(LOCKED) cargo test $(CARGO_FLAGS) --workspace --test clients --test faults --test s3 -- --nocapture --test-threads 1
+	GRANARY_SOAK=1 $(LOCKED) tests/suite.sh $(CARGO_FLAGS) --workspace --test clients --test faults --test s3 -- --nocapture --test-threads 1
 
 bench: build ## codec kernels, then PUT and GET against a fresh cluster
 	$(BIN)/granary-bench codec
