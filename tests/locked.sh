@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs a command that compiles or uses what was compiled, alone in the target folder that all clones of a user share: locked.sh COMMAND...
+# Runs a command that compiles or uses what was compiled, alone in the target folder that all clones of a user share:
+# locked.sh COMMAND...
 #
-# Cargo tells a changed file by its time alone. A clone that was checked out before another one was built would be taken for built, so
-# whoever builds after another clone touches its own sources first.
+# Cargo tells a changed file by its time alone. A clone that was checked out before another one was built would be taken
+# for built, so whoever builds after another clone touches its own sources first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "$CARGO_TARGET_DIR"

@@ -23,7 +23,7 @@ check_ours() { # check_ours FOLDER...
   local folder theirs
   for folder in "$@"; do
     [ -e "$folder" ] || continue
-    theirs=$(find "$folder" -name .granary -prune -o ! -type l ! -uid "$(id -u)" ! -writable -print -quit 2>/dev/null)
+    theirs=$(find "$folder" -name .granary -prune -o ! -type l ! -uid "$(id -u)" ! -writable -print -quit 2>/dev/null) || true # a build of another clone takes files away meanwhile
     [ -z "$theirs" ] || fail "$theirs belongs to $(stat -c %U "$theirs"), and $(id -un) may not write it. \
 Run make as one user, without sudo: it asks for rights itself where it needs them. As root: chown -R $(id -un): $folder"
   done
@@ -95,8 +95,8 @@ As root: apt-get update && apt-get install -y --no-install-recommends $packages"
 }
 
 setup_test() {
-  # Clients from PyPI, in a folder of their own; the list's hash names it, so that a changed list is a new folder. A Python that was
-  # upgraded leaves a folder that does not start.
+  # Clients from PyPI, in a folder of their own; the list's hash names it, so that a changed list is a new folder. A
+  # Python that was upgraded leaves a folder that does not start.
   local requirements=$here/clients/requirements.txt clients
   clients=$cache/clients-$(sha256sum "$requirements" | cut -c1-12)
   if [ ! -e "$clients/ready" ] || ! "$clients/bin/python" -c 'import boto3' 2>/dev/null; then
@@ -130,7 +130,8 @@ setup_test() {
   printf 'GRANARY_CLIENTS=%s\nGRANARY_NEWER_CLIENTS=%s\n' "$clients/bin" "$newer_bin" > "$cache/clients.env"
 }
 
-# The checkers, each in a folder of its version. Without optimisation: they are compiled in half the time and are quick enough.
+# The checkers, each in a folder of its version. Without optimisation: they are compiled in half the time and are quick
+# enough.
 setup_check() {
   local tool
   # Of a run that was killed.

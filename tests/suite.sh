@@ -9,9 +9,9 @@ started=$SECONDS
 cargo test --no-fail-fast "$@" 2>&1 | tee "$log" || status=$?
 echo
 echo "==> seconds by suite"
-# Cargo names a package in the line of its unit tests only; its other suites follow. The failed tests of a suite stand in
-# the last `failures:` block before its result. A suite without a result was killed, aborted, or left by `exit`: what came
-# after in it never ran, so it failed whatever its exit code was.
+# Cargo names a package in the line of its unit tests only; its other suites follow. The failed tests of a suite stand
+# in the last `failures:` block before its result. A suite without a result was killed, aborted, or left by `exit`: what
+# came after in it never ran, so it failed whatever its exit code was.
 LC_ALL=C awk -v took="$((SECONDS - started))" -v status="$status" -v log_file="$log" '
   function end_of_suite() {
     if (name == "") return
