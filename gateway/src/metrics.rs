@@ -104,14 +104,24 @@ impl Metrics {
             bytes_in: counter(&registry, "granary_s3_bytes_in_total", "Payload bytes received from clients")?,
             bytes_out: counter(&registry, "granary_s3_bytes_out_total", "Payload bytes sent to clients")?,
             disk_state: gauge_vec(&registry, "granary_disk_state", "1 for the state a disk is in", &["disk", "state"])?,
-            disk_free_bytes: gauge_vec(&registry, "granary_disk_free_bytes", "Bytes free for new chunks", &["disk"])?,
+            disk_free_bytes: gauge_vec(
+                &registry,
+                "granary_disk_seen_free_bytes",
+                "Bytes free for new chunks, as the disk said last",
+                &["disk"],
+            )?,
             disk_capacity_bytes: gauge_vec(
                 &registry,
-                "granary_disk_capacity_bytes",
+                "granary_disk_seen_capacity_bytes",
                 "Size of the file system",
                 &["disk"],
             )?,
-            disk_chunks: gauge_vec(&registry, "granary_disk_chunks", "Chunks in the disk's index", &["disk"])?,
+            disk_chunks: gauge_vec(
+                &registry,
+                "granary_disk_seen_chunks",
+                "Chunks in the disk's index, as it said last",
+                &["disk"],
+            )?,
             shard_leader_known: gauge_vec(
                 &registry,
                 "granary_shard_leader_known",

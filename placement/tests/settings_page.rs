@@ -13,24 +13,25 @@ fn root() -> PathBuf {
 const HEAD: &str = "\
 # Settings
 
-This page is made from the table in `placement/src/settings/table.rs`, by its test; `granary config` prints the same with the values in
-force.
+This page is made from the table in `placement/src/settings/table.rs`, by its test; `granary config` prints the same
+with the values in force.
 
 A setting of scope *process* belongs to one process. It is given, in this order of precedence, by
 
 1. `--set NAME=VALUE`, as often as needed, to `granary dev`, `granary gateway` or `granary-disk-node serve`;
 2. the environment: `GRANARY_OBJECT_REPLAY` for `object.replay`;
-3. a TOML file, `--config FILE` or `GRANARY_CONFIG`: `[object]`, then `replay = \"8MiB\"`. One file may serve all programs of a machine;
+3. a TOML file, `--config FILE` or `GRANARY_CONFIG`: `[object]`, then `replay = \"8MiB\"`. One file may serve all
+   programs of a machine;
 4. the default.
 
 Settings of the section `node` are read by disk nodes, all others by gateways; `granary dev` takes both.
 
-A setting of scope *cluster* is one value for the whole cluster, kept in the root shard. `granary config set NAME VALUE` changes it,
-`granary config unset NAME` puts it back to its default, and running gateways follow within seconds. `granary dev` also takes it from
-`--set`, environment and file, puts it there, and says so.
+A setting of scope *cluster* is one value for the whole cluster, kept in the root shard. `granary config set NAME VALUE`
+changes it, `granary config unset NAME` puts it back to its default, and running gateways follow within seconds.
+`granary dev` also takes it from `--set`, environment and file, puts it there, and says so.
 
-A time is a number and `ms`, `s`, `min`, `h` or `d`; a size is a number of bytes, or a number and `KiB`, `MiB`, `GiB` or `TiB`. What makes no
-sense is refused with what would.
+A time is a number and `ms`, `s`, `min`, `h` or `d`; a size is a number of bytes, or a number and `KiB`, `MiB`, `GiB` or
+`TiB`. What makes no sense is refused with what would.
 ";
 
 fn page() -> String {

@@ -6,6 +6,7 @@
 //! | `c` chunk id (25) | where the chunk's record lies and what the chunk is |
 //! | `p` segment (4) offset (8) | length (8): a dead piece of a segment whose hole is not yet synced |
 //! | `s` segment (4) | what is known of the segment: identity, watermark, state, live records |
+//! | `q` chunk id (25) | since when the chunk is in quarantine |
 //! | `m` | whose index this is, next sequence and segment number, totals |
 //!
 //! Every batch carries the watermarks, counts and totals that follow from it. The engine may lose batches until a

@@ -8,11 +8,11 @@ use crate::codec::{decode, encode_at, Counters, Fence, KeptReply, QueuedAt, Reco
 use crate::keys::{kind, Keys};
 use crate::kv::{Kv, Overlay, StateError};
 use crate::level::{self, Build};
+use crate::nature::TakenBy;
 use crate::record::{AccountId, BucketId, BucketRule, Usage};
 use crate::{buckets, leases, maps, objects, queues, repair_slots, rules, settings, uploads};
 use crate::{Command, MetaRequest, Reply};
 use granary_placement::id::ShardId;
-use granary_placement::lease::LeaseStamp;
 
 /// So many replies are kept at least.
 pub const REQUEST_WINDOW: u64 = 16_384;
@@ -121,7 +121,7 @@ pub fn apply_by<K: Kv + ?Sized>(
     }
     let mut tx = Tx { batch, keys, now_ms: request.now_ms, account: request.account, build, level };
     let kept_key = tx.keys.request(&request.request_id);
-    let repeatable = is_repeatable(&request.command);
+    let repeatable = request.command.nature().repeatable;
     if !repeatable {
         if let Some(kept) = tx.load::<KeptReply>(&kept_key)? {
             return Ok(kept.reply);
@@ -158,24 +158,6 @@ fn expired(now_ms: u64, clock_ms: u64) -> Option<Reply> {
     (!in_time).then_some(Reply::Expired { age_ms })
 }
 
-/// May the command be applied twice in a row, or late, without harm? Such are most commands of background work; their
-/// replies are not kept, so that they push no client's out of the window.
-fn is_repeatable(command: &Command) -> bool {
-    matches!(
-        command,
-        Command::ReportMissing { .. }
-            | Command::RepairDone { .. }
-            | Command::GarbageDone { .. }
-            | Command::QueueRepair { .. }
-            | Command::AdvanceRepair { .. }
-            | Command::RepairSlotDone { .. }
-            | Command::RequireMap { .. }
-            | Command::RenewLease { .. }
-            | Command::ReleaseLease { .. }
-            | Command::Noop
-    )
-}
-
 /// Forgets replies that are beyond the window and older than any command that could still be applied.
 fn forget_replies<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, counters: &mut Counters) -> Result<(), StateError> {
     for _ in 0..FORGOTTEN_AT_ONCE {
@@ -198,57 +180,17 @@ fn forget_replies<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, counters: &mut Counter
     Ok(())
 }
 
-/// Does the command belong to the root shard? None: to any shard.
-fn wants_root(command: &Command) -> Option<bool> {
-    match command {
-        Command::CreateBucket { .. }
-        | Command::BeginDeleteBucket { .. }
-        | Command::EndDeleteBucket { .. }
-        | Command::SetMap { .. }
-        | Command::TakeLease { .. }
-        | Command::RenewLease { .. }
-        | Command::ReleaseLease { .. }
-        | Command::SetSetting { .. }
-        | Command::BeginBucketRule { .. }
-        | Command::EndBucketRule { .. } => Some(true),
-        Command::Noop | Command::SetFeatureLevel { .. } => None,
-        Command::PutObject { .. }
-        | Command::DeleteObject { .. }
-        | Command::CreateUpload { .. }
-        | Command::PutPart { .. }
-        | Command::CompleteUpload { .. }
-        | Command::AbortUpload { .. }
-        | Command::FenceBucket { .. }
-        | Command::UnfenceBucket { .. }
-        | Command::ReportMissing { .. }
-        | Command::RepairDone { .. }
-        | Command::GarbageDone { .. }
-        | Command::SetBucketRule { .. }
-        | Command::QueueRepair { .. }
-        | Command::AdvanceRepair { .. }
-        | Command::RepairSlotDone { .. }
-        | Command::RequireMap { .. } => Some(false),
-    }
-}
-
-/// The stamp of a command of background work.
-fn stamp_of(command: &Command) -> Option<&LeaseStamp> {
-    match command {
-        Command::RepairDone { lease, .. }
-        | Command::GarbageDone { lease, .. }
-        | Command::QueueRepair { lease, .. }
-        | Command::AdvanceRepair { lease, .. }
-        | Command::RepairSlotDone { lease, .. }
-        | Command::RequireMap { lease, .. } => Some(lease),
-        _ => None,
-    }
-}
-
 fn dispatch<K: Kv + ?Sized>(shard: ShardId, tx: &mut Tx<'_, '_, K>, command: &Command) -> Result<Reply, StateError> {
-    if wants_root(command).is_some_and(|root| root != (shard == ShardId::ROOT)) {
+    let nature = command.nature();
+    let is_taken = match nature.taken_by {
+        TakenBy::Root => shard == ShardId::ROOT,
+        TakenBy::Objects => shard != ShardId::ROOT,
+        TakenBy::Any => true,
+    };
+    if !is_taken {
         return Ok(Reply::Refused(format!("not a command of shard {shard}")));
     }
-    if let Some(stamp) = stamp_of(command) {
+    if let Some(stamp) = nature.lease {
         if let Some(reply) = leases::turned_away(tx, stamp)? {
             return Ok(reply);
         }

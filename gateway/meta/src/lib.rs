@@ -4,9 +4,9 @@
 //!
 //! 1. [`record`], [`keys`], [`codec`], [`kv`]: what the map holds, byte by byte, and the seam to it.
 //!    `docs/formats/metadata.md`.
-//! 2. [`command`], [`reply`], [`check`], [`apply`] with [`objects`], [`uploads`], [`queues`], [`repair_slots`],
-//!    [`buckets`], [`rules`], [`maps`], [`leases`], [`settings`], [`level`]: a batch and a command in, writes and a
-//!    reply out.
+//! 2. [`command`], [`nature`], [`reply`], [`check`], [`apply`] with [`objects`], [`uploads`], [`queues`],
+//!    [`repair_slots`], [`buckets`], [`rules`], [`maps`], [`leases`], [`settings`], [`level`]: a batch and a command in,
+//!    writes and a reply out.
 //! 3. [`query`], [`answer`], [`list`]: a view and a query in, an answer out.
 //! 4. [`message`]: requests and answers as bytes.
 //! 5. [`memory`]: the shards of a cluster in memory, for tests of whoever talks to them.
@@ -27,6 +27,7 @@ pub mod list;
 pub mod maps;
 pub mod memory;
 pub mod message;
+pub mod nature;
 pub mod objects;
 pub mod query;
 pub mod queues;

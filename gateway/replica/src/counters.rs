@@ -1,6 +1,6 @@
 //! What the replicas of a disk did.
 
-/// Counts since the host was opened; all only grow but the last.
+/// Counts since the host was opened, which only grow, and some of how it stands now, which say so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MetaCounters {
     /// Commands taken.

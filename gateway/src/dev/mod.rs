@@ -252,7 +252,7 @@ fn disk_node_program() -> Result<PathBuf, DevError> {
         return Ok(path);
     }
     Err(DevError::Program(format!(
-        "{} is not there: build it (cargo build -p granary-disk-node) or name it in {DISK_NODE_VAR}",
+        "{} is not there: build it (make build) or name it in {DISK_NODE_VAR}",
         path.display()
     )))
 }

@@ -332,6 +332,10 @@ impl Inner {
                 DiskHealth::Suspect => {
                     tracing::warn!(disk = %entry.id, address = %entry.address, %error, "disk is suspect")
                 }
+                // At a gateway's start its disk nodes may be starting, too.
+                DiskHealth::Down if first => {
+                    tracing::info!(disk = %entry.id, address = %entry.address, %error, "disk does not answer yet");
+                }
                 DiskHealth::Down => {
                     self.counters.downs.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(disk = %entry.id, address = %entry.address, %error, "disk is down");

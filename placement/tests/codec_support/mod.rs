@@ -5,10 +5,10 @@
 
 use granary_placement::codec::{ChunkSet, Codec};
 
-/// A seed of its own for every run, or the one in `GRANARY_TEST_SEED`, to replay a failure. Failing assertions print
+/// A seed of its own for every run, or the one in `GRANARY_SEED`, to replay a failure. Failing assertions print
 /// it.
 pub fn seed() -> u64 {
-    if let Ok(text) = std::env::var("GRANARY_TEST_SEED") {
+    if let Ok(text) = std::env::var("GRANARY_SEED") {
         return text.parse().unwrap();
     }
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();

@@ -345,7 +345,7 @@ impl MetaHost {
     pub async fn command(&self, shard: ShardId, request: MetaRequest) -> Result<Reply, ControlError> {
         check_level(&request.command).map_err(ControlError::BadRequest)?;
         let batcher = self.batcher(shard)?;
-        if self.inner.room.any_full() && request.command.grows() && batcher.replica.is_leader() {
+        if self.inner.room.any_full() && request.command.nature().grows && batcher.replica.is_leader() {
             let voters = batcher.replica.status().voters;
             let full = self.inner.room.full_one_of(self.inner.config.disk, voters.into_iter(), Instant::now());
             if let Some(disk) = full {
