@@ -115,12 +115,23 @@ async fn a_crash_of_one_of_three_replays_to_the_hash_of_the_others() {
     for i in 0..90u64 {
         cluster.put(&mut random, SHARD, &format!("key-{}", i % 30), &i.to_be_bytes()).await;
     }
+    cluster.same_state(SHARD, &[1, 2, 3]).await;
+    let (number, applied) = (cluster.host(2).number(), cluster.host(2).status()[0].applied_index);
     copy_what_was_synced(&cluster.path(2), &cluster.path(9));
     cluster.stop(2).await;
     std::fs::remove_dir_all(cluster.path(2)).unwrap();
     std::fs::rename(cluster.path(9), cluster.path(2)).unwrap();
     cluster.put(&mut random, SHARD, "while-down", b"x").await;
-    cluster.start(2).await;
+    cluster.network.isolate(DiskId(2), &[DiskId(1), DiskId(3)]);
+    let host = cluster.start(2).await;
+    assert_eq!(host.number(), number, "it came back as another");
+    let until = Instant::now() + Duration::from_secs(10);
+    while host.status()[0].last_log_index < applied {
+        assert!(Instant::now() < until, "it lost what it had said it has: {:?}", host.status());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(host);
+    cluster.network.heal();
     cluster.same_state(SHARD, &[1, 2, 3]).await;
     cluster.stop_all().await;
 }

@@ -12,6 +12,7 @@
 //! What is noted holds the files open: they are still there when they were removed meanwhile, and no other file gets
 //! their inode number. `sync_file_range` promises nothing for a power cut and is not counted. On btrfs RocksDB syncs no
 //! folders; temporary folders on it are no place for these tests.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use super::common::Random;
 use crc32fast::Hasher;
