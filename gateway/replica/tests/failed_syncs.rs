@@ -156,11 +156,12 @@ async fn a_flush_that_fails_purges_nothing_and_ends_the_host() {
     // The new file, the folder that names it, and the manifest that makes it part of the database.
     for name in [".sst", "state", "MANIFEST"] {
         let mut cluster = Cluster::new();
-        (cluster.timing.snapshot_entries, cluster.timing.keep_entries) = (8, 2);
+        // The first flush is one that a purge waits for.
+        (cluster.timing.snapshot_entries, cluster.timing.keep_entries) = (100, 2);
         let host = cluster.start(1).await;
         cluster.init(SHARD, &[1]).await;
         let mut random = Random(53);
-        for number in 0..20 {
+        for number in 0..80 {
             cluster.put(&mut random, SHARD, &format!("before-{number}"), b"x").await;
         }
         let failed = fail_next_sync(&cluster.path(1).join("state"), name);
@@ -176,8 +177,8 @@ async fn a_flush_that_fails_purges_nothing_and_ends_the_host() {
         assert!(failed.load(Ordering::SeqCst));
         drop(host);
         lose_power(&cluster, 1).await;
-        for number in 0..20 {
-            assert!(has(&cluster, &format!("before-{number}")).await, "{name}: {number} of 20");
+        for number in 0..80 {
+            assert!(has(&cluster, &format!("before-{number}")).await, "{name}: {number} of 80");
         }
         for number in 0..acked {
             assert!(has(&cluster, &format!("after-{number}")).await, "{name}: {number} of {acked}");
