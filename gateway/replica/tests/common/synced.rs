@@ -4,8 +4,8 @@
 //! takes a program's own functions first, so RocksDB (linked into it) and Rust's standard library call these. They ask
 //! the kernel, and when it has synced, they note what is certain from then on:
 //!
-//! - of a file, the bytes that it had when the sync began. Nothing here rewrites a file in place, and a checksum notices
-//!   if something ever does;
+//! - of a file, the bytes that it had when the sync began. Nothing here rewrites a file in place, and a checksum
+//!   notices if something ever does;
 //! - of a folder, the names in it when the sync began. A new file, or a rename, whose folder was not synced afterwards
 //!   is not certain, and neither is a removal: the file may come back.
 //!
