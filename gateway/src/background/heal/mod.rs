@@ -301,15 +301,7 @@ impl Inner {
         if task != HEAL_TASK {
             return Bytes::from_static(b"{}");
         }
-        let mut status = self.status();
-        loop {
-            let text = serde_json::to_vec(&status).unwrap_or_default();
-            if text.len() <= MAX_PROGRESS_BYTES || status.disks_to_walk.is_empty() {
-                return text.into();
-            }
-            let half = status.disks_to_walk.len() / 2;
-            status.disks_to_walk.truncate(half);
-        }
+        to_publish(self.status())
     }
 
     fn status(&self) -> HealStatus {
@@ -347,6 +339,22 @@ impl Inner {
     }
 }
 
+/// A status as the root shard takes it. Of lists of disks that are too long, the longest is cut by half until it fits: a
+/// lease that cannot be renewed is lost.
+fn to_publish(mut status: HealStatus) -> Bytes {
+    loop {
+        let text = serde_json::to_vec(&status).unwrap_or_default();
+        let lists = [&mut status.disks_to_walk, &mut status.disks_beyond_orphan_limit];
+        let Some(longest) = lists.into_iter().max_by_key(|list| list.len()).filter(|list| !list.is_empty()) else {
+            return text.into();
+        };
+        if text.len() <= MAX_PROGRESS_BYTES {
+            return text.into();
+        }
+        longest.truncate(longest.len() / 2);
+    }
+}
+
 /// Returns when the settings become others than those seen last, or never.
 async fn settings_change(seen: &mut watch::Receiver<HealSettings>) {
     if seen.changed().await.is_err() {
@@ -356,4 +364,23 @@ async fn settings_change(seen: &mut watch::Receiver<HealSettings>) {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_status_of_many_disks_is_cut_to_what_a_lease_takes() {
+        let disks = |count: u32| (1..=count).map(DiskId).collect::<Vec<_>>();
+        for (walk, beyond) in [(0, 0), (3, 2), (3000, 0), (0, 3000), (3000, 2000)] {
+            let (disks_to_walk, disks_beyond_orphan_limit) = (disks(walk), disks(beyond));
+            let status = HealStatus { disks_to_walk, disks_beyond_orphan_limit, ..HealStatus::default() };
+            let published = to_publish(status.clone());
+            assert!(published.len() <= MAX_PROGRESS_BYTES, "{} bytes", published.len());
+            let read: HealStatus = serde_json::from_slice(&published).unwrap();
+            assert!(walk + beyond > 100 || read == status, "short lists are whole");
+        }
+    }
 }
