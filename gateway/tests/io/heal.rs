@@ -4,13 +4,14 @@ use crate::cluster::{body, payload, seed, Cluster, UNIT};
 use crate::meta::Meta;
 use crate::node::{Damage, Disk};
 use bytes::Bytes;
-use granary_gateway::background::heal::{HealSettings, Healer};
+use granary_gateway::background::heal::{HealSettings, Healer, HEAL_TASK};
+use granary_gateway::background::leases::LeaseSettings;
 use granary_gateway::disks::DiskHealth;
 use granary_gateway::object::choose::Draw;
 use granary_gateway::object::{chunk_id, ObjectSettings};
 use granary_meta::record::{ExtentRef, ObjectData};
 use granary_meta::ChunkRef;
-use granary_placement::id::{HashSlot, ShardId};
+use granary_placement::id::{ExtentId, HashSlot, PlacementGroupId, ShardId};
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -177,6 +178,38 @@ async fn a_disk_that_comes_back_empty_is_queued_by_its_slot_and_not_by_its_chunk
     for (data, payload) in &objects {
         cluster.check(data, payload, 0..payload.len() as u64).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_earlier_holder_could_not_bring_into_a_slot_is_brought_by_the_next() {
+    let mut draw = seed("what_an_earlier_holder_could_not_bring_into_a_slot_is_brought_by_the_next");
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    fill(&cluster, &meta, &mut draw).await;
+    let before = contents(&cluster.disks[4]);
+    let quick = HealSettings { lease: LeaseSettings { ttl: Duration::from_millis(200) }, ..settings() };
+    let stop = CancellationToken::new();
+    let quick = watch::channel(quick).1;
+    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), quick, String::new(), stop.clone());
+    let _stop = stop.drop_guard();
+    cluster.until("all disks are walked", || healer.status().walks_done == 6).await;
+    // The disk lost chunks, its slot was queued and looked through, and one chunk could not be brought: the cursor is
+    // past it. Then the holder loses its lease, and with it what it remembers of that.
+    healer.pace().pause(Duration::from_secs(3600));
+    cluster.peers.cut_off(true);
+    let epoch = || meta.leases().iter().find(|lease| lease.task == HEAL_TASK).map_or(0, |lease| lease.epoch);
+    let held = epoch();
+    cluster.disks[4].chunks.lock().unwrap().pop_first();
+    for shard in [1, 2] {
+        meta.looked_through(ShardId(shard), (PlacementGroupId(1), 4), ExtentId([0xff; 16]), held);
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    cluster.peers.cut_off(false);
+    cluster.until("the lease is taken again", || epoch() > held).await;
+    healer.pace().pause(Duration::ZERO);
+    let queued = || [1, 2].map(|shard| meta.queued_slots(ShardId(shard)).len());
+    cluster.until("the slot is done", || queued() == [0, 0]).await;
+    assert!(contents(&cluster.disks[4]) == before, "nobody else would look for it again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

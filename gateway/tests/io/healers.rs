@@ -2,19 +2,22 @@
 
 use crate::answers;
 use crate::cluster::{seed, Cluster};
-use crate::heal::{all_contents, chunk, contents, fill, heal, small};
+use crate::heal::{all_contents, chunk, contents, fill, heal, settings, small};
 use crate::meta::Meta;
+use crate::moves::give_slot_to;
 use crate::node::Damage;
-use granary_gateway::background::heal::HEAL_TASK;
+use granary_gateway::background::heal::{HealSettings, Healer, HEAL_TASK};
 use granary_gateway::background::leases::{Held, Holder, LeaseSettings};
 use granary_gateway::object::chunk_id;
 use granary_meta::{Command, Reply};
-use granary_placement::id::{ExtentId, ShardId};
+use granary_placement::id::{Epoch, ExtentId, ShardId};
 use granary_wire::chunk::ChunkId;
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::error::ChunkError;
 use granary_wire::NodeClient;
 use std::time::Duration;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_paused_holder_whose_lease_was_taken_over_can_neither_delete_nor_write() {
@@ -80,6 +83,33 @@ async fn several_healers_do_no_harm_to_each_other() {
             .await;
     }
     assert!(all_contents(&cluster) == before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_holder_deletes_nothing_on_the_disk_that_a_move_relied_on() {
+    let mut draw = seed("a_paused_holder_deletes_nothing_on_the_disk_that_a_move_relied_on");
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
+    fill(&cluster, &meta, &mut draw).await;
+    // The new disk has everything already, so that nothing is written to it.
+    let all = cluster.disks[2].chunks.lock().unwrap().clone();
+    cluster.disks[6].chunks.lock().unwrap().extend(all.clone());
+    let ttl = Duration::from_millis(200);
+    let paused = Holder::new(meta.shards.clone(), move || LeaseSettings { ttl }, HEAL_TASK, String::new());
+    let paused = paused.acquire().await;
+    let quick = HealSettings { lease: LeaseSettings { ttl }, ..settings() };
+    let stop = CancellationToken::new();
+    let quick = watch::channel(quick).1;
+    let _healer = Healer::start(cluster.store.clone(), meta.shards.clone(), quick, String::new(), stop.clone());
+    let _stop = stop.drop_guard();
+    give_slot_to(&cluster, 7);
+    cluster.until("the move is over", || cluster.map.borrow().as_ref().unwrap().epoch == Epoch(3)).await;
+    assert_eq!((cluster.disks[2].count(), cluster.disks[6].count()), (0, all.len()));
+    let lease = Some(paused.stamp().clone());
+    let request = ControlRequest::DeleteChunks { chunks: all.keys().copied().collect(), lease };
+    let client = cluster.store.disks().client(cluster.disks[6].id).unwrap();
+    let answer = client.control(request, Duration::from_secs(10)).await.unwrap();
+    assert_eq!(answer, ControlResponse::Error(ControlError::StaleLease { current: 2 }));
 }
 
 /// The imitation of a disk node, for the table of answers.

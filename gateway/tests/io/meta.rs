@@ -136,9 +136,9 @@ impl Meta {
         }
     }
 
-    /// As a holder of the heal lease that stopped there: the slot was looked through up to that extent.
-    pub fn looked_through(&self, shard: ShardId, group: PlacementGroupId, slot: u8, cursor: ExtentId) {
-        let lease = LeaseStamp { task: HEAL_TASK.to_owned(), epoch: 0 };
+    /// As the holder of the heal lease of that epoch, which stopped there: the slot was looked through up to that extent.
+    pub fn looked_through(&self, shard: ShardId, (group, slot): (PlacementGroupId, u8), cursor: ExtentId, epoch: u64) {
+        let lease = LeaseStamp { task: HEAL_TASK.to_owned(), epoch };
         let queue = Command::QueueRepair { slots: vec![(group, slot)], keep: false, lease: lease.clone() };
         assert_eq!(self.peers.command(shard, queue), Reply::Done);
         let generation = self.queued_slots(shard)[0].2.generation;

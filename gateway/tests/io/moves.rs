@@ -263,7 +263,7 @@ async fn a_move_does_not_end_on_the_word_of_a_cursor_from_before() {
     let before = contents(&cluster.disks[2]);
     // Somebody had looked through the slot to its end, when it was another disk's.
     for shard in [1, 2] {
-        meta.looked_through(ShardId(shard), PlacementGroupId(1), 2, ExtentId([0xff; 16]));
+        meta.looked_through(ShardId(shard), (PlacementGroupId(1), 2), ExtentId([0xff; 16]), 0);
     }
     cluster.kill(2).await;
     cluster.change_map(|next| {

@@ -42,6 +42,9 @@ pub struct Stored {
     pub crcs: Vec<u32>,
 }
 
+/// What is to happen at the steps of requests.
+pub type AtStep = Arc<dyn Fn(&'static str) + Send + Sync>;
+
 /// The disk and its faults; outlives the server in front of it.
 pub struct Disk {
     pub id: DiskId,
@@ -70,8 +73,8 @@ pub struct Disk {
     pub refused_stale: AtomicU64,
     /// Chunks of which a request took a good block away.
     pub spoiled: Mutex<BTreeSet<ChunkId>>,
-    /// Called at each step of each request, before it.
-    pub at_step: Mutex<Option<Arc<dyn Fn() + Send + Sync>>>,
+    /// Called with the name of each step of each request, before it.
+    pub at_step: Mutex<Option<AtStep>>,
     server: Mutex<Option<(JoinHandle<()>, CancellationToken)>>,
 }
 
@@ -140,10 +143,10 @@ impl Disk {
         }
     }
 
-    async fn step(&self) {
+    async fn step(&self, name: &'static str) {
         let at_step = self.at_step.lock().unwrap().clone();
         if let Some(at_step) = at_step {
-            at_step();
+            at_step(name);
             // Whatever that did to this node or to others comes first.
             tokio::task::yield_now().await;
         }
@@ -330,6 +333,14 @@ fn at_most(count: usize, limit: usize) -> Result<(), ControlError> {
     (count <= limit).then_some(()).ok_or_else(too_many)
 }
 
+fn name_of(request: &ControlRequest) -> &'static str {
+    match request {
+        ControlRequest::HaveChunks(_) => "have",
+        ControlRequest::ListChunks { .. } => "list",
+        _ => "control",
+    }
+}
+
 /// Does some work of a node, unless and until that is killed: its answer never comes then, and the connection breaks.
 async fn until_killed<T>(killed: &CancellationToken, work: impl Future<Output = T>) -> T {
     let done = tokio::select! {
@@ -352,7 +363,7 @@ struct Service {
 impl NodeService for Service {
     fn control(&self, _from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
         Box::pin(until_killed(&self.killed, async move {
-            self.disk.step().await;
+            self.disk.step(name_of(&request)).await;
             self.disk.answer(request).unwrap_or_else(ControlResponse::Error)
         }))
     }
@@ -365,7 +376,7 @@ impl NodeService for Service {
     ) -> BoxFuture<'_, Result<Box<dyn ChunkSink>, ChunkError>> {
         Box::pin(until_killed(&self.killed, async move {
             let Service { disk, killed } = self;
-            disk.step().await;
+            disk.step("begin").await;
             drop(disk.admit(lease.as_ref())?);
             if spec.len_bytes == 0 || spec.len_bytes > MAX_CHUNK_BYTES {
                 return Err(ChunkError::Rejected("a chunk has 1 byte to 64 MiB of payload".to_owned()));
@@ -384,7 +395,7 @@ impl NodeService for Service {
     fn read_blocks(&self, id: ChunkId, first: u32, blocks: u32) -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>> {
         Box::pin(until_killed(&self.killed, async move {
             self.disk.reads_begun.fetch_add(1, Ordering::SeqCst);
-            self.disk.step().await;
+            self.disk.step("read").await;
             let delay_ms = self.disk.read_delay_ms.load(Ordering::SeqCst);
             if delay_ms > 0 {
                 tokio::time::sleep(Duration::from_millis(delay_ms)).await;
@@ -409,7 +420,7 @@ impl ChunkSink for Sink {
     fn write(&mut self, data: Bytes) -> BoxFuture<'_, Result<(), ChunkError>> {
         let killed = self.killed.clone();
         let work = async move {
-            self.disk.step().await;
+            self.disk.step("write").await;
             let left = self.disk.die_after_bytes.load(Ordering::SeqCst);
             if left != u64::MAX {
                 if (data.len() as u64) > left {
@@ -428,7 +439,7 @@ impl ChunkSink for Sink {
         let killed = self.killed.clone();
         let work = async move {
             let Sink { disk, killed, id, spec, lease, bytes } = *self;
-            disk.step().await;
+            disk.step("finish").await;
             let _under_lease = disk.admit(lease.as_ref())?;
             if bytes.len() as u64 != spec.len_bytes {
                 return Err(ChunkError::Rejected("less payload than was announced".to_owned()));

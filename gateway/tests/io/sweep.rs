@@ -4,8 +4,10 @@ use crate::meta::Meta;
 use crate::moves::give_slot_to;
 use granary_gateway::background::heal::{HealSettings, Healer};
 use granary_gateway::object::Placement;
-use granary_placement::id::{Epoch, ShardId};
-use std::sync::atomic::Ordering;
+use granary_placement::id::{DiskId, Epoch, PlacementGroupId, ShardId};
+use granary_placement::map::GroupSlot;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -155,4 +157,50 @@ async fn what_a_disk_keeps_of_a_slot_it_left_goes_only_when_it_lies_at_home() {
     for (data, payload) in &objects {
         cluster.check(data, payload, 0..payload.len() as u64).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stray_whose_slot_comes_back_while_its_disk_is_swept_stays() {
+    let mut draw = seed("a_stray_whose_slot_comes_back_while_its_disk_is_swept_stays");
+    let cluster = Arc::new(Cluster::with_disks(4, 2, 7, small()).await);
+    let meta = Meta::of(&cluster);
+    fill(&cluster, &meta, &mut draw).await;
+    let left: Vec<_> =
+        cluster.disks[2].chunks.lock().unwrap().iter().map(|(id, stored)| (*id, stored.clone())).collect();
+    all(&cluster, 49 * 3600 * 1000);
+    let stop = CancellationToken::new();
+    let settings = watch::channel(sweeping()).1;
+    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), settings, String::new(), stop.clone());
+    let _stop = stop.drop_guard();
+    give_slot_to(&cluster, 7);
+    let epoch = || cluster.map.borrow().as_ref().unwrap().epoch;
+    cluster.until("the move is over", || epoch() == Epoch(3) && cluster.disks[2].count() == 0).await;
+    // The old disk has all of it again, at the end of its time in quarantine. When that is seen, and while it is asked
+    // whether the new disk has it, the slot comes back.
+    let seen = Arc::new(AtomicBool::new(false));
+    let (disk, armed) = (cluster.disks[2].clone(), seen.clone());
+    *cluster.disks[2].at_step.lock().unwrap() = Some(Arc::new(move |step| {
+        if step == "list" && disk.count() > 0 {
+            let ended = DAY.as_millis() as u64 * 8;
+            *disk.quarantine.lock().unwrap() = disk.chunks.lock().unwrap().keys().map(|id| (*id, ended)).collect();
+            armed.store(true, Ordering::SeqCst);
+        }
+    }));
+    let (moves, armed) = (Arc::downgrade(&cluster), seen.clone());
+    *cluster.disks[6].at_step.lock().unwrap() = Some(Arc::new(move |step| {
+        if step == "have" && armed.load(Ordering::SeqCst) {
+            let cluster = moves.upgrade().unwrap();
+            if cluster.map.borrow().as_ref().unwrap().epoch == Epoch(3) {
+                cluster.change_map(|next| {
+                    next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2] = GroupSlot::new(DiskId(3));
+                });
+            }
+        }
+    }));
+    cluster.disks[2].spoiled.lock().unwrap().clear();
+    cluster.disks[2].chunks.lock().unwrap().extend(left.iter().cloned());
+    cluster.until("the slot comes back", || epoch() == Epoch(4)).await;
+    sweeps(&cluster, &healer, 3).await;
+    assert!(cluster.disks[2].spoiled.lock().unwrap().is_empty(), "what lies at home is no stray");
+    assert_eq!(cluster.disks[2].count(), left.len());
 }

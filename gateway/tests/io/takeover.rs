@@ -8,7 +8,7 @@
 use crate::cluster::{seed, Cluster, UNIT};
 use crate::heal::{all_contents, chunk, objects_of, settings, small};
 use crate::meta::Meta;
-use crate::node::Damage;
+use crate::node::{AtStep, Damage};
 use granary_gateway::background::heal::{HealSettings, Healer, HEAL_TASK};
 use granary_gateway::background::leases::LeaseSettings;
 use granary_gateway::disks::{DiskSettings, Disks};
@@ -159,7 +159,7 @@ async fn no_pause_and_no_kill_of_healers_and_disks_takes_a_good_block_away() {
         }
         let shown = format!("round {round}: {plan:?}");
         let (steps, (happened, mut happens)) = (AtomicU64::new(0), tokio::sync::mpsc::unbounded_channel());
-        let at_step: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
+        let at_step: AtStep = Arc::new(move |_| {
             if let Some(event) = plan.get(&steps.fetch_add(1, Ordering::SeqCst)) {
                 let _ = happened.send(*event);
             }

@@ -3,11 +3,14 @@
 //! A slot whose disk changed names the disk before as `previous`; one whose disk came back without its chunks has none
 //! (`look` finds that). Either is queued once in every shard, durably, with a cursor: the shard's extents of the group
 //! are taken in order, what the current disk lacks is brought there, and the cursor follows; another holder of the
-//! lease goes on from it. When no shard has a moving slot queued any more, its current disk is looked through once
+//! lease goes on from it, and then looks once more from the beginning, since nobody noted what could not be brought. When no shard has a moving slot queued any more, its current disk is looked through once
 //! more, from the beginning, and what it has is deleted on the previous one; then a change of the map drops that.
 //!
 //! Before slots are looked at, the shard is told to take no payload any more that was placed by an older map: a gateway
 //! that has not heard of the move places it anew, and names what lies elsewhere.
+//!
+//! Looks ask without a stamp. So before the last one, the current disk is told of the lease: what an earlier holder, who
+//! was paused, still wants deleted there is refused from then on, and is seen by the look if it came first.
 //!
 //! **Invariant:** a slot's previous disk is dropped only after every extent of its group was looked for on the current
 //! disk, under this very pair of disks, whatever the cursors say: the last look is made by the map that the change is
@@ -31,7 +34,8 @@ use granary_meta::{Answer, ChunkRef, Command, Query};
 use granary_placement::id::{DiskId, Epoch, ExtentId, HashSlot, PlacementGroupId, ShardId};
 use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
 use granary_wire::chunk::ChunkId;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Instant;
 
 /// Extents looked at between two notes of the cursor.
@@ -55,6 +59,9 @@ pub(super) struct Moves {
     required: BTreeMap<ShardId, Epoch>,
     /// Queued slots of which something could not be brought.
     failed: HashMap<(ShardId, SlotId), Failed>,
+    /// Queued slots that are being looked through since their beginning. Of others it is not known what could not be
+    /// brought before the cursor: an earlier holder of the lease was there.
+    begun: HashSet<(ShardId, SlotId)>,
 }
 
 /// What is known of a sweep over a slot that did not bring everything.
@@ -101,6 +108,7 @@ impl Inner {
     async fn try_slots_pass(&self, map: &ClusterMap, moves: &mut Moves, held: &Held) -> Result<usize, ShardError> {
         let moving = moving(map);
         moves.failed.retain(|(_, (group, _)), _| map.group(*group).is_some());
+        moves.begun.retain(|(_, (group, _))| map.group(*group).is_some());
         if moves.epoch.is_none_or(|(epoch, _)| epoch != map.epoch) {
             moves.epoch = Some((map.epoch, Instant::now()));
         }
@@ -272,6 +280,7 @@ impl Inner {
                 }
                 failed.now = false;
             }
+            moves.begun.insert(key);
         }
         let after = record.cursor.map(|extent| (group, extent));
         let (extents, more) = self.extents_of(shard, group, after, PAGE).await?;
@@ -325,8 +334,13 @@ impl Inner {
 
                 Ok(Look::Waits)
             }
+            _ if !moves.begun.contains(&key) => {
+                self.queue_slots(shard, &[(group, slot)], false, held).await?;
+                Ok(Look::Further)
+            }
             _ => {
                 moves.failed.remove(&key);
+                moves.begun.remove(&key);
                 let done = Command::RepairSlotDone { group, slot, generation, lease };
                 command_under(&self.meta, held, shard, done).await?;
                 Ok(Look::Done)
@@ -348,6 +362,27 @@ impl Inner {
         }
     }
 
+    /// Has a disk refuse earlier holders of the lease from now on, by a deletion of nothing. False when it does not answer.
+    async fn tell_of_lease(&self, disk: DiskId, held: &Held) -> bool {
+        let Some(client) = self.store.disks().client(disk) else { return false };
+        let request = ControlRequest::DeleteChunks { chunks: Vec::new(), lease: Some(held.stamp().clone()) };
+        match client.control(request, self.settings().control_deadline).await {
+            Ok(ControlResponse::Deleted(_)) => true,
+            Ok(ControlResponse::Error(ControlError::StaleLease { current })) => {
+                held.refused(current);
+                false
+            }
+            Ok(answer) => {
+                tracing::debug!(%disk, ?answer, "a disk could not be told of a lease");
+                false
+            }
+            Err(error) => {
+                tracing::debug!(%disk, %error, "a disk could not be told of a lease");
+                false
+            }
+        }
+    }
+
     /// Looks once more that the current disks have every chunk of these slots, and deletes what they have on the
     /// previous ones, which nobody would ask for it again. A slot where one is lacking is queued again. A slot whose
     /// previous disk does not answer stays as it is until it does or is out. False when none is left.
@@ -360,6 +395,10 @@ impl Inner {
         let serves = |disk: DiskId| map.disk(disk).is_some_and(|disk| disk.state != DiskState::Out);
         for ((group, slot), entry) in done.clone() {
             let previous = entry.previous.filter(|disk| serves(*disk));
+            if !self.tell_of_lease(entry.current, held).await {
+                done.remove(&(group, slot));
+                continue;
+            }
             'shards: for shard in self.meta.object_shards() {
                 let mut after = None;
                 loop {

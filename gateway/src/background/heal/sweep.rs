@@ -8,7 +8,9 @@
 //! - its disk serves no slot of its group, and a disk that does has the same chunk.
 //!
 //! An orphan older than the longest upload goes into quarantine, which is a mark on its disk and nothing else. What is
-//! still an orphan when its time in quarantine is over is deleted; what turns out to be owned is taken out of it.
+//! still an orphan when its time in quarantine is over is deleted; what turns out to be owned is taken out of it. To
+//! list a disk takes long, and slots may move meanwhile: right before a page of chunks is deleted, it is asked again
+//! whether they are orphans, by the newest map.
 //!
 //! **Invariant:** a disk with more orphans than the limit is left alone until an operator raises the limit: so many are
 //! rather a fault of the metadata than leftovers.
@@ -49,7 +51,7 @@ pub(super) struct Swept {
     /// Of the old ones, those without the mark; empty when there are more than the limit.
     to_mark: Vec<ChunkId>,
     /// Those whose time in quarantine is over; empty when there are more than the limit.
-    to_delete: Vec<ChunkId>,
+    to_delete: Vec<ChunkInfo>,
     /// Chunks in quarantine that are owned after all.
     to_release: Vec<ChunkId>,
     /// Owned chunks that no disk of their group has: their shards are told.
@@ -81,7 +83,7 @@ impl Swept {
         }
         match chunk.quarantined_ms {
             None => self.to_mark.push(chunk.id),
-            Some(ms) if Duration::from_millis(ms) >= quarantine => self.to_delete.push(chunk.id),
+            Some(ms) if Duration::from_millis(ms) >= quarantine => self.to_delete.push(*chunk),
             Some(_) => {}
         }
     }
@@ -264,12 +266,42 @@ impl Inner {
         }
         self.mark(disk, &swept.to_release, false, held).await;
         self.mark(disk, &swept.to_mark, true, held).await;
-        if !swept.to_delete.is_empty() {
-            let left = self.delete_on(disk, swept.to_delete.clone(), held).await.len();
-            let deleted = swept.to_delete.len().saturating_sub(left);
+        let mut deleted = 0;
+        for page in swept.to_delete.chunks(usize::try_from(PAGE).unwrap_or(1)) {
+            let orphans = match self.still_orphans(disk, page).await {
+                Ok(orphans) => orphans,
+                Err(error) => {
+                    tracing::debug!(%disk, %error, "it could not be asked again for orphans, and they stay");
+                    break;
+                }
+            };
+            let count = orphans.len();
+            let left = self.delete_on(disk, orphans, held).await.len();
+            deleted += count.saturating_sub(left);
+            if left > 0 {
+                break;
+            }
+        }
+        if deleted > 0 {
             add(&self.counters().orphans_deleted, u64::try_from(deleted).unwrap_or(0));
             tracing::info!(%disk, chunks = deleted, "deleted chunks that belonged to nobody all their time in quarantine");
         }
+    }
+
+    /// Which of these chunks on a disk are orphans by the newest map.
+    async fn still_orphans(&self, disk: DiskId, chunks: &[ChunkInfo]) -> Result<Vec<ChunkId>, ShardError> {
+        let Some(map) = self.store.disks().map() else { return Ok(Vec::new()) };
+        let owned = self.owned(&map, chunks).await?;
+        let strays = self.strays(&map, disk, chunks, &owned, &mut Swept::default()).await;
+        let is_orphan = |id: &ChunkId| match owned.get(&(id.group, id.extent)) {
+            Some((_, is_owned)) => !is_owned || strays.contains(id),
+            None => false,
+        };
+        // A map that came while the answers did is another matter: the next sweep asks by that one.
+        if self.store.disks().map().is_none_or(|newest| newest.epoch != map.epoch) {
+            return Ok(Vec::new());
+        }
+        Ok(chunks.iter().map(|chunk| chunk.id).filter(is_orphan).collect())
     }
 
     /// Puts chunks into quarantine, or takes them out.
