@@ -3,8 +3,9 @@
 //! A slot whose disk changed names the disk before as `previous`; one whose disk came back without its chunks has none
 //! (`look` finds that). Either is queued once in every shard, durably, with a cursor: the shard's extents of the group
 //! are taken in order, what the current disk lacks is brought there, and the cursor follows; another holder of the
-//! lease goes on from it, and then looks once more from the beginning, since nobody noted what could not be brought. When no shard has a moving slot queued any more, its current disk is looked through once
-//! more, from the beginning, and what it has is deleted on the previous one; then a change of the map drops that.
+//! lease goes on from it, and then looks once more from the beginning, since nobody noted what could not be brought.
+//! When no shard has a moving slot queued any more, its current disk is looked through once more, from the beginning,
+//! and what it has is deleted on the previous one; then a change of the map drops that.
 //!
 //! Before slots are looked at, the shard is told to take no payload any more that was placed by an older map: a gateway
 //! that has not heard of the move places it anew, and names what lies elsewhere.
