@@ -4,8 +4,9 @@
 //! - [`node`]: such a disk node; [`cluster`]: some of them, a map, and an object store on top;
 //! - [`write`], [`read`]: what staging and reading promise; [`reads`]: reads that last long;
 //! - [`peers`]: the metadata shards, in memory; [`meta`]: what tests do in them behind the gateways' backs;
-//! - [`heal`]: what repair and garbage collection promise; [`healers`]: several healers at once; [`takeover`]: gateways that
-//!   are paused and killed while they heal; [`moves`]: slots that get another disk; [`census`]: the count; [`sweep`]: what becomes of chunks that nobody owns.
+//! - [`heal`]: what repair and garbage collection promise; [`healers`]: several healers at once; [`takeover`]: gateways
+//!   that are paused and killed while they heal; [`moves`]: slots that get another disk; [`census`]: the count;
+//!   [`sweep`]: what becomes of chunks that nobody owns.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 

@@ -136,7 +136,8 @@ impl Meta {
         }
     }
 
-    /// As the holder of the heal lease of that epoch, which stopped there: the slot was looked through up to that extent.
+    /// As the holder of the heal lease of that epoch, which stopped there: the slot was looked through up to that
+    /// extent.
     pub fn looked_through(&self, shard: ShardId, (group, slot): (PlacementGroupId, u8), cursor: ExtentId, epoch: u64) {
         let lease = LeaseStamp { task: HEAL_TASK.to_owned(), epoch };
         let queue = Command::QueueRepair { slots: vec![(group, slot)], keep: false, lease: lease.clone() };

@@ -1,8 +1,8 @@
 //! A disk node whose disk is a map, with faults on demand.
 //!
 //! Without faults it answers as the real one does: both are asked the same questions in
-//! `disk-node/tests/answers/rows.rs`. What it leaves out: room (it is full or not), holes, recovery, and the quarantine's
-//! clock, which tests set.
+//! `disk-node/tests/answers/rows.rs`. What it leaves out: room (it is full or not), holes, recovery, and the
+//! quarantine's clock, which tests set.
 
 use bytes::Bytes;
 use futures::future::BoxFuture;

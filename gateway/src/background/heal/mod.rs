@@ -339,8 +339,8 @@ impl Inner {
     }
 }
 
-/// A status as the root shard takes it. Of lists of disks that are too long, the longest is cut by half until it fits: a
-/// lease that cannot be renewed is lost.
+/// A status as the root shard takes it. Of lists of disks that are too long, the longest is cut by half until it fits:
+/// a lease that cannot be renewed is lost.
 fn to_publish(mut status: HealStatus) -> Bytes {
     loop {
         let text = serde_json::to_vec(&status).unwrap_or_default();

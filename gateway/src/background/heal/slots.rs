@@ -10,8 +10,8 @@
 //! Before slots are looked at, the shard is told to take no payload any more that was placed by an older map: a gateway
 //! that has not heard of the move places it anew, and names what lies elsewhere.
 //!
-//! Looks ask without a stamp. So before the last one, the current disk is told of the lease: what an earlier holder, who
-//! was paused, still wants deleted there is refused from then on, and is seen by the look if it came first.
+//! Looks ask without a stamp. So before the last one, the current disk is told of the lease: what an earlier holder,
+//! who was paused, still wants deleted there is refused from then on, and is seen by the look if it came first.
 //!
 //! **Invariant:** a slot's previous disk is dropped only after every extent of its group was looked for on the current
 //! disk, under this very pair of disks, whatever the cursors say: the last look is made by the map that the change is
@@ -363,7 +363,8 @@ impl Inner {
         }
     }
 
-    /// Has a disk refuse earlier holders of the lease from now on, by a deletion of nothing. False when it does not answer.
+    /// Has a disk refuse earlier holders of the lease from now on, by a deletion of nothing. False when it does not
+    /// answer.
     async fn tell_of_lease(&self, disk: DiskId, held: &Held) -> bool {
         let Some(client) = self.store.disks().client(disk) else { return false };
         let request = ControlRequest::DeleteChunks { chunks: Vec::new(), lease: Some(held.stamp().clone()) };
