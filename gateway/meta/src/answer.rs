@@ -120,7 +120,7 @@ pub fn answer<K: Kv + ?Sized>(shard: ShardId, kv: &K, query: &Query) -> Result<A
             Ok(Answer::Alive(alive))
         }
         Query::ListMissing { after, limit } => list_missing(kv, &keys, *after, *limit),
-        Query::ListGarbage { until_ms, limit } => list_garbage(kv, &keys, *until_ms, *limit),
+        Query::ListGarbage { until_ms, after, limit } => list_garbage(kv, &keys, *until_ms, *after, *limit),
         Query::BucketUsage { bucket } => {
             Ok(Answer::Usage(load::<Usage, K>(kv, &keys.usage(*bucket))?.unwrap_or_default()))
         }
@@ -310,8 +310,17 @@ fn list_repair_slots<K: Kv + ?Sized>(
     Ok(Answer::RepairSlots { slots, more })
 }
 
-fn list_garbage<K: Kv + ?Sized>(kv: &K, keys: &Keys, until_ms: u64, limit: u32) -> Result<Answer, StateError> {
+fn list_garbage<K: Kv + ?Sized>(
+    kv: &K,
+    keys: &Keys,
+    until_ms: u64,
+    after: Option<(u64, ExtentId)>,
+    limit: u32,
+) -> Result<Answer, StateError> {
     let mut range = keys.garbage_range();
+    if let Some((queued_ms, extent)) = after {
+        range.from = just_after(keys.garbage(queued_ms, extent));
+    }
     if let Some(past) = until_ms.checked_add(1) {
         range.to = keys.garbage(past, ExtentId([0; 16]));
     }

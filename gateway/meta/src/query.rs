@@ -107,6 +107,8 @@ pub enum Query {
     ListGarbage {
         /// Only what was queued at or before this time, Unix milliseconds.
         until_ms: u64,
+        /// After this one: when it was queued, Unix milliseconds, and its extent.
+        after: Option<(u64, ExtentId)>,
         /// At most this many, 1 to 1,000.
         limit: u32,
     },

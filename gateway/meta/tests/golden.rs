@@ -278,7 +278,7 @@ fn queries() -> Vec<Query> {
         Query::ExtentsOfGroup { group: Some(GROUP), after: Some((GROUP, EXTENT)), limit: 1000 },
         Query::ExtentsAlive { extents: vec![(GROUP, EXTENT)], or_garbage: true },
         Query::ListMissing { after: Some(chunk_ref()), limit: 1000 },
-        Query::ListGarbage { until_ms: 17, limit: 1000 },
+        Query::ListGarbage { until_ms: 17, after: Some((16, EXTENT)), limit: 1000 },
         Query::BucketUsage { bucket: BUCKET },
         Query::GetBucket { name: "photos".into() },
         Query::ListBuckets { owner: Some(AccountId::ROOT), prefix: "p".into(), after: "photos".into(), limit: 1000 },

@@ -91,6 +91,8 @@ pub struct Held {
     holder: [u8; 16],
     /// What the root shard was told when it was taken.
     settings: LeaseSettings,
+    /// When it was asked for: others count from then or later.
+    taken_at: Instant,
     /// What the holder before published last.
     inherited: Bytes,
     lost: CancellationToken,
@@ -214,11 +216,13 @@ impl Holder {
         let holder = random_id().map_err(|why| ShardError::Refused { shard: root, why })?;
         let ttl_ms = settings.ttl_ms();
         let take = Command::TakeLease { task: task.clone(), holder, address, ttl_ms, seen_epoch, seen_renewals };
+        let taken_at = Instant::now();
         match self.shards.command(root, take).await? {
             Reply::Lease(taken) => Ok(Some(Held {
                 stamp: LeaseStamp { task, epoch: taken.epoch },
                 holder,
                 settings,
+                taken_at,
                 inherited: lease.map(|lease| lease.progress).unwrap_or_default(),
                 lost: CancellationToken::new(),
             })),
@@ -230,7 +234,7 @@ impl Holder {
     /// Renews the lease; ends when it is another's, or when it may be, because no renewal was confirmed for too long.
     async fn keep(&self, held: &Held, progress: &impl Fn() -> Bytes) {
         // What counts is what the root shard has confirmed, and others know.
-        let (mut confirmed, mut settings) = (Instant::now(), held.settings);
+        let (mut confirmed, mut settings) = (held.taken_at, held.settings);
         loop {
             tokio::time::sleep(settings.renew_every()).await;
             let (sent, next) = (Instant::now(), (self.settings)());

@@ -329,6 +329,34 @@ async fn a_corrupt_chunk_stays_until_the_whole_of_its_replacement_is_there() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_that_waits_for_a_disk_holds_up_no_other() {
+    let mut draw = seed("garbage_that_waits_for_a_disk_holds_up_no_other");
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    meta.page(1);
+    let shard = ShardId(2);
+    // Three over all six disks; then two are down, and the next is written to the four others.
+    let wide = objects_of(&cluster, &meta, &mut draw, &[UNIT + 1, UNIT + 3, UNIT + 5]).await;
+    for place in [4, 5] {
+        cluster.kill(place).await;
+        let id = cluster.disks[place].id;
+        cluster.until("the disk is down", || cluster.store.disks().health(id) == DiskHealth::Down).await;
+    }
+    let narrow = objects_of(&cluster, &meta, &mut draw, &[UNIT + 7]).await;
+    let (wide, narrow): (Vec<_>, _) =
+        (wide.iter().map(|(data, _)| data.extents()[0].clone()).collect(), narrow[0].0.extents()[0].clone());
+    assert_eq!(narrow.slots, [0, 1, 2, 3]);
+    for (extent, age_ms) in wide.iter().chain([&narrow]).zip([64_000, 63_000, 62_000, 61_000]) {
+        meta.delete(shard, extent, now_ms() - age_ms);
+    }
+    let (_healer, _stop) = heal(&cluster, &meta);
+    cluster.until("what needs no dead disk is gone", || !meta.is_garbage(shard, &narrow)).await;
+    cluster.revive(4).await;
+    cluster.revive(5).await;
+    cluster.until("all is gone", || cluster.chunks() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn garbage_goes_after_its_grace_and_nothing_that_is_alive_ever_does() {
     let mut draw = seed("garbage_goes_after_its_grace_and_nothing_that_is_alive_ever_does");
     let cluster = Cluster::start(4, 2, small()).await;

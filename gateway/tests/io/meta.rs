@@ -156,7 +156,7 @@ impl Meta {
     }
 
     pub fn is_garbage(&self, shard: ShardId, extent: &ExtentRef) -> bool {
-        match self.peers.query(shard, &Query::ListGarbage { until_ms: u64::MAX, limit: 1000 }) {
+        match self.peers.query(shard, &Query::ListGarbage { until_ms: u64::MAX, after: None, limit: 1000 }) {
             Answer::Garbage { extents, more: false } => extents.iter().any(|(_, queued)| queued == extent),
             other => panic!("{other:?}"),
         }

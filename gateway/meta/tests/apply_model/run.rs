@@ -132,7 +132,10 @@ impl Run {
         assert_eq!(queued, self.model.missing);
         let mut garbage = BTreeMap::new();
         let mut until_ms = u64::MAX;
-        let Answer::Garbage { extents, .. } = self.ask(Query::ListGarbage { until_ms, limit: 1000 }) else { panic!() };
+        let Answer::Garbage { extents, .. } = self.ask(Query::ListGarbage { until_ms, after: None, limit: 1000 })
+        else {
+            panic!()
+        };
         for (at, extent) in &extents {
             garbage.insert(extent.extent, *at);
             until_ms = *at;

@@ -389,7 +389,7 @@ fn probe(shard: ShardId) -> Query {
     if shard == ShardId::ROOT {
         Query::GetMap { newer_than: Epoch(0) }
     } else {
-        Query::ListGarbage { until_ms: 0, limit: 1 }
+        Query::ListGarbage { until_ms: 0, after: None, limit: 1 }
     }
 }
 

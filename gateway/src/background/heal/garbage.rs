@@ -33,6 +33,7 @@ const DISKS_AT_ONCE: usize = 16;
 impl Inner {
     pub(super) async fn garbage_loop(&self, held: &Held) {
         let mut not_before: HashMap<ShardId, Instant> = HashMap::new();
+        let mut cursors: HashMap<ShardId, Option<(u64, ExtentId)>> = HashMap::new();
         let mut readers = Readers::default();
         loop {
             // One moment for all shards, before it is asked what is read: a read that is not known of then is younger.
@@ -50,7 +51,7 @@ impl Inner {
                 if not_before.get(&shard).is_some_and(|at| Instant::now() < *at) {
                     continue;
                 }
-                match self.collect(shard, until_ms, held).await {
+                match self.collect(shard, until_ms, cursors.entry(shard).or_default(), held).await {
                     Ok(true) => {
                         not_before.remove(&shard);
                     }
@@ -84,24 +85,36 @@ impl Inner {
         }
     }
 
-    /// Empties a shard's queue of what was queued until then. False when something had to stay.
-    async fn collect(&self, shard: ShardId, until_ms: u64, held: &Held) -> Result<bool, ShardError> {
-        loop {
-            let (queued, more) = match self.meta.query(shard, Query::ListGarbage { until_ms, limit: PAGE }).await? {
+    /// Goes through a shard's queue of what was queued until then, from `after` on, for so many pages at most. What has
+    /// to stay is passed over: one disk that is away must not hold up the space of all others. `after` is then where to
+    /// go on, None at the end of the queue. False when something had to stay.
+    async fn collect(
+        &self,
+        shard: ShardId,
+        until_ms: u64,
+        after: &mut Option<(u64, ExtentId)>,
+        held: &Held,
+    ) -> Result<bool, ShardError> {
+        let mut all_went = after.is_none();
+        for _ in 0..self.settings().pages_per_pass.max(1) {
+            let query = Query::ListGarbage { until_ms, after: *after, limit: PAGE };
+            let (queued, more) = match self.meta.query(shard, query).await? {
                 Answer::Garbage { extents, more } => (extents, more),
                 other => return Err(odd_answer(shard, &other)),
             };
+            *after = queued.last().map(|(queued_ms, extent)| (*queued_ms, extent.extent)).filter(|_| more);
             // The shard was asked not to list younger ones; it is cheap to see to it.
             let queued: Vec<(u64, ExtentRef)> =
                 queued.into_iter().filter(|(queued_ms, _)| *queued_ms <= until_ms).collect();
             let Some(map) = self.store.disks().map().filter(|_| !queued.is_empty()) else {
-                return Ok(queued.is_empty());
+                return Ok(all_went && queued.is_empty());
             };
             let asked = queued.iter().map(|(_, extent)| (extent.group, extent.extent)).collect();
             let alive = self.alive(shard, asked).await?;
             let mut dead = Vec::with_capacity(queued.len());
             for ((queued_ms, extent), alive) in queued.into_iter().zip(alive) {
                 if alive {
+                    all_went = false;
                     add(&self.counters().garbage_extents_alive, 1);
                     tracing::error!(%shard, extent = %extent.extent, "an extent that is alive is queued as garbage; it stays");
                 } else {
@@ -109,24 +122,24 @@ impl Inner {
                 }
             }
             let failed = self.delete(&map, &dead, held).await;
+            all_went &= failed.is_empty();
             let done: Vec<(u64, ExtentId)> = dead
                 .iter()
                 .map(|(queued_ms, extent)| (*queued_ms, extent.extent))
                 .filter(|(_, extent)| !failed.contains(extent))
                 .collect();
-            let (count, stuck) = (done.len(), failed.len());
+            let count = done.len();
             if count > 0 {
                 let done = Command::GarbageDone { extents: done, lease: held.stamp().clone() };
                 command_under(&self.meta, held, shard, done).await?;
                 add(&self.counters().garbage_extents_deleted, u64::try_from(count).unwrap_or(0));
             }
-            if stuck > 0 || count == 0 {
-                return Ok(false);
-            }
-            if !more {
-                return Ok(true);
+            if after.is_none() {
+                return Ok(all_went);
             }
         }
+        // There is more, and it is gone on with at the next look.
+        Ok(true)
     }
 
     /// Deletes all chunks of these extents; answers the extents of which some disk did not confirm it.

@@ -349,7 +349,7 @@ impl Inner {
         }
     }
 
-    async fn extents_of(
+    pub(super) async fn extents_of(
         &self,
         shard: ShardId,
         group: PlacementGroupId,

@@ -5,7 +5,7 @@
 //! names is asked for each by a linearizable read. A chunk is an orphan when
 //!
 //! - its shard does not know its extent, not even as garbage, or
-//! - its disk serves no slot of its group, and a disk that does has the same chunk.
+//! - its disk serves no slot of its group, and the disk of the slot that it belongs into has it.
 //!
 //! An orphan older than the longest upload goes into quarantine, which is a mark on its disk and nothing else. What is
 //! still an orphan when its time in quarantine is over is deleted; what turns out to be owned is taken out of it. To
@@ -169,7 +169,7 @@ impl Inner {
             after = chunks.last().map(|chunk| chunk.id);
             swept.chunks += u64::try_from(chunks.len()).unwrap_or(0);
             let owned = self.owned(&map, &chunks).await?;
-            let strays = self.strays(&map, disk, &chunks, &owned, &mut swept).await;
+            let strays = self.strays(&map, disk, &chunks, &owned, &mut swept).await?;
             for chunk in &chunks {
                 match owned.get(&(chunk.id.group, chunk.id.extent)) {
                     // Its shard cannot be named by this map: nobody was asked.
@@ -205,8 +205,9 @@ impl Inner {
         Ok(owned)
     }
 
-    /// Owned chunks of a page that lie here for nothing: the disk serves no slot of their group, and one that does has
-    /// them. Where none has, it is noted in `swept` what their shards are to be told.
+    /// Owned chunks of a page that lie here for nothing: the disk serves no slot of their group, and the disk of their
+    /// own slot has them. Where it has not, it is noted in `swept` what their shards are to be told. That another disk
+    /// of the group has such a chunk means nothing: it may be left there from another slot, where no reader looks.
     async fn strays(
         &self,
         map: &ClusterMap,
@@ -214,44 +215,48 @@ impl Inner {
         chunks: &[ChunkInfo],
         owned: &Owned,
         swept: &mut Swept,
-    ) -> HashSet<ChunkId> {
-        let mut by_group: BTreeMap<PlacementGroupId, Vec<(ChunkId, ShardId)>> = BTreeMap::new();
+    ) -> Result<HashSet<ChunkId>, ShardError> {
+        let mut by_home: BTreeMap<DiskId, Vec<(ChunkId, ChunkRef, ShardId)>> = BTreeMap::new();
         for chunk in chunks {
-            let Some((shard, true)) = owned.get(&(chunk.id.group, chunk.id.extent)).copied() else { continue };
-            let serves = |group: &granary_placement::map::PlacementGroup| {
-                group.slots.iter().any(|slot| slot.disks().any(|serving| serving == disk))
-            };
-            if map.group(chunk.id.group).is_some_and(|group| !serves(group)) {
-                by_group.entry(chunk.id.group).or_default().push((chunk.id, shard));
+            let id = chunk.id;
+            let Some((shard, true)) = owned.get(&(id.group, id.extent)).copied() else { continue };
+            let Some(group) = map.group(id.group) else { continue };
+            if group.slots.iter().any(|slot| slot.disks().any(|serving| serving == disk)) {
+                continue;
+            }
+            let Some(slot) = self.slot_of_chunk(shard, chunk, group.slots.len()).await? else { continue };
+            if let Some(home) = group.slots.get(usize::from(slot)) {
+                let named = ChunkRef { group: id.group, extent: id.extent, index: id.index };
+                by_home.entry(home.current).or_default().push((id, named, shard));
             }
         }
         let mut strays = HashSet::new();
-        for (group, chunks) in by_group {
-            let asked: Vec<(ChunkId, ChunkRef)> = chunks
-                .iter()
-                .map(|(id, _)| (*id, ChunkRef { group: id.group, extent: id.extent, index: id.index }))
-                .collect();
-            let homes = map.group(group).map(|group| group.slots.iter().map(|slot| slot.current).collect::<Vec<_>>());
-            let (mut all_answered, mut elsewhere) = (true, HashSet::new());
-            for home in homes.unwrap_or_default() {
-                match self.absent(home, &asked).await {
-                    Some(absent) => {
-                        let absent: HashSet<ChunkRef> = absent.into_iter().collect();
-                        elsewhere.extend(asked.iter().filter(|(_, chunk)| !absent.contains(chunk)).map(|(id, _)| *id));
-                    }
-                    None => all_answered = false,
-                }
-            }
-            for (id, shard) in chunks {
-                if elsewhere.contains(&id) {
+        for (home, chunks) in by_home {
+            let asked: Vec<(ChunkId, ChunkRef)> = chunks.iter().map(|(id, named, _)| (*id, *named)).collect();
+            let Some(absent) = self.absent(home, &asked).await else { continue };
+            let absent: HashSet<ChunkRef> = absent.into_iter().collect();
+            for (id, named, shard) in chunks {
+                if absent.contains(&named) {
+                    swept.missing_at_home.push((shard, named));
+                } else {
                     strays.insert(id);
-                } else if all_answered {
-                    let chunk = ChunkRef { group: id.group, extent: id.extent, index: id.index };
-                    swept.missing_at_home.push((shard, chunk));
                 }
             }
         }
-        strays
+        Ok(strays)
+    }
+
+    /// The slot that a chunk belongs into. An extent as wide as its group has chunk i in slot i; of a narrower one only
+    /// its shard knows.
+    async fn slot_of_chunk(&self, shard: ShardId, chunk: &ChunkInfo, width: usize) -> Result<Option<u8>, ShardError> {
+        if usize::from(chunk.spec.k) + usize::from(chunk.spec.m) == width {
+            return Ok(Some(chunk.id.index));
+        }
+        let (group, extent) = (chunk.id.group, chunk.id.extent);
+        let before = u128::from_be_bytes(extent.0).checked_sub(1).map(|id| (group, ExtentId(id.to_be_bytes())));
+        let (found, _) = self.extents_of(shard, group, before, 1).await?;
+        let found = found.first().filter(|record| record.extent.extent == extent);
+        Ok(found.and_then(|record| record.extent.slots.get(usize::from(chunk.id.index)).copied()))
     }
 
     async fn act(&self, disk: DiskId, swept: &Swept, held: &Held) {
@@ -292,7 +297,7 @@ impl Inner {
     async fn still_orphans(&self, disk: DiskId, chunks: &[ChunkInfo]) -> Result<Vec<ChunkId>, ShardError> {
         let Some(map) = self.store.disks().map() else { return Ok(Vec::new()) };
         let owned = self.owned(&map, chunks).await?;
-        let strays = self.strays(&map, disk, chunks, &owned, &mut Swept::default()).await;
+        let strays = self.strays(&map, disk, chunks, &owned, &mut Swept::default()).await?;
         let is_orphan = |id: &ChunkId| match owned.get(&(id.group, id.extent)) {
             Some((_, is_owned)) => !is_owned || strays.contains(id),
             None => false,
