@@ -1,7 +1,8 @@
 //! What to rebuild first. Pure.
 //!
-//! Extents that can bear the fewest further failures come first, then those that wait longest. A look over a long queue
-//! keeps only the most urgent ones, so its memory does not grow with the queue.
+//! Extents that can bear the fewest further failures come first, then those that wait longest. Those that seem to be lost
+//! come last: most of them wait for a disk, and however many there are, they must not keep others from being saved. A
+//! look over a long queue keeps only the most urgent ones, so its memory does not grow with the queue.
 
 use crate::backoff::Backoff;
 use granary_meta::record::{ExtentRecord, ExtentRef, MissingRecord};
@@ -55,7 +56,7 @@ pub struct Planner<'a> {
     ready: Box<dyn Fn(ExtentId) -> bool + Send + Sync + 'a>,
     /// The extent whose entries are coming in: a queue is in order of extents.
     current: Option<Queued>,
-    best: BTreeMap<(i32, u64, ExtentId), Task>,
+    best: BTreeMap<(bool, i32, u64, ExtentId), Task>,
     /// Entries seen.
     pub queued_chunks: u64,
     /// Extents seen, by failures left.
@@ -130,7 +131,7 @@ impl<'a> Planner<'a> {
             return;
         }
         self.runnable += 1;
-        let key = (failures_left, queued_ms, extent.extent);
+        let key = (failures_left < 0, failures_left, queued_ms, extent.extent);
         let owner = HashSlot::of(record.bucket.0, &record.key);
         let key_of = record.key;
         let task = Task { shard, owner, extent, key: key_of, rebuild, generations, failures_left, queued_ms };
@@ -219,7 +220,7 @@ mod tests {
         for (number, indices, queued_ms) in [(1, &[0][..], 30), (2, &[1, 5], 40), (3, &[2], 10), (4, &[0, 1, 2], 50)] {
             indices.iter().for_each(|index| offer(&mut planner, number, *index, queued_ms));
         }
-        assert_eq!(order(&planner.finish()), [(4, -1), (2, 0), (3, 1), (1, 1)]);
+        assert_eq!(order(&planner.finish()), [(2, 0), (3, 1), (1, 1), (4, -1)]);
         assert_eq!(planner.by_failures_left, BTreeMap::from([(-1, 1), (0, 1), (1, 2)]));
         assert_eq!(planner.queued_chunks, 7);
     }
