@@ -70,9 +70,10 @@ bench: build ## codec kernels, then PUT and GET against a fresh cluster
 	$(BIN)/granary-bench load --embedded
 
 clean-data: ## remove the data of `make run`; option: DIR=.granary
-	@dir="$(DIR)"; \
-	[ -e "$$dir" ] || { echo "There is nothing at $$dir."; exit 0; }; \
+	@[ -e "$(DIR)" ] || { echo "There is nothing at $(DIR)."; exit 0; }; \
+	dir=$$(realpath -e -- "$(DIR)") || exit 1; \
 	[ -e "$$dir/dev.json" ] || { echo "$$dir holds no cluster of granary dev; it stays." >&2; exit 1; }; \
-	flock -n "$$dir/lock" true || { echo "$$dir is in use; stop granary dev first." >&2; exit 1; }; \
+	exec 9<>"$$dir/lock" || exit 1; \
+	flock -n 9 || { echo "$$dir is in use; stop granary dev first." >&2; exit 1; }; \
 	read -r -p "Remove all data in $$dir? [y/N] " answer; \
 	if [ "$$answer" = y ]; then rm -rf -- "$$dir"; else echo "It stays."; fi

@@ -94,6 +94,10 @@ impl ChunkSink for Sink {
 
 impl NodeService for Node {
     fn control(&self, from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
+        // A gateway has no disk.
+        if from.is_none() {
+            self.roles.note_gateway();
+        }
         async move { self.answer(from, request).await.unwrap_or_else(ControlResponse::Error) }.boxed()
     }
 

@@ -35,6 +35,7 @@ pub struct Metrics {
     replicas_asleep: IntGauge,
     replicas_stopped: IntGauge,
     metadata_full: IntGauge,
+    metadata_displaced: IntGauge,
     log_kept_bytes: IntGauge,
     /// 1 while the metadata of this disk cannot be opened.
     pub metadata_closed: IntGauge,
@@ -101,6 +102,7 @@ impl Metrics {
             replicas_stopped: gauge("meta_replicas_stopped", "Shard replicas that do not run: damaged, or ended")?,
             log_kept_bytes: gauge("meta_log_kept_bytes", "Raft logs of all replicas, in bytes")?,
             metadata_full: gauge("meta_full", "1 while the disk has no room for metadata to grow")?,
+            metadata_displaced: gauge("meta_displaced", "1 while another disk answers at this disk's address")?,
             metadata_closed: gauge("meta_closed", "1 while the metadata of this disk cannot be opened")?,
             puts: counter("chunk_puts_total", "Chunks stored")?,
             put_bytes: counter("chunk_put_bytes_total", "Payload of chunks stored, in bytes")?,
@@ -130,6 +132,7 @@ impl Metrics {
         self.replicas_asleep.set(i64::try_from(counters.replicas_asleep).unwrap_or(i64::MAX));
         self.log_kept_bytes.set(i64::try_from(counters.log_kept_bytes).unwrap_or(i64::MAX));
         self.metadata_full.set(i64::from(counters.is_full));
+        self.metadata_displaced.set(i64::from(counters.is_displaced));
         self.replicas_stopped.set(i64::try_from(counters.replicas_stopped).unwrap_or(i64::MAX));
     }
 

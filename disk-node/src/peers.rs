@@ -14,6 +14,9 @@ use tokio_util::sync::CancellationToken;
 /// How often the file of addresses is looked at.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
+/// A gateway that asked within this time finds this disk.
+const GATEWAY_FINDS: Duration = Duration::from_secs(15);
+
 /// Between two questions for a newer map; up to a second is added at random, so that nodes do not ask in step.
 /// Gateways offer every new map at once; this is for a node that they cannot reach.
 const POLL: Duration = Duration::from_secs(5);
@@ -72,6 +75,8 @@ pub struct Peers {
     credentials: Credentials,
     book: Mutex<Book>,
     clients: Mutex<HashMap<DiskId, NodeClient>>,
+    /// When a gateway asked last.
+    gateway_at: Mutex<Option<Instant>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -83,7 +88,15 @@ impl Peers {
     pub fn new(label: &Label, maps: Arc<Maps>, credentials: Credentials, book: Option<PathBuf>) -> Peers {
         let book = Book { path: book, looked: None, modified: None, addresses: BTreeMap::new() };
         let (me, uuid) = (label.disk, label.uuid);
-        Peers { me, uuid, maps, credentials, book: Mutex::new(book), clients: Mutex::new(HashMap::new()) }
+        Peers {
+            me,
+            uuid,
+            maps,
+            credentials,
+            book: Mutex::new(book),
+            clients: Mutex::default(),
+            gateway_at: Mutex::default(),
+        }
     }
 
     /// This disk.
@@ -122,6 +135,24 @@ impl Peers {
                 Some(client)
             }
         }
+    }
+
+    /// A gateway asked something: it finds this disk, whatever this end's own map and file of addresses say.
+    pub fn note_gateway(&self) {
+        *lock(&self.gateway_at) = Some(Instant::now());
+    }
+
+    /// Has a gateway asked lately?
+    pub fn gateway_finds_it(&self) -> bool {
+        lock(&self.gateway_at).is_some_and(|at| at.elapsed() < GATEWAY_FINDS)
+    }
+
+    /// A client of this disk's own node, as others find it; a new one each time, for an address may lead elsewhere by
+    /// now.
+    pub fn client_of_own(&self) -> Option<NodeClient> {
+        let ends = Ends { to: Some(self.uuid), from: Some(self.uuid) };
+        let address = self.address(self.me)?;
+        Some(NodeClient::new(address, ends, self.credentials.clone(), ClientLimits::default()))
     }
 
     /// Asks members of the root shard for a newer map, one after the other, until told to stop.

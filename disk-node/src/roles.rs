@@ -156,13 +156,18 @@ impl PeerTransport for Transport {
         })
     }
 
-    fn is_displaced(&self, deadline: Duration) -> BoxFuture<'static, bool> {
-        let client = self.0.client(self.0.me());
+    fn is_displaced(&self, deadline: Duration) -> BoxFuture<'static, Option<bool>> {
+        let peers = self.0.clone();
         async move {
-            let Some(client) = client else { return false };
-            let answer = client.control(ControlRequest::Status, deadline).await;
-            // Nobody there, or somebody who does not know this cluster, tells of a network and not of another disk.
-            matches!(answer, Err(LinkError::Auth(AuthError::Disk)))
+            if peers.gateway_finds_it() {
+                return Some(false);
+            }
+            match peers.client_of_own()?.control(ControlRequest::Status, deadline).await {
+                Ok(_) => Some(false),
+                Err(LinkError::Auth(AuthError::Disk)) => Some(true),
+                // Nobody there, or somebody who does not know this cluster, tells of a network and not of another disk.
+                Err(_) => None,
+            }
         }
         .boxed()
     }
@@ -173,6 +178,11 @@ impl Roles {
     /// role.
     pub fn feature_level(&self) -> u32 {
         granary_replica::MAX_FEATURE_LEVEL
+    }
+
+    /// A gateway asked this disk something.
+    pub fn note_gateway(&self) {
+        self.peers.note_gateway();
     }
 
     /// Nothing is opened yet. `reserve_bytes`: free space that metadata do not grow into.

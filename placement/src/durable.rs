@@ -65,3 +65,74 @@ pub fn domains_of(map: &ClusterMap, kind: FailureDomain, slots: &[GroupSlot]) ->
     };
     slots.iter().enumerate().map(|(at, slot)| number(at, slot)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::id::{ClusterId, DiskUuid};
+    use crate::map::{Location, Roles};
+    use crate::place::{new_map, NewCluster, NewDisk};
+    use crate::scheme::Scheme;
+
+    /// 4+2 over servers of that many disks each.
+    fn cluster(servers: u8, disks_each: u8, kind: FailureDomain) -> ClusterMap {
+        let disk = |number: u8| NewDisk {
+            uuid: DiskUuid([number + 1; 16]),
+            address: format!("10.0.0.{number}:7300"),
+            location: Location { zone: "a".into(), rack: "1".into(), server: (number / disks_each).to_string() },
+            weight: 1000,
+            roles: Roles { storage: true, metadata: true },
+        };
+        new_map(NewCluster {
+            cluster_id: ClusterId([7; 16]),
+            disks: (0..servers * disks_each).map(disk).collect(),
+            scheme_name: "4+2".into(),
+            scheme: Scheme::new(4, 2, kind).unwrap(),
+            object_shards: 1,
+            replicas: None,
+            groups_per_disk: 4,
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn what_is_left_must_bear_one_more_chunk_and_the_fullest_domain() {
+        let (disks, six, three) = (
+            cluster(1, 6, FailureDomain::Disk),
+            cluster(6, 1, FailureDomain::Server),
+            cluster(3, 2, FailureDomain::Server),
+        );
+        let all = [0, 1, 2, 3, 4, 5];
+        let rows: [(&str, &ClusterMap, u8, &[u8], &[u8], bool); 9] = [
+            ("whole", &three, 4, &all, &[], true),
+            ("a server more leaves three of four", &three, 4, &all, &[3], false),
+            ("each in a server of its own", &six, 4, &all, &[3], true),
+            ("no spare", &six, 4, &all, &[3, 4], false),
+            ("one server with all disks, by disks", &disks, 4, &all, &[3], true),
+            ("no spare, by disks", &disks, 4, &all, &[3, 4], false),
+            ("narrower: 3+2 bears a server", &three, 3, &[0, 1, 2, 4, 5], &[], true),
+            ("narrower, and no spare", &three, 4, &[0, 1, 2, 4], &[], false),
+            ("nothing", &six, 4, &all, &all, false),
+        ];
+        for (what, map, k, slots, missing, expected) in rows {
+            let group = *map.groups.keys().next().unwrap();
+            let width = u8::try_from(slots.len()).unwrap();
+            let chunks = (0..width).filter(|index| !missing.contains(index)).collect();
+            assert_eq!(is_durable(map, group, k, slots, chunks), expected, "{what}");
+        }
+        let all_there = (0..6).collect();
+        assert!(!is_durable(&six, PlacementGroupId(60_000), 4, &all, all_there), "a group that the map does not have");
+    }
+
+    #[test]
+    fn a_disk_that_the_map_does_not_have_is_a_domain_of_its_own() {
+        let mut map = cluster(3, 2, FailureDomain::Server);
+        let group = map.groups.values().next().unwrap().slots.clone();
+        let unknown = group[1].current;
+        map.disks.remove(&unknown);
+        let domains = domains_of(&map, FailureDomain::Server, &group);
+        let alone = domains.iter().filter(|domain| **domain == domains[1]).count();
+        assert_eq!(alone, 1, "{domains:?}");
+    }
+}

@@ -142,7 +142,8 @@ impl Operator {
         (process, address.trim().to_owned())
     }
 
-    /// Formats and starts `disk-1` to `disk-6`: their nodes with the address of each, and their rows for `granary init`.
+    /// Formats and starts `disk-1` to `disk-6`: their nodes with the address of each, and their rows for
+    /// `granary init`.
     fn six_disks(&self) -> (Vec<(Process, String)>, Vec<Value>) {
         let one = |number: u32| {
             let dir = format!("disk-{number}");

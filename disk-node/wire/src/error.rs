@@ -89,7 +89,4 @@ pub enum ChunkError {
         /// The epoch that the disk knows.
         current: u64,
     },
-    /// The disk has a chunk of this id. After a resend it may be the one sent before.
-    #[error("the chunk is already there")]
-    AlreadyThere,
 }

@@ -149,6 +149,14 @@ pub fn apply_by<K: Kv + ?Sized>(
     Ok(reply)
 }
 
+/// Was the request applied before, and is its reply kept?
+///
+/// # Errors
+/// [`StateError`] when the state cannot be read.
+pub fn is_kept<K: Kv + ?Sized>(shard: ShardId, kv: &K, request_id: &[u8; 16]) -> Result<bool, StateError> {
+    Ok(kv.get(&Keys::new(shard).request(request_id))?.is_some())
+}
+
 /// The refusal of a command that comes too late, or from too far ahead. No clock of a gateway decides it for another's
 /// commands, and none can make a command be applied twice: whatever `now_ms` is, it is the same in all retries, and all
 /// are judged by the one clock of the shard, which never goes back.

@@ -5,8 +5,8 @@
 //! 1. [`record`], [`keys`], [`codec`], [`kv`]: what the map holds, byte by byte, and the seam to it.
 //!    `docs/formats/metadata.md`.
 //! 2. [`command`], [`nature`], [`reply`], [`check`], [`apply`] with [`objects`], [`uploads`], [`queues`],
-//!    [`repair_slots`], [`buckets`], [`rules`], [`maps`], [`leases`], [`settings`], [`level`]: a batch and a command in,
-//!    writes and a reply out.
+//!    [`repair_slots`], [`buckets`], [`rules`], [`maps`], [`leases`], [`settings`], [`level`]: a batch and a command
+//!    in, writes and a reply out.
 //! 3. [`query`], [`answer`], [`list`]: a view and a query in, an answer out.
 //! 4. [`message`]: requests and answers as bytes.
 //! 5. [`memory`]: the shards of a cluster in memory, for tests of whoever talks to them.

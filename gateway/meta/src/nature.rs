@@ -1,6 +1,8 @@
 //! What a command is, apart from what it does: one row each.
 
-use crate::Command;
+use crate::record::{ExtentRef, ObjectData};
+use crate::{ChunkRef, Command};
+use granary_placement::id::Epoch;
 use granary_placement::lease::LeaseStamp;
 
 /// Which shards take a command.
@@ -12,6 +14,17 @@ pub enum TakenBy {
     Objects,
     /// Any.
     Any,
+}
+
+/// A payload on disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Payload<'a> {
+    /// Its extents; none of a payload that lies in the record.
+    pub extents: &'a [ExtentRef],
+    /// Which of their chunks are missing.
+    pub missing: &'a [ChunkRef],
+    /// Epoch of the cluster map that they were placed by.
+    pub placed_by: Epoch,
 }
 
 /// What a command is.
@@ -27,21 +40,23 @@ pub struct Nature<'a> {
     pub repeatable: bool,
     /// The stamp of the lease under which it is sent: background work.
     pub lease: Option<&'a LeaseStamp>,
+    /// The payload that it brings.
+    pub payload: Option<Payload<'a>>,
 }
 
 impl Command {
     /// What it is.
     pub fn nature(&self) -> Nature<'_> {
         use TakenBy::{Any, Objects, Root};
-        let plain = |taken_by| Nature { taken_by, grows: false, repeatable: false, lease: None };
+        let plain = |taken_by| Nature { taken_by, grows: false, repeatable: false, lease: None, payload: None };
         let grows = |taken_by| Nature { grows: true, ..plain(taken_by) };
         let repeatable = |taken_by| Nature { repeatable: true, ..plain(taken_by) };
         let under = |lease| Nature { repeatable: true, lease: Some(lease), ..plain(Objects) };
         match self {
-            Command::PutObject { .. } => grows(Objects),
+            Command::PutObject { record, missing, map_epoch, .. } => stores(&record.data, missing, *map_epoch),
             Command::DeleteObject { .. } => plain(Objects),
             Command::CreateUpload { .. } => grows(Objects),
-            Command::PutPart { .. } => grows(Objects),
+            Command::PutPart { part, missing, map_epoch, .. } => stores(&part.data, missing, *map_epoch),
             Command::CompleteUpload { .. } => grows(Objects),
             Command::AbortUpload { .. } => plain(Objects),
             Command::FenceBucket { .. } => plain(Objects),
@@ -68,4 +83,9 @@ impl Command {
             Command::RequireMap { lease, .. } => under(lease),
         }
     }
+}
+
+fn stores<'a>(data: &'a ObjectData, missing: &'a [ChunkRef], placed_by: Epoch) -> Nature<'a> {
+    let payload = Some(Payload { extents: data.extents(), missing, placed_by });
+    Nature { taken_by: TakenBy::Objects, grows: true, repeatable: false, lease: None, payload }
 }

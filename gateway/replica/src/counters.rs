@@ -37,6 +37,8 @@ pub struct MetaCounters {
     pub log_kept_bytes: u64,
     /// The disk has no room for metadata to grow.
     pub is_full: bool,
+    /// Another disk answers at this disk's address: it leads nothing.
+    pub is_displaced: bool,
     /// Replicas that do not run now: their data cannot be used, or their Raft tasks ended.
     pub replicas_stopped: u64,
     /// Damaged replicas that began anew, empty.

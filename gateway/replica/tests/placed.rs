@@ -74,7 +74,7 @@ async fn a_leader_refuses_a_payload_that_would_not_bear_the_loss_of_a_server() {
     let old = send(&cluster, &mut random, &[2], 6).await;
     assert!(matches!(old, Ok(Reply::StaleMap { oldest: Epoch(7) })), "{old:?}");
     let newer = send(&cluster, &mut random, &[2], 8).await;
-    assert!(matches!(newer, Err(ControlError::Unavailable(_))), "{newer:?}");
+    assert!(matches!(newer, Err(ControlError::Overloaded)), "{newer:?}");
     // The newer map has every disk in a server of its own.
     let mut apart = three_servers(8);
     apart.disks.values_mut().for_each(|disk| disk.location.server = format!("s{}", disk.id.0));

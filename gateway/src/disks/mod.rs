@@ -243,7 +243,6 @@ impl Disks {
             ChunkError::NotFound
             | ChunkError::Corrupt { .. }
             | ChunkError::Rejected(_)
-            | ChunkError::AlreadyThere
             | ChunkError::StaleLease { .. } => {}
         }
     }

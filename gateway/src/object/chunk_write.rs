@@ -54,7 +54,7 @@ impl ChunkWrite {
             while let Some(message) = messages.recv().await {
                 match message {
                     Message::Unit(unit) => within(deadline, writer.write(unit)).await?,
-                    Message::Finish => return stored(within(deadline, writer.finish()).await),
+                    Message::Finish => return within(deadline, writer.finish()).await,
                 }
             }
             // The extent was given up: dropping the writer aborts the chunk.
@@ -72,7 +72,7 @@ impl ChunkWrite {
         tasks: &TaskTracker,
     ) -> ChunkWrite {
         let ChunkTarget { index, disk, client, id } = target;
-        let task = tasks.spawn(async move { stored(within(deadline, client.put_chunk(id, spec, units)).await) });
+        let task = tasks.spawn(async move { within(deadline, client.put_chunk(id, spec, units)).await });
         ChunkWrite { index, disk, queue: None, task }
     }
 
@@ -103,14 +103,6 @@ impl ChunkWrite {
                 }
             }
         }
-    }
-}
-
-/// The disk has the chunk already: ids are random, so it is the one this write sent before a connection was lost.
-fn stored(result: Result<(), ChunkError>) -> Result<(), ChunkError> {
-    match result {
-        Err(ChunkError::AlreadyThere) => Ok(()),
-        other => other,
     }
 }
 

@@ -412,6 +412,10 @@ pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     let mut head = [0u8; PREFIX_BYTES];
     stream.read_exact(&mut head).await.map_err(lost)?;
     let (theirs, verdict) = read_prefix(&head)?;
+    // Whoever has proved nothing yet may say that it cannot talk, and nothing about the cluster's disks.
+    if [Verdict::Secret, Verdict::Disk].iter().any(|proven| proven.number() == verdict) {
+        return Err(LinkError::Protocol(format!("verdict {verdict} before any proof")));
+    }
     Verdict::check(verdict, versions, theirs)?;
     let version = versions.common(theirs).ok_or(AuthError::Version { ours: versions, theirs })?;
     let mut server_head = [0u8; SERVER_HEAD_BYTES];
@@ -445,26 +449,14 @@ pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> Result<Caller, LinkError> {
     let mut client_hello = [0u8; CLIENT_HELLO_BYTES];
     let mut head = [0u8; PREFIX_BYTES];
-    tokio::select! {
-        read = stream.read_exact(&mut head) => read.map_err(lost)?,
-        () = turned_out.cancelled() => {
-            refuse_busy(stream).await;
-            return Err(LinkError::Busy);
-        }
-    };
+    read_or_refuse(stream, &mut head, &turned_out).await?;
     let (theirs, purpose) = read_prefix(&head)?;
     let Some(version) = versions.common(theirs) else {
         refuse(stream, versions, Verdict::Version).await;
         return Err(AuthError::Version { ours: versions, theirs }.into());
     };
     client_hello[..PREFIX_BYTES].copy_from_slice(&head);
-    tokio::select! {
-        read = stream.read_exact(&mut client_hello[PREFIX_BYTES..]) => read.map_err(lost)?,
-        () = turned_out.cancelled() => {
-            refuse_busy(stream).await;
-            return Err(LinkError::Busy);
-        }
-    };
+    read_or_refuse(stream, &mut client_hello[PREFIX_BYTES..], &turned_out).await?;
     if client_hello[12..28] != credentials.cluster.0 {
         refuse(stream, versions, Verdict::Cluster).await;
         return Err(AuthError::Cluster.into());
@@ -511,6 +503,21 @@ pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     }
     stream.write_all(&[Verdict::Accepted.number()]).await.map_err(lost)?;
     Ok(Caller { purpose, disk: heard(from), session: transcript.session(version) })
+}
+
+/// Reads a part of the client's hello, unless another client needs its place first.
+async fn read_or_refuse<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    bytes: &mut [u8],
+    turned_out: &CancellationToken,
+) -> Result<(), LinkError> {
+    tokio::select! {
+        read = stream.read_exact(bytes) => read.map(|_| ()).map_err(lost),
+        () = turned_out.cancelled() => {
+            refuse_busy(stream).await;
+            Err(LinkError::Busy)
+        }
+    }
 }
 
 /// Tells a client why it is turned away; whether it hears it does not matter.

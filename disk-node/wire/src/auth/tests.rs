@@ -204,6 +204,17 @@ async fn a_client_whose_place_is_needed_hears_that_the_node_is_busy_wherever_it_
 }
 
 #[tokio::test]
+async fn a_verdict_about_disks_is_not_believed_before_a_proof() {
+    for verdict in [Verdict::Secret, Verdict::Disk] {
+        let (mut ours, mut theirs) = duplex(1024);
+        theirs.write_all(&prefix(PROTOCOL_VERSIONS, verdict.number())).await.unwrap();
+        let purpose = (Purpose::Control, known_ends());
+        let answer = client_handshake(&mut ours, &known(), purpose, PROTOCOL_VERSIONS, [0x11; 32]).await;
+        assert!(matches!(answer, Err(LinkError::Protocol(_))), "{:?}", answer.err());
+    }
+}
+
+#[tokio::test]
 async fn a_recorded_handshake_is_not_good_for_a_second_connection() {
     let (mut ours, mut theirs) = duplex(1024);
     theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();

@@ -141,7 +141,7 @@ pub(super) async fn begin(
     fresh: bool,
 ) -> Result<ChunkWriter, ChunkError> {
     head::check_spec(&id, &spec).map_err(ChunkError::Rejected)?;
-    let mut lease = pool.lease(fresh).await?;
+    let mut lease = pool.lease(fresh, true).await?;
     let (queue, receiver) = mpsc::channel(QUEUE_PIECES);
     let body = WireBody::queue(receiver, head::put_len_bytes(spec.len_bytes));
     let target = format!("{}{id}?{}", head::CHUNKS_PATH, head::spec_query(&spec));
@@ -312,10 +312,10 @@ pub(super) async fn read(pool: &Arc<Pool>, id: ChunkId, first: u32, blocks: u32)
     if blocks == 0 || blocks > MAX_READ_BLOCKS {
         return Err(ChunkError::Rejected(format!("{blocks} blocks at once")));
     }
-    let lease = pool.lease(false).await?;
+    let lease = pool.lease(false, false).await?;
     let reused = lease.reused;
     match read_once(pool, lease, id, first, blocks).await {
-        Err(error) if stale(reused, &error) => read_once(pool, pool.lease(true).await?, id, first, blocks).await,
+        Err(error) if stale(reused, &error) => read_once(pool, pool.lease(true, false).await?, id, first, blocks).await,
         result => result,
     }
 }

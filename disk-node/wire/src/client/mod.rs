@@ -160,7 +160,7 @@ impl NodeClient {
     }
 
     /// Stores a chunk whose payload is at hand. Sent a second time when the connection taken from the pool turns out to
-    /// be dead; the second time may then find the chunk [`ChunkError::AlreadyThere`].
+    /// be dead: a chunk that was there already is replaced.
     ///
     /// # Errors
     /// What the node refused it for, or [`ChunkError::Link`].

@@ -8,18 +8,31 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
-/// First pause before a node that has no place is asked again; doubles each time.
-const BUSY_PAUSE: Duration = Duration::from_millis(20);
+/// Between two attempts at a node that has no place, in milliseconds: drawn between these, so that clients do not come
+/// in step.
+const BUSY_PAUSE_MS: std::ops::Range<u64> = 100..300;
+
+fn pause() -> Duration {
+    let mut byte = [0u8; 1];
+    // Without a random byte clients come in step, which is only less kind.
+    let _ = getrandom::fill(&mut byte);
+    let width = BUSY_PAUSE_MS.end - BUSY_PAUSE_MS.start;
+    Duration::from_millis(BUSY_PAUSE_MS.start + width * u64::from(byte[0]) / 256)
+}
 
 /// The pool. In use: at most `max_in_use`; idle: at most `max_idle`.
 pub(super) struct Pool {
     target: Target,
     in_use: Arc<Semaphore>,
     idle: Mutex<Vec<(Connection, Instant)>>,
+    /// A connection came back.
+    returned: Notify,
+    /// Held by the one that asks a node again which had no place.
+    knocking: tokio::sync::Mutex<()>,
 }
 
 /// A connection between requests.
@@ -49,7 +62,13 @@ pub(super) struct Lease {
 impl Pool {
     pub(super) fn new(target: Target) -> Pool {
         let in_use = Arc::new(Semaphore::new(target.limits.max_in_use.clamp(1, Semaphore::MAX_PERMITS)));
-        Pool { target, in_use, idle: Mutex::new(Vec::new()) }
+        Pool {
+            target,
+            in_use,
+            idle: Mutex::new(Vec::new()),
+            returned: Notify::new(),
+            knocking: tokio::sync::Mutex::new(()),
+        }
     }
 
     pub(super) fn target(&self) -> &Target {
@@ -60,18 +79,20 @@ impl Pool {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection: an idle one that is still good, unless `fresh`; else a new one. A node that has no place for one
-    /// is asked again for as long as a request may wait for a place here: connections of other clients that fall silent
-    /// make room. So many gateways may be busy at once, and none drops a chunk for that.
-    pub(super) async fn lease(self: &Arc<Self>, fresh: bool) -> Result<Lease, ChunkError> {
-        let until = Instant::now() + self.target.limits.pool_wait;
+    /// A connection: an idle one that is still good, unless `fresh`; else a new one. With `wait`, a node that has no
+    /// place for one is asked again for as long as a request may wait for a place here: connections of other clients
+    /// that fall silent make room, and a chunk is not dropped for a moment's crowd. Reads do not wait: other disks have
+    /// chunks, too.
+    pub(super) async fn lease(self: &Arc<Self>, fresh: bool, wait: bool) -> Result<Lease, ChunkError> {
         let permit = timeout(self.target.limits.pool_wait, Arc::clone(&self.in_use).acquire_owned())
             .await
             .ok()
             .and_then(Result::ok)
             .ok_or(ChunkError::Overloaded)?;
-        let mut pause = BUSY_PAUSE;
+        let until = Instant::now() + self.target.limits.pool_wait;
+        let mut turn = None;
         loop {
+            let returned = self.returned.notified();
             while let Some(mut connection) = if fresh { None } else { self.pop_idle() } {
                 if connection.sender.is_closed() || !connection.probe.quiet() {
                     continue;
@@ -82,13 +103,20 @@ impl Pool {
                 }
             }
             match self.connect().await {
-                Err(LinkError::Busy) if Instant::now() + pause < until => tokio::time::sleep(pause).await,
+                Err(LinkError::Busy) if wait && Instant::now() < until => {
+                    let left = || until.saturating_duration_since(Instant::now());
+                    // One of those that wait knocks again, the others wait for their turn.
+                    if turn.is_none() {
+                        turn = timeout(left(), self.knocking.lock()).await.ok();
+                    }
+                    // A connection that comes back here is as good as a new one.
+                    let _ = timeout(left().min(pause()), returned).await;
+                }
                 connected => {
                     let connection = connected?;
                     return Ok(Lease { connection, reused: false, pool: Arc::clone(self), _permit: permit });
                 }
             }
-            pause *= 2;
         }
     }
 
@@ -145,6 +173,7 @@ impl Lease {
         idle.retain(|(_, since)| since.elapsed() < keep);
         if idle.len() < pool.target.limits.max_idle {
             idle.push((connection, Instant::now()));
+            pool.returned.notify_one();
         }
     }
 }

@@ -202,7 +202,6 @@ pub(crate) fn error_answer(error: &ChunkError) -> (StatusCode, String) {
         ChunkError::Disk(why) => (StatusCode::INTERNAL_SERVER_ERROR, format!("disk {}", header_text(why))),
         // A node's own trouble with other nodes is not the client's link.
         ChunkError::Link(error) => (StatusCode::BAD_GATEWAY, format!("disk {}", header_text(&error.to_string()))),
-        ChunkError::AlreadyThere => (StatusCode::CONFLICT, "already-there".to_owned()),
         ChunkError::StaleLease { current } => (StatusCode::PRECONDITION_FAILED, format!("stale-lease {current}")),
     }
 }
@@ -217,7 +216,6 @@ pub(crate) fn parse_error(text: &str) -> Option<ChunkError> {
         "overloaded" => ChunkError::Overloaded,
         "rejected" => ChunkError::Rejected(rest.to_owned()),
         "disk" => ChunkError::Disk(rest.to_owned()),
-        "already-there" => ChunkError::AlreadyThere,
         "stale-lease" => ChunkError::StaleLease { current: rest.parse().ok()? },
         _ => return None,
     })

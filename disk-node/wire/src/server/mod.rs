@@ -240,6 +240,9 @@ impl Guest {
             },
             Ok(Ok(caller)) => control::serve(server, stream, caller, peer).await,
             Ok(Err(LinkError::Closed(_))) => {} // A port check, or a peer that died.
+            Ok(Err(LinkError::Busy)) if close.is_cancelled() => server
+                .complaints
+                .warn(peer, "its place was needed before it had proved who it is: see node.max_handshakes"),
             Ok(Err(LinkError::Busy)) => server.complaints.warn(
                 peer,
                 "all places are taken: see node.max_connections (chunk requests) and node.max_control_connections",

@@ -12,7 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How long a stranger is left alone.
 const STRANGER: Duration = Duration::from_millis(500);
-/// How long a data connection must have been silent before it makes room.
+/// How long a data connection must have been silent before it makes room. Shorter than the default of
+/// `disks.pool_wait`: whoever waits that long gets a place.
 const SILENT: Duration = Duration::from_secs(2);
 
 /// A connection; numbers grow, and none is used twice.

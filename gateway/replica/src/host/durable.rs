@@ -2,13 +2,13 @@
 //!
 //! The gateway that wrote the chunks has decided so before; this is a second pair of eyes, as it is for the number of
 //! missing chunks in [`granary_meta::check`]. It cannot be part of `apply`, for replicas learn of maps at different
-//! times.
+//! times. So it comes before it is known whether the command was applied before: the caller lets a command go on whose
+//! reply is kept, and a gateway takes any refusal for unknown that follows an attempt in doubt.
 
-use granary_meta::record::ExtentRef;
+use granary_meta::nature::Payload;
 use granary_meta::{ChunkRef, Command, Reply, ShardResponse};
 use granary_placement::codec::ChunkSet;
 use granary_placement::durable::is_durable;
-use granary_placement::id::Epoch;
 use granary_placement::map::ClusterMap;
 use granary_wire::control::ControlError;
 use std::cmp::Ordering;
@@ -20,7 +20,7 @@ use std::collections::HashSet;
 /// newest one and to come again; one with a newer map is to come again when this disk has heard of it; and one with the
 /// same map is wrong.
 pub(super) fn refusal(map: &ClusterMap, command: &Command) -> Option<Result<ShardResponse, ControlError>> {
-    let (extents, missing, placed_by) = placed(command)?;
+    let Payload { extents, missing, placed_by } = command.nature().payload?;
     let lost: HashSet<ChunkRef> = missing.iter().copied().collect();
     let weak = extents.iter().find(|extent| {
         let chunk = |index| ChunkRef { group: extent.group, extent: extent.extent, index };
@@ -31,8 +31,9 @@ pub(super) fn refusal(map: &ClusterMap, command: &Command) -> Option<Result<Shar
     Some(match placed_by.cmp(&map.epoch) {
         Ordering::Less => Ok(ShardResponse::Reply(Reply::StaleMap { oldest: map.epoch })),
         Ordering::Greater => {
-            let why = format!("the cluster map here is of epoch {}, the payload was placed by {placed_by}", map.epoch);
-            Err(ControlError::Unavailable(why))
+            tracing::debug!(here = %map.epoch, %placed_by, "a payload was placed by a map that is not here yet");
+            // Nothing was done: it is sent again, and the map comes meanwhile.
+            Err(ControlError::Overloaded)
         }
         Ordering::Equal => {
             let why = format!("extent {}: too few chunks are left when a failure domain fails", weak.extent);
@@ -41,22 +42,13 @@ pub(super) fn refusal(map: &ClusterMap, command: &Command) -> Option<Result<Shar
     })
 }
 
-/// The extents that a command brings, which of their chunks are missing, and by which map.
-fn placed(command: &Command) -> Option<(&[ExtentRef], &[ChunkRef], Epoch)> {
-    match command {
-        Command::PutObject { record, missing, map_epoch, .. } => Some((record.data.extents(), missing, *map_epoch)),
-        Command::PutPart { part, missing, map_epoch, .. } => Some((part.data.extents(), missing, *map_epoch)),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use granary_meta::record::{AccountId, BucketId, ObjectData, ObjectMeta, ObjectRecord, VersionSeq};
+    use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData, ObjectMeta, ObjectRecord, VersionSeq};
     use granary_meta::Conditions;
-    use granary_placement::id::{ClusterId, DiskUuid, ExtentId, PlacementGroupId};
+    use granary_placement::id::{ClusterId, DiskUuid, Epoch, ExtentId, PlacementGroupId};
     use granary_placement::map::{Location, Roles};
     use granary_placement::place::{new_map, NewCluster, NewDisk};
     use granary_placement::scheme::{CodecId, FailureDomain, Scheme};
@@ -127,7 +119,7 @@ mod tests {
         match refusal(map, command) {
             None => "goes on",
             Some(Ok(ShardResponse::Reply(Reply::StaleMap { oldest }))) if oldest == map.epoch => "stale map",
-            Some(Err(ControlError::Unavailable(_))) => "behind",
+            Some(Err(ControlError::Overloaded)) => "behind",
             Some(Err(ControlError::BadRequest(_))) => "wrong",
             Some(other) => panic!("{other:?}"),
         }

@@ -34,6 +34,10 @@ impl Links {
             displaced: AtomicBool::new(false),
         }
     }
+
+    pub(super) fn is_displaced(&self) -> bool {
+        self.displaced.load(Ordering::Relaxed)
+    }
 }
 
 /// Sends beats until the host ends. Of two disks the one with the lower id sends and the other answers.
@@ -117,13 +121,13 @@ pub(super) async fn look_at_home(host: MetaHost) {
             _ = look.tick() => {}
         }
         let leads = |batcher: &Batcher| batcher.replica.status().leader == Some(inner.config.disk);
-        let was = links.displaced.load(Ordering::Relaxed);
+        let was = links.is_displaced();
         if !was && !host.running().iter().any(|(_, batcher)| leads(batcher)) {
             continue;
         }
         let is = tokio::select! {
             () = inner.stop.cancelled() => return,
-            is = inner.peers.transport.is_displaced(LOOK_AT_HOME) => is,
+            is = inner.peers.transport.is_displaced(LOOK_AT_HOME) => is.unwrap_or(was),
         };
         links.displaced.store(is, Ordering::Relaxed);
         match (was, is) {
@@ -141,7 +145,7 @@ pub(super) async fn look_at_home(host: MetaHost) {
 /// Hands over what is led here while the clock of this disk is off, or no gateway finds it.
 async fn give_way(host: &MetaHost) {
     let mut off = None;
-    let displaced = host.inner.links.displaced.load(Ordering::Relaxed);
+    let displaced = host.inner.links.is_displaced();
     for (_, batcher) in host.running() {
         let status = batcher.replica.status();
         let ahead_ms = host.clock_off(&status);

@@ -31,6 +31,7 @@ use crate::store::{Buffers, LogDb, StateDb};
 use crate::writer::LogWriter;
 use bytes::Bytes;
 use granary_meta::answer::answer;
+use granary_meta::apply::is_kept;
 use granary_meta::check::check_level;
 use granary_meta::kv::StateError;
 use granary_meta::{Answer, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
@@ -324,7 +325,11 @@ impl MetaHost {
         if !self.batcher(shard)?.replica.is_leader() {
             return Ok(None);
         }
-        Ok(self.newest_map().and_then(|map| durable::refusal(&map, &request.command)))
+        let Some(refusal) = self.newest_map().and_then(|map| durable::refusal(&map, &request.command)) else {
+            return Ok(None);
+        };
+        let kept = is_kept(shard, &self.inner.state.view(), &request.request_id);
+        Ok((!kept.map_err(|error| ControlError::Disk(error.to_string()))?).then_some(refusal))
     }
 
     /// How far this disk's clock is ahead of those of a shard's other voters, as far as they were heard of.
@@ -458,6 +463,7 @@ impl MetaHost {
             heartbeat_messages: read(&heartbeats.messages),
             link_beats: read(&self.inner.links.beats),
             is_full: self.inner.room.is_full(),
+            is_displaced: self.inner.links.is_displaced(),
             log_kept_bytes: self.running().iter().map(|(_, batcher)| batcher.replica.log_bytes()).sum(),
             replicas_stopped: self.status().iter().filter(|status| status.state == "stopped").count() as u64,
             replicas_rebuilt: read(&self.inner.rebuilt),

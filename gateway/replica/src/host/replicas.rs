@@ -197,8 +197,8 @@ impl MetaHost {
         forgotten.map_err(unavailable)?.map_err(|error| ControlError::Disk(error.to_string()))
     }
 
-    /// Empties a replica whose data cannot be used, and begins it anew under another incarnation. It is opened once more
-    /// before: what kept it from opening may have been a read that failed once, and its data are whole.
+    /// Empties a replica whose data cannot be used, and begins it anew under another incarnation. It is opened once
+    /// more before: what kept it from opening may have been a read that failed once, and its data are whole.
     ///
     /// The state goes first and the log, with the incarnation, in one write after it: a stop between the two leaves the
     /// old replica, with a log that is as damaged as it was, or that leads to the state once more.
@@ -206,15 +206,23 @@ impl MetaHost {
         let inner = &self.inner;
         {
             let _one = inner.opening.lock().await;
-            self.forget_broken(shard, id)?;
+            self.check_broken(shard, id)?;
+            lock(&inner.replicas).remove(&shard);
         }
-        if let Ok(opened) = self.open_replica(shard).await {
-            tracing::warn!(%shard, replica = %id, "a metadata replica that could not be used before has opened");
-            return Ok(opened);
-        }
+        let why = match self.open_replica(shard).await {
+            Ok(opened) => {
+                tracing::warn!(%shard, replica = %id, "a metadata replica that could not be used before has opened");
+                return Ok(opened);
+            }
+            Err(error) => error.to_string(),
+        };
         {
             let _one = inner.opening.lock().await;
-            self.forget_broken(shard, id)?;
+            // This time not even its incarnation could be read; it is known still.
+            if let Some(replica @ ReplicaState::Broken { id: None, .. }) = lock(&inner.replicas).get_mut(&shard) {
+                *replica = ReplicaState::Broken { id: Some(id), why };
+            }
+            self.check_broken(shard, id)?;
             let writer = lock(&inner.writer).clone().ok_or_else(|| unavailable("stopping"))?;
             let (incarnation, record) = new_replica(shard).map_err(|error| ControlError::Disk(error.to_string()))?;
             tracing::warn!(%shard, replica = %id, incarnation, "a damaged metadata replica begins anew, empty");
@@ -222,19 +230,16 @@ impl MetaHost {
             let group = shard.0.to_be_bytes().to_vec();
             let after = shard.0.saturating_add(1).to_be_bytes().to_vec();
             writer.write(vec![LogWrite::DeleteRange(group, after), record]).await.map_err(ControlError::Disk)?;
+            lock(&inner.replicas).remove(&shard);
             inner.rebuilt.fetch_add(1, Ordering::Relaxed);
         }
         self.open_replica(shard).await
     }
 
-    /// Forgets that a replica could not be opened, so that it is tried again. Only while nothing else is opened.
-    fn forget_broken(&self, shard: ShardId, id: ReplicaId) -> Result<(), ControlError> {
-        let mut replicas = lock(&self.inner.replicas);
-        match replicas.get(&shard) {
-            Some(ReplicaState::Broken { id: Some(found), .. }) if *found == id => {
-                replicas.remove(&shard);
-                Ok(())
-            }
+    /// Is that the replica that cannot be used? Asked while nothing else is opened.
+    fn check_broken(&self, shard: ShardId, id: ReplicaId) -> Result<(), ControlError> {
+        match lock(&self.inner.replicas).get(&shard) {
+            Some(ReplicaState::Broken { id: Some(found), .. }) if *found == id => Ok(()),
             _ => Err(unavailable("the replica has changed meanwhile")),
         }
     }

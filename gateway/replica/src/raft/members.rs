@@ -220,7 +220,8 @@ impl Replica {
         }
     }
 
-    /// The voter that has most of this leader's log, if that is nearly all of it.
+    /// A voter that has nearly all of this leader's log: the next after this one in the order of ids. So where several
+    /// disks must not lead, they pass the shard on until it comes to one that may, and never to and fro.
     fn successor(&self) -> Option<ReplicaId> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
@@ -230,11 +231,8 @@ impl Replica {
         let last = metrics.last_log_index.unwrap_or(0);
         let matched = matched(&metrics);
         let voters = metrics.membership_config.voter_ids().filter(|id| *id != self.me);
-        voters
-            .filter_map(|id| matched.get(&id).filter(|has| **has > 0).map(|has| (*has, id)))
-            .max()
-            .filter(|(has, _)| has + self.timing.keep_entries > last)
-            .map(|(_, id)| id)
+        let has_most = |has: &u64| *has > 0 && has + self.timing.keep_entries > last;
+        voters.filter(|id| matched.get(id).is_some_and(has_most)).min_by_key(|id| (*id < self.me, *id))
     }
 
     /// How it stands.

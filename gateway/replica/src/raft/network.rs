@@ -72,8 +72,8 @@ pub trait PeerTransport: Send + Sync + 'static {
         deadline: Duration,
     ) -> BoxFuture<'static, Result<Bytes, TransportError>>;
 
-    /// Whether another disk answers where this one is looked for. False while nobody answers there.
-    fn is_displaced(&self, deadline: Duration) -> BoxFuture<'static, bool>;
+    /// Whether another disk answers where gateways look for this one. None when that cannot be told now.
+    fn is_displaced(&self, deadline: Duration) -> BoxFuture<'static, Option<bool>>;
 }
 
 /// What all replicas of a disk share to talk to others.

@@ -122,9 +122,9 @@ impl PeerTransport for Wire {
         self.ask(to, move |host, me| async move { host.link_beat(me, &message) })
     }
 
-    fn is_displaced(&self, _deadline: Duration) -> BoxFuture<'static, bool> {
+    fn is_displaced(&self, _deadline: Duration) -> BoxFuture<'static, Option<bool>> {
         let is_displaced = self.network.displaced.lock().unwrap().contains(&self.me);
-        Box::pin(async move { is_displaced })
+        Box::pin(async move { Some(is_displaced) })
     }
 }
 
