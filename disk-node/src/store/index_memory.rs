@@ -49,6 +49,12 @@ impl MemoryEngine {
         MemoryEngine(Arc::new(Mutex::new(State { flushed: pairs.clone(), since: Vec::new(), now: pairs })))
     }
 
+    /// The process dies and takes all but the first `survive` batches since the last flush with it.
+    pub fn crash(&self, survive: usize) {
+        let after = self.after_crash(survive).state().clone();
+        *self.state() = after;
+    }
+
     /// All pairs as a reader sees them.
     pub fn pairs(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
         self.state().now.clone()

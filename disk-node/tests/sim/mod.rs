@@ -1,16 +1,36 @@
 //! A disk that lies as far as a real one may: it forgets what was not synced, page by page, tears pages, loses and
-//! resurrects names, and fails or stops at a chosen call.
+//! resurrects names, fails or stops at a chosen call, and has a page cache that outlives a process and a failed sync.
+//!
+//! [`inode`] is one file of it, [`engine`] an index that fails, [`scene`] the store above both
+//! and what is done to it, [`check`] what must hold then, [`explore`] the ways it may break.
 
 #![allow(dead_code)] // each test file uses its part
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+pub mod check;
+pub mod engine;
+pub mod explore;
+mod inode;
+pub mod scene;
 
 use granary_disk_node::store::device::{Device, SegmentFile, Space};
+pub use inode::FailedSync;
+use inode::Inode;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 const PAGE: usize = 4096;
 
-type Page = Arc<[u8; PAGE]>;
+/// Numbers that a seed decides.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+}
 
 /// What happens at the n-th call that writes, syncs or changes names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,19 +43,7 @@ pub enum Fault {
     Full,
 }
 
-#[derive(Debug, Clone, Default)]
-struct Inode {
-    length: u64,
-    /// What is certain; absent pages are zeros.
-    durable: BTreeMap<u64, Page>,
-    durable_length: u64,
-    /// What the running system sees.
-    now: BTreeMap<u64, Page>,
-    /// For each page written since the last sync, its contents over time.
-    unsynced: BTreeMap<u64, Vec<Option<Page>>>,
-}
-
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     inodes: BTreeMap<u64, Inode>,
     names: BTreeMap<u32, u64>,
@@ -45,6 +53,10 @@ struct State {
     failing_reads: std::ops::Range<u64>,
     calls: u64,
     fault: Option<(u64, Fault)>,
+    /// The next sync of a file fails.
+    fail_sync: bool,
+    /// What failed syncs write all the same.
+    failed_syncs: FailedSync,
     dead: bool,
     capacity: u64,
     unreadable: BTreeSet<(u64, u64)>,
@@ -71,13 +83,9 @@ enum Choice {
     Name { number: u32 },
 }
 
-fn zeros() -> Page {
-    Arc::new([0; PAGE])
-}
-
 impl SimDevice {
     pub fn new(capacity: u64) -> SimDevice {
-        SimDevice(Arc::new(Mutex::new(State { capacity, ..State::default() })))
+        SimDevice(Arc::new(Mutex::new(State::new(capacity))))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -88,6 +96,22 @@ impl SimDevice {
     pub fn arm(&self, after: u64, fault: Fault) {
         let mut state = self.state();
         state.fault = Some((state.calls + after, fault));
+    }
+
+    /// The next sync of a file fails with EIO, once, and so much of it reaches the disk all the same.
+    pub fn fail_next_sync(&self, reached: FailedSync) {
+        let mut state = self.state();
+        (state.fail_sync, state.failed_syncs) = (true, reached);
+    }
+
+    /// What reaches the disk of the syncs that fail.
+    pub fn failed_syncs_write(&self, reached: FailedSync) {
+        self.state().failed_syncs = reached;
+    }
+
+    /// The power is gone: nothing works any more.
+    pub fn is_dead(&self) -> bool {
+        self.state().dead
     }
 
     /// So many reads fail with EIO, after so many more that do not; later ones of the same bytes do not either.
@@ -130,13 +154,7 @@ impl SimDevice {
     pub fn corrupt(&self, segment: u32, offset: u64, change: impl Fn(u8) -> u8) {
         let mut state = self.state();
         let inode = state.names[&segment];
-        let inode = state.inodes.get_mut(&inode).unwrap();
-        let (page, at) = (offset / PAGE as u64, (offset % PAGE as u64) as usize);
-        for pages in [&mut inode.now, &mut inode.durable] {
-            let mut bytes = pages.get(&page).map_or([0; PAGE], |page| **page);
-            bytes[at] = change(bytes[at]);
-            pages.insert(page, Arc::new(bytes));
-        }
+        state.inodes.get_mut(&inode).unwrap().corrupt(offset, change);
     }
 
     /// Bytes that files take, holes left out.
@@ -162,11 +180,8 @@ impl SimDevice {
             if inode.durable_length != inode.length {
                 choices.push(Choice::Length { inode: *number });
             }
-            for (page, versions) in &inode.unsynced {
-                // The old contents, each version since, and each version torn in the middle over what was there before
-                // it.
-                choices.push(Choice::Page { inode: *number, page: *page, ways: 1 + 2 * versions.len() as u64 });
-            }
+            let pages = inode.open_pages().into_iter();
+            choices.extend(pages.map(|(page, ways)| Choice::Page { inode: *number, page, ways }));
         }
         choices
     }
@@ -182,17 +197,20 @@ impl SimDevice {
         })
     }
 
+    /// Of how many pages a power loss now decides what they hold.
+    pub fn open_pages(&self) -> u64 {
+        let choices = SimDevice::choices(&self.state());
+        choices.iter().filter(|choice| matches!(choice, Choice::Page { .. })).count() as u64
+    }
+
     /// The disk after a power loss, in the way that `pick` chooses: it is called with the number of possibilities of
     /// each decision.
     pub fn after_crash(&self, pick: &mut dyn FnMut(u64) -> u64) -> SimDevice {
         let state = self.state();
-        let mut after = State { capacity: state.capacity, next_inode: state.next_inode, ..State::default() };
+        let mut after = State::new(state.capacity);
+        after.next_inode = state.next_inode;
         after.names = state.durable_names.clone();
-        for (number, inode) in &state.inodes {
-            let length = inode.durable_length;
-            let kept = Inode { length, durable_length: length, durable: inode.durable.clone(), ..Inode::default() };
-            after.inodes.insert(*number, kept);
-        }
+        after.inodes = state.inodes.iter().map(|(number, inode)| (*number, inode.after_crash())).collect();
         for choice in SimDevice::choices(&state) {
             match choice {
                 Choice::Name { number } => {
@@ -205,44 +223,22 @@ impl SimDevice {
                 }
                 Choice::Length { inode } => {
                     if pick(2) == 1 {
-                        let length = state.inodes[&inode].length;
-                        let inode = after.inodes.get_mut(&inode).unwrap();
-                        (inode.length, inode.durable_length) = (length, length);
+                        state.inodes[&inode].settle_length(after.inodes.get_mut(&inode).unwrap());
                     }
                 }
                 Choice::Page { inode, page, ways } => {
-                    let chosen = pick(ways);
-                    if chosen == 0 {
-                        continue;
-                    }
-                    let source = &state.inodes[&inode];
-                    let versions = &source.unsynced[&page];
-                    let version = ((chosen - 1) / 2) as usize;
-                    let torn = (chosen - 1) % 2 == 1;
-                    let new = versions[version].clone().unwrap_or_else(zeros);
-                    let old = match version.checked_sub(1) {
-                        None => source.durable.get(&page).cloned().unwrap_or_else(zeros),
-                        Some(before) => versions[before].clone().unwrap_or_else(zeros),
-                    };
-                    let mut bytes = *new;
-                    if torn {
-                        bytes[PAGE / 2..].copy_from_slice(&old[PAGE / 2..]);
-                    }
-                    after.inodes.get_mut(&inode).unwrap().durable.insert(page, Arc::new(bytes));
+                    state.inodes[&inode].settle_page(after.inodes.get_mut(&inode).unwrap(), page, pick(ways));
                 }
             }
         }
         after.durable_names = after.names.clone();
-        for inode in after.inodes.values_mut() {
-            inode.now = inode.durable.clone();
-        }
         SimDevice(Arc::new(Mutex::new(after)))
     }
 }
 
 fn used(state: &State) -> u64 {
-    // Preallocated bytes count until they are punched; the double keeps a page for each of them.
-    state.names.values().map(|inode| state.inodes[inode].now.len() as u64 * PAGE as u64).sum()
+    // Preallocated bytes count until they are punched.
+    state.names.values().map(|inode| state.inodes[inode].used()).sum()
 }
 
 fn power_loss() -> io::Error {
@@ -250,6 +246,25 @@ fn power_loss() -> io::Error {
 }
 
 impl State {
+    fn new(capacity: u64) -> State {
+        State {
+            inodes: BTreeMap::new(),
+            names: BTreeMap::new(),
+            durable_names: BTreeMap::new(),
+            next_inode: 0,
+            reads: 0,
+            failing_reads: 0..0,
+            calls: 0,
+            fault: None,
+            fail_sync: false,
+            failed_syncs: FailedSync::WritesNothing,
+            dead: false,
+            capacity,
+            unreadable: BTreeSet::new(),
+            kinds: Vec::new(),
+        }
+    }
+
     fn call(&mut self, kind: &'static str) -> io::Result<()> {
         if self.dead {
             return Err(power_loss());
@@ -290,10 +305,7 @@ impl Device for SimDevice {
         if used(&state) + length_bytes > state.capacity {
             return Err(io::Error::from_raw_os_error(28));
         }
-        let file = state.inodes.get_mut(&inode).unwrap();
-        file.length = length_bytes;
-        let zero = zeros();
-        file.now = (0..length_bytes / PAGE as u64).map(|page| (page, zero.clone())).collect();
+        state.inodes.get_mut(&inode).unwrap().allocate(length_bytes);
         Ok(Arc::new(SimFile { disk: self.clone(), inode }))
     }
 
@@ -336,44 +348,25 @@ impl SegmentFile for SimFile {
             return Err(io::Error::from_raw_os_error(5));
         }
         let inode = &state.inodes[&self.inode];
-        buffer.clear();
-        if offset + len_bytes as u64 > inode.length {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        let end = offset + len_bytes as u64;
+        inode.check_end(end)?;
+        if state
+            .unreadable
+            .range((self.inode, offset / PAGE as u64)..(self.inode, end.div_ceil(PAGE as u64)))
+            .next()
+            .is_some()
+        {
+            return Err(io::Error::from_raw_os_error(5));
         }
         buffer.resize(len_bytes, 0);
-        let mut done = 0;
-        while done < len_bytes {
-            let at = offset + done as u64;
-            let (page, begin) = (at / PAGE as u64, (at % PAGE as u64) as usize);
-            let length = (PAGE - begin).min(len_bytes - done);
-            if state.unreadable.contains(&(self.inode, page)) {
-                return Err(io::Error::from_raw_os_error(5));
-            }
-            if let Some(bytes) = inode.now.get(&page) {
-                buffer[done..done + length].copy_from_slice(&bytes[begin..begin + length]);
-            }
-            done += length;
-        }
+        inode.read(offset, buffer);
         Ok(())
     }
 
     fn pwrite(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut state = self.disk.state();
         state.call("pwrite")?;
-        let inode = state.inodes.get_mut(&self.inode).unwrap();
-        assert!(offset + data.len() as u64 <= inode.length, "the store wrote beyond a segment");
-        let mut done = 0;
-        while done < data.len() {
-            let at = offset + done as u64;
-            let (page, begin) = (at / PAGE as u64, (at % PAGE as u64) as usize);
-            let length = (PAGE - begin).min(data.len() - done);
-            let mut bytes = inode.now.get(&page).map_or([0; PAGE], |page| **page);
-            bytes[begin..begin + length].copy_from_slice(&data[done..done + length]);
-            let bytes = Arc::new(bytes);
-            inode.now.insert(page, bytes.clone());
-            inode.unsynced.entry(page).or_default().push(Some(bytes));
-            done += length;
-        }
+        state.inodes.get_mut(&self.inode).unwrap().write(offset, data);
         Ok(())
     }
 
@@ -381,32 +374,33 @@ impl SegmentFile for SimFile {
         assert!(offset.is_multiple_of(PAGE as u64) && len_bytes.is_multiple_of(PAGE as u64));
         let mut state = self.disk.state();
         state.call("punch")?;
-        let inode = state.inodes.get_mut(&self.inode).unwrap();
-        let pages: Vec<u64> =
-            inode.now.range(offset / PAGE as u64..(offset + len_bytes) / PAGE as u64).map(|(page, _)| *page).collect();
-        for page in pages {
-            inode.now.remove(&page);
-            // A hole over zeros changes nothing that a crash could take back.
-            let touched = inode.unsynced.contains_key(&page)
-                || inode.durable.get(&page).is_some_and(|bytes| bytes.iter().any(|byte| *byte != 0));
-            if touched {
-                inode.unsynced.entry(page).or_default().push(None);
-            }
-        }
+        state.inodes.get_mut(&self.inode).unwrap().punch(offset, len_bytes);
         Ok(())
     }
 
     fn fdatasync(&self) -> io::Result<()> {
         let mut state = self.disk.state();
-        state.call("fdatasync")?;
+        let mut called = state.call("fdatasync");
+        if called.is_ok() && std::mem::take(&mut state.fail_sync) {
+            called = Err(io::Error::from_raw_os_error(5));
+        }
+        let dead = state.dead;
         let inode = state.inodes.get_mut(&self.inode).unwrap();
-        inode.durable = inode.now.clone();
-        inode.durable_length = inode.length;
-        inode.unsynced.clear();
-        Ok(())
+        match called {
+            Ok(()) => inode.sync(),
+            Err(_) if !dead => inode.fail_sync(),
+            Err(_) => {}
+        }
+        called
     }
 
     fn drop_cache(&self) -> io::Result<()> {
+        let mut state = self.disk.state();
+        if state.dead {
+            return Err(power_loss());
+        }
+        let reached = state.failed_syncs;
+        state.inodes.get_mut(&self.inode).unwrap().drop_clean(reached);
         Ok(())
     }
 }
