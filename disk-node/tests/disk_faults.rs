@@ -10,6 +10,7 @@ use granary_disk_node::store::format::{header_region_bytes, PAGE_BYTES};
 use granary_disk_node::store::StoreError;
 use granary_wire::chunk::{block_count, ChunkHealth, BLOCK_BYTES};
 use sim::check::{check, check_counts, contents};
+use sim::engine::{Calls, Failure};
 use sim::explore::{check_crashes, sequences, Effort};
 use sim::scene::{chunk, Action, Scene, PAGES, TWO_PAGE_HEADERS};
 use sim::{Fault, Random};
@@ -200,4 +201,49 @@ fn no_block_is_served_that_is_not_what_was_written() {
             assert_eq!(shared.verify(&chunk(1)), Ok(ChunkHealth::Good));
         }
     }
+}
+
+/// Each read, batch and flush of the index fails once, at the start or later, with or without having been carried out:
+/// the store says so, once, and does nothing any more. With an index that works, all that was acknowledged is there.
+#[test]
+fn an_error_of_the_index_ends_the_store_and_loses_nothing() {
+    let mut random = Random(11);
+    let (mut tried, mut states) = (0, 0);
+    for mut actions in sequences(2) {
+        actions.extend([Action::Read(0), Action::Read(1), Action::Reopen, Action::PutSmall(2), Action::Delete(2)]);
+        for (calls, failure) in [
+            (Calls::Reads, Failure::Io),
+            (Calls::Reads, Failure::Damaged),
+            (Calls::Writes, Failure::Io),
+            (Calls::Writes, Failure::IoAfterwards),
+            (Calls::Writes, Failure::Damaged),
+        ] {
+            for number in 0.. {
+                let scene = Scene::new(PAGES);
+                scene.faults.arm(calls, number, failure);
+                let model = scene.run(&actions);
+                if !scene.faults.has_failed() {
+                    break;
+                }
+                tried += 1;
+                let tell = || format!("{actions:?}, {failure:?} at {calls:?} {number}");
+                let told = scene.told.lock().unwrap().clone();
+                let said = if failure == Failure::Damaged { "index is damaged: " } else { "index: input/output error" };
+                assert!(told.len() == 1 && told[0].starts_with(said), "{told:?}; {}", tell());
+                assert_eq!(scene.faults.writes_after(), 0, "the index was written to after an error; {}", tell());
+                assert_eq!(scene.faults.marked_damaged(), failure == Failure::Damaged, "{}", tell());
+                let effort = Effort { ways: 2, cuts: u64::MAX, scale: PAGES };
+                states += check_crashes(&scene, &model, &effort, &mut random, &tell);
+                let found = contents(&scene.started_again().open().unwrap());
+                check(&model, &found, &tell);
+                // What a start does with an index that was marked.
+                let rebuilt = contents(&scene.without_index().open().unwrap());
+                for (number, allowed) in model.iter().filter(|(_, allowed)| !allowed.contains(&None)) {
+                    assert!(allowed.contains(&rebuilt.get(&chunk(*number)).cloned()), "chunk {number}: {}", tell());
+                }
+            }
+        }
+    }
+    println!("{tried} errors, {states} crash states");
+    assert!(tried > 5000);
 }
