@@ -1,0 +1,267 @@
+//! The real binary as a keeper of metadata: whom its replicas listen to, what becomes of damaged, lost and older
+//! metadata, and a vote whose sync fails. Chunks are served all the while.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use bytes::Bytes;
+use common::{ask, get, payload, put, Disk, BINARY, CLUSTER};
+use granary_placement::id::{DiskId, DiskUuid, Epoch, PlacementGroupId, ShardId};
+use granary_placement::map::{
+    deal_hash_slots, ClusterMap, Disk as MapDisk, DiskState, GroupSlot, Location, PlacementGroup, Roles, ShardReplicas,
+};
+use granary_placement::scheme::{FailureDomain, Scheme};
+use granary_replica::message::{
+    decode_message, encode_message, PeerMessage, PeerRequest, PeerResponse, ReplicaId, WireVote,
+};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
+use granary_wire::error::LinkError;
+use granary_wire::{Ends, NodeClient};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+/// Three disks, of which the second is `second`; the metadata lie on the first, which is not this node.
+fn map(second: DiskUuid) -> ClusterMap {
+    let disk = |id: u32| MapDisk {
+        id: DiskId(id),
+        uuid: if id == 4 { second } else { DiskUuid([id as u8; 16]) },
+        address: format!("127.0.0.1:{id}"),
+        location: Location { zone: "z".into(), rack: "r".into(), server: "s".into() },
+        weight: 1,
+        roles: Roles { storage: true, metadata: id == 3 },
+        state: DiskState::In,
+    };
+    let slots = (3..6).map(|id| GroupSlot::new(DiskId(id))).collect();
+    ClusterMap {
+        cluster_id: CLUSTER,
+        epoch: Epoch(1),
+        next_disk_id: 7,
+        disks: (3..6).map(|id| (DiskId(id), disk(id))).collect(),
+        schemes: BTreeMap::from([("s".to_owned(), Scheme::new(2, 1, FailureDomain::Disk).unwrap())]),
+        default_scheme: "s".to_owned(),
+        groups: BTreeMap::from([(PlacementGroupId(1), PlacementGroup { scheme: "s".to_owned(), slots })]),
+        shards: vec![ShardReplicas { members: vec![DiskId(3)] }; 2],
+        slot_shards: deal_hash_slots(1),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_listen_to_the_disks_of_the_map_and_to_nobody_before_there_is_one() {
+    let disk = Disk::new();
+    let node = disk.serve();
+    let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
+    let caller = |from| node.client_as(Ends { to: Some(status.uuid), from });
+    let third = caller(Some(DiskUuid([3; 16])));
+    let messages = || {
+        let (shard, from, message) = (ShardId::ROOT, DiskId(3), Bytes::from_static(b"\x01"));
+        [
+            ControlRequest::Raft { shard, from, message: message.clone() },
+            ControlRequest::RaftBatch { from, messages: vec![(shard, message.clone())] },
+            ControlRequest::LinkBeat { from, message },
+        ]
+    };
+    for message in messages() {
+        let answer = ask(&third, message).await;
+        assert!(matches!(answer, ControlResponse::Error(ControlError::Unavailable(_))), "{answer:?}");
+    }
+    let init = ControlRequest::InitShard { shard: ShardId::ROOT, members: vec![DiskId(4)] };
+    let answer = ask(&third, init).await;
+    assert!(matches!(answer, ControlResponse::Error(ControlError::Unavailable(_))), "{answer:?}");
+    assert!(!disk.dir().join("meta").exists(), "nothing was made for them");
+
+    assert_eq!(ask(&third, ControlRequest::OfferMap(Box::new(map(status.uuid)))).await, ControlResponse::Done);
+    for stranger in [None, Some(DiskUuid([5; 16])), Some(DiskUuid([9; 16]))] {
+        for message in messages() {
+            let answer = ask(&caller(stranger), message).await;
+            assert!(matches!(answer, ControlResponse::Error(ControlError::BadRequest(_))), "{answer:?}");
+        }
+    }
+    // The third disk is heard: this node holds no replica, and says so.
+    let [message, ..] = messages();
+    let answer = ask(&third, message).await;
+    assert_eq!(answer, ControlResponse::Error(ControlError::NoSuchShard(ShardId::ROOT)));
+}
+
+/// This disk holds all metadata.
+fn map_of_one(me: DiskUuid) -> ClusterMap {
+    let mut map = map(me);
+    for disk in map.disks.values_mut() {
+        disk.roles.metadata = disk.id == DiskId(4);
+    }
+    map.shards = vec![ShardReplicas { members: vec![DiskId(4)] }; 2];
+    map
+}
+
+/// Overwrites the beginning of every file in a folder whose name begins so.
+fn damage(folder: &Path, named: &str) {
+    let mut files = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.file_name().unwrap().to_str().unwrap().starts_with(named) {
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes.iter_mut().take(64).for_each(|byte| *byte ^= 0x5a);
+            std::fs::write(&path, bytes).unwrap();
+            files += 1;
+        }
+    }
+    assert!(files > 0, "no file {named} in {}", folder.display());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_metadata_are_put_aside_once_and_chunks_are_served_all_the_while() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let client = node.client();
+    let ControlResponse::Status(status) = ask(&client, ControlRequest::Status).await else { panic!() };
+    let label = || -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(disk.dir().join("label.json")).unwrap()).unwrap()
+    };
+    assert!(label().get("metadata").is_none());
+    assert_eq!(ask(&client, ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)))).await, ControlResponse::Done);
+    let init = || ControlRequest::InitShard { shard: ShardId(1), members: vec![DiskId(4)] };
+    assert_eq!(ask(&client, init()).await, ControlResponse::Done);
+    put(&client, 1, 100_000).await.unwrap();
+    let first = label()["metadata"].clone();
+    node.signal("TERM");
+    assert!(node.wait().success());
+
+    damage(&disk.dir().join("meta/state"), "MANIFEST");
+    let mut node = disk.serve();
+    let client = node.client();
+    assert_eq!(get(&client, 1).await.unwrap(), payload(1, 100_000));
+    put(&client, 2, 100_000).await.unwrap();
+    assert!(disk.dir().join("meta.damaged/state").exists() && disk.dir().join("meta/state").exists(), "{}", disk.log());
+    assert_ne!(label()["metadata"], first);
+    // The only replica is lost. It is not begun again, empty, as if nothing had been there.
+    let again = ask(&client, init()).await;
+    assert!(matches!(&again, ControlResponse::Error(ControlError::Disk(why)) if why.contains("lost")), "{again:?}");
+    node.signal("TERM");
+    assert!(node.wait().success());
+
+    damage(&disk.dir().join("meta/log"), "MANIFEST");
+    let node = disk.serve();
+    let client = node.client();
+    assert_eq!(get(&client, 2).await.unwrap(), payload(2, 100_000));
+    let again = ask(&client, init()).await;
+    assert!(
+        matches!(&again, ControlResponse::Error(ControlError::Disk(why)) if why.contains("Corruption")),
+        "{again:?}"
+    );
+    assert!(disk.log().contains("meta.damaged is there already"), "{}", disk.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metadata_that_ended_the_process_twice_stay_closed_for_a_while_and_chunks_are_served() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
+    let map = ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)));
+    assert_eq!(ask(&node.client(), map).await, ControlResponse::Done);
+    let init = || ControlRequest::InitShard { shard: ShardId(1), members: vec![DiskId(4)] };
+    assert_eq!(ask(&node.client(), init()).await, ControlResponse::Done);
+    put(&node.client(), 1, 1000).await.unwrap();
+    let panics = disk.dir().join("meta.panics");
+    for (noted, age_s, open) in [("!", 0, true), ("!!", 0, false), ("!!", 601, true)] {
+        node.signal("TERM");
+        assert!(node.wait().success());
+        std::fs::write(&panics, noted).unwrap();
+        let then = std::time::SystemTime::now() - Duration::from_secs(age_s);
+        std::fs::File::options().write(true).open(&panics).unwrap().set_modified(then).unwrap();
+        node = disk.serve();
+        let answer = ask(&node.client(), init()).await;
+        if open {
+            assert_eq!(answer, ControlResponse::Done, "{noted} {age_s}");
+        } else {
+            assert!(matches!(&answer, ControlResponse::Error(ControlError::Disk(why)) if why.contains("assertion")));
+        }
+        assert_eq!(get(&node.client(), 1).await.unwrap(), payload(1, 1000));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_metadata_folder_is_refused_and_the_chunks_are_served() {
+    let disk = Disk::new();
+    let node = disk.serve();
+    let client = node.client();
+    let ControlResponse::Status(status) = ask(&client, ControlRequest::Status).await else { panic!() };
+    put(&client, 1, 1000).await.unwrap();
+    assert_eq!(ask(&client, ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)))).await, ControlResponse::Done);
+    let init = || ControlRequest::InitShard { shard: ShardId(1), members: vec![DiskId(4)] };
+    assert_eq!(ask(&client, init()).await, ControlResponse::Done);
+    drop(node);
+    let (meta, older) = (disk.dir().join("meta"), disk.root.path().join("older"));
+    std::fs::rename(&meta, &older).unwrap();
+    let node = disk.serve();
+    assert!(matches!(ask(&node.client(), init()).await, ControlResponse::Error(ControlError::Disk(_))));
+    drop(node);
+    std::fs::remove_dir_all(&meta).unwrap();
+    std::fs::rename(&older, &meta).unwrap();
+    let node = disk.serve();
+    let client = node.client();
+    let again = ask(&client, init()).await;
+    assert!(matches!(&again, ControlResponse::Error(ControlError::Disk(why)) if why.contains("label")), "{again:?}");
+    assert_eq!(get(&client, 1).await.unwrap(), payload(1, 1000));
+    assert!(!disk.dir().join("meta.damaged").exists(), "it is sound, only not the newest");
+}
+
+/// What the replica of shard 1 answers to a replica of disk 3.
+async fn say(client: &NodeClient, to: Option<ReplicaId>, request: PeerRequest) -> Result<PeerResponse, LinkError> {
+    let from = candidate(1);
+    let message = encode_message(&PeerMessage { from, to, request }).unwrap();
+    let raft = ControlRequest::Raft { shard: ShardId(1), from: from.disk, message };
+    match client.control(raft, Duration::from_secs(5)).await? {
+        ControlResponse::Raft(answer) => Ok(decode_message(&answer).unwrap()),
+        other => Err(LinkError::Protocol(format!("{other:?}"))),
+    }
+}
+
+fn candidate(incarnation: u64) -> ReplicaId {
+    ReplicaId { disk: DiskId(3), incarnation }
+}
+
+/// The kernel refuses the sync of a vote: it is not given, and those given before are kept. The tests of the replica
+/// copy files of a live process, and would not notice that nothing is synced.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_vote_is_given_whose_sync_failed() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
+    assert_eq!(
+        ask(&node.client(), ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)))).await,
+        ControlResponse::Done
+    );
+    let ends = Ends { to: Some(status.uuid), from: Some(DiskUuid([3; 16])) };
+    let PeerResponse::Identity { me, .. } = say(&node.client_as(ends), None, PeerRequest::Identify).await.unwrap()
+    else {
+        panic!()
+    };
+    node.signal("TERM");
+    node.wait();
+    let vote = |term, node| {
+        let vote = WireVote { term, node, committed: false };
+        PeerRequest::Vote { vote, last: None, transfer: false, pre_vote: false }
+    };
+    let trace = disk.root.path().join("trace");
+    let mut command = Command::new("strace");
+    command.args(["-f", "-qq", "-o", trace.to_str().unwrap(), "-e", "trace=fdatasync", "-e"]);
+    // Counted per thread: past what opening needs.
+    command.arg("inject=fdatasync:error=EIO:when=30").arg(BINARY).args(disk.serve_args());
+    let mut node = disk.start(&mut command);
+    let client = node.client_as(ends);
+    let mut given = 0;
+    for term in 1..100 {
+        match say(&client, Some(me), vote(term, candidate(1))).await {
+            Ok(PeerResponse::Voted { granted: true, .. }) => given = term,
+            _ => break,
+        }
+    }
+    assert!((1..99).contains(&given), "no sync failed: {}", std::fs::read_to_string(&trace).unwrap());
+    assert!(!node.wait().success());
+    assert!(disk.log().contains("can no longer be trusted"), "{}", disk.log());
+    let node = disk.serve();
+    let another = say(&node.client_as(ends), Some(me), vote(given, candidate(1))).await.unwrap();
+    assert!(matches!(another, PeerResponse::Voted { vote, .. } if vote.term >= given), "{another:?}");
+}
