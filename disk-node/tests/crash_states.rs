@@ -90,10 +90,10 @@ fn power_loss_on_a_full_disk_keeps_every_promise() {
 const DEATHS: [Action; 6] = [
     Action::Kill { keeps: false },
     Action::Kill { keeps: true },
-    Action::FailSync(FailedSync::WritesNothing),
-    Action::FailSync(FailedSync::WritesAllBut(0)),
-    Action::FailSync(FailedSync::WritesAllBut(1)),
-    Action::FailSync(FailedSync::WritesSome(1)),
+    Action::FailSync(FailedSync::Nothing),
+    Action::FailSync(FailedSync::AllBut(0)),
+    Action::FailSync(FailedSync::AllBut(1)),
+    Action::FailSync(FailedSync::Drawn(1)),
 ];
 
 /// The page cache outlives a process: it has pages that nobody synced, and pages that a failed sync left there as
@@ -136,9 +136,9 @@ fn chunks_whose_header_has_two_pages_keep_every_promise() {
         vec![Action::PutSmall(0), Action::PutBig(0)],
         vec![Action::PutBig(0), Action::PutBig(0), Action::Delete(0)],
         vec![Action::Interleaved(0), Action::Reopen],
-        last_sync_fails(FailedSync::WritesNothing),
-        last_sync_fails(FailedSync::WritesAllBut(0)),
-        last_sync_fails(FailedSync::WritesAllBut(1)),
+        last_sync_fails(FailedSync::Nothing),
+        last_sync_fails(FailedSync::AllBut(0)),
+        last_sync_fails(FailedSync::AllBut(1)),
     ];
     let alphabet: Vec<Action> = ALPHABET.into_iter().chain(DEATHS).collect();
     sequences.extend(drawn(4, 2, 1, &alphabet, &mut Random(seed)));

@@ -15,11 +15,11 @@ type Versions = Vec<Option<Page>>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailedSync {
     /// Nothing of them.
-    WritesNothing,
+    Nothing,
     /// All but one, counted from the first of the file.
-    WritesAllBut(usize),
+    AllBut(usize),
     /// For each page a draw: its old contents, any later ones, or those torn.
-    WritesSome(u64),
+    Drawn(u64),
 }
 
 #[derive(Debug, Clone, Default)]
@@ -137,21 +137,21 @@ impl Inode {
     /// pages stay.
     pub fn drop_clean(&mut self, reached: FailedSync) {
         let mut random = super::Random(match reached {
-            FailedSync::WritesSome(seed) => seed,
+            FailedSync::Drawn(seed) => seed,
             _ => 0,
         });
         for (place, (page, versions)) in std::mem::take(&mut self.failed).into_iter().enumerate() {
             let newest = 2 * versions.len() as u64 - 1;
             let chosen = match reached {
-                FailedSync::WritesNothing => 0,
-                FailedSync::WritesAllBut(lost) => {
+                FailedSync::Nothing => 0,
+                FailedSync::AllBut(lost) => {
                     if place == lost {
                         0
                     } else {
                         newest
                     }
                 }
-                FailedSync::WritesSome(_) => random.below(newest + 2),
+                FailedSync::Drawn(_) => random.below(newest + 2),
             };
             let bytes = self.outcome(page, &versions, chosen);
             self.now.insert(page, bytes.clone());

@@ -1,8 +1,8 @@
 //! A disk that lies as far as a real one may: it forgets what was not synced, page by page, tears pages, loses and
 //! resurrects names, fails or stops at a chosen call, and has a page cache that outlives a process and a failed sync.
 //!
-//! [`inode`] is one file of it, [`engine`] an index that fails, [`scene`] the store above both
-//! and what is done to it, [`check`] what must hold then, [`explore`] the ways it may break.
+//! [`inode`] is one file of it, [`engine`] an index that fails, [`scene`] the store above both and what is done to it,
+//! [`check`] what must hold then, [`explore`] the ways it may break.
 
 #![allow(dead_code)] // each test file uses its part
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -102,11 +102,6 @@ impl SimDevice {
     pub fn fail_next_sync(&self, reached: FailedSync) {
         let mut state = self.state();
         (state.fail_sync, state.failed_syncs) = (true, reached);
-    }
-
-    /// What reaches the disk of the syncs that fail.
-    pub fn failed_syncs_write(&self, reached: FailedSync) {
-        self.state().failed_syncs = reached;
     }
 
     /// The power is gone: nothing works any more.
@@ -257,7 +252,7 @@ impl State {
             calls: 0,
             fault: None,
             fail_sync: false,
-            failed_syncs: FailedSync::WritesNothing,
+            failed_syncs: FailedSync::Nothing,
             dead: false,
             capacity,
             unreadable: BTreeSet::new(),
