@@ -2,12 +2,13 @@
 
 use crate::label::Label;
 use crate::maps::Maps;
+use crate::store::shared::lock;
 use granary_placement::id::{DiskId, DiskUuid, ShardId};
 use granary_wire::control::{ControlRequest, ControlResponse};
 use granary_wire::{ClientLimits, Credentials, Ends, LinkError, NodeClient};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 use tokio_util::sync::CancellationToken;
 
@@ -77,10 +78,6 @@ pub struct Peers {
     clients: Mutex<HashMap<DiskId, NodeClient>>,
     /// When a gateway asked last.
     gateway_at: Mutex<Option<Instant>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Peers {

@@ -7,6 +7,7 @@ use crate::label::{self, LabelError};
 use crate::maps::Maps;
 use crate::peers::Peers;
 use crate::store::file_device::sync_folder;
+use crate::store::shared::lock;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
@@ -17,7 +18,7 @@ pub use granary_replica::{MetaCounters, MetaError}; // for metrics and the error
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
 use granary_wire::{AuthError, LinkError};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
@@ -26,10 +27,6 @@ use tokio_util::task::TaskTracker;
 const META_FOLDER: &str = "meta";
 /// Between two attempts to open metadata.
 const TRY_AGAIN: Duration = Duration::from_secs(10);
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// In the folder of the disk: how often metadata ended the process by an assertion, one byte each, lately.
 const PANIC_FILE: &str = "meta.panics";

@@ -36,7 +36,7 @@ fn every_crash_state_of_every_short_sequence_keeps_every_promise() {
 
 #[test]
 fn longer_sequences_keep_every_promise() {
-    let seed = seed(20_261_122);
+    let seed = seed("longer_sequences_keep_every_promise");
     let sequences = drawn(60, 4, 11, &ALPHABET, &mut Random(seed));
     let effort = Effort { ways: 6, cuts: u64::MAX, scale: PAGES };
     println!("{} crash states", explore_all(&sequences, effort, seed));
@@ -78,7 +78,7 @@ fn a_crash_at_each_step_of_recovery_loses_nothing() {
 /// the power goes.
 #[test]
 fn power_loss_on_a_full_disk_keeps_every_promise() {
-    let seed = seed(6);
+    let seed = seed("power_loss_on_a_full_disk_keeps_every_promise");
     let sequences = drawn(300, 4, 7, &ALPHABET, &mut Random(seed));
     for capacity in [40 * 1024, 64 * 1024, 100 * 1024] {
         let effort = Effort { ways: 3, cuts: u64::MAX, scale: Scale { capacity, ..PAGES } };
@@ -101,7 +101,7 @@ const DEATHS: [Action; 6] = [
 /// finds is there after the next power loss too.
 #[test]
 fn what_a_process_finds_after_one_that_died_stays() {
-    let seed = seed(8);
+    let seed = seed("what_a_process_finds_after_one_that_died_stays");
     let mut random = Random(seed);
     let mut sequences = drawn(2000, 1, 3, &ALPHABET, &mut random);
     for (number, actions) in sequences.iter_mut().enumerate() {
@@ -118,7 +118,7 @@ fn what_a_process_finds_after_one_that_died_stays() {
 
 #[test]
 fn chunks_of_many_blocks_keep_every_promise() {
-    let seed = seed(9);
+    let seed = seed("chunks_of_many_blocks_keep_every_promise");
     assert!(block_count(BLOCKS.long_bytes()) > 4);
     let alphabet: Vec<Action> = ALPHABET.into_iter().chain(DEATHS).collect();
     let mut long = sequences(1);
@@ -129,7 +129,7 @@ fn chunks_of_many_blocks_keep_every_promise() {
 
 #[test]
 fn chunks_whose_header_has_two_pages_keep_every_promise() {
-    let seed = seed(10);
+    let seed = seed("chunks_whose_header_has_two_pages_keep_every_promise");
     assert_eq!(header_region_bytes(TWO_PAGE_HEADERS.long_bytes()), 2 * PAGE_BYTES);
     let last_sync_fails = |reached| [Action::PutSmall(1), Action::FailSync(reached), Action::PutBig(0)].to_vec();
     let mut sequences = vec![

@@ -2,15 +2,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-mod common;
+mod scenery;
 
-use common::{ask, chunk, delete, disk_node, get, payload, put, spec, Disk, BINARY, CLUSTER, SECRET};
 use granary_placement::id::{ClusterId, DiskUuid};
 use granary_placement::lease::LeaseStamp;
 use granary_wire::chunk::ChunkHealth;
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::error::{AuthError, LinkError};
 use granary_wire::{ChunkError, Ends, NodeClient};
+use scenery::{ask, chunk, delete, disk_node, get, payload, put, spec, Disk, BINARY, CLUSTER, SECRET};
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};

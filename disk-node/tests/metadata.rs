@@ -3,10 +3,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-mod common;
+mod scenery;
 
 use bytes::Bytes;
-use common::{ask, get, payload, put, Disk, BINARY, CLUSTER};
 use granary_placement::id::{DiskId, DiskUuid, Epoch, PlacementGroupId, ShardId};
 use granary_placement::map::{
     deal_hash_slots, ClusterMap, Disk as MapDisk, DiskState, GroupSlot, Location, PlacementGroup, Roles, ShardReplicas,
@@ -18,6 +17,7 @@ use granary_replica::message::{
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::error::LinkError;
 use granary_wire::{Ends, NodeClient};
+use scenery::{ask, get, payload, put, Disk, BINARY, CLUSTER};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;

@@ -7,8 +7,8 @@
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry, TextEncoder,
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -211,14 +211,6 @@ impl Metrics {
     /// As [`Metrics::counter`].
     pub fn fraction(&self, name: &str, help: &str) -> Result<Gauge, MetricError> {
         register(&self.shared.registry, name, Gauge::new(name, help))
-    }
-
-    /// Makes and registers gauges of fractions by labels.
-    ///
-    /// # Errors
-    /// As [`Metrics::counter`].
-    pub fn fraction_vec(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, MetricError> {
-        register(&self.shared.registry, name, GaugeVec::new(Opts::new(name, help), labels))
     }
 
     /// Registers counters that a part keeps by itself: `samples` gives (name, help, value) of each, always the same

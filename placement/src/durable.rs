@@ -96,6 +96,9 @@ mod tests {
         .unwrap()
     }
 
+    /// What it is, the map, K, the slots of its chunks, those missing, and whether it may be acknowledged.
+    type Row<'a> = (&'a str, &'a ClusterMap, u8, &'a [u8], &'a [u8], bool);
+
     #[test]
     fn what_is_left_must_bear_one_more_chunk_and_the_fullest_domain() {
         let (disks, six, three) = (
@@ -104,7 +107,7 @@ mod tests {
             cluster(3, 2, FailureDomain::Server),
         );
         let all = [0, 1, 2, 3, 4, 5];
-        let rows: [(&str, &ClusterMap, u8, &[u8], &[u8], bool); 9] = [
+        let rows: [Row; 9] = [
             ("whole", &three, 4, &all, &[], true),
             ("a server more leaves three of four", &three, 4, &all, &[3], false),
             ("each in a server of its own", &six, 4, &all, &[3], true),

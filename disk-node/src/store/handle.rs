@@ -7,6 +7,7 @@ use super::format::{record_bytes, RECORDS_AT};
 use super::index::{Batch, Engine, Index};
 use super::read::Blocks;
 use super::recover::{recover, Recovered};
+use super::shared::lock;
 use super::shared::{OnFatal, Shared};
 use super::writer::{self, Queue, Reserved};
 use super::{OpenError, StoreError, StoreSettings};
@@ -17,7 +18,7 @@ use granary_placement::id::DiskUuid;
 use granary_wire::chunk::{BlockCrc, ChunkHealth, ChunkId, ChunkInfo, ChunkSpec, BLOCK_BYTES, MAX_CHUNK_BYTES};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use tokio::sync::{oneshot, OwnedSemaphorePermit, Semaphore};
 
@@ -59,10 +60,6 @@ struct Readers {
     jobs: Mutex<Option<mpsc::Sender<(Job, OwnedSemaphorePermit)>>>,
     room: Arc<Semaphore>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Readers {

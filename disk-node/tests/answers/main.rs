@@ -2,13 +2,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-#[path = "../common/mod.rs"]
-mod common;
 mod rows;
+#[path = "../scenery/mod.rs"]
+mod scenery;
 
-use common::{Disk, Running};
 use granary_wire::chunk::ChunkId;
 use granary_wire::NodeClient;
+use scenery::{Disk, Running};
 use std::os::unix::fs::FileExt;
 
 /// The real node, for the table of answers.

@@ -135,10 +135,13 @@ pub fn drawn(count: u64, least: u64, more: u64, alphabet: &[Action], random: &mu
     (0..count).map(|_| (0..least + random.below(more + 1)).map(|_| letter(random)).collect()).collect()
 }
 
-/// The seed of a random test: SEED in the environment, to replay one.
-pub fn seed(usual: u64) -> u64 {
-    let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(usual);
-    println!("seed {seed} (set SEED to replay)");
+/// The seed of a random test, printed: from GRANARY_SEED, to replay one, or of the clock.
+pub fn seed(test: &str) -> u64 {
+    let seed = std::env::var("GRANARY_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or_else(|| {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        since.as_secs() << 8 | u64::from(since.subsec_millis() % 256)
+    });
+    println!("{test}: GRANARY_SEED={seed}");
     seed
 }
 
@@ -150,7 +153,7 @@ pub fn explore_all(sequences: &[Vec<Action>], effort: Effort, seed: u64) -> u64 
             .map(|worker| {
                 let effort = &effort;
                 scope.spawn(move || {
-                    let mut random = Random(seed + worker as u64);
+                    let mut random = Random(seed.wrapping_add(worker as u64));
                     sequences
                         .iter()
                         .skip(worker)

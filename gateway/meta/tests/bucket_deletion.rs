@@ -2,15 +2,15 @@
 //! deleted bucket.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::{put, request, seed, Random};
 use granary_meta::answer::answer;
 use granary_meta::apply::apply;
 use granary_meta::kv::{MemoryKv, Overlay};
 use granary_meta::record::{AccountId, BucketId, BucketRecord, Usage};
 use granary_meta::{Answer, Command, Conditions, Query, Reply, VersionPick};
 use granary_placement::id::ShardId;
+use scenery::{put, request, seed, Random};
 
 const BUCKET: BucketId = BucketId(1);
 const OBJECT_SHARDS: u16 = 3;

@@ -1,15 +1,15 @@
 //! Buckets by owner: every account finds its own, page by page, and others' cost it nothing.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::{map, seed, Random};
 use granary_meta::answer::answer;
 use granary_meta::kv::{Cursor, Kv, StateError};
 use granary_meta::memory::MemoryShards;
 use granary_meta::record::AccountId;
 use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::ShardId;
+use scenery::{map, seed, Random};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 

@@ -2,10 +2,9 @@
 //! old one.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
 use bytes::Bytes;
-use common::{inline, map, next_map, record};
 use granary_meta::codec::{
     decode, encode, CompletedUpload, Counters, Fence, KeptReply, LastBucketId, LeaseSeen, MapHead, ObjectHead,
     OldestMap, QueuedAt, Record,
@@ -22,6 +21,7 @@ use granary_placement::id::{Epoch, ExtentId, PlacementGroupId, ShardId};
 use granary_placement::lease::LeaseStamp;
 use granary_placement::map::{ClusterMap, MapDiff};
 use granary_placement::scheme::CodecId;
+use scenery::{inline, map, next_map, record};
 use std::collections::BTreeSet;
 
 fn extent(id: u8) -> ExtentRef {

@@ -3,10 +3,9 @@
 //! (docs/formats/wire.md); new variants go to the end of their enum and of the fixture.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-mod common;
+mod scenery;
 
 use bytes::Bytes;
-use common::{map, next_map};
 use granary_meta::record::{
     AccountId, BucketId, BucketRecord, BucketRule, Checksum, ChecksumAlgorithm, ChecksumKind, ExtentRecord, ExtentRef,
     LeaseRecord, MissingRecord, ObjectData, ObjectMeta, ObjectRecord, PartRecord, RepairSlotRecord, UploadId,
@@ -20,6 +19,7 @@ use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
 use granary_placement::lease::LeaseStamp;
 use granary_placement::map::diff;
 use granary_placement::scheme::CodecId;
+use scenery::{map, next_map};
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 use std::collections::BTreeMap;

@@ -1,15 +1,15 @@
 //! Leases in the root shard: one holder at a time, epochs that only rise, and no clock.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
 use bytes::Bytes;
-use common::{request, seed, Random};
 use granary_meta::leases::{MAX_LEASES, MAX_PROGRESS_BYTES};
 use granary_meta::memory::MemoryShard;
 use granary_meta::record::LeaseRecord;
 use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::ShardId;
+use scenery::{request, seed, Random};
 use std::collections::BTreeMap;
 
 const A: [u8; 16] = [0xa; 16];

@@ -2,9 +2,8 @@
 //! is raised.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::{map, put, request, seed, Random};
 use granary_meta::apply::{apply_by, Tx};
 use granary_meta::codec::{decode, encode, encode_at, other_version, plain, FeatureLevel, Record};
 use granary_meta::keys::{kind, Keys};
@@ -14,6 +13,7 @@ use granary_meta::memory::{MemoryError, MemoryShards};
 use granary_meta::record::AccountId;
 use granary_meta::{Answer, Command, MetaRequest, Query, Reply, ShardRequest};
 use granary_placement::id::ShardId;
+use scenery::{map, put, request, seed, Random};
 use serde::{Deserialize, Serialize};
 
 const SHARD: ShardId = ShardId(1);

@@ -1,14 +1,14 @@
 //! Cluster maps that payloads were placed by: once a shard requires a map, nothing that an older one placed comes in.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::{extent, map, put, record, Random};
 use granary_meta::memory::MemoryShards;
 use granary_meta::record::{AccountId, BucketId, ObjectData, ObjectMeta, PartRecord, UploadId, UploadRecord};
 use granary_meta::{Answer, ChunkRef, Command, Conditions, Query, Reply};
 use granary_placement::id::{Epoch, ShardId};
 use granary_placement::lease::LeaseStamp;
+use scenery::{extent, map, put, record, Random};
 
 const SHARD: ShardId = ShardId(1);
 const BUCKET: BucketId = BucketId(1);

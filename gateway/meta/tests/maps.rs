@@ -1,9 +1,8 @@
 //! The cluster map in the root shard goes out as a difference to who has one of the last maps.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::{request, Random};
 use granary_meta::maps::KEPT_DIFFS;
 use granary_meta::memory::MemoryShard;
 use granary_meta::{Answer, Command, Query, Reply};
@@ -12,6 +11,7 @@ use granary_placement::map::{
     apply_diff, deal_hash_slots, ClusterMap, Disk, DiskState, GroupSlot, Location, PlacementGroup, Roles, ShardReplicas,
 };
 use granary_placement::scheme::{FailureDomain, Scheme};
+use scenery::{request, Random};
 use std::collections::BTreeMap;
 
 /// A valid map of `disks` servers with one disk each, and forty groups on the first three.
@@ -79,7 +79,7 @@ impl Root {
 
 #[test]
 fn every_older_map_leads_to_the_newest_by_differences_or_the_whole() {
-    let seed = common::seed("every_older_map_leads_to_the_newest_by_differences_or_the_whole");
+    let seed = scenery::seed("every_older_map_leads_to_the_newest_by_differences_or_the_whole");
     let mut root = Root::new(seed);
     let mut random = Random(seed);
     assert_eq!(root.get(0), Answer::NoMap);

@@ -1,14 +1,14 @@
 //! Shards in memory answer as a leader would, and cluster settings in them.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::{map, put, request, Random};
 use granary_meta::memory::{MemoryError, MemoryShards};
 use granary_meta::record::BucketId;
 use granary_meta::settings::MAX_SETTINGS;
 use granary_meta::{Answer, Command, MetaRequest, Query, Reply, ShardRequest, ShardResponse, VersionPick};
 use granary_placement::id::{Epoch, ShardId};
+use scenery::{map, put, request, Random};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 

@@ -1,15 +1,15 @@
 //! The repair queue of slots, and background work whose lease was taken over.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::{request, Random};
 use granary_meta::leases::MAX_STAMPED_TASKS;
 use granary_meta::memory::MemoryShard;
 use granary_meta::record::RepairSlotRecord;
 use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
 use granary_placement::lease::LeaseStamp;
+use scenery::{request, Random};
 
 const GROUP: PlacementGroupId = PlacementGroupId(300);
 
@@ -143,8 +143,8 @@ fn stamps_have_names_and_are_bounded() {
 #[test]
 fn word_of_a_repair_that_began_before_a_report_leaves_the_chunk_queued() {
     let mut shard = Shard::new();
-    let (extent, key) = (common::extent(&mut Random(3), 4), "k".to_owned());
-    let record = common::record(granary_meta::record::ObjectData::Extents(vec![extent.clone()]), 4, "");
+    let (extent, key) = (scenery::extent(&mut Random(3), 4), "k".to_owned());
+    let record = scenery::record(granary_meta::record::ObjectData::Extents(vec![extent.clone()]), 4, "");
     let put = Command::PutObject {
         bucket: granary_meta::record::BucketId(1),
         key,

@@ -1,13 +1,13 @@
 //! Rules of buckets by epoch: what was once told to a shard is never undone by a gateway that remembers less.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::{map, put};
 use granary_meta::memory::MemoryShards;
 use granary_meta::record::{AccountId, BucketId, BucketRecord, BucketRule, Versioning};
 use granary_meta::{Answer, Command, Conditions, Query, Reply, VersionPick};
 use granary_placement::id::{Epoch, ShardId};
+use scenery::{map, put};
 
 const BUCKET: BucketId = BucketId(1);
 const SHARD: ShardId = ShardId(1);
@@ -177,7 +177,7 @@ fn a_completed_upload_is_answered_again_under_any_rule() {
         etag: "e".into(),
         modified_ms: 1,
         checksum: None,
-        data: common::inline(b"body"),
+        data: scenery::inline(b"body"),
     };
     let put_part = |rule_epoch| Command::PutPart {
         bucket: BUCKET,
@@ -195,7 +195,7 @@ fn a_completed_upload_is_answered_again_under_any_rule() {
         key: key.clone(),
         upload,
         parts: vec![(1, "e".into())],
-        record: common::record(granary_meta::record::ObjectData::Extents(Vec::new()), 4, "done"),
+        record: scenery::record(granary_meta::record::ObjectData::Extents(Vec::new()), 4, "done"),
         conditions: Conditions::default(),
         rule_epoch,
     };

@@ -1,14 +1,14 @@
 //! Clocks that are off: gateways' are refused, leaders' cost them their shards, and nobody else notices.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::cluster::{map, Cluster};
-use common::{put, Random};
 use granary_meta::record::AccountId;
 use granary_meta::{MetaRequest, Reply, ShardRequest, ShardResponse};
 use granary_placement::id::{DiskId, ShardId};
 use granary_wire::control::ControlError;
+use scenery::cluster::{map, Cluster};
+use scenery::{put, Random};
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -2,15 +2,15 @@
 //! stay equal.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::cluster::{disk, map, noop, Cluster};
-use common::{put, request, Random};
 use granary_meta::record::{AccountId, BucketId};
 use granary_meta::{Answer, Command, Query, Reply, VersionPick};
 use granary_placement::id::{DiskId, Epoch, ShardId};
 use granary_replica::message::{encode_message, PeerMessage, PeerRequest, ReplicaId};
 use granary_wire::control::ControlError;
+use scenery::cluster::{disk, map, noop, Cluster};
+use scenery::{put, request, Random};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -169,7 +169,7 @@ async fn flapping_and_one_way_cuts_heal_by_themselves() {
     let all = [disk(1), disk(2), disk(3)];
     cluster.start_all(&[1, 2, 3]).await;
     cluster.init(SHARD, &[1, 2, 3]).await;
-    let seed = common::seed("flapping_and_one_way_cuts_heal_by_themselves");
+    let seed = scenery::seed("flapping_and_one_way_cuts_heal_by_themselves");
     let mut random = Random(seed);
     // Until the first election only the first member knows of the shard; cut off before, it can form nothing. That is
     // the next test.

@@ -1,12 +1,9 @@
 //! What is on disk when: crashes without a flush, corruption of the log, votes, interrupted snapshot installs.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
-#[path = "common/synced.rs"]
+mod scenery;
 mod synced;
 
-use common::cluster::Cluster;
-use common::{put, request, Random};
 use granary_meta::apply::apply;
 use granary_meta::kv::{Kv, Overlay};
 use granary_meta::record::BucketId;
@@ -20,6 +17,8 @@ use granary_replica::snapshot;
 use granary_replica::store::{Buffers, LogDb, LogWrite, StateDb};
 use granary_replica::Space;
 use granary_wire::control::ControlError;
+use scenery::cluster::Cluster;
+use scenery::{put, request, Random};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -38,7 +37,7 @@ fn no_fatal() -> Fatal {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_without_a_flush_replays_the_log_to_the_same_state() {
-    let seed = common::seed("a_crash_without_a_flush_replays_the_log_to_the_same_state");
+    let seed = scenery::seed("a_crash_without_a_flush_replays_the_log_to_the_same_state");
     let mut random = Random(seed);
     let mut cluster = Cluster::new();
     // Some runs crash before the first snapshot, some after several purges.
@@ -259,7 +258,7 @@ async fn a_directory_of_another_disk_is_refused() {
         clock: cluster.clock(DiskId(2)),
         space: Space::without_reserve(),
     };
-    let wire = Arc::new(common::cluster::Wire { me: DiskId(2), network: cluster.network.clone() });
+    let wire = Arc::new(scenery::cluster::Wire { me: DiskId(2), network: cluster.network.clone() });
     let opened = granary_replica::MetaHost::open(config, wire, cluster.map.subscribe(), Arc::new(|_| {})).await;
     assert!(matches!(opened, Err(granary_replica::MetaError::OtherDisk { found: DiskId(1), expected: DiskId(2) })));
 }
@@ -294,7 +293,7 @@ fn a_snapshot_file_carries_the_whole_shard_and_any_damage_is_seen() {
     assert!(snapshot::check_file(&file, ShardId(2)).is_err(), "taken for another shard");
 
     let whole = std::fs::read(&file).unwrap();
-    let seed = common::seed("a_snapshot_file_carries_the_whole_shard_and_any_damage_is_seen");
+    let seed = scenery::seed("a_snapshot_file_carries_the_whole_shard_and_any_damage_is_seen");
     let mut random = Random(seed);
     let bad = dir.path().join("bad");
     for _ in 0..300 {
@@ -347,7 +346,7 @@ fn an_install_that_loses_power_at_any_moment_leaves_the_old_state_or_is_finished
     is_installed.store(1, Ordering::SeqCst);
     let moments = record.end();
 
-    let seed = common::seed("an_install_that_loses_power_at_any_moment_leaves_the_old_state_or_is_finished");
+    let seed = scenery::seed("an_install_that_loses_power_at_any_moment_leaves_the_old_state_or_is_finished");
     let mut random = Random(seed);
     let mut finished = 0;
     for (number, moment) in moments.iter().enumerate() {

@@ -1,12 +1,9 @@
 //! A sync that fails: nothing is promised on it, the host ends, and what was promised before is there.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
-#[path = "common/synced.rs"]
+mod scenery;
 mod synced;
 
-use common::cluster::{noop, Cluster};
-use common::{put, request, Random};
 use granary_meta::record::BucketId;
 use granary_meta::{Answer, Query, Reply, VersionPick};
 use granary_placement::id::{DiskId, ShardId};
@@ -14,6 +11,8 @@ use granary_replica::message::{
     decode_message, encode_message, PeerMessage, PeerRequest, PeerResponse, ReplicaId, WireVote,
 };
 use granary_replica::MetaHost;
+use scenery::cluster::{noop, Cluster};
+use scenery::{put, request, Random};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use synced::{copy_what_was_synced, fail_next_sync};

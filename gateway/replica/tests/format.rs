@@ -2,9 +2,8 @@
 //! old one.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::{inline, record, Random};
 use granary_meta::codec::encode;
 use granary_meta::message::{decode_batch, encode_batch, encode_request};
 use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData};
@@ -15,6 +14,7 @@ use granary_replica::message::{
     decode_entry, decode_message, encode_entry, encode_message, MetadataIdentity, PeerMessage, PeerRequest, ReplicaId,
     ReplicaRecord, WireEntry, WireLogId, WirePayload, WireVote,
 };
+use scenery::{inline, record, Random};
 
 /// A replica of that disk.
 fn id(disk: u32) -> ReplicaId {

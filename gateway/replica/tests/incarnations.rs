@@ -1,10 +1,8 @@
 //! Metadata that were lost or damaged: what comes back is another replica, never the one that voted and acknowledged.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::cluster::{disk, noop, Cluster};
-use common::Random;
 use granary_meta::record::BucketId;
 use granary_meta::{Answer, Query, VersionPick};
 use granary_placement::id::ShardId;
@@ -14,6 +12,8 @@ use granary_replica::message::{
 use granary_replica::store::{LogDb, LogWrite};
 use granary_replica::MetaHost;
 use granary_wire::control::{ControlError, ShardStatus};
+use scenery::cluster::{disk, noop, Cluster};
+use scenery::Random;
 use std::time::{Duration, Instant};
 
 const SHARD: ShardId = ShardId(1);

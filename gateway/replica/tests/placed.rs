@@ -1,16 +1,16 @@
 //! A leader holds what gateways have placed against its own cluster map.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::cluster::{map, Cluster};
-use common::{put, Random};
 use granary_meta::record::{AccountId, ExtentRef, ObjectData};
 use granary_meta::{ChunkRef, Command, MetaRequest, Reply, ShardRequest, ShardResponse};
 use granary_placement::id::{DiskId, Epoch, ExtentId, PlacementGroupId, ShardId};
 use granary_placement::map::{ClusterMap, GroupSlot, PlacementGroup};
 use granary_placement::scheme::{CodecId, FailureDomain, Scheme};
 use granary_wire::control::ControlError;
+use scenery::cluster::{map, Cluster};
+use scenery::{put, Random};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

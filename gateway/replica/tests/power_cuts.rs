@@ -1,17 +1,16 @@
 //! Power cuts: what was acknowledged is in what was synced, at every moment, on one replica and on all of a shard.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
-#[path = "common/synced.rs"]
+mod scenery;
 mod synced;
 
-use common::cluster::{disk, fast, Cluster};
-use common::{put, request, Random};
 use granary_meta::record::{BucketId, ObjectData};
 use granary_meta::{Answer, Query, Reply, VersionPick};
 use granary_placement::id::ShardId;
 use granary_replica::store::LogDb;
 use granary_replica::{MetaHost, Timing};
+use scenery::cluster::{disk, fast, Cluster};
+use scenery::{put, request, Random};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Write;
@@ -171,7 +170,7 @@ fn has_purged(cut: &Cut) -> bool {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn at_every_moment_one_replica_has_what_it_acknowledged() {
-    let mut random = Random(common::seed("at_every_moment_one_replica_has_what_it_acknowledged"));
+    let mut random = Random(scenery::seed("at_every_moment_one_replica_has_what_it_acknowledged"));
     let cluster = short_logs();
     std::fs::create_dir(cluster.path(1)).unwrap();
     let acked = Arc::<AtomicU64>::default();
@@ -215,7 +214,7 @@ async fn at_every_moment_one_replica_has_what_it_acknowledged() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn power_lost_around_a_snapshot_leaves_replicas_that_agree_on_what_was_acknowledged() {
     let mut random =
-        Random(common::seed("power_lost_around_a_snapshot_leaves_replicas_that_agree_on_what_was_acknowledged"));
+        Random(scenery::seed("power_lost_around_a_snapshot_leaves_replicas_that_agree_on_what_was_acknowledged"));
     let (cluster, ids) = (short_logs(), [1, 2, 3]);
     let acked = Arc::<AtomicU64>::default();
     cluster.start_all(&ids).await;
@@ -302,7 +301,7 @@ async fn check(cluster: &Cluster, told: &mut Told) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn all_replicas_of_a_shard_lose_power_at_once_many_times_and_nothing_acknowledged() {
-    let seed = common::seed("all_replicas_of_a_shard_lose_power_at_once_many_times_and_nothing_acknowledged");
+    let seed = scenery::seed("all_replicas_of_a_shard_lose_power_at_once_many_times_and_nothing_acknowledged");
     let (mut random, ids) = (Random(seed), [1, 2, 3]);
     let mut cluster = short_logs();
     let told = Arc::<Mutex<Told>>::default();

@@ -1,14 +1,14 @@
 //! Disks that fill up, and logs that would fill them.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::cluster::{disk, Cluster, RESERVE_BYTES};
-use common::{put, request, Random};
 use granary_meta::record::BucketId;
 use granary_meta::{Command, Conditions, Reply, VersionPick};
 use granary_placement::id::ShardId;
 use granary_wire::control::ControlError;
+use scenery::cluster::{disk, Cluster, RESERVE_BYTES};
+use scenery::{put, request, Random};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 

@@ -2,14 +2,14 @@
 //! awake.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-mod common;
+mod scenery;
 
-use common::cluster::{disk, Cluster};
-use common::{put, request, Random};
 use granary_meta::record::BucketId;
 use granary_meta::{Answer, Query, VersionPick};
 use granary_placement::id::{DiskId, ShardId};
 use granary_wire::control::ControlError;
+use scenery::cluster::{disk, Cluster};
+use scenery::{put, request, Random};
 use std::time::{Duration, Instant};
 
 const SHARD: ShardId = ShardId(1);
@@ -174,7 +174,7 @@ async fn a_leader_that_was_paused_asleep_and_comes_back_after_another_was_electe
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn commands_between_sleeps_cuts_and_crashes_are_all_kept() {
-    let seed = common::seed("commands_between_sleeps_cuts_and_crashes_are_all_kept");
+    let seed = scenery::seed("commands_between_sleeps_cuts_and_crashes_are_all_kept");
     let mut random = Random(seed);
     let (cluster, _) = sleeping(&mut random).await;
     let all = [disk(1), disk(2), disk(3)];

@@ -150,7 +150,8 @@ pub fn replace_disk(
     Ok((next, id))
 }
 
-/// The map at the next epoch with one more scheme and its groups, ids following the highest in use.
+/// The map at the next epoch with one more scheme and its groups, ids following the highest in use. No verb offers it
+/// yet; tests lay out a second scheme by it.
 ///
 /// # Errors
 /// [`PlaceError::SchemeExists`], and those of [`lay_out`].

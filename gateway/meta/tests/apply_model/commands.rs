@@ -1,7 +1,7 @@
 //! Random commands that make sense often enough.
 
-use crate::common::{extent, inline, record, Random};
 use crate::model::Model;
+use crate::scenery::{extent, inline, record, Random};
 use crate::KEYS;
 use granary_meta::record::{
     AccountId, BucketId, BucketRule, ObjectData, ObjectMeta, PartRecord, UploadId, UploadRecord, Usage, VersionSeq,

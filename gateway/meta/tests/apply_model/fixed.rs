@@ -1,6 +1,6 @@
 //! Corners of `apply`, one by one.
 
-use crate::common::{extent, inline, put, record, request, Random};
+use crate::scenery::{extent, inline, put, record, request, Random};
 use crate::{KEYS, SHARD};
 use granary_meta::answer::answer;
 use granary_meta::apply::{apply, KEPT_MS, LIFETIME_MS};

@@ -2,15 +2,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod commands;
-#[path = "../common/mod.rs"]
-mod common;
 mod fixed;
 mod model;
 mod run;
+#[path = "../scenery/mod.rs"]
+mod scenery;
 
-use common::seed;
 use granary_placement::id::ShardId;
 use run::run;
+use scenery::seed;
 
 const SHARD: ShardId = ShardId(3);
 const KEYS: [&str; 12] =

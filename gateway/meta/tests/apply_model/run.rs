@@ -1,8 +1,8 @@
 //! Sends commands to a shard and to the model, and compares all that can be asked.
 
 use crate::commands::Maker;
-use crate::common::{request, Random};
 use crate::model::Model;
+use crate::scenery::{request, Random};
 use crate::{KEYS, SHARD};
 use granary_meta::answer::answer;
 use granary_meta::apply::apply;

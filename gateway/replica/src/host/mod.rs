@@ -27,6 +27,7 @@ use crate::raft::Timing;
 use crate::room::{Room, Space};
 use crate::sleep::{Facts, Rest, SleepTiming};
 use crate::snapshot;
+use crate::store::lock;
 use crate::store::{Buffers, LogDb, StateDb};
 use crate::writer::LogWriter;
 use bytes::Bytes;
@@ -43,7 +44,7 @@ use links::Links;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::{watch, Semaphore};
@@ -146,10 +147,6 @@ struct Inner {
     room: Room,
     tasks: TaskTracker,
     stop: CancellationToken,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// All shard replicas of one metadata disk. Cheap to clone.

@@ -2,7 +2,7 @@
 #![allow(dead_code, unused_imports, clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 pub mod cluster;
-#[path = "../../../meta/tests/common/mod.rs"]
+#[path = "../../../meta/tests/scenery/mod.rs"]
 mod values;
 
 pub use values::*;

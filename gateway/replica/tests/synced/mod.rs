@@ -14,7 +14,7 @@
 //! folders; temporary folders on it are no place for these tests.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-use super::common::Random;
+use super::scenery::Random;
 use crc32fast::Hasher;
 use rustix::fs::FileType;
 use rustix::io::Errno;
