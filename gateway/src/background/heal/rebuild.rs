@@ -63,17 +63,22 @@ struct Lost {
     corrupt: bool,
 }
 
+/// After so many passes that rebuilt chunks, slots have their turn.
+const SLOTS_TURN: u64 = 4;
+
 impl Inner {
     pub(super) async fn repair_loop(&self, held: &Held) {
         let mut moves = Moves::default();
-        let mut idle_looks = 0u32;
+        let (mut idle_looks, mut busy_passes) = (0u32, 0u64);
         let mut settings = self.settings.clone();
         loop {
             self.pace.set_bytes_per_s(settings.borrow_and_update().bytes_per_s);
-            // Single chunks first: an extent that lost several is in more danger than one whose slot moves.
+            // Single chunks first: an extent that lost several is in more danger than one whose slot moves. But chunks
+            // that are queued without end must not keep slots from moving.
             let mut progress = if self.pace.is_paused() { 0 } else { self.repair_pass(held).await };
-            if progress == 0 {
-                progress = self.slots_pass(&mut moves, held).await;
+            busy_passes = if progress == 0 { 0 } else { busy_passes + 1 };
+            if busy_passes % SLOTS_TURN == 0 {
+                progress += self.slots_pass(&mut moves, held).await;
             }
             // Every look asks each shard: with nothing to do for a while, they are asked less often.
             idle_looks = if progress == 0 { idle_looks.saturating_add(1) } else { 0 };
