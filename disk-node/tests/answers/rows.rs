@@ -1,6 +1,6 @@
 //! What a disk node answers, as a table: requests in order, each with its answer. The real node is asked in
-//! `disk-node/tests/answers/main.rs`, and the imitation that the gateway's tests use in `gateway/tests/io/healers.rs`. So
-//! what those tests show of healers on chunks that are replaced, damaged or deleted holds for the real store too.
+//! `disk-node/tests/answers/main.rs`, and the imitation that the gateway's tests use in `gateway/tests/io/healers.rs`.
+//! So what those tests show of healers on chunks that are replaced, damaged or deleted holds for the real store too.
 //!
 //! A request names chunks by numbers. `v1`, `v2` are two payloads that one chunk may have; `half` sends the first part
 //! of one and `rest` the other. `@3` is the third holder of the heal lease, and `*` marks a chunk in quarantine.

@@ -365,8 +365,8 @@ async fn the_root_shard_publishes_its_map_also_after_a_restart() {
     cluster.stop_all().await;
 }
 
-/// No gateway finds them there, and while one of them leads nobody else does. Two of three: they must not pass the shard
-/// to and fro between each other.
+/// No gateway finds them there, and while one of them leads nobody else does. Two of three: they must not pass the
+/// shard to and fro between each other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leaders_at_whose_addresses_other_disks_answer_give_way() {
     let cluster = Cluster::new();

@@ -1,8 +1,8 @@
 //! What to rebuild first. Pure.
 //!
-//! Extents that can bear the fewest further failures come first, then those that wait longest. Those that seem to be lost
-//! come last: most of them wait for a disk, and however many there are, they must not keep others from being saved. A
-//! look over a long queue keeps only the most urgent ones, so its memory does not grow with the queue.
+//! Extents that can bear the fewest further failures come first, then those that wait longest. Those that seem to be
+//! lost come last: most of them wait for a disk, and however many there are, they must not keep others from being
+//! saved. A look over a long queue keeps only the most urgent ones, so its memory does not grow with the queue.
 
 use crate::backoff::Backoff;
 use granary_meta::record::{ExtentRecord, ExtentRef, MissingRecord};
