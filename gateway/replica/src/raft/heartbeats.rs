@@ -1,7 +1,7 @@
 //! Heartbeats of several shards to one disk, in one message.
 //!
-//! The heartbeat of a timer may wait a little for others to the same disk. One that a read barrier needs does not: it
-//! goes at once, and so do those of its shard that wait already. Appends and votes never come here.
+//! The heartbeat of a timer may wait a little for others to the same disk. One that a read barrier waits for does not:
+//! it goes at once, and so does one of its shard to the same disk that waits already. Appends and votes never come here.
 
 use super::network::{PeerTransport, TransportError};
 use bytes::Bytes;
@@ -94,10 +94,10 @@ impl Heartbeats {
         }
     }
 
-    /// Lets the heartbeats of a shard that wait go at once.
-    pub fn hurry(&self, shard: ShardId) {
-        for batch in self.batches().values() {
-            if batch.waiting.iter().any(|waiting| waiting.shard == shard) {
+    /// Lets the heartbeats of a shard to these disks go at once.
+    pub fn hurry(&self, shard: ShardId, to: impl Fn(DiskId) -> bool) {
+        for (disk, batch) in self.batches().iter() {
+            if to(*disk) && batch.waiting.iter().any(|waiting| waiting.shard == shard) {
                 batch.hurry.notify_one();
             }
         }

@@ -40,6 +40,16 @@ impl Replica {
         metrics.membership_config.nodes().map(|(id, ())| *id).collect()
     }
 
+    /// Its voters; None while they change.
+    pub(super) fn settled_voters(&self) -> Option<Vec<ReplicaId>> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        match metrics.membership_config.membership().get_joint_config().as_slice() {
+            [voters] => Some(voters.iter().copied().collect()),
+            _ => None,
+        }
+    }
+
     /// The voters as last written here.
     pub fn voters(&self) -> BTreeSet<ReplicaId> {
         let metrics = self.raft.metrics();

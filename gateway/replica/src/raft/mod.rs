@@ -3,10 +3,12 @@
 //!
 //! - [`machine`]: the state machine; applies entries to the state database.
 //! - [`types`]: the library's types, and their conversions to ours; [`timing`]: timers.
-//! - [`network`]: messages to other replicas; [`heartbeats`]: those of several shards together.
+//! - [`network`]: messages to other replicas; [`heartbeats`]: those of several shards together; [`barrier`]: whom a read
+//!   barrier asks.
 //! - `members`: how its leader sees them, and changes them. `rest`: a shard that sleeps stops its timers.
 //! - here: [`Replica`]: propose, read barrier, incoming messages.
 
+pub mod barrier;
 pub mod heartbeats;
 pub mod machine;
 mod members;
@@ -17,6 +19,7 @@ pub mod types;
 
 use crate::log::ShardLog;
 use crate::message::{PeerMessage, PeerRequest, PeerResponse, ReplicaId};
+use barrier::Barriers;
 use granary_meta::{BadBytes, Reply};
 use granary_placement::id::{DiskId, ShardId};
 use granary_wire::control::ControlError;
@@ -28,7 +31,6 @@ use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeader
 use openraft::ReadPolicy;
 use rest::RestState;
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use timing::raft_config;
@@ -56,24 +58,7 @@ pub struct Replica {
     /// Where the log began when it was last asked to be purged, and how many entries more than needed were asked for.
     asked_to_purge: Mutex<(u64, u64)>,
     /// Read barriers under way.
-    barriers: Arc<AtomicUsize>,
-}
-
-/// While it lives, heartbeats of the replica's shard wait for no others.
-struct Urgent<'a>(&'a Replica);
-
-impl Urgent<'_> {
-    fn new(replica: &Replica) -> Urgent<'_> {
-        replica.barriers.fetch_add(1, Ordering::SeqCst);
-        replica.peers.heartbeats.hurry(replica.shard);
-        Urgent(replica)
-    }
-}
-
-impl Drop for Urgent<'_> {
-    fn drop(&mut self) {
-        self.0.barriers.fetch_sub(1, Ordering::SeqCst);
-    }
+    barriers: Arc<Barriers>,
 }
 
 fn leader_of(id: Option<ReplicaId>) -> Option<DiskId> {
@@ -98,7 +83,7 @@ impl Replica {
     ) -> Result<Replica, String> {
         let shard = machine.shard;
         let config = raft_config(shard, &timing)?;
-        let barriers = Arc::<AtomicUsize>::default();
+        let barriers = Arc::<Barriers>::default();
         let links = PeerLinks { shard, me, peers: peers.clone(), barriers: barriers.clone() };
         let raft =
             openraft::Raft::new(me, config, links, log.clone(), machine).await.map_err(|error| error.to_string())?;
@@ -168,8 +153,22 @@ impl Replica {
     /// # Errors
     /// NotLeader or Unavailable.
     pub async fn read_barrier(&self) -> Result<(), ControlError> {
-        let _urgent = Urgent::new(self);
-        match tokio::time::timeout(self.deadline(), self.raft.ensure_linearizable(ReadPolicy::ReadIndex)).await {
+        let voters = self.settled_voters();
+        let mut barrier = self.barriers.begin(self.me, voters.as_deref());
+        let hurry = || self.peers.heartbeats.hurry(self.shard, |disk| self.barriers.wait_for_disk(disk));
+        hurry();
+        let confirmed = self.raft.ensure_linearizable(ReadPolicy::ReadIndex);
+        let asked = async {
+            tokio::pin!(confirmed);
+            tokio::select! {
+                confirmed = &mut confirmed => return confirmed,
+                () = barrier.is_late() => {}
+            }
+            barrier.ask_all();
+            hurry();
+            confirmed.await
+        };
+        match tokio::time::timeout(self.deadline(), asked).await {
             Err(_) => Err(unavailable("no majority answered in time")),
             Ok(Ok(_)) => Ok(()),
             Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(to)))) => {

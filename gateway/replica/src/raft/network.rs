@@ -1,5 +1,6 @@
 //! Messages to other replicas, over whatever carries them, and snapshot files in pieces both ways.
 
+use super::barrier::Barriers;
 use super::heartbeats::Heartbeats;
 use super::machine::SnapshotSource;
 use super::types::LeaderId;
@@ -20,7 +21,7 @@ use openraft::{OptionalSend, Snapshot};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -159,8 +160,8 @@ pub struct PeerLinks {
     pub me: ReplicaId,
     /// Shared by all shards.
     pub peers: Arc<Peers>,
-    /// Read barriers of the shard under way: its heartbeats are urgent.
-    pub barriers: Arc<AtomicUsize>,
+    /// Read barriers of the shard under way: the heartbeats that they wait for are urgent.
+    pub barriers: Arc<Barriers>,
 }
 
 /// The way to one other replica.
@@ -169,12 +170,12 @@ pub struct PeerLink {
     me: ReplicaId,
     to: ReplicaId,
     peers: Arc<Peers>,
-    /// Given for a link that carries heartbeats only: how many read barriers wait for them.
-    heartbeats_for: Option<Arc<AtomicUsize>>,
+    /// Given for a link that carries heartbeats only: the read barriers that may wait for them.
+    heartbeats_for: Option<Arc<Barriers>>,
 }
 
 impl PeerLinks {
-    fn link(&self, to: ReplicaId, heartbeats_for: Option<Arc<AtomicUsize>>) -> PeerLink {
+    fn link(&self, to: ReplicaId, heartbeats_for: Option<Arc<Barriers>>) -> PeerLink {
         PeerLink { shard: self.shard, me: self.me, to, peers: self.peers.clone(), heartbeats_for }
     }
 }
@@ -221,12 +222,14 @@ impl PeerLink {
         self.peers.ask(self.to.disk, self.shard, &self.message(request), deadline).await.map_err(rpc_error)
     }
 
-    async fn heartbeat(&self, request: PeerRequest, barriers: &AtomicUsize) -> Result<PeerResponse, TransportError> {
+    async fn heartbeat(&self, request: PeerRequest, barriers: &Barriers) -> Result<PeerResponse, TransportError> {
         let message =
             encode_message(&self.message(request)).map_err(|error| TransportError::Refused(error.to_string()))?;
-        let urgent = || barriers.load(Ordering::SeqCst) > 0;
-        let answer = self.peers.heartbeats.send(self.to.disk, self.shard, message, urgent).await?;
-        self.peers.hear(self.to.disk, self.shard, &answer)
+        let urgent = || barriers.wait_for(self.to);
+        let answer = self.peers.heartbeats.send(self.to.disk, self.shard, message, urgent).await;
+        let heard = answer.and_then(|answer| self.peers.hear(self.to.disk, self.shard, &answer));
+        barriers.note(self.to, heard.is_ok());
+        heard
     }
 
     async fn request_vote(

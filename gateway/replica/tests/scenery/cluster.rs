@@ -23,6 +23,7 @@ pub struct Network {
     hosts: Mutex<BTreeMap<DiskId, (MetaHost, Handle)>>,
     cut: Mutex<BTreeSet<(DiskId, DiskId)>>,
     displaced: Mutex<BTreeSet<DiskId>>,
+    questions: Mutex<BTreeMap<(DiskId, DiskId), usize>>,
 }
 
 impl Network {
@@ -38,6 +39,11 @@ impl Network {
     pub fn displace(&self, disk: DiskId, is_displaced: bool) {
         let mut displaced = self.displaced.lock().unwrap();
         let _ = if is_displaced { displaced.insert(disk) } else { displaced.remove(&disk) };
+    }
+
+    /// How many questions one disk has asked another.
+    pub fn questions(&self, from: DiskId, to: DiskId) -> usize {
+        self.questions.lock().unwrap().get(&(from, to)).copied().unwrap_or_default()
     }
 
     pub fn isolate(&self, disk: DiskId, others: &[DiskId]) {
@@ -71,6 +77,7 @@ impl Wire {
         T: Send + 'static,
     {
         let (me, network) = (self.me, self.network.clone());
+        *network.questions.lock().unwrap().entry((me, to)).or_default() += 1;
         Box::pin(async move {
             let is_cut = |from, to| network.cut.lock().unwrap().contains(&(from, to));
             if is_cut(me, to) {
