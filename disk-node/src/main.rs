@@ -3,7 +3,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use granary_disk_node::inspect::inspect;
 use granary_disk_node::label;
-use granary_disk_node::roles::note_metadata_panic;
+use granary_disk_node::roles::is_a_replicas_panic;
 use granary_disk_node::serve::{serve, ServeOptions};
 use granary_placement::id::{ClusterId, DiskId, DiskUuid};
 use granary_placement::settings::{Layers, Program, Values};
@@ -134,13 +134,13 @@ fn run_serve(args: Serve) -> Result<ExitCode, Box<dyn std::error::Error>> {
         LogFormat::Json => log.json().flatten_event(true).init(),
     }
     // A broken invariant ends the process: other threads must not go on answering from a state nobody understands.
-    let (report, folder) = (std::panic::take_hook(), args.dir.clone());
+    // One in a shard replica ends that replica, which keeps it from answering by itself.
+    let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         report(panic);
-        if panic.location().is_some_and(|at| is_of_raft(at.file())) {
-            note_metadata_panic(&folder);
+        if !is_a_replicas_panic(panic) {
+            std::process::abort();
         }
-        std::process::abort();
     }));
     let RolesFrom::Map = args.roles_from;
     let values = load_settings(&args.set, args.config.as_deref())?;
@@ -167,12 +167,6 @@ fn raise_file_limit() {
     if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised) {
         tracing::warn!(%error, "the limit of open files stays as it is");
     }
-}
-
-/// Was it the Raft library's own code that panicked, by the name of the source file? The next starts are then told: see
-/// [`note_metadata_panic`].
-fn is_of_raft(file: &str) -> bool {
-    file.split(['/', '\\']).any(|folder| folder == "openraft" || folder.starts_with("openraft-"))
 }
 
 /// `--set` before the environment before the file before the defaults.
@@ -224,22 +218,4 @@ fn run_inspect(args: &Inspect) -> Result<ExitCode, Box<dyn std::error::Error>> {
         _ => {}
     }
     Ok(if report.damaged { ExitCode::FAILURE } else { ExitCode::SUCCESS })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::is_of_raft;
-
-    #[test]
-    fn panics_of_the_raft_library_are_told_from_others() {
-        assert!(is_of_raft("/registry/src/index/openraft-0.10.0-alpha.37/src/engine/mod.rs"));
-        assert!(is_of_raft("vendor/openraft/src/lib.rs"));
-        for ours in [
-            "gateway/replica/src/raft/machine.rs",
-            "disk-node/src/store/core/groups.rs",
-            "/registry/tokio-1/src/lib.rs",
-        ] {
-            assert!(!is_of_raft(ours), "{ours}");
-        }
-    }
 }

@@ -23,6 +23,7 @@ const META: &[(&str, &str, Count)] = &[
     ("heartbeat_messages_total", "Messages that carried Raft heartbeats", |counters| counters.heartbeat_messages),
     ("link_beats_total", "Heartbeats of links to other disks", |counters| counters.link_beats),
     ("replicas_rebuilt_total", "Damaged shard replicas that began anew, empty", |counters| counters.replicas_rebuilt),
+    ("replica_failures_total", "Times that a panic ended a shard replica", |counters| counters.replica_failures),
 ];
 
 /// All metrics of one disk node.
@@ -99,7 +100,7 @@ impl Metrics {
             meta: meta?,
             meta_turn: Mutex::new(()),
             replicas_asleep: gauge("meta_replicas_asleep", "Shard replicas whose timers stand still")?,
-            replicas_stopped: gauge("meta_replicas_stopped", "Shard replicas that do not run: damaged, or ended")?,
+            replicas_stopped: gauge("meta_replicas_stopped", "Shard replicas that do not run: damaged, or failed")?,
             log_kept_bytes: gauge("meta_log_kept_bytes", "Raft logs of all replicas, in bytes")?,
             metadata_full: gauge("meta_full", "1 while the disk has no room for metadata to grow")?,
             metadata_displaced: gauge("meta_displaced", "1 while another disk answers at this disk's address")?,

@@ -28,29 +28,9 @@ const META_FOLDER: &str = "meta";
 /// Between two attempts to open metadata.
 const TRY_AGAIN: Duration = Duration::from_secs(10);
 
-/// In the folder of the disk: how often metadata ended the process by an assertion, one byte each, lately.
-const PANIC_FILE: &str = "meta.panics";
-/// For how long that counts.
-const PANIC_COUNTS: Duration = Duration::from_secs(600);
-
-/// Notes that the Raft library ended the process by an assertion. The first time the next start goes on as ever, for a
-/// restart mends most of what can be. When it comes again within ten minutes, metadata stay closed until those are
-/// over, and the chunks are served: a node that ends at every start serves nobody.
-pub fn note_metadata_panic(dir: &Path) {
-    let path = dir.join(PANIC_FILE);
-    let noted = panics(&path) + 1;
-    // Best effort: the process is ending.
-    let _ = std::fs::write(path, vec![b'!'; noted.min(100)]);
-}
-
-/// How many assertions were noted lately.
-fn panics(path: &Path) -> usize {
-    let Ok(about) = std::fs::metadata(path) else { return 0 };
-    let age = about.modified().ok().and_then(|at| at.elapsed().ok()).unwrap_or_default();
-    if age >= PANIC_COUNTS {
-        return 0;
-    }
-    usize::try_from(about.len()).unwrap_or(usize::MAX)
+/// For the panic hook: see [`granary_replica::raft::containment::note_panic`].
+pub fn is_a_replicas_panic(panic: &std::panic::PanicHookInfo<'_>) -> bool {
+    granary_replica::raft::containment::note_panic(panic)
 }
 
 /// Called with the reason when the metadata of this disk can no longer be trusted; ends the process.
@@ -237,12 +217,6 @@ impl Roles {
             return true;
         }
         if !self.folder.exists() && self.granted() != Some(true) {
-            return false;
-        }
-        if panics(&self.dir.join(PANIC_FILE)) > 1 {
-            self.stays_closed(
-                "the Raft library ended the process by an assertion twice: tried again after ten minutes".to_owned(),
-            );
             return false;
         }
         let Err(error) = self.open().await else { return true };

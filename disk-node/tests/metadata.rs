@@ -154,34 +154,6 @@ async fn damaged_metadata_are_put_aside_once_and_chunks_are_served_all_the_while
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn metadata_that_ended_the_process_twice_stay_closed_for_a_while_and_chunks_are_served() {
-    let disk = Disk::new();
-    let mut node = disk.serve();
-    let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
-    let map = ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)));
-    assert_eq!(ask(&node.client(), map).await, ControlResponse::Done);
-    let init = || ControlRequest::InitShard { shard: ShardId(1), members: vec![DiskId(4)] };
-    assert_eq!(ask(&node.client(), init()).await, ControlResponse::Done);
-    put(&node.client(), 1, 1000).await.unwrap();
-    let panics = disk.dir().join("meta.panics");
-    for (noted, age_s, open) in [("!", 0, true), ("!!", 0, false), ("!!", 601, true)] {
-        node.signal("TERM");
-        assert!(node.wait().success());
-        std::fs::write(&panics, noted).unwrap();
-        let then = std::time::SystemTime::now() - Duration::from_secs(age_s);
-        std::fs::File::options().write(true).open(&panics).unwrap().set_modified(then).unwrap();
-        node = disk.serve();
-        let answer = ask(&node.client(), init()).await;
-        if open {
-            assert_eq!(answer, ControlResponse::Done, "{noted} {age_s}");
-        } else {
-            assert!(matches!(&answer, ControlResponse::Error(ControlError::Disk(why)) if why.contains("assertion")));
-        }
-        assert_eq!(get(&node.client(), 1).await.unwrap(), payload(1, 1000));
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn an_older_metadata_folder_is_refused_and_the_chunks_are_served() {
     let disk = Disk::new();
     let node = disk.serve();

@@ -209,7 +209,8 @@ pub struct NodeStatus {
 pub struct ShardStatus {
     /// The shard that the replica is of.
     pub shard: ShardId,
-    /// `leader`, `follower`, `candidate`, `learner` or `stopped`.
+    /// `leader`, `follower`, `candidate` or `learner`; `stopped` when its data cannot be used, `failed` between a panic
+    /// in it and its next opening.
     pub state: String,
     /// Current term.
     pub term: u64,

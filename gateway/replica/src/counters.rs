@@ -39,8 +39,10 @@ pub struct MetaCounters {
     pub is_full: bool,
     /// Another disk answers at this disk's address: it leads nothing.
     pub is_displaced: bool,
-    /// Replicas that do not run now: their data cannot be used, or their Raft tasks ended.
+    /// Replicas that do not run now: their data cannot be used, or they failed and are opened again after a pause.
     pub replicas_stopped: u64,
+    /// Times that a panic, or an error of its storage, ended a replica.
+    pub replica_failures: u64,
     /// Damaged replicas that began anew, empty.
     pub replicas_rebuilt: u64,
 }

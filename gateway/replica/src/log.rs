@@ -8,6 +8,7 @@
 
 use crate::log_bytes::LogBytes;
 use crate::message::{decode_entry, encode_entry, WireLogId, WireVote};
+use crate::raft::containment::{spawn_blocking, Containment};
 use crate::raft::{entry_from_wire, entry_to_wire, log_id_from_wire, log_id_to_wire, vote_from_wire, vote_to_wire};
 use crate::raft::{Entry, LogId, TypeConfig, Vote};
 use crate::store::{LogDb, LogWrite, StateDb};
@@ -324,13 +325,19 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
             tail.last = Some(last);
         }
         let shared = self.tail.clone();
-        let on_durable = Box::new(move |result: Result<(), String>| {
+        let tell = move |result: Result<(), String>| {
             if result.is_ok() {
                 let mut tail = lock(&shared);
                 tail.written_end = tail.written_end.max(last.index + 1);
                 tail.evict();
             }
             callback.io_completed(result.map_err(failed));
+        };
+        // The writer's thread is everybody's; what the library does in it for this replica is not.
+        let owner = Containment::current();
+        let on_durable = Box::new(move |result: Result<(), String>| match owner {
+            Some(owner) => drop(owner.contain_now(|| tell(result))),
+            None => tell(result),
         });
         self.writer.submit(LogJob { writes, on_durable }).await.map_err(failed)
     }
@@ -358,10 +365,7 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
         let (group, shard, state) = (self.shard.0, self.shard, self.state.clone());
         // The state database has no log of its own: what the Raft log forgets must be flushed there first.
-        tokio::task::spawn_blocking(move || state.make_durable(shard, log_id.index))
-            .await
-            .map_err(failed)?
-            .map_err(failed)?;
+        spawn_blocking(move || state.make_durable(shard, log_id.index)).await?.map_err(failed)?;
         let value = granary_meta::codec::encode(&log_id_to_wire(&log_id)).map_err(failed)?;
         {
             let mut tail = lock(&self.tail);

@@ -233,6 +233,7 @@ impl StateDb {
 
     fn commit(&self, batch: WriteBatch) -> Result<(), StateError> {
         self.fatal.check().map_err(StateError::Database)?;
+        let _whole = self.fatal.at_a_panic("writing metadata state");
         let mut options = WriteOptions::default();
         options.disable_wal(true);
         self.db.write_opt(batch, &options).map_err(|error| {
@@ -253,10 +254,12 @@ impl StateDb {
         self.db.compact_range(None::<&[u8]>, None::<&[u8]>);
     }
 
-    /// Tells what a shard found applied when it was opened: it was read from disk, so it is durable.
+    /// Tells what a shard found applied when it was opened. The first time it was read from disk, so it is durable; a
+    /// replica that is opened again finds what it wrote before, flushed or not.
     pub fn opened_at(&self, shard: ShardId, applied: u64) {
-        lock(&self.applied).insert(shard, applied);
-        lock(&self.durable).insert(shard, applied);
+        if lock(&self.applied).insert(shard, applied).is_none() {
+            lock(&self.durable).insert(shard, applied);
+        }
     }
 
     /// Makes the state of a shard durable up to `index`, which it has applied: by an explicit flush, unless one covered
@@ -292,6 +295,7 @@ impl StateDb {
         if self.ending.load(Ordering::SeqCst) {
             return Err(StateError::Database("stopping".to_owned()));
         }
+        let _whole = self.fatal.at_a_panic("flushing metadata state");
         let before = lock(&self.applied).clone();
         self.db.flush().map_err(|error| {
             let error = database(error);

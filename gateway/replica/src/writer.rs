@@ -88,6 +88,14 @@ impl LogWriter {
         self.queue.send(job).await.map_err(|_| WriterStopped)
     }
 
+    /// Waits until everything that was queued before is durable.
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub async fn flush(&self) -> Result<(), String> {
+        self.write(Vec::new()).await
+    }
+
     /// Queues writes and waits until they are durable.
     ///
     /// # Errors
@@ -103,6 +111,7 @@ impl LogWriter {
 }
 
 fn run(db: &LogDb, mut jobs: mpsc::Receiver<LogJob>, fatal: &Fatal, counters: &WriterCounters) {
+    let _whole = fatal.at_a_panic("writing the Raft log");
     while let Some(first) = jobs.blocking_recv() {
         let mut bytes = first.len_bytes();
         let mut writes = first.writes;

@@ -6,9 +6,11 @@
 //! DIR/meta/snapshots   snapshot files on their way; what is left there from before is removed at start
 //! ```
 //! A replica that the map does not name any more is stopped once the shard's leader, asked by it, says that it is no
-//! member. Its data stays; should the map name this disk again, it begins from there.
+//! member. Its data stays; should the map name this disk again, it begins from there. One that a panic ended is opened
+//! again after a pause (`failures.rs`).
 
 mod durable;
+mod failures;
 mod identity;
 mod links;
 mod reclaim;
@@ -22,6 +24,7 @@ use crate::fatal::{Fatal, OnFatal};
 use crate::message::{decode_message, encode_message, MetadataIdentity, ReplicaId};
 use crate::raft::heartbeats::Heartbeats;
 use crate::raft::machine::{blocking, ApplyCounters, MapSender};
+use crate::raft::members::{out_of_service, FAILED, STOPPED};
 use crate::raft::network::{PeerTransport, Peers};
 use crate::raft::Timing;
 use crate::room::{Room, Space};
@@ -31,6 +34,7 @@ use crate::store::lock;
 use crate::store::{Buffers, LogDb, StateDb};
 use crate::writer::LogWriter;
 use bytes::Bytes;
+use failures::Failures;
 use granary_meta::answer::answer;
 use granary_meta::apply::is_kept;
 use granary_meta::check::check_level;
@@ -120,6 +124,11 @@ enum ReplicaState {
         /// The reason.
         why: String,
     },
+    /// A panic ended it, or an error of its storage; it is opened again after a pause.
+    Failed {
+        /// The reason.
+        why: String,
+    },
     /// It is no member any more.
     Removed,
 }
@@ -141,6 +150,7 @@ struct Inner {
     applies: Arc<ApplyCounters>,
     /// Damaged replicas that began anew.
     rebuilt: AtomicU64,
+    failures: Failures,
     batches: Arc<BatchCounters>,
     links: Links,
     clocks: OtherClocks,
@@ -243,6 +253,7 @@ impl MetaHost {
             opening: tokio::sync::Mutex::new(()),
             applies: Arc::default(),
             rebuilt: AtomicU64::new(0),
+            failures: Failures::default(),
             batches: Arc::default(),
             links: Links::new(sleep),
             clocks,
@@ -273,8 +284,12 @@ impl MetaHost {
     fn batcher(&self, shard: ShardId) -> Result<Arc<Batcher>, ControlError> {
         self.inner.fatal.check().map_err(ControlError::Disk)?;
         match lock(&self.inner.replicas).get(&shard) {
-            Some(ReplicaState::Running(batcher)) => Ok(batcher.clone()),
+            Some(ReplicaState::Running(batcher)) => {
+                batcher.replica.check()?;
+                Ok(batcher.clone())
+            }
             Some(ReplicaState::Broken { why, .. }) => Err(ControlError::Disk(why.clone())),
+            Some(ReplicaState::Failed { why }) => Err(ControlError::Unavailable(why.clone())),
             Some(ReplicaState::Removed) | None => Err(ControlError::NoSuchShard(shard)),
         }
     }
@@ -362,7 +377,8 @@ impl MetaHost {
     /// # Errors
     /// [`ControlError`].
     pub async fn query(&self, shard: ShardId, query: Query) -> Result<Answer, ControlError> {
-        self.batcher(shard)?.read_barrier().await?;
+        let batcher = self.batcher(shard)?;
+        batcher.read_barrier().await?;
         let state = &self.inner.state;
         // A point read is mostly in memory; a scan may wait for the disk and makes room for other tasks first.
         let answer = match &query {
@@ -372,6 +388,8 @@ impl MetaHost {
             | Query::CompletedUpload { .. } => answer(shard, &state.view(), &query),
             _ => blocking(|| answer(shard, &state.view(), &query)),
         };
+        // What a failed replica found confirmed need not be so, and its state may be gone by now.
+        batcher.replica.check()?;
         answer.map_err(|error| ControlError::Disk(error.to_string()))
     }
 
@@ -414,20 +432,12 @@ impl MetaHost {
 
     /// How the replicas here stand.
     pub fn status(&self) -> Vec<ShardStatus> {
-        let stopped = |shard: ShardId| ShardStatus {
-            shard,
-            state: "stopped".to_owned(),
-            term: 0,
-            leader: None,
-            last_log_index: 0,
-            applied_index: 0,
-            voters: Vec::new(),
-        };
         lock(&self.inner.replicas)
             .iter()
             .filter_map(|(shard, replica)| match replica {
                 ReplicaState::Running(batcher) => Some(batcher.replica.status()),
-                ReplicaState::Broken { .. } => Some(stopped(*shard)),
+                ReplicaState::Broken { .. } => Some(out_of_service(*shard, STOPPED)),
+                ReplicaState::Failed { .. } => Some(out_of_service(*shard, FAILED)),
                 ReplicaState::Removed => None,
             })
             .collect()
@@ -462,7 +472,9 @@ impl MetaHost {
             is_full: self.inner.room.is_full(),
             is_displaced: self.inner.links.is_displaced(),
             log_kept_bytes: self.running().iter().map(|(_, batcher)| batcher.replica.log_bytes()).sum(),
-            replicas_stopped: self.status().iter().filter(|status| status.state == "stopped").count() as u64,
+            replicas_stopped: self.status().iter().filter(|status| [STOPPED, FAILED].contains(&&*status.state)).count()
+                as u64,
+            replica_failures: self.inner.failures.total(),
             replicas_rebuilt: read(&self.inner.rebuilt),
             replicas_asleep: self.facts().iter().filter(|facts| facts.rest != Rest::Awake).count() as u64,
         }
@@ -480,23 +492,27 @@ impl MetaHost {
             .map_err(|error| ControlError::Disk(error.to_string()))
     }
 
+    /// Ends the replicas. What blocks for longer than a stop may take is left to itself.
+    async fn end_replicas(&self) {
+        let replicas = std::mem::take(&mut *lock(&self.inner.replicas));
+        for replica in replicas.into_values() {
+            if let ReplicaState::Running(batcher) = replica {
+                if tokio::time::timeout(STOP_WAIT, batcher.replica.shutdown()).await.is_err() {
+                    tracing::warn!(shard = %batcher.replica.shard, "replica did not end in time");
+                }
+            }
+        }
+    }
+
     /// Ends all tasks and makes the state durable. The databases close when the last clone is dropped.
     pub async fn shutdown(&self) {
         let inner = &self.inner;
         inner.stop.cancel();
-        let running: Vec<Arc<Batcher>> = {
-            let replicas = std::mem::take(&mut *lock(&inner.replicas));
-            replicas
-                .into_values()
-                .filter_map(|replica| if let ReplicaState::Running(batcher) = replica { Some(batcher) } else { None })
-                .collect()
-        };
-        for batcher in &running {
-            batcher.replica.shutdown().await;
-        }
-        drop(running);
+        self.end_replicas().await;
         inner.tasks.close();
         inner.tasks.wait().await;
+        // One that was being opened meanwhile.
+        self.end_replicas().await;
         let state = inner.state.clone();
         let flushed = tokio::task::spawn_blocking(move || state.flush()).await;
         if !matches!(flushed, Ok(Ok(()))) {

@@ -38,6 +38,7 @@ pub(super) async fn run(host: MetaHost) {
         let work = futures::stream::iter(host.running()).for_each_concurrent(AT_ONCE, |(shard, batcher)| {
             let (host, map) = (&host, &map);
             async move {
+                batcher.replica.look_for_end();
                 batcher.replica.keep_log_short(host.inner.room.is_full()).await;
                 batcher.replica.transfer_leadership_if_log_is_long().await;
                 if let Some(map) = map {

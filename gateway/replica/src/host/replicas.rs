@@ -2,14 +2,16 @@
 //! or anew after their data were damaged.
 
 use super::identity::{incarnation_of, new_replica};
-use super::{bad_request, lock, MetaHost, ReplicaState};
+use super::{bad_request, failures, lock, MetaHost, ReplicaState};
 use crate::batching::Batcher;
 use crate::log::ShardLog;
 use crate::message::{decode_message, encode_message, PeerMessage, PeerRequest, PeerResponse, ReplicaId};
+use crate::raft::containment::{spawn_blocking, Containment};
 use crate::raft::machine::Machine;
 use crate::raft::Replica;
 use crate::snapshot;
 use crate::store::LogWrite;
+use crate::writer::LogWriter;
 use bytes::Bytes;
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
@@ -58,10 +60,45 @@ impl MetaHost {
                 return self.batcher(shard);
             }
         };
+        let containment = Containment::new(shard);
+        let opened = containment.contain(self.start_replica(id, shard, writer, containment.clone())).await;
+        let replica = match opened {
+            Ok(Ok(replica)) => {
+                let replica = Arc::new(replica);
+                replica.elect_if_sole_voter().await;
+                let batcher = Batcher::start(replica, inner.batches.clone(), &inner.tasks, inner.stop.child_token());
+                let batcher = Arc::new(batcher);
+                inner.tasks.spawn(failures::watch(self.clone(), batcher.clone()));
+                ReplicaState::Running(batcher)
+            }
+            Ok(Err(why)) => {
+                tracing::error!(%shard, replica = %id, why, "the data of a metadata replica cannot be used");
+                containment.end().await;
+                ReplicaState::Broken { id: Some(id), why }
+            }
+            Err(ended) => {
+                containment.end().await;
+                inner.tasks.spawn(failures::open_again(self.clone(), shard));
+                ReplicaState::Failed { why: ended.0 }
+            }
+        };
+        lock(&inner.replicas).insert(shard, replica);
+        self.batcher(shard)
+    }
+
+    /// Starts the replica on what lies here. In the containment, for its data may lead to an assertion at once.
+    async fn start_replica(
+        &self,
+        id: ReplicaId,
+        shard: ShardId,
+        writer: LogWriter,
+        containment: Arc<Containment>,
+    ) -> Result<Replica, String> {
+        let inner = &self.inner;
         let (log, state, dir) = (inner.log.clone(), inner.state.clone(), inner.peers.snapshot_dir.clone());
         let map = (shard == ShardId::ROOT).then(|| inner.root_map.clone());
         let (applies, space) = (inner.applies.clone(), inner.config.space.clone());
-        let opened = tokio::task::spawn_blocking(move || -> std::io::Result<(ShardLog, Machine)> {
+        let opened = spawn_blocking(move || -> std::io::Result<(ShardLog, Machine)> {
             let machine = Machine::open(shard, state.clone(), dir, space, map, applies)?;
             let log = ShardLog::open(shard, log, writer, state)?;
             let (first, next) = (log.first_index(), machine.next_index());
@@ -71,27 +108,8 @@ impl MetaHost {
             }
             Ok((log, machine))
         });
-        let opened = match opened.await {
-            Ok(Ok((log, machine))) => {
-                Replica::open(id, inner.peers.clone(), inner.config.timing.of(shard), log, machine).await
-            }
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        let replica = match opened {
-            Ok(replica) => {
-                let replica = Arc::new(replica);
-                replica.elect_if_sole_voter().await;
-                let batcher = Batcher::start(replica, inner.batches.clone(), &inner.tasks, inner.stop.child_token());
-                ReplicaState::Running(Arc::new(batcher))
-            }
-            Err(why) => {
-                tracing::error!(%shard, replica = %id, why, "the data of a metadata replica cannot be used");
-                ReplicaState::Broken { id: Some(id), why }
-            }
-        };
-        lock(&inner.replicas).insert(shard, replica);
-        self.batcher(shard)
+        let opened = opened.await.and_then(|opened| opened).map_err(|error| error.to_string())?;
+        Replica::open(id, inner.peers.clone(), inner.config.timing.of(shard), opened, containment).await
     }
 
     /// Makes this disk the first of a new shard with these members, itself among them. Repeated, it does nothing.
@@ -162,7 +180,7 @@ impl MetaHost {
                     }
                     known => known?,
                 };
-                batcher.replica.handle(message).await
+                batcher.replica.handle(message).await?
             }
         };
         encode_message(&answer).map_err(bad_request)

@@ -1,6 +1,7 @@
 //! A shard's state machine: applies committed entries in batches, each with how far it applied, and gives and takes
 //! snapshots.
 
+use super::containment::spawn_blocking;
 use super::types::{
     log_id_from_wire, log_id_to_wire, members_from_applied, membership_to_wire, Batch, Entry, LeaderId, LogId, Members,
     Replies, TypeConfig,
@@ -228,7 +229,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
             };
             snapshot::install(&state, shard, &dir, &path)
         };
-        let applied = tokio::task::spawn_blocking(install).await.map_err(failed)?.map_err(failed)?;
+        let applied = spawn_blocking(install).await?.map_err(failed)?;
         if last_log_id(&applied) != meta.last_log_id {
             return Err(failed("snapshot file and metadata disagree"));
         }
@@ -265,10 +266,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
     async fn build_snapshot(&mut self) -> Result<Snapshot<LeaderId, ReplicaId, (), SnapshotSource>, io::Error> {
         let (state, shard) = (self.state.clone(), self.shard);
         if let Some(last) = self.applied.last {
-            tokio::task::spawn_blocking(move || state.make_durable(shard, last.index))
-                .await
-                .map_err(failed)?
-                .map_err(failed)?;
+            spawn_blocking(move || state.make_durable(shard, last.index)).await?.map_err(failed)?;
         }
         Ok(live_snapshot(&self.state, &self.applied))
     }

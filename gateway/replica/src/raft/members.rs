@@ -1,10 +1,11 @@
 //! Who belongs to a replica's shard: what its leader sees, and the steps it takes.
 
+use super::containment::ReplicaEnded;
 use super::types::{membership_to_wire, TypeConfig};
-use super::Replica;
+use super::{Raft, Replica};
 use crate::members::{next_step, Standing, Step};
 use crate::message::{ReplicaId, WireMembership};
-use granary_placement::id::DiskId;
+use granary_placement::id::{DiskId, ShardId};
 use granary_wire::control::ShardStatus;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{ChangeMembers, RaftMetrics, ServerState};
@@ -19,6 +20,24 @@ const TURN: Duration = Duration::from_secs(3);
 /// How much log a shard keeps on a full disk, in bytes.
 const SHORT_LOG_BYTES: u64 = 2 * 1024 * 1024;
 
+/// State of a replica whose data cannot be used.
+pub const STOPPED: &str = "stopped";
+/// State of one that failed and is opened again after a pause.
+pub const FAILED: &str = "failed";
+
+/// The status of a replica that does not run.
+pub fn out_of_service(shard: ShardId, state: &str) -> ShardStatus {
+    ShardStatus {
+        shard,
+        state: state.to_owned(),
+        term: 0,
+        leader: None,
+        last_log_index: 0,
+        applied_index: 0,
+        voters: Vec::new(),
+    }
+}
+
 /// How many entries of the log each other member is known to have.
 fn matched(metrics: &RaftMetrics<TypeConfig>) -> BTreeMap<ReplicaId, u64> {
     let replication = metrics.replication.iter().flatten();
@@ -26,40 +45,42 @@ fn matched(metrics: &RaftMetrics<TypeConfig>) -> BTreeMap<ReplicaId, u64> {
 }
 
 impl Replica {
+    /// Looks at what the library says of itself.
+    pub(super) fn metrics<T>(&self, look: impl FnOnce(&RaftMetrics<TypeConfig>) -> T) -> Result<T, ReplicaEnded> {
+        self.raft.look(|raft| {
+            let metrics = raft.metrics();
+            let metrics = metrics.borrow_watched();
+            look(&metrics)
+        })
+    }
+
     /// Members as last committed here, voters and learners.
     pub(super) fn committed_members(&self) -> WireMembership {
-        let metrics = self.raft.metrics();
-        let membership = metrics.borrow_watched().committed_membership_config.clone();
-        membership_to_wire(membership.membership())
+        self.metrics(|metrics| membership_to_wire(metrics.committed_membership_config.membership())).unwrap_or_default()
     }
 
     /// Voters and learners as last written here, committed or not.
     pub fn nodes(&self) -> BTreeSet<ReplicaId> {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        metrics.membership_config.nodes().map(|(id, ())| *id).collect()
+        self.metrics(|metrics| metrics.membership_config.nodes().map(|(id, ())| *id).collect()).unwrap_or_default()
     }
 
     /// Its voters; None while they change.
     pub(super) fn settled_voters(&self) -> Option<Vec<ReplicaId>> {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        match metrics.membership_config.membership().get_joint_config().as_slice() {
-            [voters] => Some(voters.iter().copied().collect()),
+        let look = |metrics: &RaftMetrics<TypeConfig>| match metrics.membership_config.membership().get_joint_config() {
+            joint if joint.len() == 1 => Some(metrics.membership_config.voter_ids().collect()),
             _ => None,
-        }
+        };
+        self.metrics(look).ok().flatten()
     }
 
     /// The voters as last written here.
     pub fn voters(&self) -> BTreeSet<ReplicaId> {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        metrics.membership_config.voter_ids().collect()
+        self.metrics(|metrics| metrics.membership_config.voter_ids().collect()).unwrap_or_default()
     }
 
     /// Does it believe to lead?
     pub fn is_leader(&self) -> bool {
-        self.raft.is_leader()
+        self.raft.look(Raft::is_leader).unwrap_or(false)
     }
 
     /// Has it neither a log nor a vote? By the log itself: the library's metrics say so of every replica for a moment
@@ -79,21 +100,17 @@ impl Replica {
     /// # Errors
     /// The step failed; it is tried again at the next call.
     pub async fn reconcile(&self, wanted: &BTreeMap<DiskId, Option<ReplicaId>>) -> Result<bool, String> {
-        if wanted.is_empty() || !self.raft.is_leader() {
+        if wanted.is_empty() || !self.is_leader() {
             return Ok(true);
         }
-        let standing = {
-            let metrics = self.raft.metrics();
-            let metrics = metrics.borrow_watched();
-            let membership = &metrics.membership_config;
-            Standing {
-                voters: membership.voter_ids().collect(),
-                nodes: membership.nodes().map(|(id, ())| *id).collect(),
-                matched: matched(&metrics),
-                entries: metrics.last_log_index.map_or(0, |last| last + 1),
-                lag: self.timing.keep_entries.min(MAX_LAG),
-            }
-        };
+        let standing = self.metrics(|metrics| Standing {
+            voters: metrics.membership_config.voter_ids().collect(),
+            nodes: metrics.membership_config.nodes().map(|(id, ())| *id).collect(),
+            matched: matched(metrics),
+            entries: metrics.last_log_index.map_or(0, |last| last + 1),
+            lag: self.timing.keep_entries.min(MAX_LAG),
+        });
+        let standing = standing.map_err(|error| error.to_string())?;
         let shard = self.shard;
         match next_step(wanted, &standing) {
             Step::Done => return Ok(true),
@@ -101,18 +118,21 @@ impl Replica {
             Step::AddLearner(new) => {
                 self.wake_for_command();
                 tracing::info!(%shard, replica = %new, "adding a replica as learner");
-                self.raft.add_learner(new, (), false).await.map_err(|error| error.to_string())?;
+                let changed = self.raft.call(|raft| raft.add_learner(new, (), false)).await;
+                changed.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
             }
             Step::ChangeVoters(voters) => {
                 self.wake_for_command();
                 tracing::info!(%shard, voters = ?voters.iter().map(ToString::to_string).collect::<Vec<_>>(), "changing voters");
-                self.raft.change_membership(voters, false).await.map_err(|error| error.to_string())?;
+                let changed = self.raft.call(|raft| raft.change_membership(voters, false)).await;
+                changed.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
             }
             Step::Remove(stale) => {
                 self.wake_for_command();
                 tracing::info!(%shard, replicas = ?stale.iter().map(ToString::to_string).collect::<Vec<_>>(), "removing learners");
                 let change = ChangeMembers::RemoveNodes(stale);
-                self.raft.change_membership(change, true).await.map_err(|error| error.to_string())?;
+                let changed = self.raft.call(|raft| raft.change_membership(change, true)).await;
+                changed.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
             }
         }
         Ok(false)
@@ -122,17 +142,19 @@ impl Replica {
     /// what was committed before once an entry of its own term is committed; what is committed later is committed
     /// without the one that is to go.
     pub fn can_spare(&self, id: ReplicaId, present: &BTreeSet<ReplicaId>) -> bool {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
+        self.metrics(|metrics| self.can_spare_by(metrics, id, present)).unwrap_or(false)
+    }
+
+    fn can_spare_by(&self, metrics: &RaftMetrics<TypeConfig>, id: ReplicaId, present: &BTreeSet<ReplicaId>) -> bool {
         if !metrics.state.is_leader() || metrics.membership_config.get_joint_config().len() != 1 {
             return false;
         }
-        let committed = match metrics.cluster_committed.max(metrics.last_applied) {
+        let committed = match metrics.cluster_committed.as_ref().max(metrics.last_applied.as_ref()) {
             Some(committed) if committed.leader_id.term == metrics.current_term => committed.index + 1,
             _ => return false,
         };
         let (voters, matched): (Vec<ReplicaId>, _) =
-            (metrics.membership_config.voter_ids().collect(), matched(&metrics));
+            (metrics.membership_config.voter_ids().collect(), matched(metrics));
         let has_all = |voter: &&ReplicaId| {
             **voter == self.me || present.contains(voter) && matched.get(voter).is_some_and(|has| *has >= committed)
         };
@@ -143,25 +165,26 @@ impl Replica {
     pub async fn keep_log_short(&self, disk_is_full: bool) {
         let most_bytes = if disk_is_full { SHORT_LOG_BYTES } else { self.timing.log_bytes };
         let (_, Some(upto)) = self.log.excess(most_bytes) else { return };
-        let snapshot = {
-            let metrics = self.raft.metrics();
-            let metrics = metrics.borrow_watched();
+        let snapshot = self.metrics(|metrics| {
             // A leader keeps what a member lacks, and asked to purge it, remembers that it was asked: it would do
             // nothing when it is asked again as a follower, who keeps nothing for others.
-            let matched = matched(&metrics);
+            let matched = matched(metrics);
             let has_it = |id: ReplicaId| id == self.me || matched.get(&id).is_some_and(|has| *has > upto);
             if metrics.state.is_leader() && !metrics.membership_config.nodes().all(|(id, ())| has_it(*id)) {
-                return;
+                return None;
             }
-            metrics.snapshot.as_ref().map_or(0, |snapshot| snapshot.index)
-        };
+            Some(metrics.snapshot.as_ref().map_or(0, |snapshot| snapshot.index))
+        });
+        let Ok(Some(snapshot)) = snapshot else { return };
         // One step each time: the other is due when this one is done.
-        let asked = if snapshot >= upto {
-            self.raft.trigger().purge_log(self.more_than_asked(upto).min(snapshot)).await
-        } else {
-            self.raft.trigger().snapshot().await
-        };
-        if let Err(error) = asked {
+        let purge_upto = (snapshot >= upto).then(|| self.more_than_asked(upto).min(snapshot));
+        let asked = self.raft.call(|raft| async move {
+            match purge_upto {
+                Some(upto) => raft.trigger().purge_log(upto).await,
+                None => raft.trigger().snapshot().await,
+            }
+        });
+        if let Ok(Err(error)) = asked.await {
             tracing::debug!(shard = %self.shard, %error, "the log is not shortened");
         }
     }
@@ -188,26 +211,24 @@ impl Replica {
     /// one purges as a follower. A turn lasts long enough for that.
     pub async fn transfer_leadership_if_log_is_long(&self) {
         let limit = 4 * (self.timing.snapshot_entries + self.timing.keep_entries);
-        let is_long = {
-            let metrics = self.raft.metrics();
-            let metrics = metrics.borrow_watched();
+        let is_long = self.metrics(|metrics| {
             let purged = metrics.purged.as_ref().map_or(0, |purged| purged.index);
             let entries = metrics.last_log_index.unwrap_or(0).saturating_sub(purged);
             entries > limit || self.log.excess(self.timing.log_bytes.saturating_mul(2)).1.is_some()
-        };
-        if let Some(to) = self.successor().filter(|_| self.has_led_for_a_turn() && is_long) {
+        });
+        if let Some(to) = self.successor().filter(|_| self.has_led_for_a_turn() && is_long == Ok(true)) {
             tracing::info!(shard = %self.shard, %to, "handing leadership over: the log is long because a voter lags");
-            let _ = self.raft.trigger().transfer_leader(to).await;
+            self.transfer(to).await;
         }
+    }
+
+    async fn transfer(&self, to: ReplicaId) {
+        let _ = self.raft.call(|raft| async move { raft.trigger().transfer_leader(to).await }).await;
     }
 
     /// Has it been seen to lead in this term for as long as a turn lasts?
     fn has_led_for_a_turn(&self) -> bool {
-        let term = {
-            let metrics = self.raft.metrics();
-            let metrics = metrics.borrow_watched();
-            metrics.state.is_leader().then_some(metrics.current_term)
-        };
+        let term = self.metrics(|metrics| metrics.state.is_leader().then_some(metrics.current_term)).ok().flatten();
         let mut led = self.led.lock().unwrap_or_else(PoisonError::into_inner);
         match (term, *led) {
             (Some(term), Some((known, since))) if term == known => since.elapsed() >= TURN,
@@ -226,20 +247,22 @@ impl Replica {
     pub async fn hand_over(&self) {
         self.wake("it is handed over");
         if let Some(to) = self.successor() {
-            let _ = self.raft.trigger().transfer_leader(to).await;
+            self.transfer(to).await;
         }
     }
 
     /// A voter that has nearly all of this leader's log: the next after this one in the order of ids. So where several
     /// disks must not lead, they pass the shard on until it comes to one that may, and never to and fro.
     fn successor(&self) -> Option<ReplicaId> {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
+        self.metrics(|metrics| self.successor_by(metrics)).ok().flatten()
+    }
+
+    fn successor_by(&self, metrics: &RaftMetrics<TypeConfig>) -> Option<ReplicaId> {
         if !metrics.state.is_leader() {
             return None;
         }
         let last = metrics.last_log_index.unwrap_or(0);
-        let matched = matched(&metrics);
+        let matched = matched(metrics);
         let voters = metrics.membership_config.voter_ids().filter(|id| *id != self.me);
         let has_most = |has: &u64| *has > 0 && has + self.timing.keep_entries > last;
         voters.filter(|id| matched.get(id).is_some_and(has_most)).min_by_key(|id| (*id < self.me, *id))
@@ -247,10 +270,12 @@ impl Replica {
 
     /// How it stands.
     pub fn status(&self) -> ShardStatus {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
+        self.metrics(|metrics| self.status_by(metrics)).unwrap_or_else(|_| out_of_service(self.shard, FAILED))
+    }
+
+    fn status_by(&self, metrics: &RaftMetrics<TypeConfig>) -> ShardStatus {
         let state = match (&metrics.running_state, metrics.state) {
-            (Err(_), _) | (_, ServerState::Shutdown) => "stopped",
+            (Err(_), _) | (_, ServerState::Shutdown) => STOPPED,
             (_, ServerState::Learner) => "learner",
             (_, ServerState::Follower) => "follower",
             (_, ServerState::Candidate) => "candidate",

@@ -3,23 +3,27 @@
 //!
 //! - [`machine`]: the state machine; applies entries to the state database.
 //! - [`types`]: the library's types, and their conversions to ours; [`timing`]: timers.
+//! - [`containment`]: a panic ends the replica and no more; [`runtime`]: its tasks are in there.
 //! - [`network`]: messages to other replicas; [`heartbeats`]: those of several shards together; [`barrier`]: whom a read
 //!   barrier asks.
-//! - `members`: how its leader sees them, and changes them. `rest`: a shard that sleeps stops its timers.
+//! - [`members`]: how its leader sees them, and changes them. `rest`: a shard that sleeps stops its timers.
 //! - here: [`Replica`]: propose, read barrier, incoming messages.
 
 pub mod barrier;
+pub mod containment;
 pub mod heartbeats;
 pub mod machine;
-mod members;
+pub mod members;
 pub mod network;
 mod rest;
+pub mod runtime;
 pub mod timing;
 pub mod types;
 
 use crate::log::ShardLog;
 use crate::message::{PeerMessage, PeerRequest, PeerResponse, ReplicaId};
 use barrier::Barriers;
+use containment::{Contained, Containment, ReplicaEnded};
 use granary_meta::{BadBytes, Reply};
 use granary_placement::id::{DiskId, ShardId};
 use granary_wire::control::ControlError;
@@ -41,6 +45,8 @@ pub use types::{
     LogId, Replies, TypeConfig, Vote,
 };
 
+type Raft = openraft::Raft<TypeConfig, Machine>;
+
 /// One shard's replica on this disk.
 pub struct Replica {
     /// Which shard.
@@ -48,7 +54,8 @@ pub struct Replica {
     /// Its id.
     pub me: ReplicaId,
     timing: Timing,
-    raft: openraft::Raft<TypeConfig, Machine>,
+    raft: Contained<Raft>,
+    containment: Arc<Containment>,
     log: ShardLog,
     incoming: tokio::sync::Mutex<Option<network::IncomingSnapshot>>,
     peers: Arc<Peers>,
@@ -70,7 +77,8 @@ fn unavailable(why: impl ToString) -> ControlError {
 }
 
 impl Replica {
-    /// Starts the replica on its log and state, which must be those of the replica `me`.
+    /// Starts the replica on its log and state, which must be those of the replica `me`. To be called inside
+    /// `containment`.
     ///
     /// # Errors
     /// Why it cannot run; the data is left as it is.
@@ -78,21 +86,22 @@ impl Replica {
         me: ReplicaId,
         peers: Arc<Peers>,
         timing: Timing,
-        log: ShardLog,
-        machine: Machine,
+        (log, machine): (ShardLog, Machine),
+        containment: Arc<Containment>,
     ) -> Result<Replica, String> {
         let shard = machine.shard;
         let config = raft_config(shard, &timing)?;
         let barriers = Arc::<Barriers>::default();
         let links = PeerLinks { shard, me, peers: peers.clone(), barriers: barriers.clone() };
-        let raft =
-            openraft::Raft::new(me, config, links, log.clone(), machine).await.map_err(|error| error.to_string())?;
+        let raft = Raft::new(me, config, links, log.clone(), machine).await.map_err(|error| error.to_string())?;
+        let raft = Contained::new(raft, containment.clone());
         let incoming = tokio::sync::Mutex::new(None);
         Ok(Replica {
             shard,
             me,
             timing,
             raft,
+            containment,
             log,
             incoming,
             peers,
@@ -112,7 +121,7 @@ impl Replica {
     /// # Errors
     /// Unavailable or BadRequest.
     pub async fn initialize(&self, members: BTreeSet<ReplicaId>) -> Result<(), ControlError> {
-        match self.raft.initialize(members).await {
+        match self.raft.call(|raft| raft.initialize(members)).await? {
             Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
             Err(RaftError::APIError(error)) => Err(ControlError::BadRequest(error.to_string())),
             Err(RaftError::Fatal(error)) => Err(unavailable(error)),
@@ -121,13 +130,8 @@ impl Replica {
 
     /// Stands for election at once when this is the only voter, instead of waiting for a leader that cannot be.
     pub async fn elect_if_sole_voter(&self) {
-        let alone = {
-            let metrics = self.raft.metrics();
-            let voters: Vec<ReplicaId> = metrics.borrow_watched().membership_config.voter_ids().collect();
-            voters == [self.me]
-        };
-        if alone {
-            let _ = self.raft.trigger().elect(false).await;
+        if self.voters() == BTreeSet::from([self.me]) {
+            let _ = self.raft.call(|raft| async { raft.trigger().elect(false).await }).await;
         }
     }
 
@@ -137,7 +141,7 @@ impl Replica {
     /// NotLeader when it was not proposed; Unavailable when its outcome is not known.
     pub async fn propose(&self, batch: Batch) -> Result<Vec<Reply>, ControlError> {
         self.wake_for_command();
-        match tokio::time::timeout(self.deadline(), self.raft.client_write(batch)).await {
+        match self.raft.call(|raft| tokio::time::timeout(self.deadline(), raft.client_write(batch))).await? {
             Err(_) => Err(unavailable("no majority answered in time")),
             Ok(Ok(written)) => Ok(written.data.0),
             Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to)))) => {
@@ -157,8 +161,8 @@ impl Replica {
         let mut barrier = self.barriers.begin(self.me, voters.as_deref());
         let hurry = || self.peers.heartbeats.hurry(self.shard, |disk| self.barriers.wait_for_disk(disk));
         hurry();
-        let confirmed = self.raft.ensure_linearizable(ReadPolicy::ReadIndex);
-        let asked = async {
+        let ask = |raft| async move {
+            let confirmed = Raft::ensure_linearizable(raft, ReadPolicy::ReadIndex);
             tokio::pin!(confirmed);
             tokio::select! {
                 confirmed = &mut confirmed => return confirmed,
@@ -168,7 +172,7 @@ impl Replica {
             hurry();
             confirmed.await
         };
-        match tokio::time::timeout(self.deadline(), asked).await {
+        match self.raft.call(|raft| tokio::time::timeout(self.deadline(), ask(raft))).await? {
             Err(_) => Err(unavailable("no majority answered in time")),
             Ok(Ok(_)) => Ok(()),
             Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(to)))) => {
@@ -179,7 +183,14 @@ impl Replica {
     }
 
     /// Answers a message of another replica. One that is meant for another replica of this disk does nothing.
-    pub async fn handle(&self, message: PeerMessage) -> PeerResponse {
+    ///
+    /// # Errors
+    /// [`ReplicaEnded`]: what it would have answered is not to be told.
+    pub async fn handle(&self, message: PeerMessage) -> Result<PeerResponse, ReplicaEnded> {
+        self.raft.call(|raft| self.answer(raft, message)).await
+    }
+
+    async fn answer(&self, raft: &Raft, message: PeerMessage) -> PeerResponse {
         let failed = |error: String| PeerResponse::Failed(error);
         let PeerMessage { from, to, request } = message;
         match (to, &request) {
@@ -213,7 +224,7 @@ impl Replica {
                     entries,
                     leader_commit: committed.map(log_id_from_wire),
                 };
-                let answer = self.raft.append_entries(rpc).await;
+                let answer = raft.append_entries(rpc).await;
                 // Only now: the append renewed the leader's lease, so a timer that starts again does not find it run
                 // out.
                 self.wake_after_append(vote.term, vote.node, has_entries);
@@ -230,7 +241,7 @@ impl Replica {
             PeerRequest::Vote { vote, last, transfer, pre_vote } => {
                 let mut rpc = VoteRequest::<TypeConfig>::new(vote_from_wire(vote), last.map(log_id_from_wire));
                 rpc.leadership_transfer = transfer;
-                let answer = if pre_vote { self.raft.pre_vote(rpc).await } else { self.raft.vote(rpc).await };
+                let answer = if pre_vote { raft.pre_vote(rpc).await } else { raft.vote(rpc).await };
                 match answer {
                     Ok(answer) => PeerResponse::Voted {
                         vote: vote_to_wire(&answer.vote),
@@ -243,7 +254,7 @@ impl Replica {
             PeerRequest::Transfer { vote, to, last } => {
                 let rpc =
                     TransferLeaderRequest::<TypeConfig>::new(vote_from_wire(vote), to, last.map(log_id_from_wire));
-                match self.raft.handle_transfer_leader(rpc).await {
+                match raft.handle_transfer_leader(rpc).await {
                     Ok(Ok(())) => PeerResponse::Done,
                     Ok(Err(error)) => failed(error.to_string()),
                     Err(error) => failed(error.to_string()),
@@ -267,7 +278,7 @@ impl Replica {
                             last_membership: members_from_applied(&applied),
                         };
                         let snapshot = openraft::Snapshot { meta, snapshot: SnapshotSource::File(path) };
-                        match self.raft.install_full_snapshot(vote_from_wire(vote), snapshot).await {
+                        match raft.install_full_snapshot(vote_from_wire(vote), snapshot).await {
                             Ok(installed) => PeerResponse::Installed(vote_to_wire(&installed.vote)),
                             Err(error) => failed(error.to_string()),
                         }
@@ -276,7 +287,7 @@ impl Replica {
                 }
             }
             PeerRequest::Members => {
-                let leads = self.raft.is_leader() && self.read_barrier().await.is_ok();
+                let leads = raft.is_leader() && self.read_barrier().await.is_ok();
                 PeerResponse::Members { leads, membership: self.committed_members() }
             }
             PeerRequest::Identify => PeerResponse::Identity { me: self.me, is_empty: self.is_empty() },
@@ -284,10 +295,36 @@ impl Replica {
         }
     }
 
-    /// Ends its tasks.
+    /// Has it not failed?
+    ///
+    /// # Errors
+    /// Why it has.
+    pub fn check(&self) -> Result<(), ReplicaEnded> {
+        self.containment.check()
+    }
+
+    /// Waits until it fails, and says why.
+    pub async fn failed(&self) -> String {
+        self.containment.failed().await
+    }
+
+    /// Takes it for failed when its Raft core has ended by itself, for an error of its storage say.
+    pub fn look_for_end(&self) {
+        let ended = self.raft.look(|raft| raft.metrics().borrow_watched().running_state.clone().err());
+        if let Some(why) = ended.ok().flatten() {
+            self.containment.fail(format!("its Raft core has ended: {why}"));
+        }
+        // A panic that somebody caught on the way: the hook has seen it.
+        if let Err(ended) = self.check() {
+            self.containment.fail(ended.0);
+        }
+    }
+
+    /// Ends its tasks, and returns when none runs any more.
     pub async fn shutdown(&self) {
-        if let Err(error) = self.raft.shutdown().await {
+        if let Ok(Err(error)) = self.raft.call(Raft::shutdown).await {
             tracing::warn!(shard = %self.shard, %error, "replica did not end cleanly");
         }
+        self.containment.end().await;
     }
 }

@@ -1,6 +1,7 @@
 //! Messages to other replicas, over whatever carries them, and snapshot files in pieces both ways.
 
 use super::barrier::Barriers;
+use super::containment::spawn_blocking;
 use super::heartbeats::Heartbeats;
 use super::machine::SnapshotSource;
 use super::types::LeaderId;
@@ -277,7 +278,7 @@ impl PeerLink {
                     }
                     written
                 };
-                let written = tokio::task::spawn_blocking(write).await;
+                let written = spawn_blocking(write).await;
                 written.map_err(|error| lost(error.to_string()))?.map_err(|error| lost(error.to_string()))?;
                 path
             }
@@ -462,7 +463,6 @@ pub async fn take_piece(
     drop(arriving.file);
     let path = arriving.path;
     let checked = path.clone();
-    let applied = tokio::task::spawn_blocking(move || snapshot::check_file(&checked, shard)).await;
-    let applied = applied.map_err(|error| SnapshotError::Damaged(error.to_string()))??;
+    let applied = spawn_blocking(move || snapshot::check_file(&checked, shard)).await??;
     Ok(Some((path, applied)))
 }

@@ -1,10 +1,11 @@
 //! A replica's timers stop and start here; when, is decided in [`crate::sleep`].
 
+use super::types::TypeConfig;
 use super::{leader_of, Replica};
 use crate::message::{Asleep, ReplicaId};
 use crate::sleep::{Facts, Rest};
 use granary_placement::id::DiskId;
-use openraft::async_runtime::watch::WatchReceiver;
+use openraft::RaftMetrics;
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -32,8 +33,22 @@ impl Replica {
             let state = self.rest_state();
             (state.rest, state.commands)
         };
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
+        self.metrics(|metrics| self.facts_by(metrics, rest, commands)).unwrap_or_else(|_| Facts {
+            shard: self.shard,
+            running: false,
+            leads: false,
+            leader: None,
+            term: 0,
+            last: 0,
+            applied: 0,
+            settled: false,
+            others: BTreeSet::new(),
+            rest,
+            commands,
+        })
+    }
+
+    fn facts_by(&self, metrics: &RaftMetrics<TypeConfig>, rest: Rest, commands: u64) -> Facts {
         let last = metrics.last_log_index.unwrap_or(0);
         let membership = &metrics.membership_config;
         let others: BTreeSet<ReplicaId> = membership.nodes().map(|(id, ())| *id).filter(|id| *id != self.me).collect();
@@ -76,7 +91,7 @@ impl Replica {
     fn wake_locked(&self, state: &mut RestState, why: &str) {
         if state.rest != Rest::Awake {
             state.rest = Rest::Awake;
-            self.raft.runtime_config().tick(true);
+            let _ = self.raft.look(|raft| raft.runtime_config().tick(true));
             tracing::debug!(shard = %self.shard, why, "awake");
         }
     }
@@ -99,7 +114,7 @@ impl Replica {
         let as_decided = facts.leads && facts.settled && (facts.term, facts.last) == (at.term, at.index);
         if as_decided && state.rest == Rest::Awake && state.commands == commands {
             state.rest = Rest::Leading { term: at.term };
-            self.raft.runtime_config().tick(false);
+            let _ = self.raft.look(|raft| raft.runtime_config().tick(false));
             tracing::debug!(shard = %self.shard, "asleep as leader");
         }
     }
@@ -112,7 +127,7 @@ impl Replica {
             !facts.leads && facts.leader == Some(leader) && (facts.term, facts.last) == (at.term, at.index);
         if as_decided && state.rest == Rest::Awake {
             state.rest = Rest::Following { leader, term: at.term };
-            self.raft.runtime_config().tick(false);
+            let _ = self.raft.look(|raft| raft.runtime_config().tick(false));
             tracing::debug!(shard = %self.shard, %leader, "asleep as follower");
         }
     }

@@ -64,6 +64,7 @@ openraft::declare_raft_types!(
         R = Replies,
         NodeId = ReplicaId,
         Node = (),
+        AsyncRuntime = super::runtime::ReplicaRuntime,
 );
 
 pub(super) type LeaderId = openraft::impls::leader_id_adv::LeaderId<u64, ReplicaId>;

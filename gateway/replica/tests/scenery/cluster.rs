@@ -6,6 +6,7 @@ use futures::future::BoxFuture;
 use granary_meta::{Answer, Command, MetaRequest, Query, Reply};
 use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, Disk, DiskState, Location, Roles, ShardReplicas};
+use granary_replica::raft::containment::Containment;
 use granary_replica::{HostConfig, MetaHost, PeerTransport, Space, Timing, TransportError, WallClock};
 use granary_wire::control::ControlError;
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,9 +25,20 @@ pub struct Network {
     cut: Mutex<BTreeSet<(DiskId, DiskId)>>,
     displaced: Mutex<BTreeSet<DiskId>>,
     questions: Mutex<BTreeMap<(DiskId, DiskId), usize>>,
+    planted: Mutex<BTreeSet<(DiskId, ShardId)>>,
 }
 
 impl Network {
+    /// The next message that the replica of a shard on that disk sends panics, in the Raft task that sends it.
+    pub fn plant_panic(&self, disk: DiskId, shard: ShardId) {
+        self.planted.lock().unwrap().insert((disk, shard));
+    }
+
+    /// Is it still to come?
+    pub fn is_planted(&self, disk: DiskId, shard: ShardId) -> bool {
+        self.planted.lock().unwrap().contains(&(disk, shard))
+    }
+
     pub fn cut(&self, a: DiskId, b: DiskId) {
         self.cut.lock().unwrap().extend([(a, b), (b, a)]);
     }
@@ -104,7 +116,15 @@ impl PeerTransport for Wire {
         message: Bytes,
         _deadline: Duration,
     ) -> BoxFuture<'static, Result<Bytes, TransportError>> {
-        self.ask(to, move |host, me| async move { host.raft(shard, me, message).await })
+        let (me, network) = (self.me, self.network.clone());
+        let asked = self.ask(to, move |host, me| async move { host.raft(shard, me, message).await });
+        Box::pin(async move {
+            // Other senders than its tasks may carry its message, too.
+            if Containment::current().is_some() && network.planted.lock().unwrap().remove(&(me, shard)) {
+                panic!("planted in a Raft task");
+            }
+            asked.await
+        })
     }
 
     fn raft_batch(

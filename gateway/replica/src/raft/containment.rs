@@ -1,0 +1,280 @@
+//! The line that a panic in a replica does not cross: at most the shard's replica on this disk ends.
+//!
+//! openraft asserts what it takes for certain, and where it was wrong, it panics in one of its tasks. The others would
+//! go on without that one: a leader whose replication died, a core that nobody feeds. So all tasks of a replica belong
+//! to one [`Containment`], and so does whatever its callers do inside of it ([`Contained`]). A panic in any of them
+//! marks the replica as failed. From then on nothing of it is polled any more, and nothing that it found out is told.
+//!
+//! **Invariant:** whether the replica has failed is asked after its answer is there and before the answer is given.
+
+use futures::FutureExt;
+use granary_placement::id::ShardId;
+use granary_wire::control::ControlError;
+use std::any::Any;
+use std::future::Future;
+use std::io;
+use std::panic::{catch_unwind, AssertUnwindSafe, PanicHookInfo};
+use std::sync::{Arc, OnceLock};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+tokio::task_local! {
+    static OWNER: Arc<Containment>;
+}
+
+/// The replica has failed, or is stopping.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ReplicaEnded(pub String);
+
+impl From<ReplicaEnded> for ControlError {
+    fn from(ended: ReplicaEnded) -> ControlError {
+        ControlError::Unavailable(ended.0)
+    }
+}
+
+/// What one replica runs, from its opening to its end.
+pub struct Containment {
+    shard: ShardId,
+    /// Why it failed. Never taken back: whoever opens the replica again does so in another containment.
+    failure: OnceLock<String>,
+    /// Nothing of it is polled after this.
+    stop: CancellationToken,
+    /// Its tasks, its work on other threads, and its callers who are inside.
+    tasks: TaskTracker,
+}
+
+fn text_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    format!("a panic: {}", text.unwrap_or_else(|| "without words".to_owned()))
+}
+
+/// For the process's panic hook, which runs before anything is unwound: marks the replica whose work panics on this
+/// thread. False when it is nobody's.
+pub fn note_panic(panic: &PanicHookInfo<'_>) -> bool {
+    // The mark only: this thread may hold any lock at this moment. Whoever catches the panic does the rest.
+    OWNER.try_with(|owner| owner.failure.get_or_init(|| panic.to_string()).len()).is_ok()
+}
+
+/// Work on a thread that may block, for the replica whose task asks for it.
+///
+/// # Errors
+/// It panicked.
+pub async fn spawn_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    let Some(owner) = Containment::current() else {
+        return tokio::task::spawn_blocking(work).await.map_err(io::Error::other);
+    };
+    let inside = owner.clone();
+    let done = owner.tasks.spawn_blocking(move || inside.contain_now(work)).await;
+    done.map_err(io::Error::other)?.map_err(io::Error::other)
+}
+
+impl Containment {
+    /// Nothing runs in it yet.
+    pub fn new(shard: ShardId) -> Arc<Containment> {
+        let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+        Arc::new(Containment { shard, failure: OnceLock::new(), stop, tasks })
+    }
+
+    /// The one that this task belongs to.
+    pub fn current() -> Option<Arc<Containment>> {
+        OWNER.try_with(Arc::clone).ok()
+    }
+
+    /// Runs a task in it. One that is not to go on ends as if it had panicked.
+    pub fn spawn<F>(self: Arc<Self>, future: F) -> tokio::task::JoinHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        let owner = self.clone();
+        self.tasks.spawn(async move {
+            match owner.contain(future).await {
+                Ok(output) => output,
+                Err(ended) => std::panic::resume_unwind(Box::new(ended)),
+            }
+        })
+    }
+
+    /// Awaits work in it.
+    ///
+    /// # Errors
+    /// [`ReplicaEnded`]; what the work gave, if it was done, must not be told.
+    pub async fn contain<F: Future>(self: &Arc<Self>, work: F) -> Result<F::Output, ReplicaEnded> {
+        let _inside = self.tasks.token();
+        // It is long, and would be copied through several layers.
+        let work = OWNER.scope(self.clone(), AssertUnwindSafe(Box::pin(work)).catch_unwind());
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(self.ended()),
+            done = work => self.judge(done),
+        }
+    }
+
+    /// Does work in it that does not wait.
+    ///
+    /// # Errors
+    /// As [`Containment::contain`].
+    pub fn contain_now<T>(self: &Arc<Self>, work: impl FnOnce() -> T) -> Result<T, ReplicaEnded> {
+        self.check()?;
+        let done = OWNER.sync_scope(self.clone(), || catch_unwind(AssertUnwindSafe(work)));
+        self.judge(done)
+    }
+
+    fn judge<T>(&self, done: std::thread::Result<T>) -> Result<T, ReplicaEnded> {
+        match done {
+            Ok(value) => self.check().map(|()| value),
+            Err(panic) => {
+                self.fail(text_of(&*panic));
+                Err(self.ended())
+            }
+        }
+    }
+
+    /// Ends everything in it at once.
+    pub fn fail(&self, why: String) {
+        let why = self.failure.get_or_init(|| why);
+        if !self.stop.is_cancelled() {
+            tracing::error!(shard = %self.shard, why, "a metadata replica failed; the others and the chunks go on");
+            self.stop.cancel();
+        }
+    }
+
+    /// Has it not failed yet?
+    ///
+    /// # Errors
+    /// Why it has.
+    pub fn check(&self) -> Result<(), ReplicaEnded> {
+        self.failure.get().map_or(Ok(()), |why| Err(ReplicaEnded(why.clone())))
+    }
+
+    fn ended(&self) -> ReplicaEnded {
+        let why = self.failure.get().cloned();
+        ReplicaEnded(why.unwrap_or_else(|| "the replica is stopping".to_owned()))
+    }
+
+    /// Waits until it fails, and says why.
+    pub async fn failed(&self) -> String {
+        self.stop.cancelled().await;
+        match self.failure.get() {
+            Some(why) => why.clone(),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Ends everything in it, and returns when nothing of it runs any more.
+    pub async fn end(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+/// A thing that is only used inside a containment.
+pub struct Contained<T> {
+    inside: T,
+    by: Arc<Containment>,
+}
+
+impl<T> Contained<T> {
+    /// Uses of it panic in there.
+    pub fn new(inside: T, by: Arc<Containment>) -> Contained<T> {
+        Contained { inside, by }
+    }
+
+    /// Awaits what is made of it.
+    ///
+    /// # Errors
+    /// As [`Containment::contain`].
+    pub async fn call<'a, F: Future>(&'a self, make: impl FnOnce(&'a T) -> F) -> Result<F::Output, ReplicaEnded> {
+        self.by.contain(async { make(&self.inside).await }).await
+    }
+
+    /// Looks at it.
+    ///
+    /// # Errors
+    /// As [`Containment::contain_now`].
+    pub fn look<V>(&self, look: impl FnOnce(&T) -> V) -> Result<V, ReplicaEnded> {
+        self.by.contain_now(|| look(&self.inside))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::runtime::ReplicaRuntime;
+    use super::*;
+    use openraft::AsyncRuntime;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use tokio::sync::oneshot;
+
+    #[tokio::test]
+    async fn what_was_found_out_before_a_failure_is_not_told_after_it() {
+        let containment = Containment::new(ShardId(1));
+        let by = containment.clone();
+        let told = containment.contain(async move {
+            by.fail("planted".to_owned());
+            "confirmed"
+        });
+        let planted = || ReplicaEnded("planted".to_owned());
+        assert_eq!(told.await, Err(planted()));
+        assert_eq!(containment.contain(async { "later" }).await, Err(planted()));
+        assert_eq!(containment.contain_now(|| "at once"), Err(planted()));
+
+        // The hook has marked it, and nobody has caught the panic yet.
+        let containment = Containment::new(ShardId(1));
+        let by = containment.clone();
+        let told = containment.contain(async move {
+            by.failure.set("marked".to_owned()).unwrap();
+            "confirmed"
+        });
+        assert_eq!(told.await, Err(ReplicaEnded("marked".to_owned())));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_panic_in_a_task_of_a_task_ends_all_of_the_replica_and_nothing_else() {
+        let (one, other) = (Containment::new(ShardId(1)), Containment::new(ShardId(2)));
+        let (polled, blocking) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let beside = polled.clone();
+        let beats = one.contain(async move {
+            let _ticks = ReplicaRuntime::spawn(async move {
+                loop {
+                    beside.fetch_add(1, Ordering::SeqCst);
+                    tokio::task::yield_now().await;
+                }
+            });
+        });
+        beats.await.unwrap();
+        // Work on another thread that was begun before, and cannot be broken off.
+        let (release, held) = oneshot::channel::<()>();
+        let (begun, wait) = oneshot::channel::<()>();
+        let (by, done) = (one.clone(), blocking.clone());
+        let work = move || {
+            begun.send(()).unwrap();
+            held.blocking_recv().unwrap();
+            done.store(1, Ordering::SeqCst);
+        };
+        let waiting = tokio::spawn(async move { by.contain(spawn_blocking(work)).await.map(drop) });
+        wait.await.unwrap();
+
+        let parent = one.contain(async {
+            let child = ReplicaRuntime::spawn(async { ReplicaRuntime::spawn(async { panic!("planted") }).await });
+            drop(child.await);
+            std::future::pending::<()>().await;
+        });
+        let ended = ReplicaEnded("a panic: planted".to_owned());
+        assert_eq!(parent.await, Err(ended.clone()));
+        assert_eq!(one.failed().await, ended.0);
+        assert_eq!(waiting.await.unwrap(), Err(ended));
+        let mut end = Box::pin(one.end());
+        assert!(futures::poll!(&mut end).is_pending(), "work on another thread goes on");
+        release.send(()).unwrap();
+        end.await;
+        assert_eq!(blocking.load(Ordering::SeqCst), 1);
+        let count = polled.load(Ordering::SeqCst);
+        tokio::task::yield_now().await;
+        assert_eq!(polled.load(Ordering::SeqCst), count, "a task beside it goes on");
+        assert_eq!(other.contain(async { ReplicaRuntime::spawn(async { 7 }).await.unwrap() }).await, Ok(7));
+    }
+}
