@@ -12,7 +12,8 @@ use granary_placement::map::{
 };
 use granary_placement::scheme::{FailureDomain, Scheme};
 use granary_replica::message::{
-    decode_message, encode_message, PeerMessage, PeerRequest, PeerResponse, ReplicaId, WireVote,
+    decode_message, encode_message, AppliedState, PeerMessage, PeerRequest, PeerResponse, ReplicaId, WireLogId,
+    WireVote,
 };
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::error::LinkError;
@@ -21,7 +22,7 @@ use scenery::{ask, get, payload, put, Disk, BINARY, CLUSTER};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Three disks, of which the second is `second`; the metadata lie on the first, which is not this node.
 fn map(second: DiskUuid) -> ClusterMap {
@@ -236,4 +237,68 @@ async fn no_vote_is_given_whose_sync_failed() {
     let node = disk.serve();
     let another = say(&node.client_as(ends), Some(me), vote(given, candidate(1))).await.unwrap();
     assert!(matches!(another, PeerResponse::Voted { vote, .. } if vote.term >= given), "{another:?}");
+}
+
+/// A whole snapshot in one piece, from a leader of term 7 that cannot have it: it ends in a later term. openraft asserts
+/// that none does.
+fn what_cannot_be() -> PeerRequest {
+    let (shard, nothing) = (1u16.to_be_bytes(), 0u64.to_be_bytes());
+    let last = WireLogId { term: 1_000_000, node: candidate(1), index: 1_000_000 };
+    // The first byte is the version of messages.
+    let applied = encode_message(&AppliedState { last: Some(last), ..AppliedState::default() }).unwrap().slice(1..);
+    let mut file = [&b"GRNSNAP1"[..], &shard, &(applied.len() as u32).to_be_bytes(), &applied].concat();
+    file.extend(crc32fast::hash(&file).to_be_bytes());
+    let end = crc32fast::hash(&[&shard[..], &0u32.to_be_bytes(), &nothing].concat());
+    file.extend([&0u32.to_be_bytes()[..], &end.to_be_bytes(), &nothing].concat());
+    let vote = WireVote { term: 7, node: candidate(1), committed: true };
+    PeerRequest::SnapshotPiece { vote, transfer: 1, offset: 0, data: Bytes::from(file), last: true }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_assertion_of_the_raft_library_ends_one_replica_and_not_the_process() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
+    let client = node.client_as(Ends { to: Some(status.uuid), from: Some(DiskUuid([3; 16])) });
+    assert_eq!(ask(&client, ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)))).await, ControlResponse::Done);
+    for shard in [ShardId::ROOT, ShardId(1)] {
+        let init = ControlRequest::InitShard { shard, members: vec![DiskId(4)] };
+        assert_eq!(ask(&client, init).await, ControlResponse::Done);
+    }
+    put(&client, 1, 100_000).await.unwrap();
+    let PeerResponse::Identity { me, .. } = say(&client, None, PeerRequest::Identify).await.unwrap() else { panic!() };
+    let states = async || {
+        let ControlResponse::Shards(shards) = ask(&client, ControlRequest::ShardStatus).await else { panic!() };
+        shards.into_iter().map(|shard| shard.state).collect::<Vec<_>>()
+    };
+    let until = Instant::now() + Duration::from_secs(30);
+    while states().await != ["leader", "leader"] {
+        assert!(Instant::now() < until, "{:?}", states().await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    let answer = say(&client, Some(me), what_cannot_be()).await;
+    assert!(answer.is_err(), "it took what cannot be: {answer:?}");
+    assert!(disk.log().contains("can not be owned by the installing leader"), "{}", disk.log());
+    // Chunks and the other shard are served meanwhile, and it comes back by itself.
+    let mut seen = Vec::new();
+    loop {
+        let now = states().await;
+        assert_eq!(now[0], "leader", "{now:?}");
+        assert_eq!(get(&client, 1).await.unwrap(), payload(1, 100_000));
+        if now[1] == "leader" && seen.contains(&"failed".to_owned()) {
+            break;
+        }
+        seen.push(now[1].clone());
+        assert!(Instant::now() < until, "{now:?} {}", disk.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    put(&client, 2, 100_000).await.unwrap();
+    let PeerResponse::Identity { me: after, .. } = say(&client, None, PeerRequest::Identify).await.unwrap() else {
+        panic!()
+    };
+    assert_eq!(after, me);
+    assert_eq!(node.child.try_wait().unwrap(), None, "the process ended");
+    node.signal("TERM");
+    assert!(node.wait().success(), "{}", disk.log());
 }

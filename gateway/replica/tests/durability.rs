@@ -322,6 +322,21 @@ fn open_in(dir: &Path) -> StateDb {
     state
 }
 
+/// What a replica finds when it is opened again in the same process may be in memory only.
+#[test]
+fn what_a_reopened_replica_finds_is_flushed_before_its_log_may_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, copy) = (dir.path().join("disk"), dir.path().join("copy"));
+    std::fs::create_dir(&disk).unwrap();
+    let state = filled(&disk.join("state"), 20);
+    std::fs::File::open(&disk).unwrap().sync_all().unwrap();
+    state.opened_at(SHARD, 19);
+    state.make_durable(SHARD, 19).unwrap();
+    copy_what_was_synced(&disk, &copy);
+    let left = StateDb::open(&copy.join("state"), no_fatal()).unwrap();
+    assert_eq!(snapshot::applied_state(&left, SHARD).unwrap().last.map(|last| last.index), Some(19));
+}
+
 #[test]
 fn an_install_that_loses_power_at_any_moment_leaves_the_old_state_or_is_finished() {
     let dir = tempfile::tempdir().unwrap();

@@ -29,8 +29,8 @@ fn three_servers(epoch: u64) -> ClusterMap {
     map
 }
 
-/// A PUT of one extent over the whole group, as a gateway sends it.
-async fn send(cluster: &Cluster, random: &mut Random, missing: &[u8], by: u64) -> Result<Reply, ControlError> {
+/// A PUT of one extent over the whole group, as a gateway makes it.
+fn request(random: &mut Random, missing: &[u8], by: u64) -> MetaRequest {
     let id = ExtentId(random.id());
     let Command::PutObject { bucket, key, mut record, conditions, rule_epoch, .. } = put(1, "k", b"body") else {
         panic!()
@@ -51,7 +51,14 @@ async fn send(cluster: &Cluster, random: &mut Random, missing: &[u8], by: u64) -
     let command = Command::PutObject { bucket, key, record, missing, map_epoch, conditions, rule_epoch };
     let now_ms = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64;
     let (request_id, account) = (random.id(), AccountId::ROOT);
-    let request = MetaRequest { request_id, now_ms, stamp_ms: Some(now_ms), account, command };
+    MetaRequest { request_id, now_ms, stamp_ms: Some(now_ms), account, command }
+}
+
+async fn send(cluster: &Cluster, random: &mut Random, missing: &[u8], by: u64) -> Result<Reply, ControlError> {
+    serve(cluster, request(random, missing, by)).await
+}
+
+async fn serve(cluster: &Cluster, request: MetaRequest) -> Result<Reply, ControlError> {
     let answer = cluster.host(1).serve(SHARD, &ShardRequest::Command(request).encode().unwrap()).await?;
     match ShardResponse::decode(&answer).unwrap() {
         ShardResponse::Reply(reply) => Ok(reply),
@@ -80,5 +87,26 @@ async fn a_leader_refuses_a_payload_that_would_not_bear_the_loss_of_a_server() {
     apart.disks.values_mut().for_each(|disk| disk.location.server = format!("s{}", disk.id.0));
     cluster.map.send_replace(Some(Arc::new(apart)));
     assert!(stored(send(&cluster, &mut random, &[2], 8).await));
+    cluster.stop_all().await;
+}
+
+/// A gateway that did not hear the answer sends the command again. What was committed by an earlier map is not refused
+/// by a later one: its chunks would be deleted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reply_that_is_kept_outweighs_what_the_leader_thinks_of_the_payload_now() {
+    let (cluster, mut random) = (Cluster::new(), Random(2));
+    cluster.start(1).await;
+    cluster.init(SHARD, &[1]).await;
+    cluster.leader(SHARD).await;
+    let mut apart = three_servers(7);
+    apart.disks.values_mut().for_each(|disk| disk.location.server = format!("s{}", disk.id.0));
+    cluster.map.send_replace(Some(Arc::new(apart)));
+    let sent = request(&mut random, &[2], 7);
+    let reply = serve(&cluster, sent.clone()).await;
+    assert!(matches!(reply, Ok(Reply::Put { .. })), "{reply:?}");
+    cluster.map.send_replace(Some(Arc::new(three_servers(8))));
+    assert_eq!(serve(&cluster, sent).await, reply);
+    let another = send(&cluster, &mut random, &[2], 7).await;
+    assert!(matches!(another, Ok(Reply::StaleMap { oldest: Epoch(8) })), "{another:?}");
     cluster.stop_all().await;
 }

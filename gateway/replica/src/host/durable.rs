@@ -6,7 +6,7 @@
 //! reply is kept, and a gateway takes any refusal for unknown that follows an attempt in doubt.
 
 use granary_meta::nature::Payload;
-use granary_meta::{ChunkRef, Command, Reply, ShardResponse};
+use granary_meta::{ChunkRef, Reply, ShardResponse};
 use granary_placement::codec::ChunkSet;
 use granary_placement::durable::is_durable;
 use granary_placement::map::ClusterMap;
@@ -14,18 +14,21 @@ use granary_wire::control::ControlError;
 use std::cmp::Ordering;
 use std::collections::HashSet;
 
-/// None when the command may go on, by this map.
+/// None when a command with this payload may go on, by this map.
 ///
 /// The answer otherwise depends on who knows more. A gateway with an older map is to hold its payload against the
 /// newest one and to come again; one with a newer map is to come again when this disk has heard of it; and one with the
 /// same map is wrong.
-pub(super) fn refusal(map: &ClusterMap, command: &Command) -> Option<Result<ShardResponse, ControlError>> {
-    let Payload { extents, missing, placed_by } = command.nature().payload?;
-    let lost: HashSet<ChunkRef> = missing.iter().copied().collect();
+pub(super) fn refusal(map: &ClusterMap, payload: &Payload<'_>) -> Option<Result<ShardResponse, ControlError>> {
+    let Payload { extents, missing, placed_by } = payload;
+    // Most payloads are one extent, and most lack nothing: a set is made for long ones only.
+    let is_long = extents.len() > 1 && !missing.is_empty();
+    let lost: Option<HashSet<&ChunkRef>> = is_long.then(|| missing.iter().collect());
+    let is_lost = |chunk: &ChunkRef| lost.as_ref().map_or_else(|| missing.contains(chunk), |lost| lost.contains(chunk));
     let weak = extents.iter().find(|extent| {
         let chunk = |index| ChunkRef { group: extent.group, extent: extent.extent, index };
         let width = u8::try_from(extent.slots.len()).unwrap_or(u8::MAX);
-        let in_place: ChunkSet = (0..width).filter(|index| !lost.contains(&chunk(*index))).collect();
+        let in_place: ChunkSet = (0..width).filter(|index| !is_lost(&chunk(*index))).collect();
         !is_durable(map, extent.group, extent.k, &extent.slots, in_place)
     })?;
     Some(match placed_by.cmp(&map.epoch) {
@@ -47,7 +50,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData, ObjectMeta, ObjectRecord, VersionSeq};
-    use granary_meta::Conditions;
+    use granary_meta::{Command, Conditions};
     use granary_placement::id::{ClusterId, DiskUuid, Epoch, ExtentId, PlacementGroupId};
     use granary_placement::map::{Location, Roles};
     use granary_placement::place::{new_map, NewCluster, NewDisk};
@@ -116,7 +119,7 @@ mod tests {
 
     /// What is answered, in a word.
     fn word(map: &ClusterMap, command: &Command) -> &'static str {
-        match refusal(map, command) {
+        match command.nature().payload.and_then(|payload| refusal(map, &payload)) {
             None => "goes on",
             Some(Ok(ShardResponse::Reply(Reply::StaleMap { oldest }))) if oldest == map.epoch => "stale map",
             Some(Err(ControlError::Overloaded)) => "behind",

@@ -16,6 +16,8 @@ mod links;
 mod reclaim;
 mod reconcile;
 mod replicas;
+#[cfg(test)]
+mod tests;
 
 use crate::batching::{BatchCounters, Batcher};
 use crate::clock::{ahead_ms, is_agreed, off_by, OtherClocks, WallClock, MAX_OFF_MS};
@@ -334,10 +336,14 @@ impl MetaHost {
         shard: ShardId,
         request: &MetaRequest,
     ) -> Result<Option<Result<ShardResponse, ControlError>>, ControlError> {
+        // Most commands place nothing.
+        let Some(payload) = request.command.nature().payload.filter(|payload| !payload.extents.is_empty()) else {
+            return Ok(None);
+        };
         if !self.batcher(shard)?.replica.is_leader() {
             return Ok(None);
         }
-        let Some(refusal) = self.newest_map().and_then(|map| durable::refusal(&map, &request.command)) else {
+        let Some(refusal) = self.newest_map().and_then(|map| durable::refusal(&map, &payload)) else {
             return Ok(None);
         };
         let kept = is_kept(shard, &self.inner.state.view(), &request.request_id);

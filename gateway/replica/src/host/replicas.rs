@@ -220,7 +220,7 @@ impl MetaHost {
     ///
     /// The state goes first and the log, with the incarnation, in one write after it: a stop between the two leaves the
     /// old replica, with a log that is as damaged as it was, or that leads to the state once more.
-    async fn rebuild(&self, shard: ShardId, id: ReplicaId) -> Result<Arc<Batcher>, ControlError> {
+    pub(super) async fn rebuild(&self, shard: ShardId, id: ReplicaId) -> Result<Arc<Batcher>, ControlError> {
         let inner = &self.inner;
         {
             let _one = inner.opening.lock().await;
