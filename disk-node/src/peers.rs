@@ -8,6 +8,7 @@ use granary_wire::control::{ControlRequest, ControlResponse};
 use granary_wire::{ClientLimits, Credentials, Ends, LinkError, NodeClient};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 use tokio_util::sync::CancellationToken;
@@ -17,6 +18,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A gateway that asked within this time finds this disk.
 const GATEWAY_FINDS: Duration = Duration::from_secs(15);
+
+/// A gateway that asks again within this time is not noted again. Every request of every gateway looks at the note;
+/// writing it each time would have the processor cores take it from each other.
+const NOTE_AGAIN: Duration = Duration::from_secs(1);
 
 /// Between two questions for a newer map; up to a second is added at random, so that nodes do not ask in step.
 /// Gateways offer every new map at once; this is for a node that they cannot reach.
@@ -68,6 +73,38 @@ impl Book {
     }
 }
 
+/// When somebody was heard last, without a lock.
+struct LastHeard {
+    begun: Instant,
+    /// Milliseconds from `begun`, plus one; zero: nobody was heard yet.
+    at_ms: AtomicU64,
+}
+
+impl LastHeard {
+    fn new(begun: Instant) -> LastHeard {
+        LastHeard { begun, at_ms: AtomicU64::new(0) }
+    }
+
+    fn since_begun_ms(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.begun).as_millis()).unwrap_or(u64::MAX - 1)
+    }
+
+    fn note(&self, now: Instant) {
+        let now_ms = self.since_begun_ms(now) + 1;
+        let noted_ms = self.at_ms.load(Ordering::Relaxed);
+        if noted_ms == 0 || now_ms.saturating_sub(noted_ms) >= NOTE_AGAIN.as_millis() as u64 {
+            // Two at once write nearly the same time; the later one counts.
+            self.at_ms.fetch_max(now_ms, Ordering::Relaxed);
+        }
+    }
+
+    /// Was somebody heard less than `span` ago? The note may be older than the last request by up to [`NOTE_AGAIN`].
+    fn within(&self, span: Duration, now: Instant) -> bool {
+        let noted_ms = self.at_ms.load(Ordering::Relaxed);
+        noted_ms > 0 && u128::from((self.since_begun_ms(now) + 1).saturating_sub(noted_ms)) < span.as_millis()
+    }
+}
+
 /// The other disk nodes.
 pub struct Peers {
     me: DiskId,
@@ -77,7 +114,7 @@ pub struct Peers {
     book: Mutex<Book>,
     clients: Mutex<HashMap<DiskId, NodeClient>>,
     /// When a gateway asked last.
-    gateway_at: Mutex<Option<Instant>>,
+    gateway: LastHeard,
 }
 
 impl Peers {
@@ -92,7 +129,7 @@ impl Peers {
             credentials,
             book: Mutex::new(book),
             clients: Mutex::default(),
-            gateway_at: Mutex::default(),
+            gateway: LastHeard::new(Instant::now()),
         }
     }
 
@@ -136,12 +173,12 @@ impl Peers {
 
     /// A gateway asked something: it finds this disk, whatever this end's own map and file of addresses say.
     pub fn note_gateway(&self) {
-        *lock(&self.gateway_at) = Some(Instant::now());
+        self.gateway.note(Instant::now());
     }
 
     /// Has a gateway asked lately?
     pub fn gateway_finds_it(&self) -> bool {
-        lock(&self.gateway_at).is_some_and(|at| at.elapsed() < GATEWAY_FINDS)
+        self.gateway.within(GATEWAY_FINDS, Instant::now())
     }
 
     /// A client of this disk's own node, as others find it; a new one each time, for an address may lead elsewhere by
@@ -197,4 +234,52 @@ fn random_u16() -> u16 {
     // Without random bytes nodes poll in step, which is only less kind.
     let _ = getrandom::fill(&mut bytes);
     u16::from_be_bytes(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use granary_placement::id::ClusterId;
+    use granary_wire::ClusterSecret;
+
+    #[test]
+    fn a_gateway_is_noted_once_a_second_and_counts_for_fifteen() {
+        let start = Instant::now();
+        let after = |ms: u64| start + Duration::from_millis(ms);
+        let heard = LastHeard::new(start);
+        assert!(!heard.within(GATEWAY_FINDS, start), "nobody asked yet");
+        heard.note(start);
+        assert!(heard.within(GATEWAY_FINDS, after(14_999)));
+        assert!(!heard.within(GATEWAY_FINDS, after(15_000)));
+        heard.note(after(999));
+        assert!(!heard.within(GATEWAY_FINDS, after(15_000)), "less than a second after the note");
+        heard.note(after(1_000));
+        assert!(heard.within(GATEWAY_FINDS, after(15_999)));
+        heard.note(after(500));
+        assert!(heard.within(GATEWAY_FINDS, after(15_999)), "a request that was held up takes nothing back");
+        assert!(!heard.within(GATEWAY_FINDS, after(16_000)));
+    }
+
+    #[test]
+    fn a_disk_looks_for_itself_where_others_do_and_calls_itself_by_its_uuid() {
+        let folder = tempfile::tempdir().unwrap();
+        let label = crate::label::format(&folder.path().join("disk"), ClusterId([7; 16]), DiskId(4), DiskUuid([3; 16]));
+        let label = label.unwrap();
+        let maps = Arc::new(Maps::open(&folder.path().join("disk"), label.clone()).unwrap());
+        let secret = ClusterSecret::generate().unwrap();
+        let credentials = Credentials { cluster: label.cluster, secret };
+        let book = folder.path().join("addresses.json");
+        let peers = Peers::new(&label, maps, credentials, Some(book.clone()));
+        assert!(peers.client_of_own().is_none(), "nobody says where it is");
+        std::fs::write(&book, r#"{"4": "here:1", "5": "there:1"}"#).unwrap();
+        lock(&peers.book).looked = None;
+        let own = peers.client_of_own().unwrap();
+        assert_eq!(own.address(), "here:1");
+        assert_eq!((own.ends().to, own.ends().from), (Some(label.uuid), Some(label.uuid)));
+
+        assert!(!peers.gateway_finds_it());
+        peers.note_gateway();
+        assert!(peers.gateway_finds_it());
+    }
 }
