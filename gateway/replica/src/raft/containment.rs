@@ -202,11 +202,12 @@ impl<T> Contained<T> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::super::runtime::ReplicaRuntime;
     use super::*;
     use openraft::AsyncRuntime;
     use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
     use tokio::sync::oneshot;
 
     #[tokio::test]
@@ -264,9 +265,9 @@ mod tests {
             std::future::pending::<()>().await;
         });
         let ended = ReplicaEnded("a panic: planted".to_owned());
-        assert_eq!(parent.await, Err(ended.clone()));
-        assert_eq!(one.failed().await, ended.0);
-        assert_eq!(waiting.await.unwrap(), Err(ended));
+        let told = async { (parent.await, one.failed().await, waiting.await.unwrap()) };
+        let told = tokio::time::timeout(Duration::from_secs(20), told).await.expect("the panic is heard of");
+        assert_eq!(told, (Err(ended.clone()), ended.0.clone(), Err(ended)));
         let mut end = Box::pin(one.end());
         assert!(futures::poll!(&mut end).is_pending(), "work on another thread goes on");
         release.send(()).unwrap();
