@@ -316,3 +316,75 @@ fn no_secret_has_a_default() {
         }
     }
 }
+
+/// Names of the test functions of each Rust file, by the file's path.
+fn tests_by_file() -> BTreeMap<String, BTreeSet<String>> {
+    let mut tests = BTreeMap::new();
+    for folder in ["placement", "disk-node", "gateway", "bench", "tests"] {
+        for file in rust_files(folder) {
+            let text = std::fs::read_to_string(&file).unwrap();
+            let mut attributed = false;
+            let mut names = BTreeSet::new();
+            for line in text.lines().map(str::trim) {
+                let name =
+                    line.trim_start_matches("async ").strip_prefix("fn ").and_then(|rest| rest.split('(').next());
+                match name {
+                    Some(name) if attributed => {
+                        names.insert(name.to_owned());
+                        attributed = false;
+                    }
+                    Some(_) => attributed = false,
+                    None => attributed |= line == "#[test]" || line.starts_with("#[tokio::test"),
+                }
+            }
+            tests.insert(file.strip_prefix(root()).unwrap().display().to_string(), names);
+        }
+    }
+    tests
+}
+
+/// A row of evidence leads to its tests: each is there, and in a file or folder that the row names, if it names one.
+#[test]
+fn every_test_that_the_reliability_page_names_is_where_it_says() {
+    let tests = tests_by_file();
+    let page = std::fs::read_to_string(root().join("docs/reliability.md")).unwrap();
+    let mut wrong = Vec::new();
+    let mut seen = 0;
+    for line in page.lines().filter(|line| line.starts_with('|')) {
+        let words: Vec<&str> = line.split('`').skip(1).step_by(2).collect();
+        let (paths, names): (Vec<&str>, Vec<&str>) =
+            words.iter().filter(|word| !word.contains(' ')).partition(|word| word.contains('/'));
+        for path in &paths {
+            if !root().join(path).exists() {
+                wrong.push(format!("there is no {path}"));
+            }
+        }
+        for name in names.into_iter().filter(|name| name.matches('_').count() >= 2 && name.to_lowercase() == **name) {
+            seen += 1;
+            let mut files = tests.iter().filter(|(_, names)| names.contains(name)).map(|(file, _)| file).peekable();
+            if files.peek().is_none() {
+                wrong.push(format!("there is no test {name}"));
+            } else if !paths.is_empty() && !files.any(|file| paths.iter().any(|path| file.starts_with(path))) {
+                wrong.push(format!("{name} is in none of {paths:?}"));
+            }
+        }
+        // What one types: the suite and a part of the test's name.
+        for command in words.iter().filter(|word| word.contains("make test ARGS=")) {
+            let arguments = command.split('\'').nth(1).unwrap_or_default();
+            let (suites, name) = arguments.split_once(" -- ").unwrap_or((arguments, ""));
+            for suite in suites.split_whitespace().filter(|word| *word != "--test") {
+                seen += 1;
+                let ends = [format!("tests/{suite}.rs"), format!("tests/{suite}/")];
+                let mut of_suite = tests.iter().filter(|(file, _)| ends.iter().any(|end| file.contains(end.as_str())));
+                let found = of_suite.any(|(file, names)| {
+                    file.contains(&format!("/{name}.rs")) || names.iter().any(|test| test.contains(name))
+                });
+                if !found {
+                    wrong.push(format!("`{command}` runs no test"));
+                }
+            }
+        }
+    }
+    assert!(seen > 50, "the page's form has changed: {seen} names found");
+    assert!(wrong.is_empty(), "docs/reliability.md: {wrong:#?}");
+}
