@@ -156,8 +156,7 @@ pub(crate) async fn run(verb: AdminVerb) -> Done {
             } else {
                 print(|out| write_census(out, &census))?;
             }
-            let damage = census.missing + census.corrupt + census.unreachable + census.extents_lost;
-            if damage > 0 {
+            if !census.is_complete() {
                 return Ok(ExitCode::from(NOT_WHOLE));
             }
         }

@@ -1,4 +1,4 @@
-//! Settings of the whole cluster: asked of the root shard every three seconds, and followed by whoever works by them.
+//! Settings of the whole cluster: asked of the root shard every five seconds, and followed by whoever works by them.
 //!
 //! The root shard checks only the form of a name and value, because the table differs between builds. Whoever sets one
 //! checks it here against the table; whoever reads one that it does not know leaves it alone.
@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-const POLL: Duration = Duration::from_secs(3);
+const POLL: Duration = Duration::from_secs(5);
 
 /// Why a setting of the cluster was not changed.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +76,7 @@ pub async fn set(shards: &Shards, name: &str, value: Option<&str>) -> Result<(&'
     }
 }
 
-/// Puts the root shard's settings over those of this process every three seconds, for ever. While the root shard does
+/// Puts the root shard's settings over those of this process every five seconds, for ever. While the root shard does
 /// not answer, the last ones hold.
 pub async fn watch(shards: Shards, values: watch::Sender<Arc<Values>>) {
     let mut known = 0;

@@ -355,8 +355,8 @@ fn to_publish(mut status: HealStatus) -> Bytes {
     }
 }
 
-/// Returns when the settings become others than those seen last, or never.
-async fn settings_change(seen: &mut watch::Receiver<HealSettings>) {
+/// Returns when what is watched becomes another than was seen last, or never.
+async fn change<T>(seen: &mut watch::Receiver<T>) {
     if seen.changed().await.is_err() {
         std::future::pending().await
     }

@@ -6,7 +6,7 @@
 
 use super::plan::{Planner, Target, Task};
 use super::slots::Moves;
-use super::{lock, settings_change, Inner};
+use super::{change, lock, Inner};
 use crate::background::command_under;
 use crate::background::leases::Held;
 use crate::backoff::Backoff;
@@ -29,10 +29,10 @@ use std::time::{Duration, Instant};
 
 /// Entries of a repair queue per request.
 const PAGE: u32 = 1000;
-/// Looks that found nothing queued before the queues are looked at less often.
-const IDLE_LOOKS: u32 = 5;
-/// How much less often.
-const IDLE_FACTOR: u32 = 4;
+/// Looks that found nothing queued, and no change of a disk or of the map, before the queues are looked at less often.
+const IDLE_LOOKS: u32 = 10;
+/// How much less often: each look asks every shard twice, and each question costs its disks a round of the majority.
+const IDLE_FACTOR: u32 = 15;
 /// How long one write of a rebuilt window may take.
 const WRITE_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -71,6 +71,7 @@ impl Inner {
         let mut moves = Moves::default();
         let (mut idle_looks, mut busy_passes) = (0u32, 0u64);
         let mut settings = self.settings.clone();
+        let (mut disks, mut maps) = (self.store.disks().changes(), self.meta.map());
         loop {
             self.pace.set_bytes_per_s(settings.borrow_and_update().bytes_per_s);
             // Single chunks first: an extent that lost several is in more danger than one whose slot moves. But chunks
@@ -86,8 +87,11 @@ impl Inner {
                 let rare = if idle_looks > IDLE_LOOKS && !self.busy() { IDLE_FACTOR } else { 1 };
                 tokio::select! {
                     () = tokio::time::sleep(self.settings().interval * rare) => {}
-                    () = settings_change(&mut settings) => {}
+                    () = change(&mut settings) => {}
                     () = self.poke.notified() => {}
+                    // What a disk that went or came, or slots that are to move, bring with them is not waited for.
+                    () = change(&mut disks) => idle_looks = 0,
+                    () = change(&mut maps) => idle_looks = 0,
                 }
             }
         }

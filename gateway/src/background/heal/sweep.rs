@@ -97,7 +97,7 @@ impl Inner {
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 // A shorter interval counts at once.
-                () = super::settings_change(&mut settings) => {
+                () = super::change(&mut settings) => {
                     wait = wait.min(self.settings().sweep_interval);
                     continue;
                 }
