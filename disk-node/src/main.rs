@@ -205,17 +205,23 @@ fn run_format(args: Format) -> Result<ExitCode, Box<dyn std::error::Error>> {
         }
     };
     let label = label::format(&args.dir, args.cluster, args.disk, uuid)?;
-    println!("{} is now disk {} ({}) of cluster {}", args.dir.display(), label.disk, label.uuid, label.cluster);
+    let (dir, disk) = (args.dir.display(), label.disk);
+    print(&format!("{dir} is now disk {disk} ({}) of cluster {}\n", label.uuid, label.cluster))?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn run_inspect(args: &Inspect) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let report = inspect(&args.dir, args.chunks, args.verify)?;
     let text = if args.json { format!("{}\n", serde_json::to_string_pretty(&report)?) } else { report.text() };
-    // Whoever reads may have seen enough (`| head`); the exit code still says what was found.
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(error.into()),
-        _ => {}
-    }
+    print(&text)?;
     Ok(if report.damaged { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Whoever reads may have seen enough (`| head`), which is no failure: the exit code still says what was done.
+fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        done => done,
+    }
 }

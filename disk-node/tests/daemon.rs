@@ -197,6 +197,25 @@ async fn what_is_not_this_nodes_disk_is_refused_in_words() {
     assert!(code == Some(2) && text.contains("damaged"), "{text}");
 }
 
+/// A reader that goes away (`| head`) is no failure.
+#[test]
+fn verbs_whose_reader_went_away_end_quietly() {
+    let disk = Disk::new();
+    let new = disk.root.path().join("new");
+    let cluster = CLUSTER.to_string();
+    for verb in [
+        vec!["format", "--dir", new.to_str().unwrap(), "--cluster", &cluster, "--disk", "5"],
+        vec!["inspect", "--dir", disk.dir().to_str().unwrap()],
+        vec!["inspect", "--dir", disk.dir().to_str().unwrap(), "--json"],
+    ] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let done = Command::new(BINARY).args(&verb).stdout(writer).output().unwrap();
+        let said = String::from_utf8(done.stderr).unwrap();
+        assert_eq!((done.status.code(), said.as_str()), (Some(0), ""), "{verb:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_takes_nothing_that_is_meant_for_another_disk() {
     let disk = Disk::new();
