@@ -4,6 +4,7 @@
 use crate::label::Label;
 use crate::leases::{LeaseRefused, Leases, UnderLease};
 use crate::maps::{MapRefused, Maps, News};
+use crate::metrics::Metrics;
 use crate::roles::{no_map, OnFatal, Roles};
 use crate::store::core::Whose;
 use crate::store::handle::{Store, Upload};
@@ -37,6 +38,8 @@ pub struct Node {
     pub roles: Arc<Roles>,
     /// The leases under which background work was done here.
     pub leases: Arc<Leases>,
+    /// What it counts.
+    pub metrics: Arc<Metrics>,
     /// Ends the process when the disk cannot keep what it must.
     pub on_fatal: OnFatal,
 }
@@ -130,6 +133,10 @@ impl NodeService for Node {
             Ok(ChunkBlocks { spec: read.spec, first_block: read.first_block, crcs: read.crcs, data: read.data })
         }
         .boxed()
+    }
+
+    fn gateways(&self, count: usize) {
+        self.metrics.gateways.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 }
 
@@ -295,6 +302,8 @@ impl Node {
             chunks: fill.chunks,
             chunk_bytes: fill.chunk_bytes,
             feature_level: self.roles.feature_level(),
+            // The server says it.
+            data_connections: 0,
         })
     }
 
@@ -307,7 +316,6 @@ impl Node {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
-    use crate::metrics::Metrics;
     use crate::store::file_device::FileDevice;
     use crate::store::index_rocksdb::RocksEngine;
     use crate::store::StoreSettings;

@@ -62,6 +62,8 @@ pub struct Metrics {
     pub recovered_records: IntGauge,
     /// Torn records the last start dropped.
     pub torn_records: IntGauge,
+    /// Gateways that have connections here.
+    pub gateways: IntGauge,
     /// What new chunks may still take, in bytes.
     pub free_bytes: IntGauge,
     /// Chunks held.
@@ -116,6 +118,7 @@ impl Metrics {
             group_requests: histogram("group_requests", "Requests that shared one sync", 1.0)?,
             recovered_records: gauge("recovered_records", "Records the last start found behind the watermarks")?,
             torn_records: gauge("torn_records", "Torn records the last start dropped")?,
+            gateways: gauge("gateways", "Gateways that have connections here")?,
             free_bytes: gauge("free_bytes", "What new chunks may still take, in bytes")?,
             chunks: gauge("chunks", "Chunks held")?,
             chunk_bytes: gauge("chunk_bytes", "Payload of chunks held, in bytes")?,

@@ -158,7 +158,7 @@ impl Peers {
     /// map says which disk that is.
     pub fn client(&self, disk: DiskId) -> Option<NodeClient> {
         let address = self.address(disk)?;
-        let ends = Ends { to: Some(self.uuid_of(disk)?), from: Some(self.uuid) };
+        let ends = Ends { to: Some(self.uuid_of(disk)?), from: Some(self.uuid), gateway: None };
         let mut clients = lock(&self.clients);
         // As many as disks were ever talked to: members of shards here, a handful.
         match clients.get(&disk) {
@@ -184,7 +184,7 @@ impl Peers {
     /// A client of this disk's own node, as others find it; a new one each time, for an address may lead elsewhere by
     /// now.
     pub fn client_of_own(&self) -> Option<NodeClient> {
-        let ends = Ends { to: Some(self.uuid), from: Some(self.uuid) };
+        let ends = Ends { to: Some(self.uuid), from: Some(self.uuid), gateway: None };
         let address = self.address(self.me)?;
         Some(NodeClient::new(address, ends, self.credentials.clone(), ClientLimits::default()))
     }

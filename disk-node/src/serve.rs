@@ -130,17 +130,24 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
         let listener = TcpListener::bind(address).await.map_err(failed(format!("listen on {address}")))?;
         let bound = listener.local_addr().map_err(failed("local address"))?;
         tracing::info!(%bound, "serving health and metrics");
-        tasks.spawn(admin::serve(listener, store.clone(), roles.clone(), metrics, background.clone()));
+        tasks.spawn(admin::serve(listener, store.clone(), roles.clone(), metrics.clone(), background.clone()));
     }
     {
         let (peers, stop) = (peers.clone(), background.clone());
         tasks.spawn(async move { peers.poll_maps(stop).await });
     }
-    let node =
-        Arc::new(Node { label: label.clone(), store: store.clone(), maps, roles: roles.clone(), leases, on_fatal });
+    let node = Arc::new(Node {
+        label: label.clone(),
+        store: store.clone(),
+        maps,
+        roles: roles.clone(),
+        leases,
+        metrics,
+        on_fatal,
+    });
     write_address(&options.dir, bound)?;
     tracing::info!(%bound, disk = label.disk.0, uuid = %label.uuid, cluster = %label.cluster, "serving");
-    let limits = ServerLimits::from_settings(&options.values);
+    let limits = within_open_files(ServerLimits::from_settings(&options.values));
     let server = tokio::spawn(granary_wire::serve(listener, node, (label.uuid, credentials), limits, stop.clone()));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("signal handler"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("signal handler"))?;
@@ -161,6 +168,25 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
     let _ = std::fs::remove_file(options.dir.join(ADDRESS_FILE));
     tracing::info!("stopped");
     Ok(())
+}
+
+/// No more places than the limit of open files allows. A connection that cannot be accepted waits in silence; one for
+/// which there is no place is told so.
+fn within_open_files(limits: ServerLimits) -> ServerLimits {
+    let open_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let Some(open_files) = open_files else { return limits };
+    let wanted = limits.connections();
+    let limits = limits.within(open_files);
+    if limits.connections() < wanted {
+        let places = limits.connections();
+        tracing::warn!(
+            open_files,
+            wanted,
+            places,
+            "fewer places for connections than set: raise the limit of open files"
+        );
+    }
+    limits
 }
 
 async fn open_store(options: &ServeOptions, label: &Label, metrics: Arc<Metrics>) -> Result<Store, ServeError> {

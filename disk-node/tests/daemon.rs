@@ -221,7 +221,7 @@ async fn a_node_takes_nothing_that_is_meant_for_another_disk() {
     let disk = Disk::new();
     let node = disk.serve();
     let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
-    let right = node.client_as(Ends { to: Some(status.uuid), from: None });
+    let right = node.client_as(Ends { to: Some(status.uuid), from: None, gateway: None });
     // It may open as many sockets as the system allows.
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", node.child.id())).unwrap();
     let files: Vec<&str> =
@@ -229,7 +229,7 @@ async fn a_node_takes_nothing_that_is_meant_for_another_disk() {
     assert_eq!(files[3], files[4], "{limits}");
     put(&right, 1, 1000).await.unwrap();
 
-    let wrong = node.client_as(Ends { to: Some(DiskUuid([9; 16])), from: None });
+    let wrong = node.client_as(Ends { to: Some(DiskUuid([9; 16])), from: None, gateway: None });
     assert_eq!(put(&wrong, 2, 1000).await, Err(ChunkError::Link(LinkError::Auth(AuthError::Disk))));
     assert_eq!(get(&wrong, 1).await, Err(ChunkError::Link(LinkError::Auth(AuthError::Disk))));
     let deletion = ControlRequest::DeleteChunks { chunks: vec![chunk(1)], lease: None };

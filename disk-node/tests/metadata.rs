@@ -54,7 +54,7 @@ async fn replicas_listen_to_the_disks_of_the_map_and_to_nobody_before_there_is_o
     let disk = Disk::new();
     let node = disk.serve();
     let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
-    let caller = |from| node.client_as(Ends { to: Some(status.uuid), from });
+    let caller = |from| node.client_as(Ends { to: Some(status.uuid), from, gateway: None });
     let third = caller(Some(DiskUuid([3; 16])));
     let messages = || {
         let (shard, from, message) = (ShardId::ROOT, DiskId(3), Bytes::from_static(b"\x01"));
@@ -206,7 +206,7 @@ async fn no_vote_is_given_whose_sync_failed() {
         ask(&node.client(), ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)))).await,
         ControlResponse::Done
     );
-    let ends = Ends { to: Some(status.uuid), from: Some(DiskUuid([3; 16])) };
+    let ends = Ends { to: Some(status.uuid), from: Some(DiskUuid([3; 16])), gateway: None };
     let PeerResponse::Identity { me, .. } = say(&node.client_as(ends), None, PeerRequest::Identify).await.unwrap()
     else {
         panic!()

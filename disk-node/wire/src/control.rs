@@ -202,6 +202,9 @@ pub struct NodeStatus {
     pub chunk_bytes: u64,
     /// The highest feature level that its build of the shards' state machine knows.
     pub feature_level: u32,
+    /// How many connections for chunk requests the gateway that asks may have: its share of the node's places. Zero:
+    /// not said.
+    pub data_connections: u32,
 }
 
 /// How a shard's replica on one disk stands.

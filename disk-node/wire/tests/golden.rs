@@ -18,7 +18,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 /// Written anew when GRANARY_WRITE_GOLDEN is set: for a new version, never for an old one.
-const FIXTURE_PATH: &str = "tests/fixtures/messages-v1.txt";
+const FIXTURE_PATH: &str = "tests/fixtures/messages-v2.txt";
 
 /// Every value's line; checks on the way that it comes back.
 struct Lines(String);
@@ -129,6 +129,7 @@ fn responses() -> Vec<ControlResponse> {
         chunks: 6,
         chunk_bytes: 7,
         feature_level: 1,
+        data_connections: 170,
     };
     vec![
         ControlResponse::Done,

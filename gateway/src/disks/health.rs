@@ -134,6 +134,7 @@ mod tests {
             chunks: 0,
             chunk_bytes: 0,
             feature_level: 1,
+            data_connections: 0,
         }
     }
 

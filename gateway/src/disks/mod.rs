@@ -15,7 +15,7 @@ use futures::stream::{self, StreamExt};
 use granary_placement::id::{DiskId, DiskUuid, Epoch};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::settings::Values;
-use granary_wire::auth::{Credentials, Ends};
+use granary_wire::auth::{Credentials, Ends, GatewayId};
 use granary_wire::client::{ClientLimits, NodeClient};
 use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::error::{AuthError, ChunkError, LinkError};
@@ -132,6 +132,8 @@ struct Entry {
 
 struct Inner {
     settings: DiskSettings,
+    /// What disk nodes count this gateway by.
+    gateway: Option<GatewayId>,
     credentials: Credentials,
     overrides: Option<PathBuf>,
     map: watch::Receiver<Option<Arc<ClusterMap>>>,
@@ -161,6 +163,7 @@ impl Disks {
         let stop = CancellationToken::new();
         let inner = Arc::new(Inner {
             settings,
+            gateway: GatewayId::random(),
             credentials,
             overrides,
             map,
@@ -190,7 +193,8 @@ impl Disks {
     /// A client of a disk node that the map does not have yet, to see which disk it serves before the map names it.
     pub fn client_at(&self, address: &str) -> NodeClient {
         let inner = &self.inner;
-        NodeClient::new(address.to_owned(), Ends::default(), inner.credentials.clone(), inner.settings.limits.clone())
+        let ends = Ends { gateway: inner.gateway, ..Ends::default() };
+        NodeClient::new(address.to_owned(), ends, inner.credentials.clone(), inner.settings.limits.clone())
     }
 
     /// Whether a disk answers. A disk the map does not have is Down.
@@ -331,10 +335,7 @@ impl Inner {
                 DiskHealth::Suspect => {
                     tracing::warn!(disk = %entry.id, address = %entry.address, %error, "disk is suspect")
                 }
-                // At a gateway's start its disk nodes may be starting, too.
-                DiskHealth::Down if first => {
-                    tracing::info!(disk = %entry.id, address = %entry.address, %error, "disk does not answer yet");
-                }
+                // Also one that is dead when the gateway starts: nothing else would ever tell of it.
                 DiskHealth::Down => {
                     self.counters.downs.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(disk = %entry.id, address = %entry.address, %error, "disk is down");
@@ -357,7 +358,7 @@ impl Inner {
             let kept = table.get(&disk.id).filter(|entry| entry.address == *address && entry.uuid == disk.uuid);
             let entry = kept.cloned().unwrap_or_else(|| {
                 changed = true;
-                let ends = Ends { to: Some(disk.uuid), from: None };
+                let ends = Ends { to: Some(disk.uuid), from: None, gateway: self.gateway };
                 let (credentials, limits) = (self.credentials.clone(), self.settings.limits.clone());
                 Arc::new(Entry {
                     id: disk.id,

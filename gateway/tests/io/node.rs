@@ -196,6 +196,7 @@ impl Disk {
                 chunks: self.count() as u64,
                 chunk_bytes: 0,
                 feature_level: 1,
+                data_connections: 0,
             }),
             ControlRequest::DeleteChunks { chunks: ids, lease } => {
                 at_most(ids.len(), MAX_CHUNKS)?;

@@ -134,6 +134,7 @@ impl State {
                 chunks: 0,
                 chunk_bytes: 0,
                 feature_level: 1,
+                data_connections: 0,
             })),
             ControlRequest::OfferMapDiff(diff) if known != diff.from => {
                 Ok(ControlResponse::Error(ControlError::EpochMismatch { known }))

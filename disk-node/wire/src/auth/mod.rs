@@ -2,10 +2,10 @@
 //!
 //! ```text
 //! client -> server  hello    magic 8 | highest version u16 | purpose u8 | older u8 | cluster id 16
-//!                            | disk meant 16 | client's disk 16 | client nonce 32
+//!                            | disk meant 16 | client's disk 16 | client's gateway 16 | client nonce 32
 //! server -> client  hello    magic 8 | highest version u16 | verdict u8 | older u8 | server nonce 32 | server proof 32
 //! client -> server  proof    client proof 32
-//! server -> client  verdict  u8
+//! server -> client  verdict  u8 | code 32
 //! ```
 //!
 //! Numbers are big-endian. The transcript is the client's hello and the first 44 bytes of the server's (all but its
@@ -18,7 +18,12 @@
 //!
 //! The hello names the disk that the client means to speak to, and the client's own if it is a disk node. Addresses are
 //! taken over and swapped; a node refuses whoever means another disk, and knows which disk speaks to it. Zeros stand
-//! for "whoever answers" and "no disk": a gateway that looks who is there, and every gateway.
+//! for "whoever answers" and "no disk": a gateway that looks who is there, and every gateway. A gateway names itself by
+//! a number that it drew at its start, by which a node counts the gateways that share its places.
+//!
+//! Once the server has proved itself, its verdict carries a code under the key of what it says: nobody between the ends
+//! can say in its name that another disk is there, or that it is busy. What it says before that cannot carry one, and
+//! is believed only where it speaks of no disk.
 
 use crate::error::{AuthError, LinkError};
 use granary_placement::id::{ClusterId, DiskUuid};
@@ -36,8 +41,9 @@ use tokio_util::sync::CancellationToken;
 /// Versions that this build speaks of everything said between nodes: handshake, chunk requests, frames, and the
 /// messages inside them.
 ///
-/// 1: the first.
-pub const PROTOCOL_VERSIONS: VersionRange = VersionRange { min: 1, max: 1 };
+/// 1: the first. 2: the hello names the gateway, the verdict carries a code, and NodeStatus tells a gateway's share of
+/// the places; the hello's length is another, so 1 is not spoken any more.
+pub const PROTOCOL_VERSIONS: VersionRange = VersionRange { min: 2, max: 2 };
 
 /// Protocol versions that an end speaks, both ends of the range included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,14 +80,17 @@ const MAGIC: [u8; 8] = *b"granary\0";
 const NONCE_BYTES: usize = 32;
 const PREFIX_BYTES: usize = 12;
 const UUID_BYTES: usize = 16;
-const CLIENT_HELLO_BYTES: usize = PREFIX_BYTES + 3 * UUID_BYTES + NONCE_BYTES;
+const CLIENT_HELLO_BYTES: usize = PREFIX_BYTES + 4 * UUID_BYTES + NONCE_BYTES;
 const SERVER_HEAD_BYTES: usize = PREFIX_BYTES + NONCE_BYTES;
 const PROOF_BYTES: usize = 32;
+const VERDICT_BYTES: usize = 1 + 32;
 
 const LABEL_SERVER_PROOF: &[u8] = b"granary proof of the server\0";
 const LABEL_CLIENT_PROOF: &[u8] = b"granary proof of the client\0";
 const LABEL_TO_SERVER: &[u8] = b"granary key client to server\0";
 const LABEL_TO_CLIENT: &[u8] = b"granary key server to client\0";
+/// Under the key of what the server says.
+const LABEL_VERDICT: &[u8] = b"granary verdict\0";
 
 /// Shortest cluster secret, in bytes.
 pub const MIN_SECRET_BYTES: usize = 32;
@@ -228,13 +237,33 @@ impl Purpose {
     }
 }
 
-/// Which disks a connection is between.
+/// A gateway, as disk nodes count them: a number that its process drew at its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GatewayId([u8; UUID_BYTES]);
+
+impl GatewayId {
+    /// A new one; None when the operating system gives no random bytes. Who has none is not counted, and served all the
+    /// same.
+    pub fn random() -> Option<GatewayId> {
+        let mut bytes = [0u8; UUID_BYTES];
+        getrandom::fill(&mut bytes).ok()?;
+        GatewayId::heard(bytes)
+    }
+
+    fn heard(bytes: [u8; UUID_BYTES]) -> Option<GatewayId> {
+        Some(GatewayId(bytes)).filter(|id| id.0 != NOBODY.0)
+    }
+}
+
+/// Who is at the ends of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Ends {
     /// The disk that the client means to speak to; None: whoever answers.
     pub to: Option<DiskUuid>,
     /// The client's own disk; None for a gateway.
     pub from: Option<DiskUuid>,
+    /// The gateway that the client is part of; None for a disk node.
+    pub gateway: Option<GatewayId>,
 }
 
 /// No disk has this one.
@@ -255,6 +284,8 @@ pub(crate) struct Caller {
     pub purpose: Purpose,
     /// The client's disk, if it is a disk node.
     pub disk: Option<DiskUuid>,
+    /// The gateway that the client is part of.
+    pub gateway: Option<GatewayId>,
     /// The keys of the connection.
     pub session: Session,
 }
@@ -305,6 +336,17 @@ pub(crate) struct Session {
     pub to_server: MacKey,
     /// Authenticates what the server says.
     pub to_client: MacKey,
+}
+
+impl Session {
+    /// A verdict that the server gives after its proof.
+    fn verdict(&self, verdict: Verdict) -> [u8; VERDICT_BYTES] {
+        let number = [verdict.number()];
+        let mut bytes = [0u8; VERDICT_BYTES];
+        bytes[..1].copy_from_slice(&number);
+        bytes[1..].copy_from_slice(&self.to_client.mac(&[LABEL_VERDICT, &number]));
+        bytes
+    }
 }
 
 /// The server's verdict on a hello or a proof.
@@ -406,7 +448,8 @@ pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     client_hello[12..28].copy_from_slice(&credentials.cluster.0);
     client_hello[28..44].copy_from_slice(&said(ends.to));
     client_hello[44..60].copy_from_slice(&said(ends.from));
-    client_hello[60..].copy_from_slice(&nonce);
+    client_hello[60..76].copy_from_slice(&ends.gateway.map_or(NOBODY.0, |gateway| gateway.0));
+    client_hello[76..].copy_from_slice(&nonce);
     stream.write_all(&client_hello).await.map_err(lost)?;
 
     let mut head = [0u8; PREFIX_BYTES];
@@ -429,10 +472,15 @@ pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
         return Err(AuthError::Secret.into());
     }
     stream.write_all(&transcript.mac(LABEL_CLIENT_PROOF)).await.map_err(lost)?;
-    let mut verdict = [0u8; 1];
+    let session = transcript.session(version);
+    let mut verdict = [0u8; VERDICT_BYTES];
     stream.read_exact(&mut verdict).await.map_err(lost)?;
-    Verdict::check(verdict[0], versions, theirs)?;
-    Ok(transcript.session(version))
+    let (number, code) = (verdict[0], &verdict[1..]);
+    if !same(code, &session.to_client.mac(&[LABEL_VERDICT, &[number]])) {
+        return Err(AuthError::Message.into());
+    }
+    Verdict::check(number, versions, theirs)?;
+    Ok(session)
 }
 
 /// The server's side; `me` is its disk. `admit` says whether there is a place for a client of that purpose, once it is
@@ -461,9 +509,10 @@ pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(stream, versions, Verdict::Cluster).await;
         return Err(AuthError::Cluster.into());
     }
-    let [mut to, mut from] = [[0u8; UUID_BYTES]; 2];
+    let [mut to, mut from, mut gateway] = [[0u8; UUID_BYTES]; 3];
     to.copy_from_slice(&client_hello[28..44]);
     from.copy_from_slice(&client_hello[44..60]);
+    gateway.copy_from_slice(&client_hello[60..76]);
     let purpose = Purpose::from_number(purpose)
         .ok_or_else(|| LinkError::Protocol(format!("unknown purpose {purpose} in the handshake")))?;
 
@@ -476,6 +525,7 @@ pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     hello[SERVER_HEAD_BYTES..].copy_from_slice(&transcript.mac(LABEL_SERVER_PROOF));
     stream.write_all(&hello).await.map_err(lost)?;
 
+    let session = transcript.session(version);
     let mut client_proof = [0u8; PROOF_BYTES];
     tokio::select! {
         read = stream.read_exact(&mut client_proof) => read.map_err(|error| match error.kind() {
@@ -484,25 +534,25 @@ pub(crate) async fn server_handshake<S: AsyncRead + AsyncWrite + Unpin>(
             _ => lost(error),
         })?,
         () = turned_out.cancelled() => {
-            let _ = stream.write_all(&[Verdict::Busy.number()]).await;
+            let _ = stream.write_all(&session.verdict(Verdict::Busy)).await;
             return Err(LinkError::Busy);
         }
     };
     if !same(&client_proof, &transcript.mac(LABEL_CLIENT_PROOF)) {
-        let _ = stream.write_all(&[Verdict::Secret.number()]).await;
+        let _ = stream.write_all(&session.verdict(Verdict::Secret)).await;
         return Err(AuthError::Secret.into());
     }
     // Only now: a stranger does not learn which disk this is.
     if heard(to).is_some_and(|meant| meant != me) {
-        let _ = stream.write_all(&[Verdict::Disk.number()]).await;
+        let _ = stream.write_all(&session.verdict(Verdict::Disk)).await;
         return Err(AuthError::Disk.into());
     }
     if !admit(purpose) {
-        let _ = stream.write_all(&[Verdict::Busy.number()]).await;
+        let _ = stream.write_all(&session.verdict(Verdict::Busy)).await;
         return Err(LinkError::Busy);
     }
-    stream.write_all(&[Verdict::Accepted.number()]).await.map_err(lost)?;
-    Ok(Caller { purpose, disk: heard(from), session: transcript.session(version) })
+    stream.write_all(&session.verdict(Verdict::Accepted)).await.map_err(lost)?;
+    Ok(Caller { purpose, disk: heard(from), gateway: GatewayId::heard(gateway), session })
 }
 
 /// Reads a part of the client's hello, unless another client needs its place first.

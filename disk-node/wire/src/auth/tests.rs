@@ -8,11 +8,13 @@ use tokio::io::{duplex, DuplexStream};
 const SECRET: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
 // Computed with another implementation of HMAC from the description at the top of `auth.rs`: secret and cluster id as
-// in `known`, disk meant 33 33 .., client's disk 44 44 .., client nonce 11 11 .., server nonce 22 22 .. .
+// in `known`, disk meant 33 33 .., client's disk 44 44 .., gateway 55 55 .., client nonce 11 11 .., server nonce
+// 22 22 .. .
 const CLIENT_HELLO: &str =
-    "6772616e61727900000102000707070707070707070707070707070733333333333333333333333333333333444444444444444444444444444444441111111111111111111111111111111111111111111111111111111111111111";
-const SERVER_HELLO: &str = "6772616e61727900000100002222222222222222222222222222222222222222222222222222222222222222ddfa668dfce3b5e2a10e1b63597c612ff5db61df16239716bf3c2fa5efeb4ffc";
-const CLIENT_PROOF: &str = "759f39cd1080558abd44f7bd89c58518cb1cb44e315553bf8db7636006d0c057";
+    "6772616e6172790000020200070707070707070707070707070707073333333333333333333333333333333344444444444444444444444444444444555555555555555555555555555555551111111111111111111111111111111111111111111111111111111111111111";
+const SERVER_HELLO: &str = "6772616e6172790000020000222222222222222222222222222222222222222222222222222222222222222271f4f9730c2663d65f01b306f3ffd1cf3ea668cc95f3ad8642db0374419e6954";
+const CLIENT_PROOF: &str = "bc9436aee2ad80cecd64528d91a38671b00fa45fa41a1e1c77cfa31312f444c8";
+const ACCEPTED: &str = "00ba94a4a32b7ab8b4d5a5d2e5c6c6794e07b8c8e5b058edcdb7cd3b99f2caa0fb";
 
 fn known() -> Credentials {
     Credentials { cluster: ClusterId([7; 16]), secret: ClusterSecret::from_hex(SECRET).unwrap() }
@@ -27,7 +29,7 @@ fn stays() -> CancellationToken {
 }
 
 fn known_ends() -> Ends {
-    Ends { to: Some(ME), from: Some(DiskUuid([0x44; 16])) }
+    Ends { to: Some(ME), from: Some(DiskUuid([0x44; 16])), gateway: Some(GatewayId([0x55; 16])) }
 }
 
 /// The session of the golden handshake.
@@ -36,7 +38,7 @@ pub(crate) fn known_session() -> Session {
     hex::decode_to_slice(CLIENT_HELLO, &mut client_hello).unwrap();
     let mut server_head = [0; SERVER_HEAD_BYTES];
     hex::decode_to_slice(&SERVER_HELLO[..2 * SERVER_HEAD_BYTES], &mut server_head).unwrap();
-    Transcript { key: known().secret.key(), client_hello, server_head }.session(1)
+    Transcript { key: known().secret.key(), client_hello, server_head }.session(2)
 }
 
 async fn expect(stream: &mut DuplexStream, golden: &str) {
@@ -52,7 +54,7 @@ async fn a_client_says_the_golden_bytes() {
         expect(&mut theirs, CLIENT_HELLO).await;
         theirs.write_all(&hex::decode(SERVER_HELLO).unwrap()).await.unwrap();
         expect(&mut theirs, CLIENT_PROOF).await;
-        theirs.write_all(&[0]).await.unwrap();
+        theirs.write_all(&hex::decode(ACCEPTED).unwrap()).await.unwrap();
     });
     let session =
         client_handshake(&mut ours, &known(), (Purpose::Control, known_ends()), PROTOCOL_VERSIONS, [0x11; 32])
@@ -70,12 +72,13 @@ async fn a_server_says_the_golden_bytes() {
         theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();
         expect(&mut theirs, SERVER_HELLO).await;
         theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
-        expect(&mut theirs, "00").await;
+        expect(&mut theirs, ACCEPTED).await;
     });
     let caller =
         server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true).await.unwrap();
     client.await.unwrap();
     assert_eq!((caller.purpose, caller.disk), (Purpose::Control, known_ends().from));
+    assert_eq!(caller.gateway, known_ends().gateway);
     assert_eq!(caller.session.to_client.mac(&[b"x"]), known_session().to_client.mac(&[b"x"]));
 }
 
@@ -115,7 +118,7 @@ async fn meet_for(
     from: Option<DiskUuid>,
 ) -> (Result<(), LinkError>, Result<Option<DiskUuid>, LinkError>) {
     let (mut ours, mut theirs) = duplex(1024);
-    let (credentials, ends) = (known(), Ends { to, from });
+    let (credentials, ends) = (known(), Ends { to, from, gateway: None });
     let (client, server) = tokio::join!(
         client_handshake(&mut ours, &credentials, (Purpose::Data, ends), PROTOCOL_VERSIONS, [0x11; 32]),
         server_handshake(&mut theirs, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true)
@@ -214,6 +217,104 @@ async fn a_verdict_about_disks_is_not_believed_before_a_proof() {
     }
 }
 
+/// Stands between a client and a server: passes on `to_server` bytes of what the client says and `to_client` bytes of
+/// what the server says, and says `forged` after these. Never ends.
+async fn pass_on(client: DuplexStream, server: DuplexStream, to_server: usize, to_client: usize, forged: &[u8]) {
+    let (from_client, mut at_client) = tokio::io::split(client);
+    let (from_server, mut at_server) = tokio::io::split(server);
+    let (there, back) =
+        tokio::join!(async { tokio::io::copy(&mut from_client.take(to_server as u64), &mut at_server).await }, async {
+            tokio::io::copy(&mut from_server.take(to_client as u64), &mut at_client).await?;
+            at_client.write_all(forged).await
+        });
+    (there.unwrap(), back.unwrap());
+    std::future::pending().await
+}
+
+/// What a client makes of a node that somebody stands before; see [`pass_on`].
+async fn meet_through(
+    to_server: usize,
+    to_client: usize,
+    forged: &[u8],
+    turned_out: CancellationToken,
+    place: bool,
+) -> Result<Session, LinkError> {
+    let ((mut ours, before_client), (before_server, mut theirs)) = (duplex(1024), duplex(1024));
+    let credentials = known();
+    let purpose = (Purpose::Control, known_ends());
+    let client = client_handshake(&mut ours, &credentials, purpose, PROTOCOL_VERSIONS, [0x11; 32]);
+    let server = async {
+        let served =
+            server_handshake(&mut theirs, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], turned_out, |_| place).await;
+        // Nobody hangs up before the client has made up its mind.
+        std::future::pending::<()>().await;
+        served
+    };
+    let between = pass_on(before_client, before_server, to_server, to_client, forged);
+    tokio::select! {
+        session = client => session,
+        _ = server => unreachable!(),
+        () = between => unreachable!(),
+    }
+}
+
+#[tokio::test]
+async fn a_verdict_that_was_forged_after_the_proof_is_not_believed() {
+    let hello = SERVER_HEAD_BYTES + PROOF_BYTES;
+    let real = meet_through(usize::MAX, usize::MAX, &[], stays(), true).await;
+    assert!(real.is_ok(), "{:?}", real.err());
+    for verdict in [Verdict::Accepted, Verdict::Secret, Verdict::Busy, Verdict::Disk] {
+        // No code; the code of the real verdict, which is "accepted"; the code that another connection would have.
+        let mut of_this = hex::decode(ACCEPTED).unwrap();
+        of_this[0] = verdict.number();
+        let elsewhere = Transcript {
+            key: known().secret.key(),
+            client_hello: [0; CLIENT_HELLO_BYTES],
+            server_head: [0; SERVER_HEAD_BYTES],
+        };
+        let of_another = elsewhere.session(2).verdict(verdict);
+        let codes: [&[u8]; 3] = [&[[verdict.number()].as_slice(), &[0; 32]].concat(), &of_this, &of_another];
+        for (which, forged) in codes.into_iter().enumerate() {
+            let made = meet_through(usize::MAX, hello, forged, stays(), true).await.map(|_| ());
+            let honest = verdict == Verdict::Accepted && which == 1;
+            let expected = if honest { Ok(()) } else { Err(LinkError::Auth(AuthError::Message)) };
+            assert_eq!(made, expected, "{verdict:?}, code {which}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_client_hears_that_a_node_is_busy_at_each_step_of_the_handshake() {
+    let everything = usize::MAX;
+    for (step, to_server, place) in [
+        ("before its hello", 0, true),
+        ("in the middle of its hello", PREFIX_BYTES, true),
+        ("before its proof", CLIENT_HELLO_BYTES, true),
+        ("after its proof", everything, false),
+    ] {
+        let turned_out = stays();
+        let meeting = meet_through(to_server, everything, &[], turned_out.clone(), place);
+        let later = async {
+            // The server has read all that comes by then, and waits for more.
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            turned_out.cancel();
+            std::future::pending::<()>().await;
+        };
+        let heard = async {
+            tokio::select! { heard = meeting => heard, () = later => unreachable!() }
+        };
+        let heard = tokio::time::timeout(crate::test_support::DEADLINE, heard).await.expect(step);
+        assert_eq!(heard.err(), Some(LinkError::Busy), "{step}");
+    }
+    let (mut ours, mut theirs) = duplex(1024);
+    refuse_busy(&mut theirs).await;
+    let purpose = (Purpose::Control, known_ends());
+    let heard = client_handshake(&mut ours, &known(), purpose, PROTOCOL_VERSIONS, [0x11; 32]).await;
+    assert_eq!(heard.err(), Some(LinkError::Busy), "at its arrival");
+}
+
 #[tokio::test]
 async fn a_recorded_handshake_is_not_good_for_a_second_connection() {
     let (mut ours, mut theirs) = duplex(1024);
@@ -243,7 +344,7 @@ async fn every_altered_byte_of_a_handshake_is_noticed() {
         let mut hello = hex::decode(SERVER_HELLO).unwrap();
         hello[at] ^= 1;
         theirs.write_all(&hello).await.unwrap();
-        theirs.write_all(&[0]).await.unwrap();
+        theirs.write_all(&hex::decode(ACCEPTED).unwrap()).await.unwrap();
         assert!(
             client_handshake(&mut ours, &known(), (Purpose::Control, known_ends()), PROTOCOL_VERSIONS, [0x11; 32])
                 .await
@@ -299,12 +400,12 @@ async fn ends_without_a_common_version_say_so_to_each_other() {
 async fn a_refusal_for_the_version_is_the_golden_bytes() {
     let (mut ours, mut theirs) = duplex(1024);
     let mut hello = hex::decode(CLIENT_HELLO).unwrap();
-    hello[9] = 2;
+    hello[9] = 3;
     theirs.write_all(&hello).await.unwrap();
     let server = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true).await;
-    let (one, two) = (versions(1, 1), versions(2, 2));
-    assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Version { ours: one, theirs: two }));
-    expect(&mut theirs, "6772616e6172790000010100").await;
+    let (two, three) = (versions(2, 2), versions(3, 3));
+    assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Version { ours: two, theirs: three }));
+    expect(&mut theirs, "6772616e6172790000020100").await;
 }
 
 #[tokio::test]

@@ -9,6 +9,8 @@ mod chunk;
 mod control;
 mod pool;
 #[cfg(test)]
+mod pool_tests;
+#[cfg(test)]
 mod tests;
 
 pub use chunk::ChunkWriter;
@@ -39,7 +41,8 @@ pub struct ClientLimits {
     pub answer_timeout: Duration,
     /// Without a byte more, in a body or a frame, either way.
     pub stall_timeout: Duration,
-    /// Chunk requests under way at once.
+    /// Chunk requests under way at once; also the most data connections. Fewer when the node tells a smaller share of
+    /// its places with its Status.
     pub max_in_use: usize,
     /// How long a chunk request waits for a place among them before it is [`ChunkError::Overloaded`].
     pub pool_wait: Duration,
@@ -192,13 +195,18 @@ impl NodeClient {
         chunk::read(&self.shared.pool, id, first_block, blocks).await
     }
 
-    /// Asks something over the control connection. [`ControlResponse::Error`] is handed back as it is.
+    /// Asks something over the control connection. [`ControlResponse::Error`] is handed back as it is. The share of the
+    /// node's places that an answer to Status tells holds for chunk requests from then on.
     ///
     /// # Errors
     /// [`LinkError::Connect`], [`LinkError::Busy`] and [`LinkError::TooLarge`] mean that nothing was sent; after any
     /// other the request may have been carried out.
     pub async fn control(&self, request: ControlRequest, deadline: Duration) -> Result<ControlResponse, LinkError> {
-        self.shared.control.call(request, deadline).await
+        let answer = self.shared.control.call(request, deadline).await;
+        if let Ok(ControlResponse::Status(status)) = &answer {
+            self.shared.pool.go_by_share(status.data_connections);
+        }
+        answer
     }
 }
 

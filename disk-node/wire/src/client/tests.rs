@@ -45,6 +45,12 @@ where
     NodeClient::new(address, Ends::default(), credentials(), limits)
 }
 
+/// The server's side of a handshake.
+async fn meet(stream: &mut TcpStream) -> Result<Caller, LinkError> {
+    let stays = CancellationToken::new();
+    server_handshake(stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32], stays, |_| true).await
+}
+
 async fn hang() {
     futures::future::pending().await
 }
@@ -73,15 +79,31 @@ async fn a_server_that_never_shakes_hands_fails_in_time() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_of_another_version_is_named_as_such() {
     let client = against(quick(), |mut stream| async move {
-        let _ = stream.write_all(b"granary\0\x00\x02\x01\x00").await;
+        let _ = stream.write_all(b"granary\0\x00\x03\x01\x00").await;
         hang().await;
     })
     .await;
     for error in ask_all(&client).await {
         assert_eq!(
             error,
-            LinkError::Auth(AuthError::Version { ours: PROTOCOL_VERSIONS, theirs: VersionRange { min: 2, max: 2 } })
+            LinkError::Auth(AuthError::Version { ours: PROTOCOL_VERSIONS, theirs: VersionRange { min: 3, max: 3 } })
         );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_verdict_about_disks_before_any_proof_says_nothing_about_the_disk() {
+    // 3: secret, 5: another disk is meant.
+    for verdict in [3, 5] {
+        let client = against(quick(), move |mut stream| async move {
+            let hello = [b"granary\0\x00\x02".as_slice(), &[verdict, 0]].concat();
+            let _ = stream.write_all(&hello).await;
+            hang().await;
+        })
+        .await;
+        for error in ask_all(&client).await {
+            assert!(matches!(error, LinkError::Protocol(_)), "{error:?}");
+        }
     }
 }
 
@@ -100,16 +122,7 @@ async fn something_else_that_listens_is_named_as_such() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_falls_silent_fails_in_time() {
     let client = against(quick(), |mut stream| async move {
-        let _ = server_handshake(
-            &mut stream,
-            &credentials(),
-            ME,
-            PROTOCOL_VERSIONS,
-            [1; 32],
-            CancellationToken::new(),
-            |_| true,
-        )
-        .await;
+        let _ = meet(&mut stream).await;
         hang().await;
     })
     .await;
@@ -127,17 +140,7 @@ async fn an_answer_without_the_right_code_is_not_believed() {
     // request.
     for counter in [None, Some(1)] {
         let client = against(quick(), move |mut stream| async move {
-            let Caller { session, .. } = server_handshake(
-                &mut stream,
-                &credentials(),
-                ME,
-                PROTOCOL_VERSIONS,
-                [1; 32],
-                CancellationToken::new(),
-                |_| true,
-            )
-            .await
-            .unwrap();
+            let Caller { session, .. } = meet(&mut stream).await.unwrap();
             let mac =
                 counter.map_or([0; 32], |counter| head::answer_mac(&session.to_client, counter, StatusCode::OK, "", 0));
             let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: 0\r\nx-granary-mac: {}\r\n\r\n", hex::encode(mac));
@@ -174,7 +177,7 @@ async fn an_answer_with_other_blocks_than_asked_for_is_not_believed() {
         let client = against(quick(), move |mut stream| {
             let text = text.clone();
             async move {
-                let Caller { session, .. } = server_handshake(&mut stream, &credentials(), ME, PROTOCOL_VERSIONS, [1; 32], CancellationToken::new(), |_| true).await.unwrap();
+                let Caller { session, .. } = meet(&mut stream).await.unwrap();
                 let mac = hex::encode(head::answer_mac(&session.to_client, 0, StatusCode::OK, &text, len));
                 let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {len}\r\nx-granary-answer: {text}\r\nx-granary-mac: {mac}\r\n\r\n");
                 let mut byte = [0; 1];
@@ -198,16 +201,7 @@ async fn a_frame_too_large_or_forged_ends_the_connection_and_its_waiters() {
         let client = against(quick(), move |mut stream| {
             let bytes = bytes.clone();
             async move {
-                let _ = server_handshake(
-                    &mut stream,
-                    &credentials(),
-                    ME,
-                    PROTOCOL_VERSIONS,
-                    [1; 32],
-                    CancellationToken::new(),
-                    |_| true,
-                )
-                .await;
+                let _ = meet(&mut stream).await;
                 let mut byte = [0; 1];
                 let _ = stream.read(&mut byte).await;
                 let _ = stream.write_all(&bytes).await;
@@ -225,17 +219,7 @@ async fn a_frame_too_large_or_forged_ends_the_connection_and_its_waiters() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_of_another_kind_or_to_nobody_harms_nobody() {
     let client = against(ClientLimits::default(), |mut stream| async move {
-        let Caller { session, .. } = server_handshake(
-            &mut stream,
-            &credentials(),
-            ME,
-            PROTOCOL_VERSIONS,
-            [1; 32],
-            CancellationToken::new(),
-            |_| true,
-        )
-        .await
-        .unwrap();
+        let Caller { session, .. } = meet(&mut stream).await.unwrap();
         let (read, write) = stream.into_split();
         let mut reader = FrameReader::new(read, session.to_server);
         let mut writer = FrameWriter::new(write, session.to_client);

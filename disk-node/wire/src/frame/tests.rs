@@ -8,9 +8,9 @@ use proptest::prelude::{any, proptest, ProptestConfig, Strategy};
 const STALL: Duration = Duration::from_millis(200);
 
 // Computed with another implementation of HMAC, under the session keys of the golden handshake.
-const REQUEST: &str = "0000001a00000000000000010100d0b55b4aaa96ef62d43db8bf21b2cf4a";
-const REQUEST_2: &str = "0000001a000000000000000201099c5ce562e1c9acb420dd69f656799c64";
-const RESPONSE: &str = "0000001b0000000000000001020203be68370f58f3c7798d6a2cfe0abffb85";
+const REQUEST: &str = "0000001a000000000000000101008caafb7bb265582d1221c2e7aff258a0";
+const REQUEST_2: &str = "0000001a00000000000000020109955aec434bb20d55be3011c8ca806fd9";
+const RESPONSE: &str = "0000001b00000000000000010202036f1c950cf8302127ce46b277150cb31d";
 
 fn requests() -> [Frame; 2] {
     [(1, ControlRequest::Status), (2, ControlRequest::GetMap)].map(|(id, request)| Frame {

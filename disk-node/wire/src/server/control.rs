@@ -112,7 +112,7 @@ async fn read_loop(
 
 /// The encoded answer to an encoded request.
 async fn answer(server: &Server, disk: Option<DiskUuid>, body: &[u8]) -> Bytes {
-    let response = match decode::<ControlRequest>(body) {
+    let mut response = match decode::<ControlRequest>(body) {
         Ok(request) => {
             AssertUnwindSafe(server.service.control(disk, request)).catch_unwind().await.unwrap_or_else(|_| {
                 // The panic itself is in the log. The peer must not wait for its deadline.
@@ -122,6 +122,9 @@ async fn answer(server: &Server, disk: Option<DiskUuid>, body: &[u8]) -> Bytes {
         // Authenticated, so not an attack: another build, or a defect.
         Err(error) => ControlResponse::Error(ControlError::BadRequest(error.to_string())),
     };
+    if let ControlResponse::Status(status) = &mut response {
+        status.data_connections = u32::try_from(server.share()).unwrap_or(u32::MAX);
+    }
     encode(&response)
         .or_else(|error| {
             encode(&ControlResponse::Error(ControlError::BadRequest(format!("the answer cannot be sent: {error}"))))

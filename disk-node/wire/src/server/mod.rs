@@ -1,7 +1,7 @@
 //! The server's end: what a disk node implements, and the loop that serves it.
 //!
 //! 1. this file: [`NodeService`], limits, accepting and stopping;
-//! 2. [`places`]: who may stay while many want to;
+//! 2. [`places`]: who may stay while many want to; [`gateways`]: how many share the places;
 //! 3. [`data`]: chunk requests, HTTP/1.1;
 //! 4. [`control`]: control frames;
 //! 5. [`stall`]: a stream that gives up on a peer that does not read.
@@ -11,17 +11,19 @@
 
 mod control;
 mod data;
+mod gateways;
 mod places;
 mod stall;
 #[cfg(test)]
 mod tests;
 
-use crate::auth::{nonce, refuse_busy, server_handshake, Caller, Credentials, Purpose, PROTOCOL_VERSIONS};
+use crate::auth::{nonce, refuse_busy, server_handshake, Caller, Credentials, GatewayId, Purpose, PROTOCOL_VERSIONS};
 use crate::chunk::{ChunkId, ChunkSpec};
 use crate::control::{ControlRequest, ControlResponse};
 use crate::error::{AuthError, ChunkError, LinkError};
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use gateways::Gateways;
 use granary_placement::id::DiskUuid;
 use granary_placement::lease::LeaseStamp;
 use granary_placement::settings::Values;
@@ -40,7 +42,8 @@ pub const MAX_READ_BLOCKS: u32 = 64;
 
 /// What a disk node does with what peers ask. Futures may be dropped at any await when the peer goes away.
 pub trait NodeService: Send + Sync + 'static {
-    /// Answers a control request. `from`: the disk whose node asks; None for a gateway.
+    /// Answers a control request. `from`: the disk whose node asks; None for a gateway. In the answer to Status the
+    /// share of the places is the server's to fill in.
     fn control(&self, from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse>;
 
     /// Begins to store a chunk. Refuses early what cannot be stored, before its payload is on the way. `lease`: the
@@ -56,6 +59,9 @@ pub trait NodeService: Send + Sync + 'static {
     /// Reads blocks of a chunk: `blocks` is 1 to [`MAX_READ_BLOCKS`], clipped at the chunk's end.
     fn read_blocks(&self, id: ChunkId, first_block: u32, blocks: u32)
         -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>>;
+
+    /// So many gateways have connections here from now on.
+    fn gateways(&self, _count: usize) {}
 }
 
 /// Takes one chunk. Dropped without [`ChunkSink::finish`], the chunk was never there.
@@ -123,6 +129,24 @@ impl ServerLimits {
             stop_grace: values.time("node.stop_grace"),
         }
     }
+
+    /// Connections of all kinds at once.
+    pub fn connections(&self) -> usize {
+        self.max_connections.saturating_add(self.max_control_connections).saturating_add(self.max_handshakes)
+    }
+
+    /// With places for at most half as many connections as the process may have files open: the other half is for
+    /// segments, databases and connections to other nodes. Each kind of place gives up the same part.
+    #[must_use]
+    pub fn within(mut self, open_files: u64) -> ServerLimits {
+        let (wanted, most) = (self.connections() as u128, u128::from(open_files / 2));
+        if wanted > most {
+            for places in [&mut self.max_connections, &mut self.max_control_connections, &mut self.max_handshakes] {
+                *places = usize::try_from(*places as u128 * most / wanted).unwrap_or(*places).max(1);
+            }
+        }
+        self
+    }
 }
 
 impl Default for ServerLimits {
@@ -139,6 +163,7 @@ struct Server {
     limits: ServerLimits,
     stop: CancellationToken,
     places: Mutex<Places>,
+    gateways: Mutex<Gateways>,
     control_units: Arc<Semaphore>,
     complaints: Complaints,
 }
@@ -158,6 +183,7 @@ pub async fn serve(
             control: limits.max_control_connections,
             data: limits.max_connections,
         })),
+        gateways: Mutex::default(),
         control_units: Arc::new(Semaphore::new(control::units(limits.max_control_bytes) as usize)),
         service,
         me,
@@ -210,6 +236,41 @@ impl Server {
     fn places(&self) -> MutexGuard<'_, Places> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// How many connections for chunk requests each gateway may have now.
+    fn share(&self) -> usize {
+        let gateways = self.gateways.lock().unwrap_or_else(PoisonError::into_inner).count();
+        gateways::share(self.limits.max_connections, gateways)
+    }
+
+    fn count_gateway(&self, change: impl FnOnce(&mut Gateways)) {
+        // Told under the lock, so that the last count told is the last one.
+        let mut gateways = self.gateways.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = gateways.count();
+        change(&mut gateways);
+        if gateways.count() != before {
+            self.service.gateways(gateways.count());
+        }
+    }
+}
+
+/// While it lives, its gateway counts.
+struct Present {
+    server: Arc<Server>,
+    gateway: GatewayId,
+}
+
+impl Present {
+    fn new(server: Arc<Server>, gateway: GatewayId) -> Present {
+        server.count_gateway(|gateways| gateways.arrive(gateway));
+        Present { server, gateway }
+    }
+}
+
+impl Drop for Present {
+    fn drop(&mut self) {
+        self.server.count_gateway(|gateways| gateways.leave(self.gateway));
+    }
 }
 
 /// A connection and its place, which is free when this is dropped.
@@ -233,6 +294,8 @@ impl Guest {
             () = server.stop.cancelled() => return,
             done = timeout(server.limits.handshake_timeout, self.handshake(&mut stream, &close)) => done,
         };
+        let gateway = authenticated.as_ref().ok().and_then(|done| done.as_ref().ok()).and_then(|caller| caller.gateway);
+        let _present = gateway.map(|gateway| Present::new(Arc::clone(server), gateway));
         match authenticated {
             Ok(Ok(Caller { purpose: Purpose::Data, session, .. })) => tokio::select! {
                 () = close.cancelled() => {}

@@ -4,11 +4,11 @@
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
-use granary_placement::id::{ClusterId, DiskUuid, ExtentId, HashSlot, PlacementGroupId};
+use granary_placement::id::{ClusterId, DiskUuid, Epoch, ExtentId, HashSlot, PlacementGroupId};
 use granary_placement::lease::LeaseStamp;
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{block_count, block_crc, ChunkId, ChunkSpec, BLOCK_BYTES};
-use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::error::ChunkError;
 use granary_wire::{
     serve, ChunkBlocks, ChunkSink, ClientLimits, ClusterSecret, Credentials, Ends, NodeClient, NodeService,
@@ -44,6 +44,14 @@ pub struct MemoryNode {
     /// Control requests hang.
     pub hang: AtomicBool,
     pub controls: AtomicUsize,
+    /// The answer to Status, instead of Done.
+    pub status: Mutex<Option<NodeStatus>>,
+    /// No read is answered until so many are at work at once; then zero.
+    pub crowd: AtomicUsize,
+    /// Reads at work.
+    pub reading: AtomicUsize,
+    /// Gateways by the server's count.
+    pub gateways: AtomicUsize,
     /// The lease of each chunk begun.
     pub leases: Mutex<Vec<Option<LeaseStamp>>>,
 }
@@ -111,6 +119,9 @@ impl NodeService for Service {
                     ControlResponse::Raft(message)
                 }
                 ControlRequest::DeleteChunks { chunks, .. } => ControlResponse::Deleted(chunks.len() as u32),
+                ControlRequest::Status => {
+                    self.0.status.lock().unwrap().clone().map_or(ControlResponse::Done, ControlResponse::Status)
+                }
                 _ => ControlResponse::Done,
             }
         }
@@ -143,6 +154,13 @@ impl NodeService for Service {
         blocks: u32,
     ) -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>> {
         async move {
+            if self.0.reading.fetch_add(1, Ordering::SeqCst) + 1 >= self.0.crowd.load(Ordering::SeqCst) {
+                self.0.crowd.store(0, Ordering::SeqCst);
+            }
+            while self.0.crowd.load(Ordering::SeqCst) > 0 {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            self.0.reading.fetch_sub(1, Ordering::SeqCst);
             let (spec, data) = self.0.chunks.lock().unwrap().get(&id).cloned().ok_or(ChunkError::NotFound)?;
             let total = block_count(spec.len_bytes) as u32;
             if first_block >= total {
@@ -166,6 +184,10 @@ impl NodeService for Service {
             Ok(ChunkBlocks { spec, first_block, crcs, data: found })
         }
         .boxed()
+    }
+
+    fn gateways(&self, count: usize) {
+        self.0.gateways.store(count, Ordering::SeqCst);
     }
 }
 
@@ -230,6 +252,21 @@ pub fn spec(len_bytes: u64) -> ChunkSpec {
         len_bytes,
         owner: HashSlot(1),
         created_ms: 1_700_000_000_000,
+    }
+}
+
+/// How the node stands.
+pub fn node_status() -> NodeStatus {
+    NodeStatus {
+        disk: None,
+        uuid: ME,
+        epoch: Epoch(1),
+        capacity_bytes: 0,
+        free_bytes: 0,
+        chunks: 0,
+        chunk_bytes: 0,
+        feature_level: 1,
+        data_connections: 0,
     }
 }
 
