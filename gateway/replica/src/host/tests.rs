@@ -1,10 +1,13 @@
 #![allow(clippy::unwrap_used)]
 use super::identity::replica_key;
 use super::*;
+use crate::message::WireVote;
 use crate::raft::network::TransportError;
 use crate::store::LogWrite;
+use crate::writer::LogJob;
 use futures::future::BoxFuture;
 use futures::FutureExt;
+use granary_meta::codec::encode;
 
 /// Nobody else is there.
 struct Alone;
@@ -32,12 +35,9 @@ impl PeerTransport for Alone {
     }
 }
 
-/// It is known which replica is to be emptied, also when its own record cannot be read at the second look.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broken_replica_whose_name_cannot_be_read_any_more_is_still_rebuilt() {
-    let (folder, shard) = (tempfile::tempdir().unwrap(), ShardId(1));
+async fn open(dir: &Path) -> MetaHost {
     let config = HostConfig {
-        dir: folder.path().to_owned(),
+        dir: dir.to_owned(),
         disk: DiskId(1),
         number: None,
         timing: Timing::default(),
@@ -45,7 +45,14 @@ async fn a_broken_replica_whose_name_cannot_be_read_any_more_is_still_rebuilt() 
         space: Space::without_reserve(),
     };
     let map = watch::Sender::new(None);
-    let host = MetaHost::open(config, Arc::new(Alone), map.subscribe(), Arc::new(|why| panic!("{why}"))).await.unwrap();
+    MetaHost::open(config, Arc::new(Alone), map.subscribe(), Arc::new(|why| panic!("{why}"))).await.unwrap()
+}
+
+/// It is known which replica is to be emptied, also when its own record cannot be read at the second look.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broken_replica_whose_name_cannot_be_read_any_more_is_still_rebuilt() {
+    let (folder, shard) = (tempfile::tempdir().unwrap(), ShardId(1));
+    let host = open(folder.path()).await;
     let batcher = host.open_replica(shard).await.unwrap();
     let id = batcher.replica.me;
     batcher.stop.cancel();
@@ -62,5 +69,36 @@ async fn a_broken_replica_whose_name_cannot_be_read_any_more_is_still_rebuilt() 
     assert_ne!(rebuilt.replica.me, id);
     assert!(rebuilt.replica.is_empty());
     assert_eq!((host.counters().replicas_rebuilt, host.counters().replicas_stopped), (1, 0));
+    host.shutdown().await;
+}
+
+/// A failed replica has left a vote in the writer's queue, and the disk is slow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failed_replica_is_opened_after_all_that_it_had_queued_is_on_disk() {
+    let (folder, shard) = (tempfile::tempdir().unwrap(), ShardId(1));
+    let host = open(folder.path()).await;
+    let batcher = host.open_replica(shard).await.unwrap();
+    assert!(batcher.replica.is_empty());
+    let me = batcher.replica.me;
+    batcher.stop.cancel();
+    batcher.replica.shutdown().await;
+    lock(&host.inner.replicas).insert(shard, ReplicaState::Failed { why: "planted".to_owned() });
+    let writer = lock(&host.inner.writer).clone().unwrap();
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let on_durable = Box::new(move |_| held.recv().unwrap());
+    writer.submit(LogJob { writes: Vec::new(), on_durable }).await.unwrap();
+    let vote = encode(&WireVote { term: 5, node: me, committed: false }).unwrap();
+    let vote = LogWrite::Put([&shard.0.to_be_bytes()[..], b"V"].concat(), vote);
+    writer.submit(LogJob { writes: vec![vote], on_durable: Box::new(|_| ()) }).await.unwrap();
+    drop(writer);
+
+    let opening = failures::open_again(host.clone(), shard);
+    tokio::pin!(opening);
+    let early = tokio::time::timeout(Duration::from_secs(4), &mut opening).await;
+    release.send(()).unwrap();
+    assert!(early.is_err(), "it was opened before");
+    opening.await;
+    let batcher = host.batcher(shard).unwrap();
+    assert!(!batcher.replica.is_empty(), "the vote is not there");
     host.shutdown().await;
 }
