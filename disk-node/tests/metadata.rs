@@ -239,8 +239,8 @@ async fn no_vote_is_given_whose_sync_failed() {
     assert!(matches!(another, PeerResponse::Voted { vote, .. } if vote.term >= given), "{another:?}");
 }
 
-/// A whole snapshot in one piece, from a leader of term 7 that cannot have it: it ends in a later term. openraft asserts
-/// that none does.
+/// A whole snapshot in one piece, from a leader of term 7 that cannot have it: it ends in a later term. openraft
+/// asserts that none does.
 fn what_cannot_be() -> PeerRequest {
     let (shard, nothing) = (1u16.to_be_bytes(), 0u64.to_be_bytes());
     let last = WireLogId { term: 1_000_000, node: candidate(1), index: 1_000_000 };

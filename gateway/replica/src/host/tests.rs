@@ -57,6 +57,7 @@ async fn a_broken_replica_whose_name_cannot_be_read_any_more_is_still_rebuilt() 
     let id = batcher.replica.me;
     batcher.stop.cancel();
     batcher.replica.shutdown().await;
+    drop(batcher);
     let broken = ReplicaState::Broken { id: Some(id), why: "a read failed".to_owned() };
     lock(&host.inner.replicas).insert(shard, broken);
     let writer = lock(&host.inner.writer).clone().unwrap();
@@ -68,6 +69,7 @@ async fn a_broken_replica_whose_name_cannot_be_read_any_more_is_still_rebuilt() 
     let rebuilt = host.rebuild(shard, id).await.unwrap();
     assert_ne!(rebuilt.replica.me, id);
     assert!(rebuilt.replica.is_empty());
+    drop(rebuilt);
     assert_eq!((host.counters().replicas_rebuilt, host.counters().replicas_stopped), (1, 0));
     host.shutdown().await;
 }
@@ -82,6 +84,7 @@ async fn a_failed_replica_is_opened_after_all_that_it_had_queued_is_on_disk() {
     let me = batcher.replica.me;
     batcher.stop.cancel();
     batcher.replica.shutdown().await;
+    drop(batcher);
     lock(&host.inner.replicas).insert(shard, ReplicaState::Failed { why: "planted".to_owned() });
     let writer = lock(&host.inner.writer).clone().unwrap();
     let (release, held) = std::sync::mpsc::channel::<()>();
@@ -98,7 +101,6 @@ async fn a_failed_replica_is_opened_after_all_that_it_had_queued_is_on_disk() {
     release.send(()).unwrap();
     assert!(early.is_err(), "it was opened before");
     opening.await;
-    let batcher = host.batcher(shard).unwrap();
-    assert!(!batcher.replica.is_empty(), "the vote is not there");
+    assert!(!host.batcher(shard).unwrap().replica.is_empty(), "the vote is not there");
     host.shutdown().await;
 }
