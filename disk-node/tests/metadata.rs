@@ -259,7 +259,7 @@ async fn an_assertion_of_the_raft_library_ends_one_replica_and_not_the_process()
     let disk = Disk::new();
     let mut node = disk.serve();
     let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
-    let client = node.client_as(Ends { to: Some(status.uuid), from: Some(DiskUuid([3; 16])) });
+    let client = node.client_as(Ends { to: Some(status.uuid), from: Some(DiskUuid([3; 16])), gateway: None });
     assert_eq!(ask(&client, ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)))).await, ControlResponse::Done);
     for shard in [ShardId::ROOT, ShardId(1)] {
         let init = ControlRequest::InitShard { shard, members: vec![DiskId(4)] };

@@ -13,8 +13,8 @@ const SHARD: ShardId = ShardId(1);
 const IDS: [u32; 5] = [1, 2, 3, 4, 5];
 const READS: usize = 40;
 
-/// A shard of five with one object. Heartbeats of timers are far apart and wait for others longer than a read may take, so that what goes
-/// at once went for a read.
+/// A shard of five with one object. Heartbeats of timers are far apart and wait for others longer than a read may
+/// take, so that what goes at once went for a read.
 async fn five() -> (Cluster, DiskId) {
     let mut cluster = Cluster::new();
     cluster.timing.heartbeat_ms = 15_000;

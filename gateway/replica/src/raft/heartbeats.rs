@@ -1,7 +1,8 @@
 //! Heartbeats of several shards to one disk, in one message.
 //!
 //! The heartbeat of a timer may wait a little for others to the same disk. One that a read barrier waits for does not:
-//! it goes at once, and so does one of its shard to the same disk that waits already. Appends and votes never come here.
+//! it goes at once, and so does one of its shard to the same disk that waits already. Appends and votes never come
+//! here.
 
 use super::network::{PeerTransport, TransportError};
 use bytes::Bytes;

@@ -4,8 +4,8 @@
 //! - [`machine`]: the state machine; applies entries to the state database.
 //! - [`types`]: the library's types, and their conversions to ours; [`timing`]: timers.
 //! - [`containment`]: a panic ends the replica and no more; [`runtime`]: its tasks are in there.
-//! - [`network`]: messages to other replicas; [`heartbeats`]: those of several shards together; [`barrier`]: whom a read
-//!   barrier asks.
+//! - [`network`]: messages to other replicas; [`heartbeats`]: those of several shards together; [`barrier`]: whom a
+//!   read barrier asks.
 //! - [`members`]: how its leader sees them, and changes them. `rest`: a shard that sleeps stops its timers.
 //! - here: [`Replica`]: propose, read barrier, incoming messages.
 
