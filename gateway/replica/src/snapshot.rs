@@ -11,7 +11,7 @@
 
 use crate::message::AppliedState;
 use crate::room::Space;
-use crate::store::StateDb;
+use crate::store::{StateDb, StateView};
 use granary_meta::keys::{kind, Keys};
 use granary_meta::kv::{Kv, StateError, Writes};
 use granary_placement::id::ShardId;
@@ -232,6 +232,13 @@ pub fn install(state: &StateDb, shard: ShardId, dir: &Path, path: &Path) -> Resu
     replace(state, shard, &fixed)
 }
 
+/// Makes the state look as if an install had begun, or ended.
+#[cfg(test)]
+pub(crate) fn plant_marker(state: &StateDb, shard: ShardId, is_there: bool) {
+    let marker = is_there.then(Vec::new);
+    state.write(shard, Writes::from([(marker_key(shard), marker)]), None).unwrap_or_else(|error| panic!("{error}"));
+}
+
 fn replace(state: &StateDb, shard: ShardId, file: &Path) -> Result<AppliedState, SnapshotError> {
     let mut marker = Writes::new();
     marker.insert(marker_key(shard), Some(Vec::new()));
@@ -260,6 +267,14 @@ fn replace(state: &StateDb, shard: ShardId, file: &Path) -> Result<AppliedState,
     state.flush()?;
     std::fs::remove_file(file)?;
     Ok(applied)
+}
+
+/// Is this a moment in the middle of an install, with a part of the state only?
+///
+/// # Errors
+/// The database cannot be read.
+pub fn is_being_replaced(view: &StateView<'_>, shard: ShardId) -> Result<bool, StateError> {
+    Ok(view.get(&marker_key(shard))?.is_some())
 }
 
 /// Carries out an install that a crash interrupted, if there was one, and removes a file that no marker speaks of.

@@ -386,17 +386,28 @@ impl MetaHost {
         let batcher = self.batcher(shard)?;
         batcher.read_barrier().await?;
         let state = &self.inner.state;
+        let look = || {
+            let view = state.view();
+            let found = answer(shard, &view, &query)?;
+            Ok((found, snapshot::is_being_replaced(&view, shard)?))
+        };
         // A point read is mostly in memory; a scan may wait for the disk and makes room for other tasks first.
-        let answer = match &query {
+        let found: Result<_, StateError> = match &query {
             Query::GetObject { .. }
             | Query::GetBucket { .. }
             | Query::BucketUsage { .. }
-            | Query::CompletedUpload { .. } => answer(shard, &state.view(), &query),
-            _ => blocking(|| answer(shard, &state.view(), &query)),
+            | Query::CompletedUpload { .. } => look(),
+            _ => blocking(look),
         };
-        // What a failed replica found confirmed need not be so, and its state may be gone by now.
-        batcher.replica.check()?;
-        answer.map_err(|error| ControlError::Disk(error.to_string()))
+        // Much may have happened since the barrier, when this process was paused: what a failed replica found confirmed
+        // need not be so, one that was let go has lost its state, and one that fell far behind gets another's.
+        if !Arc::ptr_eq(&self.batcher(shard)?, &batcher) {
+            return Err(replicas::unavailable("the replica has changed meanwhile"));
+        }
+        match found.map_err(|error| ControlError::Disk(error.to_string()))? {
+            (_, true) => Err(replicas::unavailable("the state of the replica is being replaced")),
+            (answer, false) => Ok(answer),
+        }
     }
 
     fn newest_map(&self) -> Option<Arc<ClusterMap>> {

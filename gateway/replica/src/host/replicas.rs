@@ -24,7 +24,7 @@ use std::time::Duration;
 /// How long another disk may take to say which replica it has.
 pub(super) const IDENTIFY_DEADLINE: Duration = Duration::from_secs(2);
 
-fn unavailable(why: impl ToString) -> ControlError {
+pub(super) fn unavailable(why: impl ToString) -> ControlError {
     ControlError::Unavailable(why.to_string())
 }
 
@@ -125,7 +125,7 @@ impl MetaHost {
         if !members.contains(&me) || !self.named_by(&map, shard) {
             return Err(ControlError::BadRequest(format!("disk {me} is no member of shard {shard}")));
         }
-        let batcher = self.open_replica(shard).await?;
+        let batcher = self.open_undisturbed(shard).await?;
         if batcher.replica.has_log() {
             return Ok(());
         }
@@ -151,6 +151,12 @@ impl MetaHost {
         batcher.replica.initialize(ids).await
     }
 
+    /// Opens a replica in a task of its own: a connection that breaks must not leave it half done.
+    async fn open_undisturbed(&self, shard: ShardId) -> Result<Arc<Batcher>, ControlError> {
+        let host = self.clone();
+        tokio::spawn(async move { host.open_replica(shard).await }).await.map_err(unavailable)?
+    }
+
     pub(super) fn named_by(&self, map: &ClusterMap, shard: ShardId) -> bool {
         map.shards.get(usize::from(shard.0)).is_some_and(|replicas| replicas.members.contains(&self.inner.config.disk))
     }
@@ -173,10 +179,7 @@ impl MetaHost {
                     Err(ControlError::NoSuchShard(_))
                         if message.request != PeerRequest::Members && self.named_by(&map, shard) =>
                     {
-                        // A task of its own: a connection that breaks must not leave it half done.
-                        let host = self.clone();
-                        let opening = tokio::spawn(async move { host.open_replica(shard).await });
-                        opening.await.map_err(unavailable)??
+                        self.open_undisturbed(shard).await?
                     }
                     known => known?,
                 };

@@ -8,6 +8,7 @@ use crate::writer::LogJob;
 use futures::future::BoxFuture;
 use futures::FutureExt;
 use granary_meta::codec::encode;
+use std::collections::BTreeSet;
 
 /// Nobody else is there.
 struct Alone;
@@ -102,5 +103,26 @@ async fn a_failed_replica_is_opened_after_all_that_it_had_queued_is_on_disk() {
     assert!(early.is_err(), "it was opened before");
     opening.await;
     assert!(!host.batcher(shard).unwrap().replica.is_empty(), "the vote is not there");
+    host.shutdown().await;
+}
+
+/// A leader was paused between its barrier and its look at the state, and the next leader's snapshot is half there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_query_in_the_middle_of_an_install_is_not_answered() {
+    let (folder, shard) = (tempfile::tempdir().unwrap(), ShardId(1));
+    let host = open(folder.path()).await;
+    let batcher = host.open_replica(shard).await.unwrap();
+    batcher.replica.initialize(BTreeSet::from([batcher.replica.me])).await.unwrap();
+    drop(batcher);
+    let look = || host.query(shard, Query::ListGarbage { until_ms: 0, after: None, limit: 1 });
+    let until = Instant::now() + Duration::from_secs(20);
+    while look().await.is_err() {
+        assert!(Instant::now() < until, "no leader: {:?}", host.status());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    snapshot::plant_marker(&host.inner.state, shard, true);
+    assert!(matches!(look().await, Err(ControlError::Unavailable(_))));
+    snapshot::plant_marker(&host.inner.state, shard, false);
+    look().await.unwrap();
     host.shutdown().await;
 }
