@@ -3,7 +3,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use granary_disk_node::inspect::inspect;
 use granary_disk_node::label;
-use granary_disk_node::roles::is_a_replicas_panic;
+use granary_disk_node::roles::note_panic;
 use granary_disk_node::serve::{serve, ServeOptions};
 use granary_placement::id::{ClusterId, DiskId, DiskUuid};
 use granary_placement::settings::{Layers, Program, Values};
@@ -137,8 +137,10 @@ fn run_serve(args: Serve) -> Result<ExitCode, Box<dyn std::error::Error>> {
     // One in a shard replica ends that replica, which keeps it from answering by itself.
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
+        // First of all: until it is marked, the replica answers as if nothing had happened.
+        let is_a_replicas = note_panic(panic);
         report(panic);
-        if !is_a_replicas_panic(panic) {
+        if !is_a_replicas {
             std::process::abort();
         }
     }));

@@ -12,6 +12,7 @@ const META: &[(&str, &str, Count)] = &[
     ("proposals_total", "Log entries that commands became", |counters| counters.proposals),
     ("queries_total", "Queries taken by shards led here", |counters| counters.queries),
     ("read_barriers_total", "Rounds of heartbeats that queries shared", |counters| counters.read_barriers),
+    ("read_barriers_late_total", "Those that had to ask every follower", |counters| counters.late_barriers),
     ("log_syncs_total", "Syncs of the Raft log", |counters| counters.log_syncs),
     ("log_writes_total", "Writes that syncs of the Raft log made durable", |counters| counters.log_writes),
     ("log_bytes_total", "Bytes written to the Raft log", |counters| counters.log_bytes),
@@ -23,7 +24,9 @@ const META: &[(&str, &str, Count)] = &[
     ("heartbeat_messages_total", "Messages that carried Raft heartbeats", |counters| counters.heartbeat_messages),
     ("link_beats_total", "Heartbeats of links to other disks", |counters| counters.link_beats),
     ("replicas_rebuilt_total", "Damaged shard replicas that began anew, empty", |counters| counters.replicas_rebuilt),
-    ("replica_failures_total", "Times that a panic ended a shard replica", |counters| counters.replica_failures),
+    ("replica_failures_total", "Times that a panic or an error of its storage ended a shard replica", |counters| {
+        counters.replica_failures
+    }),
 ];
 
 /// All metrics of one disk node.

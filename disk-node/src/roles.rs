@@ -29,7 +29,7 @@ const META_FOLDER: &str = "meta";
 const TRY_AGAIN: Duration = Duration::from_secs(10);
 
 /// For the panic hook: see [`granary_replica::raft::containment::note_panic`].
-pub fn is_a_replicas_panic(panic: &std::panic::PanicHookInfo<'_>) -> bool {
+pub fn note_panic(panic: &std::panic::PanicHookInfo<'_>) -> bool {
     granary_replica::raft::containment::note_panic(panic)
 }
 

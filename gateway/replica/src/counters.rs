@@ -11,6 +11,8 @@ pub struct MetaCounters {
     pub queries: u64,
     /// Read barriers (rounds of heartbeats) they shared.
     pub read_barriers: u64,
+    /// Those that had to ask everybody, because one that was asked first was late.
+    pub late_barriers: u64,
     /// Syncs of the Raft log.
     pub log_syncs: u64,
     /// Appends, votes, truncations and purges those made durable; divided by `log_syncs`: the effect of group commit.

@@ -38,8 +38,9 @@ fn watch_panics() {
     ONCE.call_once(|| {
         let report = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
+            let is_a_replicas = note_panic(panic);
             report(panic);
-            if !note_panic(panic) {
+            if !is_a_replicas {
                 OF_NOBODY.fetch_add(1, Ordering::SeqCst);
             }
         }));
@@ -124,7 +125,15 @@ async fn ask_everything(host: &MetaHost, me: ReplicaId, from: ReplicaId) -> Vec<
     let requests = [
         ("vote", PeerRequest::Vote { vote, last, transfer, pre_vote: false }),
         ("pre-vote", PeerRequest::Vote { vote, last, transfer, pre_vote: true }),
-        ("append", PeerRequest::Append { vote, previous: None, entries: Vec::new(), committed: None }),
+        (
+            "append",
+            PeerRequest::Append {
+                vote: WireVote { committed: true, ..vote },
+                previous: None,
+                entries: Vec::new(),
+                committed: None,
+            },
+        ),
         ("members", PeerRequest::Members),
         ("identity", PeerRequest::Identify),
         ("rebuild", PeerRequest::Rebuild),

@@ -69,7 +69,7 @@ pub const TABLE: &[Setting] = &[
     time("object.hedge_floor", Process, ms(30), [ms(1), s(60)], "The shortest time after which other disks are asked for what one is late with."),
     of("object.hedge_percent", Process, Value::Number(10), Kind::Percent(0, 100), "Extra reads for slow disks, in percent of all reads. Reads in place of failed disks are not counted."),
     // Repair and garbage: the same for all gateways, changed while they run.
-    time("heal.interval", Cluster, s(2), [ms(10), min(10)], "Time between two looks at the repair queues. With nothing to do for a while it is fifteen times as long."),
+    time("heal.interval", Cluster, s(2), [ms(10), min(10)], "Time between two looks at the repair queues. With nothing to do for a while it is 30 s, if that is longer; then what another gateway's write found missing waits so long."),
     count("heal.extents_at_once", Cluster, 8, [1, 256], "Extents rebuilt at once."),
     of("heal.rate", Cluster, Value::Number(512 * MIB), Kind::BytesPerSecond(0, TIB), "Bytes read and written for rebuilding by one gateway; 0 for no ceiling."),
     bytes("heal.window", Cluster, MIB, [64 * KIB, 4 * MIB], "Bytes of each chunk in memory per extent that is being rebuilt."),
@@ -158,6 +158,13 @@ pub const TABLE: &[Setting] = &[
     count("node.raft_snapshot_entries", Process, 5_000, [10, 10_000_000], "Log entries between two snapshots: how much a restarted replica replays at most."),
     bytes("node.raft_log", Process, 64 * MIB, [MIB, TIB], "Raft log of a shard kept once its state is durable, at most; a replica that lags by more learns from a snapshot."),
     count("node.raft_keep_entries", Process, 1_000, [0, 10_000_000], "Log entries kept behind a snapshot for replicas that lag a little."),
+    time(
+        "node.read_hedge",
+        Process,
+        ms(10),
+        [ms(1), s(10)],
+        "How long a read waits for the followers that its leader asked first before all are asked.",
+    ),
     time(
         "node.raft_sleep_after",
         Process,

@@ -9,7 +9,7 @@
 //!
 //! Whatever ends it each time makes the pauses longer, and never ends the attempts.
 
-use super::{lock, MetaHost, ReplicaState};
+use super::{lock, MetaHost, ReplicaState, STOP_WAIT};
 use crate::batching::Batcher;
 use futures::future::BoxFuture;
 use granary_placement::id::ShardId;
@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(120);
 /// A replica that ran for so long begins with the first pause again.
 const FORGIVEN_AFTER: Duration = Duration::from_secs(600);
@@ -41,10 +41,14 @@ struct Lately {
 }
 
 impl Failures {
-    /// One more; gives the pause before the next opening.
-    fn note(&self, shard: ShardId, now: Instant) -> Duration {
+    /// Counts one.
+    pub(super) fn count(&self) {
+        lock(&self.0).total += 1;
+    }
+
+    /// The pause before the next opening, which is longer each time.
+    fn pause(&self, shard: ShardId, now: Instant) -> Duration {
         let mut known = lock(&self.0);
-        known.total += 1;
         let pause = match known.lately.get(&shard) {
             Some(lately) if now.saturating_duration_since(lately.until) < FORGIVEN_AFTER => {
                 (lately.pause * 2).min(LONGEST_PAUSE)
@@ -77,8 +81,19 @@ pub(super) async fn watch(host: MetaHost, batcher: Arc<Batcher>) {
         }
         replicas.insert(shard, ReplicaState::Failed { why });
     }
+    host.inner.failures.count();
     batcher.stop.cancel();
-    batcher.replica.shutdown().await;
+    let stopped = async {
+        host.inner.stop.cancelled().await;
+        tokio::time::sleep(STOP_WAIT).await;
+    };
+    tokio::select! {
+        () = batcher.replica.shutdown() => {}
+        () = stopped => {
+            tracing::warn!(%shard, "a failed metadata replica did not end in time");
+            return;
+        }
+    }
     drop(batcher);
     open_again(host, shard).await;
 }
@@ -88,35 +103,40 @@ pub(super) async fn watch(host: MetaHost, batcher: Arc<Batcher>) {
 pub(super) fn open_again(host: MetaHost, shard: ShardId) -> BoxFuture<'static, ()> {
     Box::pin(async move {
         let inner = &host.inner;
-        let pause = inner.failures.note(shard, Instant::now());
+        let pause = inner.failures.pause(shard, Instant::now());
         tracing::error!(%shard, pause_s = pause.as_secs(), "a failed metadata replica is opened again after a pause");
         tokio::select! {
             () = inner.stop.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
         }
         let Some(writer) = lock(&inner.writer).clone() else { return };
-        if let Err(why) = writer.flush().await {
+        let flushed = tokio::select! {
+            () = inner.stop.cancelled() => return,
+            flushed = writer.flush() => flushed,
+        };
+        if let Err(why) = flushed {
             // The disk failed: the process is ending.
             tracing::error!(%shard, why, "what a failed metadata replica had written is not known");
             return;
         }
         match host.open_failed(shard).await {
-            Ok(_) => tracing::warn!(%shard, "a metadata replica that had failed runs again"),
-            Err(error) => tracing::error!(%shard, %error, "a metadata replica that had failed does not run yet"),
+            Ok(()) => tracing::warn!(%shard, "a failed metadata replica was opened again"),
+            Err(error) => {
+                tracing::error!(%shard, %error, "a failed metadata replica could not be opened");
+                inner.tasks.spawn(open_again(host.clone(), shard));
+            }
         }
     })
 }
 
 impl MetaHost {
-    async fn open_failed(&self, shard: ShardId) -> Result<Arc<Batcher>, ControlError> {
-        {
-            let _one = self.inner.opening.lock().await;
-            let mut replicas = lock(&self.inner.replicas);
-            if matches!(replicas.get(&shard), Some(ReplicaState::Failed { .. })) {
-                replicas.remove(&shard);
-            }
+    /// Opens a replica that is marked as failed. What comes of it takes the place of the mark.
+    async fn open_failed(&self, shard: ShardId) -> Result<(), ControlError> {
+        let _one = self.inner.opening.lock().await;
+        if !matches!(lock(&self.inner.replicas).get(&shard), Some(ReplicaState::Failed { .. })) {
+            return Ok(());
         }
-        self.open_replica(shard).await
+        self.open_now(shard).await
     }
 }
 
@@ -130,17 +150,16 @@ mod tests {
         let one = ShardId(1);
         let mut seconds = Vec::new();
         for _ in 0..9 {
-            let pause = failures.note(one, now);
+            let pause = failures.pause(one, now);
             seconds.push(pause.as_secs());
             now += pause;
         }
         assert_eq!(seconds, [1, 2, 4, 8, 16, 32, 64, 120, 120]);
-        assert_eq!(failures.note(ShardId(2), now).as_secs(), 1, "another shard's");
+        assert_eq!(failures.pause(ShardId(2), now).as_secs(), 1, "another shard's");
         now += FORGIVEN_AFTER - Duration::from_secs(1);
-        let pause = failures.note(one, now);
+        let pause = failures.pause(one, now);
         assert_eq!(pause.as_secs(), 120, "the time was not long enough");
         now += pause + FORGIVEN_AFTER;
-        assert_eq!(failures.note(one, now).as_secs(), 1);
-        assert_eq!(failures.total(), 12);
+        assert_eq!(failures.pause(one, now).as_secs(), 1);
     }
 }

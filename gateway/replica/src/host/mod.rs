@@ -340,13 +340,14 @@ impl MetaHost {
         let Some(payload) = request.command.nature().payload.filter(|payload| !payload.extents.is_empty()) else {
             return Ok(None);
         };
-        if !self.batcher(shard)?.replica.is_leader() {
+        let batcher = self.batcher(shard)?;
+        if !batcher.replica.is_leader() {
             return Ok(None);
         }
         let Some(refusal) = self.newest_map().and_then(|map| durable::refusal(&map, &payload)) else {
             return Ok(None);
         };
-        let kept = is_kept(shard, &self.inner.state.view(), &request.request_id);
+        let kept = batcher.replica.contain(|| is_kept(shard, &self.inner.state.view(), &request.request_id))?;
         Ok((!kept.map_err(|error| ControlError::Disk(error.to_string()))?).then_some(refusal))
     }
 
@@ -387,18 +388,21 @@ impl MetaHost {
         batcher.read_barrier().await?;
         let state = &self.inner.state;
         let look = || {
-            let view = state.view();
-            let found = answer(shard, &view, &query)?;
-            Ok((found, snapshot::is_being_replaced(&view, shard)?))
+            batcher.replica.contain(|| -> Result<_, StateError> {
+                let view = state.view();
+                let found = answer(shard, &view, &query)?;
+                Ok((found, snapshot::is_being_replaced(&view, shard)?))
+            })
         };
         // A point read is mostly in memory; a scan may wait for the disk and makes room for other tasks first.
-        let found: Result<_, StateError> = match &query {
+        let found = match &query {
             Query::GetObject { .. }
             | Query::GetBucket { .. }
             | Query::BucketUsage { .. }
             | Query::CompletedUpload { .. } => look(),
             _ => blocking(look),
         };
+        let found = found?;
         // Much may have happened since the barrier, when this process was paused: what a failed replica found confirmed
         // need not be so, one that was let go has lost its state, and one that fell far behind gets another's.
         if !Arc::ptr_eq(&self.batcher(shard)?, &batcher) {
@@ -476,6 +480,7 @@ impl MetaHost {
             proposals: read(&batches.entries),
             queries: read(&batches.reads),
             read_barriers: read(&batches.barriers),
+            late_barriers: read(&heartbeats.late_barriers),
             log_syncs: read(&writer.syncs),
             log_writes: read(&writer.jobs),
             log_bytes: read(&writer.bytes),

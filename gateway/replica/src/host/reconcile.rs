@@ -1,7 +1,7 @@
 //! Keeps the members of led shards as the map says, stops replicas that are no members any more, and keeps logs short.
 
 use super::replicas::IDENTIFY_DEADLINE;
-use super::{lock, MetaHost, ReplicaState};
+use super::MetaHost;
 use crate::batching::Batcher;
 use crate::message::{PeerMessage, PeerRequest, PeerResponse, ReplicaId};
 use crate::raft::Replica;
@@ -9,6 +9,7 @@ use futures::StreamExt;
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How often members are compared with the map.
@@ -53,7 +54,7 @@ pub(super) async fn run(host: MetaHost) {
     }
 }
 
-async fn reconcile_shard(host: &MetaHost, map: &ClusterMap, shard: ShardId, batcher: &Batcher, round: u64) {
+async fn reconcile_shard(host: &MetaHost, map: &ClusterMap, shard: ShardId, batcher: &Arc<Batcher>, round: u64) {
     let Some(wanted) = map.shards.get(usize::from(shard.0)) else { return };
     let replica = &*batcher.replica;
     if replica.is_leader() {
@@ -75,10 +76,7 @@ async fn reconcile_shard(host: &MetaHost, map: &ClusterMap, shard: ShardId, batc
         let answer = host.inner.peers.ask(*member, shard, &message, ASK_DEADLINE).await;
         if let Ok(PeerResponse::Members { leads: true, membership }) = answer {
             if !membership.nodes.is_empty() && !membership.nodes.contains(&replica.me) {
-                tracing::info!(%shard, "this replica is no member any more; stopping it, its data stays");
-                batcher.stop.cancel();
-                replica.shutdown().await;
-                lock(&host.inner.replicas).insert(shard, ReplicaState::Removed);
+                host.let_go(batcher).await;
             }
             return;
         }

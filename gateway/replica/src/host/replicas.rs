@@ -41,6 +41,19 @@ impl MetaHost {
             Err(ControlError::NoSuchShard(_)) => {}
             known => return known,
         }
+        self.open_now(shard).await?;
+        self.batcher(shard)
+    }
+
+    /// Opens it, while nothing else is opened, and enters what came of it.
+    ///
+    /// # Errors
+    /// It was not tried; what was entered before still is.
+    pub(super) async fn open_now(&self, shard: ShardId) -> Result<(), ControlError> {
+        let inner = &self.inner;
+        if inner.stop.is_cancelled() {
+            return Err(unavailable("stopping"));
+        }
         let writer = lock(&inner.writer).clone().ok_or_else(|| unavailable("stopping"))?;
         let log = inner.log.clone();
         let known = tokio::task::spawn_blocking(move || incarnation_of(&log, shard)).await.map_err(unavailable)?;
@@ -57,7 +70,7 @@ impl MetaHost {
             Err(error) => {
                 let broken = ReplicaState::Broken { id: None, why: error.to_string() };
                 lock(&inner.replicas).insert(shard, broken);
-                return self.batcher(shard);
+                return Ok(());
             }
         };
         let containment = Containment::new(shard);
@@ -67,9 +80,7 @@ impl MetaHost {
                 let replica = Arc::new(replica);
                 replica.elect_if_sole_voter().await;
                 let batcher = Batcher::start(replica, inner.batches.clone(), &inner.tasks, inner.stop.child_token());
-                let batcher = Arc::new(batcher);
-                inner.tasks.spawn(failures::watch(self.clone(), batcher.clone()));
-                ReplicaState::Running(batcher)
+                ReplicaState::Running(Arc::new(batcher))
             }
             Ok(Err(why)) => {
                 tracing::error!(%shard, replica = %id, why, "the data of a metadata replica cannot be used");
@@ -78,12 +89,39 @@ impl MetaHost {
             }
             Err(ended) => {
                 containment.end().await;
+                inner.failures.count();
                 inner.tasks.spawn(failures::open_again(self.clone(), shard));
                 ReplicaState::Failed { why: ended.0 }
             }
         };
+        let running = match &replica {
+            ReplicaState::Running(batcher) => Some(batcher.clone()),
+            _ => None,
+        };
         lock(&inner.replicas).insert(shard, replica);
-        self.batcher(shard)
+        // Only now: whoever watches it looks for it there.
+        if let Some(batcher) = running {
+            inner.tasks.spawn(failures::watch(self.clone(), batcher));
+        }
+        Ok(())
+    }
+
+    /// Stops a replica that is no member of its shard any more; its data stays. When another was opened in its place
+    /// meanwhile, that one goes on: two at once on one log would give two votes in a term.
+    pub(super) async fn let_go(&self, batcher: &Arc<Batcher>) {
+        let _one = self.inner.opening.lock().await;
+        let shard = batcher.replica.shard;
+        {
+            let mut replicas = lock(&self.inner.replicas);
+            match replicas.get(&shard) {
+                Some(ReplicaState::Running(known)) if Arc::ptr_eq(known, batcher) => {}
+                _ => return,
+            }
+            replicas.insert(shard, ReplicaState::Removed);
+        }
+        tracing::info!(%shard, "this replica is no member any more; stopping it, its data stays");
+        batcher.stop.cancel();
+        batcher.replica.shutdown().await;
     }
 
     /// Starts the replica on what lies here. In the containment, for its data may lead to an assertion at once.

@@ -98,7 +98,7 @@ async fn a_failed_replica_is_opened_after_all_that_it_had_queued_is_on_disk() {
 
     let opening = failures::open_again(host.clone(), shard);
     tokio::pin!(opening);
-    let early = tokio::time::timeout(Duration::from_secs(4), &mut opening).await;
+    let early = tokio::time::timeout(4 * failures::FIRST_PAUSE, &mut opening).await;
     release.send(()).unwrap();
     assert!(early.is_err(), "it was opened before");
     opening.await;
@@ -124,5 +124,28 @@ async fn a_query_in_the_middle_of_an_install_is_not_answered() {
     assert!(matches!(look().await, Err(ControlError::Unavailable(_))));
     snapshot::plant_marker(&host.inner.state, shard, false);
     look().await.unwrap();
+    host.shutdown().await;
+}
+
+/// While members were asked whether the replica is one of them, it failed, and was opened again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_took_the_place_of_another_is_not_let_go_for_it() {
+    let (folder, shard) = (tempfile::tempdir().unwrap(), ShardId(1));
+    let host = open(folder.path()).await;
+    let first = host.open_replica(shard).await.unwrap();
+    assert!(first.replica.contain(|| panic!("planted")).is_err());
+    let until = Instant::now() + Duration::from_secs(20);
+    let second = loop {
+        match host.batcher(shard) {
+            Ok(second) if !Arc::ptr_eq(&first, &second) => break second,
+            _ => tokio::time::sleep(Duration::from_millis(10)).await,
+        }
+        assert!(Instant::now() < until, "it is not opened again: {:?}", host.status());
+    };
+    host.let_go(&first).await;
+    assert!(Arc::ptr_eq(&host.batcher(shard).unwrap(), &second), "two of it on one log");
+    host.let_go(&second).await;
+    assert!(matches!(host.batcher(shard), Err(ControlError::NoSuchShard(_))));
+    drop((first, second));
     host.shutdown().await;
 }

@@ -2,7 +2,7 @@
 //!
 //! A barrier needs the word of half of the others. It asks so many at once, always the same ones while they answer; the
 //! heartbeats to the rest wait for company as those of timers do. When one that was asked fails or takes longer than
-//! [`HEDGE`], everybody is asked at once, and whoever kept a barrier waiting comes last for [`SLOW_FOR`]. Whose word
+//! `node.read_hedge`, everybody is asked at once, and whoever kept a barrier waiting comes last for [`SLOW_FOR`]. Whose word
 //! counts, and since when, is decided by the Raft library alone.
 
 use crate::message::ReplicaId;
@@ -12,8 +12,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
-/// How long a barrier waits for those it asked first.
-pub const HEDGE: Duration = Duration::from_millis(10);
 /// How long one that kept a barrier waiting is asked after the others.
 const SLOW_FOR: Duration = Duration::from_secs(5);
 
@@ -29,6 +27,7 @@ struct State {
     under_way: usize,
     /// How many of them ask everybody.
     of_all: usize,
+    /// Whom the latest barrier asked first.
     first: Vec<ReplicaId>,
     answered: BTreeMap<ReplicaId, Instant>,
     slow_since: BTreeMap<ReplicaId, Instant>,
@@ -38,6 +37,7 @@ struct State {
 pub struct Barrier<'a> {
     barriers: &'a Barriers,
     begun: Instant,
+    first: Vec<ReplicaId>,
     asks_all: bool,
 }
 
@@ -63,11 +63,12 @@ impl Barriers {
         state.slow_since.retain(|_, since| now.duration_since(*since) < SLOW_FOR);
         let first = voters.map(|voters| whom_first(me, voters, |voter| state.slow_since.contains_key(voter)));
         let asks_all = first.is_none();
-        state.first = first.unwrap_or_default();
+        let first = first.unwrap_or_default();
+        state.first.clone_from(&first);
         state.under_way += 1;
         state.of_all += usize::from(asks_all);
         state.answered.retain(|follower, _| voters.is_none_or(|voters| voters.contains(follower)));
-        Barrier { barriers: self, begun: now, asks_all }
+        Barrier { barriers: self, begun: now, first, asks_all }
     }
 
     /// Does a barrier wait for the heartbeat to this follower?
@@ -96,9 +97,9 @@ impl Barriers {
 
 impl Barrier<'_> {
     /// Returns when those that were asked first are not to be waited for any longer.
-    pub async fn is_late(&self) {
+    pub async fn is_late(&self, hedge: Duration) {
         tokio::select! {
-            () = tokio::time::sleep(HEDGE) => {}
+            () = tokio::time::sleep(hedge) => {}
             () = self.barriers.failed.notified() => {}
         }
     }
@@ -111,7 +112,7 @@ impl Barrier<'_> {
             self.asks_all = true;
             state.of_all += 1;
         }
-        let late: Vec<ReplicaId> = state
+        let late: Vec<ReplicaId> = self
             .first
             .iter()
             .copied()
@@ -184,7 +185,7 @@ mod tests {
         let barriers = Barriers::default();
         let five: Vec<ReplicaId> = (1..=5).map(replica).collect();
         let one = barriers.begin(replica(1), Some(&five));
-        let late = one.is_late();
+        let late = one.is_late(Duration::from_secs(600));
         tokio::pin!(late);
         assert!(futures::poll!(&mut late).is_pending());
         barriers.note(replica(4), false);

@@ -39,6 +39,8 @@ pub struct HeartbeatCounters {
     pub heartbeats: AtomicU64,
     /// Messages they became.
     pub messages: AtomicU64,
+    /// Read barriers that had to ask everybody.
+    pub late_barriers: AtomicU64,
 }
 
 /// The heartbeats of all shards of a disk.

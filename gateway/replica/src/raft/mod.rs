@@ -6,6 +6,7 @@
 //! - [`containment`]: a panic ends the replica and no more; [`runtime`]: its tasks are in there.
 //! - [`network`]: messages to other replicas; [`heartbeats`]: those of several shards together; [`barrier`]: whom a
 //!   read barrier asks.
+//! - `objections`: what of another replica is not even shown to the library.
 //! - [`members`]: how its leader sees them, and changes them. `rest`: a shard that sleeps stops its timers.
 //! - here: [`Replica`]: propose, read barrier, incoming messages.
 
@@ -15,6 +16,7 @@ pub mod heartbeats;
 pub mod machine;
 pub mod members;
 pub mod network;
+mod objections;
 mod rest;
 pub mod runtime;
 pub mod timing;
@@ -29,12 +31,14 @@ use granary_placement::id::{DiskId, ShardId};
 use granary_wire::control::ControlError;
 use machine::{Machine, SnapshotSource};
 use network::{PeerLinks, Peers};
+use objections::objection;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest, VoteRequest};
 use openraft::ReadPolicy;
 use rest::RestState;
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use timing::raft_config;
@@ -166,8 +170,9 @@ impl Replica {
             tokio::pin!(confirmed);
             tokio::select! {
                 confirmed = &mut confirmed => return confirmed,
-                () = barrier.is_late() => {}
+                () = barrier.is_late(Duration::from_millis(self.timing.read_hedge_ms)) => {}
             }
+            self.peers.heartbeats.counters.late_barriers.fetch_add(1, Ordering::Relaxed);
             barrier.ask_all();
             hurry();
             confirmed.await
@@ -180,6 +185,14 @@ impl Replica {
             }
             Ok(Err(error)) => Err(unavailable(error)),
         }
+    }
+
+    /// Does work of this replica that does not wait, such as reading its state: a panic in it ends the replica.
+    ///
+    /// # Errors
+    /// The replica has failed.
+    pub fn contain<T>(&self, work: impl FnOnce() -> T) -> Result<T, ReplicaEnded> {
+        self.raft.look(|_| work())
     }
 
     /// Answers a message of another replica. One that is meant for another replica of this disk does nothing.
@@ -201,6 +214,11 @@ impl Replica {
         }
         if request.claim().is_some_and(|vote| vote.node != from) {
             return failed(format!("{from} speaks for another replica"));
+        }
+        let term = raft.metrics().borrow_watched().current_term;
+        if let Some(why) = objection(&request, term) {
+            tracing::warn!(shard = %self.shard, %from, why, "a message that no replica sends");
+            return failed(why.to_owned());
         }
         match &request {
             PeerRequest::Append { .. }

@@ -229,7 +229,8 @@ impl PeerLink {
         let urgent = || barriers.wait_for(self.to);
         let answer = self.peers.heartbeats.send(self.to.disk, self.shard, message, urgent).await;
         let heard = answer.and_then(|answer| self.peers.hear(self.to.disk, self.shard, &answer));
-        barriers.note(self.to, heard.is_ok());
+        let confirms = matches!(heard, Ok(PeerResponse::Appended | PeerResponse::AppendedTo(_)));
+        barriers.note(self.to, confirms);
         heard
     }
 

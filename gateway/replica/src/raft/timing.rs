@@ -23,6 +23,8 @@ pub struct Timing {
     pub keep_entries: u64,
     /// Most bytes of log that a shard keeps once its state is durable, however few entries that are.
     pub log_bytes: u64,
+    /// How long a read waits for the followers that it asked first before it asks all, in milliseconds.
+    pub read_hedge_ms: u64,
     /// A shard whose log has not grown for so long stops its timers, in milliseconds; 0: never.
     pub sleep_after_ms: u64,
 }
@@ -65,6 +67,7 @@ impl Timing {
             snapshot_entries: values.number("node.raft_snapshot_entries"),
             keep_entries: values.number("node.raft_keep_entries"),
             log_bytes: values.number("node.raft_log"),
+            read_hedge_ms: millis(values.time("node.read_hedge")),
             sleep_after_ms: millis(values.time("node.raft_sleep_after")),
         }
     }

@@ -167,6 +167,7 @@ pub fn fast() -> Timing {
         snapshot_entries: 40,
         keep_entries: 10,
         log_bytes: 64 << 20,
+        read_hedge_ms: 10,
         sleep_after_ms: 500,
     }
 }

@@ -31,8 +31,9 @@ use std::time::{Duration, Instant};
 const PAGE: u32 = 1000;
 /// Looks that found nothing queued, and no change of a disk or of the map, before the queues are looked at less often.
 const IDLE_LOOKS: u32 = 10;
-/// How much less often: each look asks every shard twice, and each question costs its disks a round of the majority.
-const IDLE_FACTOR: u32 = 15;
+/// How rarely then, unless `heal.interval` is longer: each look asks every shard twice, and each question costs its
+/// disks a round of the majority.
+const IDLE_INTERVAL: Duration = Duration::from_secs(30);
 /// How long one write of a rebuilt window may take.
 const WRITE_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -84,9 +85,11 @@ impl Inner {
             // Every look asks each shard: with nothing to do for a while, they are asked less often.
             idle_looks = if progress == 0 { idle_looks.saturating_add(1) } else { 0 };
             if progress == 0 {
-                let rare = if idle_looks > IDLE_LOOKS && !self.busy() { IDLE_FACTOR } else { 1 };
+                let interval = self.settings().interval;
+                let is_idle = idle_looks > IDLE_LOOKS && !self.busy();
+                let pause = if is_idle { interval.max(IDLE_INTERVAL) } else { interval };
                 tokio::select! {
-                    () = tokio::time::sleep(self.settings().interval * rare) => {}
+                    () = tokio::time::sleep(pause) => {}
                     () = change(&mut settings) => {}
                     () = self.poke.notified() => {}
                     // What a disk that went or came, or slots that are to move, bring with them is not waited for.
