@@ -135,7 +135,7 @@ impl NodeService for Node {
         .boxed()
     }
 
-    fn gateways(&self, count: usize) {
+    fn note_gateways(&self, count: usize) {
         self.metrics.gateways.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 }

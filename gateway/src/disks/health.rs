@@ -17,11 +17,16 @@ pub enum DiskHealth {
     Down,
 }
 
+/// Pings that find no place say nothing for so long; then they count as unanswered. Anybody at the disk's address can
+/// say that it is busy, without a proof.
+const BUSY_FOR: Duration = Duration::from_secs(60);
+
 /// What is known about one disk's health.
 #[derive(Debug)]
 pub(super) struct State {
     health: DiskHealth,
     failing_since: Option<Instant>,
+    busy_since: Option<Instant>,
     last_service_error: Option<Instant>,
     unwritable_until: Option<Instant>,
     full_until: Option<Instant>,
@@ -36,6 +41,7 @@ impl Default for State {
         State {
             health: DiskHealth::Suspect,
             failing_since: None,
+            busy_since: None,
             last_service_error: None,
             unwritable_until: None,
             full_until: None,
@@ -98,9 +104,18 @@ impl State {
         }
     }
 
+    /// A ping that found no place.
+    pub(super) fn busy(&mut self, now: Instant, settings: &DiskSettings) {
+        let since = *self.busy_since.get_or_insert(now);
+        if now.duration_since(since) >= BUSY_FOR {
+            self.error(now, false, "busy for a minute, and no ping was answered", settings);
+        }
+    }
+
     /// A good ping.
     pub(super) fn pinged(&mut self, now: Instant, status: NodeStatus, settings: &DiskSettings) {
         self.status = Some(status);
+        self.busy_since = None;
         self.pinged = true;
         let held = self.last_service_error.is_some_and(|at| now.duration_since(at) < settings.suspect_hold);
         match self.health {
@@ -164,6 +179,27 @@ mod tests {
         assert_eq!(state.health(), DiskHealth::Down);
         state.pinged(start + settings.down_after, status(), &settings);
         assert_eq!((state.health(), state.times_up()), (DiskHealth::Up, 2));
+    }
+
+    #[test]
+    fn a_busy_disk_is_well_for_a_minute_and_then_as_one_that_does_not_answer() {
+        let (settings, start) = (DiskSettings::default(), Instant::now());
+        let mut state = State::default();
+        state.pinged(start, status(), &settings);
+        for ms in (0..BUSY_FOR.as_millis() as u64).step_by(1_000) {
+            state.busy(start + Duration::from_millis(ms), &settings);
+            assert_eq!(state.health(), DiskHealth::Up);
+        }
+        state.pinged(start + BUSY_FOR, status(), &settings);
+        let again = start + BUSY_FOR;
+        state.busy(again, &settings);
+        assert_eq!(state.health(), DiskHealth::Up, "it answered between");
+        state.busy(again + BUSY_FOR, &settings);
+        assert_eq!(state.health(), DiskHealth::Suspect);
+        state.busy(again + BUSY_FOR + settings.down_after, &settings);
+        assert_eq!(state.health(), DiskHealth::Down);
+        state.pinged(again + BUSY_FOR * 2, status(), &settings);
+        assert_eq!(state.health(), DiskHealth::Up);
     }
 
     #[test]

@@ -413,7 +413,10 @@ impl Inner {
                 false
             }
             // Somebody is there, and has no place for another connection just now: that says nothing about the disk.
-            Err(LinkError::Busy) => false,
+            Err(LinkError::Busy) => {
+                self.change(&entry, |state, settings| state.busy(now, settings));
+                false
+            }
             Err(error) => {
                 let refused = nobody_there(&error);
                 self.change(&entry, |state, settings| state.error(now, refused, &error.to_string(), settings));

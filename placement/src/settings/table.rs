@@ -140,7 +140,7 @@ pub const TABLE: &[Setting] = &[
     time("node.flush_interval", Process, s(30), [ms(100), min(60)], "And after this long."),
     time("node.punch_interval", Process, s(1), [ms(10), min(60)], "Space of dead chunks comes back within about this time."),
     // Disk nodes: the listener.
-    count("node.max_connections", Process, 512, AT_ONCE, "Connections for chunk requests at once. Each may buffer about a megabyte. One between two requests makes room for a new one."),
+    count("node.max_connections", Process, 512, AT_ONCE, "Connections for chunk requests at once. Each may buffer about a megabyte. One between two requests makes room for a new one. Fewer, with a warning, when the process may not open so many files."),
     count("node.max_control_connections", Process, 2048, AT_ONCE, "Connections for everything else: one for each gateway; on disks that hold the root shard one for each disk node, on other metadata disks one for each of them."),
     count("node.max_handshakes", Process, 256, AT_ONCE, "Connections at once that are not authenticated yet. The oldest makes room for a new one."),
     time("node.handshake_timeout", Process, s(5), DEADLINE, "From accept to the end of the handshake."),

@@ -479,6 +479,10 @@ pub(crate) async fn client_handshake<S: AsyncRead + AsyncWrite + Unpin>(
     if !same(code, &session.to_client.mac(&[LABEL_VERDICT, &[number]])) {
         return Err(AuthError::Message.into());
     }
+    // Our proof was right: somebody between the ends has changed it.
+    if number == Verdict::Secret.number() {
+        return Err(AuthError::Message.into());
+    }
     Verdict::check(number, versions, theirs)?;
     Ok(session)
 }

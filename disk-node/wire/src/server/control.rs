@@ -1,7 +1,7 @@
 //! Control frames of one connection: each request in a task of its own, answers as they come.
 
 use super::Server;
-use crate::auth::Caller;
+use crate::auth::{Caller, GatewayId};
 use crate::control::{ControlError, ControlRequest, ControlResponse};
 use crate::error::LinkError;
 use crate::frame::{decode, encode, Frame, FrameReader, FrameWriter, Kind};
@@ -30,7 +30,7 @@ pub(super) fn units(bytes: usize) -> u32 {
 
 /// Serves one connection to its end.
 pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, caller: Caller, peer: SocketAddr) {
-    let Caller { disk, session, .. } = caller;
+    let Caller { disk, gateway, session, .. } = caller;
     let (read, write) = stream.into_split();
     let reader = FrameReader::new(read, session.to_server);
     let writer = FrameWriter::new(write, session.to_client);
@@ -40,7 +40,7 @@ pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, caller: Calle
     let _abort = AbortOnDrop(writing.abort_handle());
 
     let ended = tokio::select! {
-        ended = read_loop((server, disk), reader, &mut tasks, &answers) => ended,
+        ended = read_loop((server, (disk, gateway)), reader, &mut tasks, &answers) => ended,
         written = &mut writing => written.unwrap_or_else(|error| Err(LinkError::Closed(error.to_string()))),
         () = server.stop.cancelled() => {
             // What was asked is still answered: a command that is already in the log had better not look lost.
@@ -68,8 +68,11 @@ impl Drop for AbortOnDrop {
     }
 }
 
+/// The client's disk, if it is a disk node, and the gateway that it is part of.
+type From = (Option<DiskUuid>, Option<GatewayId>);
+
 async fn read_loop(
-    (server, disk): (&Arc<Server>, Option<DiskUuid>),
+    (server, from): (&Arc<Server>, From),
     mut reader: FrameReader<OwnedReadHalf>,
     tasks: &mut JoinSet<()>,
     answers: &mpsc::Sender<Frame>,
@@ -103,7 +106,7 @@ async fn read_loop(
         };
         let (server, answers) = (Arc::clone(server), answers.clone());
         tasks.spawn(async move {
-            let body = answer(&server, disk, &body).await;
+            let body = answer(&server, from, &body).await;
             let _ = answers.send(Frame { id, kind: Kind::Response, body }).await;
             drop(room);
         });
@@ -111,7 +114,7 @@ async fn read_loop(
 }
 
 /// The encoded answer to an encoded request.
-async fn answer(server: &Server, disk: Option<DiskUuid>, body: &[u8]) -> Bytes {
+async fn answer(server: &Server, (disk, gateway): From, body: &[u8]) -> Bytes {
     let mut response = match decode::<ControlRequest>(body) {
         Ok(request) => {
             AssertUnwindSafe(server.service.control(disk, request)).catch_unwind().await.unwrap_or_else(|_| {
@@ -122,7 +125,7 @@ async fn answer(server: &Server, disk: Option<DiskUuid>, body: &[u8]) -> Bytes {
         // Authenticated, so not an attack: another build, or a defect.
         Err(error) => ControlResponse::Error(ControlError::BadRequest(error.to_string())),
     };
-    if let ControlResponse::Status(status) = &mut response {
+    if let (ControlResponse::Status(status), Some(_)) = (&mut response, gateway) {
         status.data_connections = u32::try_from(server.share()).unwrap_or(u32::MAX);
     }
     encode(&response)

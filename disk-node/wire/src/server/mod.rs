@@ -60,8 +60,8 @@ pub trait NodeService: Send + Sync + 'static {
     fn read_blocks(&self, id: ChunkId, first_block: u32, blocks: u32)
         -> BoxFuture<'_, Result<ChunkBlocks, ChunkError>>;
 
-    /// So many gateways have connections here from now on.
-    fn gateways(&self, _count: usize) {}
+    /// Notes that so many gateways have connections here from now on.
+    fn note_gateways(&self, count: usize);
 }
 
 /// Takes one chunk. Dropped without [`ChunkSink::finish`], the chunk was never there.
@@ -249,7 +249,7 @@ impl Server {
         let before = gateways.count();
         change(&mut gateways);
         if gateways.count() != before {
-            self.service.gateways(gateways.count());
+            self.service.note_gateways(gateways.count());
         }
     }
 }

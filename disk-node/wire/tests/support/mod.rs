@@ -186,7 +186,7 @@ impl NodeService for Service {
         .boxed()
     }
 
-    fn gateways(&self, count: usize) {
+    fn note_gateways(&self, count: usize) {
         self.0.gateways.store(count, Ordering::SeqCst);
     }
 }
