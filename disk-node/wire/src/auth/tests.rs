@@ -227,8 +227,7 @@ async fn pass_on(client: DuplexStream, server: DuplexStream, to_server: usize, t
             tokio::io::copy(&mut from_server.take(to_client as u64), &mut at_client).await?;
             at_client.write_all(forged).await
         });
-    there.unwrap();
-    back.unwrap();
+    there.and(back).unwrap();
     std::future::pending().await
 }
 
