@@ -11,14 +11,17 @@ use granary_disk_node::store::handle::Store;
 use granary_disk_node::store::index_rocksdb::RocksEngine;
 use granary_disk_node::store::recover::Recovered;
 use granary_disk_node::store::{OpenError, StoreError, StoreSettings};
-use granary_placement::id::{DiskUuid, ExtentId, HashSlot, PlacementGroupId};
-use granary_placement::scheme::CodecId;
-use granary_wire::chunk::{block_crc, ChunkHealth, ChunkId, ChunkSpec, BLOCK_BYTES};
+use granary_placement::id::{DiskUuid, ExtentId, PlacementGroupId};
+use granary_wire::chunk::{block_crc, ChunkHealth, ChunkId, BLOCK_BYTES};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+#[path = "scenery/spec.rs"]
+mod spec;
+use spec::spec;
 
 const DISK: DiskUuid = DiskUuid([7; 16]);
 const MIB: u64 = 1024 * 1024;
@@ -52,20 +55,6 @@ fn open(dir: &Path) -> (Store, Recovered) {
 
 fn chunk(number: u32) -> ChunkId {
     ChunkId { group: PlacementGroupId(number % 3), extent: ExtentId([number as u8; 16]), index: 1, generation: number }
-}
-
-fn spec(len_bytes: u64) -> ChunkSpec {
-    let owner = HashSlot(3);
-    ChunkSpec {
-        codec: CodecId::Np16,
-        k: 4,
-        m: 2,
-        unit_bytes: 65536,
-        extent_len_bytes: len_bytes * 4,
-        len_bytes,
-        owner,
-        created_ms: 5,
-    }
 }
 
 fn payload(seed: u64, len_bytes: u64) -> Vec<u8> {

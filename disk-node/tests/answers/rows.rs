@@ -6,15 +6,20 @@
 //! of one and `rest` the other. `@3` is the third holder of the heal lease, and `*` marks a chunk in quarantine.
 
 use bytes::Bytes;
-use granary_placement::id::{ExtentId, HashSlot, PlacementGroupId};
+use granary_placement::id::{ExtentId, PlacementGroupId};
 use granary_placement::lease::LeaseStamp;
-use granary_placement::scheme::CodecId;
-use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkSpec, BLOCK_BYTES};
+use granary_wire::chunk::{ChunkHealth, ChunkId, BLOCK_BYTES};
 use granary_wire::client::ChunkWriter;
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::{ChunkError, NodeClient};
 use std::collections::HashMap;
 use std::time::Duration;
+
+// The gateway's tests take this file without the scenery that has it, too.
+#[allow(clippy::duplicate_mod)]
+#[path = "../scenery/spec.rs"]
+mod spec;
+use spec::spec;
 
 const ROWS: &[(&str, &str)] = &[
     // What is not there.
@@ -151,19 +156,6 @@ pub async fn ask_all(node: &mut impl Node) {
 
 fn chunk(number: u8) -> ChunkId {
     ChunkId { group: PlacementGroupId(1), extent: ExtentId([number; 16]), index: 2, generation: 1 }
-}
-
-fn spec(len_bytes: u64) -> ChunkSpec {
-    ChunkSpec {
-        codec: CodecId::Np16,
-        k: 4,
-        m: 2,
-        unit_bytes: 65536,
-        extent_len_bytes: len_bytes * 4,
-        len_bytes,
-        owner: HashSlot(3),
-        created_ms: 5,
-    }
 }
 
 /// Two blocks and a bit.

@@ -4,16 +4,18 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use bytes::Bytes;
-use granary_placement::id::{ClusterId, ExtentId, HashSlot, PlacementGroupId};
+use granary_placement::id::{ClusterId, ExtentId, PlacementGroupId};
 use granary_placement::lease::LeaseStamp;
-use granary_placement::scheme::CodecId;
-use granary_wire::chunk::{ChunkId, ChunkSpec};
+use granary_wire::chunk::ChunkId;
 use granary_wire::control::{ControlRequest, ControlResponse};
 use granary_wire::{ChunkError, ClientLimits, ClusterSecret, Credentials, Ends, NodeClient};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
+
+mod spec;
+pub use spec::spec;
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_granary-disk-node");
 pub const CLUSTER: ClusterId = ClusterId([0x11; 16]);
@@ -133,20 +135,6 @@ impl Drop for Running {
 
 pub fn chunk(number: u8) -> ChunkId {
     ChunkId { group: PlacementGroupId(1), extent: ExtentId([number; 16]), index: 2, generation: 1 }
-}
-
-pub fn spec(len_bytes: u64) -> ChunkSpec {
-    let owner = HashSlot(3);
-    ChunkSpec {
-        codec: CodecId::Np16,
-        k: 4,
-        m: 2,
-        unit_bytes: 65536,
-        extent_len_bytes: len_bytes * 4,
-        len_bytes,
-        owner,
-        created_ms: 5,
-    }
 }
 
 pub fn payload(number: u8, len: usize) -> Bytes {

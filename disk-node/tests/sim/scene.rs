@@ -11,12 +11,15 @@ use granary_disk_node::store::index_memory::MemoryEngine;
 use granary_disk_node::store::recover::recover;
 use granary_disk_node::store::shared::Shared;
 use granary_disk_node::store::{OpenError, StoreError, StoreSettings};
-use granary_placement::id::{DiskUuid, ExtentId, HashSlot, PlacementGroupId};
-use granary_placement::scheme::CodecId;
-use granary_wire::chunk::{block_crc, ChunkId, ChunkSpec, BLOCK_BYTES};
+use granary_placement::id::{DiskUuid, ExtentId, PlacementGroupId};
+use granary_wire::chunk::{block_crc, ChunkId, BLOCK_BYTES};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
+
+#[path = "../scenery/spec.rs"]
+mod spec;
+pub use spec::spec;
 
 const DISK: DiskUuid = DiskUuid([7; 16]);
 
@@ -72,20 +75,6 @@ fn metrics() -> Arc<Metrics> {
 
 pub fn chunk(number: u8) -> ChunkId {
     ChunkId { group: PlacementGroupId(1), extent: ExtentId([number; 16]), index: 0, generation: 1 }
-}
-
-pub fn spec(len_bytes: u64) -> ChunkSpec {
-    let owner = HashSlot(3);
-    ChunkSpec {
-        codec: CodecId::Np16,
-        k: 4,
-        m: 2,
-        unit_bytes: 65536,
-        extent_len_bytes: len_bytes * 4,
-        len_bytes,
-        owner,
-        created_ms: 5,
-    }
 }
 
 /// Bytes that no other write has; no two pages of them are the same.

@@ -7,6 +7,8 @@
 //! **Invariant:** a disk node whose label is not the disk the map names at that address is never used.
 
 mod health;
+#[cfg(test)]
+mod tests;
 
 pub use health::DiskHealth;
 use health::State;

@@ -200,16 +200,21 @@ async fn silent_peers_are_let_go() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_does_not_read_its_answer_is_let_go() {
-    let limits = ServerLimits { stall_timeout: Duration::from_millis(150), ..ServerLimits::default() };
+    let stall_timeout = Duration::from_millis(150);
+    let limits = ServerLimits { stall_timeout, max_connections: 1, ..ServerLimits::default() };
     let server = start_with(Arc::default(), limits, "127.0.0.1:0").await;
     let len = 4 << 20;
-    server.client().put_chunk(chunk_id(1), spec(len), vec![payload(len)]).await.unwrap();
+    let data = payload(len);
+    server.node.chunks.lock().unwrap().insert(chunk_id(1), (spec(len), data.to_vec()));
     let (mut stream, session) = enter(&server, Purpose::Data).await;
     let target = format!("/v1/chunks/{}?first=0&blocks=64", chunk_id(1));
     // More than the kernel buffers of both ends can hold.
     let requests: String = (0..8).map(|counter| signed(&session, counter, "GET", &target, None)).collect();
     stream.write_all(requests.as_bytes()).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(1500)).await;
+    // Its place is the only one, and free once it was let go: a connection at work makes no room otherwise.
+    let limits = ClientLimits { pool_wait: DEADLINE, ..ClientLimits::default() };
+    let other = NodeClient::new(server.address.to_string(), Ends::default(), credentials(), limits);
+    other.put_chunk(chunk_id(2), spec(5), vec![payload(5)]).await.unwrap();
     let mut bytes = Vec::new();
     let _ = within(stream.read_to_end(&mut bytes)).await;
     assert!(bytes.len() < 8 * len as usize, "{}", bytes.len());
@@ -220,42 +225,59 @@ async fn connections_and_handshakes_are_bounded() {
     let limits =
         ServerLimits { max_handshakes: 4, max_connections: 2, max_control_connections: 8, ..ServerLimits::default() };
     let server = start_with(Arc::default(), limits, "127.0.0.1:0").await;
-    // Sockets that say nothing keep nobody out: the oldest goes.
-    let mut silent: Vec<TcpStream> =
-        futures::future::try_join_all((0..4).map(|_| TcpStream::connect(server.address))).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    let result = server.client().control(ControlRequest::Status, DEADLINE).await;
-    assert_eq!(result, Err(LinkError::Busy), "they may be in the middle of it");
-    tokio::time::sleep(Duration::from_millis(600)).await;
-    server.client().control(ControlRequest::Status, DEADLINE).await.unwrap();
-    let (mut still_open, mut told) = (0, Vec::new());
-    for stream in &mut silent {
-        let ended = timeout(Duration::from_millis(200), stream.read_to_end(&mut told)).await;
-        still_open += usize::from(ended.is_err());
+    // Sockets that say nothing keep nobody out: once they have been silent for a while, the oldest goes.
+    let mut silent = Vec::new();
+    for _ in 0..4 {
+        silent.push(TcpStream::connect(server.address).await.unwrap());
     }
-    assert_eq!(still_open, 3);
+    served(&server).await;
     // Whoever is sent away in the middle of a slow handshake does not take the node for dead either.
-    let mut busy = Vec::new();
+    let (mut busy, mut told) = (Vec::new(), Vec::new());
     refuse_busy(&mut busy).await;
+    within(silent.remove(0).read_to_end(&mut told)).await.unwrap();
     assert_eq!(told, busy, "the one that made room");
+    let quiet = |stream: &TcpStream| stream.try_read(&mut [0; 1]).is_err();
+    assert!(silent.iter().all(quiet), "the others are still there");
     drop(silent);
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    let clients: Vec<NodeClient> = (0..8).map(|_| server.client()).collect();
-    for client in &clients {
-        client.control(ControlRequest::Status, DEADLINE).await.unwrap();
+    let mut clients = Vec::new();
+    for _ in 0..8 {
+        clients.push(served(&server).await);
     }
     // Full is not gone: whoever hears it does not take the disk for dead.
     let result = server.client().control(ControlRequest::Status, DEADLINE).await;
     assert_eq!(result, Err(LinkError::Busy));
     clients[0].control(ControlRequest::Status, DEADLINE).await.unwrap();
-    // Chunk requests have places of their own, and a connection between two requests makes room for another client.
-    let read = |place: usize| clients[place].read_blocks(chunk_id(1), 0, 1);
-    for place in [0, 1, 0] {
-        assert!(matches!(read(place).await, Err(ChunkError::NotFound)));
+    // Chunk requests have places of their own, and a connection at work makes no room for another client.
+    let writers =
+        [clients[0].begin_chunk(chunk_id(1), spec(5)).await, clients[1].begin_chunk(chunk_id(1), spec(5)).await];
+    let read = |place: usize| clients[place].read_blocks(chunk_id(3), 0, 1);
+    assert_eq!(read(2).await, Err(ChunkError::Link(LinkError::Busy)), "both are at work");
+    for mut writer in writers.into_iter().map(Result::unwrap) {
+        writer.write(payload(5)).await.unwrap();
+        writer.finish().await.unwrap();
     }
-    assert_eq!(read(2).await, Err(ChunkError::Link(LinkError::Busy)), "the others were at work a moment ago");
-    // A write waits for a place.
-    clients[3].put_chunk(chunk_id(2), spec(5), vec![payload(5)]).await.unwrap();
+    // Between two requests it does, once it has been silent for a while.
+    within(async {
+        while read(2).await == Err(ChunkError::Link(LinkError::Busy)) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!(read(2).await, Err(ChunkError::NotFound));
+}
+
+/// A client that was given a place for its control connection; it asks until there is one.
+async fn served(server: &Running) -> NodeClient {
+    within(async {
+        loop {
+            let client = server.client();
+            match client.control(ControlRequest::Status, DEADLINE).await {
+                Err(LinkError::Busy) => tokio::time::sleep(Duration::from_millis(20)).await,
+                answer => return answer.map(|_| client).unwrap(),
+            }
+        }
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -311,9 +333,16 @@ async fn a_full_connection_says_so_and_goes_on() {
     server.node.hang.store(true, Ordering::SeqCst);
     let client = server.client();
     let overloaded = ControlResponse::Error(crate::control::ControlError::Overloaded);
-    let call = || client.control(ControlRequest::Status, Duration::from_millis(300));
-    let results = tokio::join!(call(), call(), call(), call());
-    let results = [results.0, results.1, results.2, results.3];
-    assert_eq!(results.iter().filter(|result| **result == Ok(overloaded.clone())).count(), 2, "{results:?}");
-    assert_eq!(results.iter().filter(|result| **result == Err(LinkError::Timeout)).count(), 2, "{results:?}");
+    let hanging: Vec<_> = (0..2)
+        .map(|_| {
+            let client = client.clone();
+            tokio::spawn(async move { client.control(ControlRequest::Status, DEADLINE).await })
+        })
+        .collect();
+    reaches(&server.node.controls, 2).await;
+    for _ in 0..2 {
+        assert_eq!(client.control(ControlRequest::Status, DEADLINE).await, Ok(overloaded.clone()));
+    }
+    assert!(hanging.iter().all(|call| !call.is_finished()), "the connection goes on");
+    hanging.iter().for_each(tokio::task::JoinHandle::abort);
 }
