@@ -13,12 +13,14 @@ use std::sync::atomic::Ordering;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 async fn enter(server: &Running, purpose: Purpose) -> (TcpStream, Session) {
+    enter_as(server, purpose, Ends::default()).await
+}
+
+async fn enter_as(server: &Running, purpose: Purpose, ends: Ends) -> (TcpStream, Session) {
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     let session =
-        client_handshake(&mut stream, &credentials(), (purpose, Ends::default()), PROTOCOL_VERSIONS, nonce().unwrap())
-            .await
-            .unwrap();
-    (stream, session)
+        client_handshake(&mut stream, &credentials(), (purpose, ends), PROTOCOL_VERSIONS, nonce().unwrap()).await;
+    (stream, session.unwrap())
 }
 
 /// The head of a request with the code that belongs to it.
@@ -200,21 +202,20 @@ async fn silent_peers_are_let_go() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_does_not_read_its_answer_is_let_go() {
-    let stall_timeout = Duration::from_millis(150);
-    let limits = ServerLimits { stall_timeout, max_connections: 1, ..ServerLimits::default() };
+    let limits = ServerLimits { stall_timeout: Duration::from_millis(150), ..ServerLimits::default() };
     let server = start_with(Arc::default(), limits, "127.0.0.1:0").await;
     let len = 4 << 20;
     let data = payload(len);
     server.node.chunks.lock().unwrap().insert(chunk_id(1), (spec(len), data.to_vec()));
-    let (mut stream, session) = enter(&server, Purpose::Data).await;
+    // The gateway counts for as long as its only connection is served.
+    let ends = Ends { gateway: GatewayId::random(), ..Ends::default() };
+    let (mut stream, session) = enter_as(&server, Purpose::Data, ends).await;
+    reaches(&server.node.gateways, 1).await;
     let target = format!("/v1/chunks/{}?first=0&blocks=64", chunk_id(1));
     // More than the kernel buffers of both ends can hold.
     let requests: String = (0..8).map(|counter| signed(&session, counter, "GET", &target, None)).collect();
     stream.write_all(requests.as_bytes()).await.unwrap();
-    // Its place is the only one, and free once it was let go: a connection at work makes no room otherwise.
-    let limits = ClientLimits { pool_wait: DEADLINE, ..ClientLimits::default() };
-    let other = NodeClient::new(server.address.to_string(), Ends::default(), credentials(), limits);
-    other.put_chunk(chunk_id(2), spec(5), vec![payload(5)]).await.unwrap();
+    reaches(&server.node.gateways, 0).await;
     let mut bytes = Vec::new();
     let _ = within(stream.read_to_end(&mut bytes)).await;
     assert!(bytes.len() < 8 * len as usize, "{}", bytes.len());
@@ -222,8 +223,14 @@ async fn a_peer_that_does_not_read_its_answer_is_let_go() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_and_handshakes_are_bounded() {
-    let limits =
-        ServerLimits { max_handshakes: 4, max_connections: 2, max_control_connections: 8, ..ServerLimits::default() };
+    let limits = ServerLimits {
+        max_handshakes: 4,
+        max_connections: 2,
+        max_control_connections: 8,
+        // Idle connections end for others only.
+        head_timeout: Duration::from_secs(3600),
+        ..ServerLimits::default()
+    };
     let server = start_with(Arc::default(), limits, "127.0.0.1:0").await;
     // Sockets that say nothing keep nobody out: once they have been silent for a while, the oldest goes.
     let mut silent = Vec::new();
