@@ -3,7 +3,7 @@
 use super::DiskSettings;
 use granary_wire::control::NodeStatus;
 use serde::Serialize;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Whether a disk answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]

@@ -362,6 +362,8 @@ struct Service {
 }
 
 impl NodeService for Service {
+    fn note_gateways(&self, _count: usize) {}
+
     fn control(&self, _from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
         Box::pin(until_killed(&self.killed, async move {
             self.disk.step(name_of(&request)).await;

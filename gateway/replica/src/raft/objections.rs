@@ -1,5 +1,5 @@
-//! What no replica that is in its right mind says. In release builds openraft takes the word of another replica for much
-//! that only debug builds assert; what gets as far as the log on disk stays there.
+//! What no replica that is in its right mind says. In release builds openraft takes the word of another replica for
+//! much that only debug builds assert; what gets as far as the log on disk stays there.
 
 use crate::message::{PeerRequest, WireEntry, WireLogId, WireVote};
 
