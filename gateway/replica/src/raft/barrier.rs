@@ -1,9 +1,9 @@
 //! Read barriers ask no more followers than they need.
 //!
 //! A barrier needs the word of half of the others. It asks so many at once, always the same ones while they answer;
-//! the heartbeats to the rest wait for company as those of timers do. When one that was asked fails or takes longer than
-//! `node.read_hedge`, everybody is asked at once, and whoever kept a barrier waiting comes last for [`SLOW_FOR`]. Whose
-//! word counts, and since when, is decided by the Raft library alone.
+//! the heartbeats to the rest wait for company as those of timers do. When one that was asked fails, or takes longer
+//! than `node.read_hedge`, everybody is asked at once, and whoever kept a barrier waiting comes last for
+//! [`SLOW_FOR`]. Whose word counts, and since when, is decided by the Raft library alone.
 
 use crate::message::ReplicaId;
 use granary_placement::id::DiskId;
