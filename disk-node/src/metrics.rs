@@ -19,6 +19,7 @@ const META: &[(&str, &str, Count)] = &[
     ("entries_applied_total", "Log entries applied", |counters| counters.entries_applied),
     ("requests_applied_total", "Requests in the log entries applied", |counters| counters.requests_applied),
     ("apply_batches_total", "Batches written to the state database", |counters| counters.apply_batches),
+    ("apply_waits_total", "Those of them that had to wait for the disk", |counters| counters.apply_waits),
     ("snapshots_installed_total", "Snapshots installed", |counters| counters.snapshots_installed),
     ("heartbeats_total", "Raft heartbeats sent by timers", |counters| counters.heartbeats),
     ("heartbeat_messages_total", "Messages that carried Raft heartbeats", |counters| counters.heartbeat_messages),

@@ -5,7 +5,8 @@
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
-/// What goes wrong below the state machine. Either stops the replica: it can neither go on nor skip a command.
+/// What goes wrong below the state machine. All but [`StateError::WouldWait`] stop the replica: it can neither go on nor
+/// skip a command.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
     /// The database failed.
@@ -14,6 +15,9 @@ pub enum StateError {
     /// A value in it makes no sense.
     #[error("bad value in the state database: {0}")]
     Value(String),
+    /// It takes the disk, and who asked does not want to wait for that. Nothing was changed.
+    #[error("not without waiting for the disk")]
+    WouldWait,
     /// The shard has a feature level that a newer release brought.
     #[error("the shard has feature level {level}, and this build knows {known}: run the newer release")]
     Level {

@@ -25,6 +25,8 @@ pub struct MetaCounters {
     pub requests_applied: u64,
     /// Batches written to the state database.
     pub apply_batches: u64,
+    /// Those that had to wait for the disk: what they read was not in memory, or the memory for writes was full.
+    pub apply_waits: u64,
     /// Snapshots installed.
     pub snapshots_installed: u64,
     /// Raft heartbeats sent by timers.

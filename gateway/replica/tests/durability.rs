@@ -6,7 +6,7 @@ mod synced;
 
 use granary_meta::apply::apply;
 use granary_meta::kv::{Kv, Overlay};
-use granary_meta::record::BucketId;
+use granary_meta::record::{BucketId, ObjectData};
 use granary_meta::{Answer, Query, VersionPick};
 use granary_placement::id::{DiskId, ShardId};
 use granary_replica::fatal::Fatal;
@@ -398,4 +398,34 @@ async fn shards_of_a_disk_do_not_see_each_other() {
     assert!(matches!(cluster.query(ShardId(1), &get("k")).await, Answer::Object(_)));
     assert_eq!(cluster.query(ShardId(2), &get("k")).await, Answer::NoSuchKey);
     cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commands_and_reads_whose_state_is_not_in_memory_wait_for_the_disk() {
+    let cluster = Cluster::new();
+    cluster.start(1).await;
+    cluster.init(SHARD, &[1]).await;
+    let mut random = Random(22);
+    let body = |i: u64| i.to_be_bytes().repeat(128);
+    for i in 0..60u64 {
+        cluster.put(&mut random, SHARD, &format!("key-{i}"), &body(i)).await;
+    }
+    assert_eq!(cluster.host(1).counters().apply_waits, 0, "all of it was in memory");
+    // A stop writes it to files, and an opening reads nothing of them but what it needs.
+    cluster.stop(1).await;
+    cluster.start(1).await;
+    let held = async |key: &str| match cluster.query(SHARD, &get(key)).await {
+        Answer::Object(record) => match record.data {
+            ObjectData::Inline { bytes, .. } => bytes.to_vec(),
+            other => panic!("{key}: {other:?}"),
+        },
+        other => panic!("{key}: {other:?}"),
+    };
+    assert_eq!(held("key-7").await, body(7));
+    cluster.put(&mut random, SHARD, "key-30", b"new").await;
+    assert!(cluster.host(1).counters().apply_waits > 0, "all was in memory, so the test shows nothing");
+    assert_eq!(held("key-30").await, b"new");
+    for i in (0..60u64).filter(|i| *i != 30) {
+        assert_eq!(held(&format!("key-{i}")).await, body(i));
+    }
 }

@@ -33,7 +33,7 @@ use crate::room::{Room, Space};
 use crate::sleep::{Facts, Rest, SleepTiming};
 use crate::snapshot;
 use crate::store::lock;
-use crate::store::{Buffers, LogDb, StateDb};
+use crate::store::{Buffers, LogDb, StateDb, Wait};
 use crate::writer::LogWriter;
 use bytes::Bytes;
 use failures::Failures;
@@ -387,22 +387,25 @@ impl MetaHost {
         let batcher = self.batcher(shard)?;
         batcher.read_barrier().await?;
         let state = &self.inner.state;
-        let look = || {
+        let look = |wait| {
             batcher.replica.contain(|| -> Result<_, StateError> {
-                let view = state.view();
+                let view = state.view_by(wait);
                 let found = answer(shard, &view, &query)?;
                 Ok((found, snapshot::is_being_replaced(&view, shard)?))
             })
         };
-        // A point read is mostly in memory; a scan may wait for the disk and makes room for other tasks first.
-        let found = match &query {
+        // A point read is mostly in memory. What may wait for the disk, or is long, makes room for other tasks first.
+        let point = matches!(
+            &query,
             Query::GetObject { .. }
-            | Query::GetBucket { .. }
-            | Query::BucketUsage { .. }
-            | Query::CompletedUpload { .. } => look(),
-            _ => blocking(look),
+                | Query::GetBucket { .. }
+                | Query::BucketUsage { .. }
+                | Query::CompletedUpload { .. }
+        );
+        let found = match point.then(|| look(Wait::Never)) {
+            None | Some(Ok(Err(StateError::WouldWait))) => blocking(|| look(Wait::Allowed))?,
+            Some(found) => found?,
         };
-        let found = found?;
         // Much may have happened since the barrier, when this process was paused: what a failed replica found confirmed
         // need not be so, one that was let go has lost its state, and one that fell far behind gets another's.
         if !Arc::ptr_eq(&self.batcher(shard)?, &batcher) {
@@ -487,6 +490,7 @@ impl MetaHost {
             entries_applied: read(&applies.entries),
             requests_applied: read(&applies.requests),
             apply_batches: read(&applies.batches),
+            apply_waits: read(&applies.waited),
             snapshots_installed: read(&applies.installs),
             heartbeats: read(&heartbeats.heartbeats),
             heartbeat_messages: read(&heartbeats.messages),

@@ -9,7 +9,7 @@ use super::types::{
 use crate::message::{AppliedState, ReplicaId};
 use crate::room::Space;
 use crate::snapshot;
-use crate::store::StateDb;
+use crate::store::{StateDb, Wait};
 use futures::{Stream, StreamExt};
 use granary_meta::apply::apply;
 use granary_meta::keys::{kind, Keys};
@@ -28,8 +28,12 @@ use tokio::sync::watch;
 const APPLY_ENTRIES: usize = 64;
 /// A batch of entries is closed at this size of requests, in bytes.
 const APPLY_BYTES: usize = 1024 * 1024;
+/// Batches up to this size of requests, in bytes, are tried on the task's own thread. Larger ones keep it busy for too
+/// long, even in memory.
+const AT_ONCE_BYTES: usize = 64 * 1024;
 
-/// Runs blocking work without holding up the other tasks of the runtime.
+/// Runs blocking work without holding up the other tasks of the runtime. Another thread takes those over, which costs
+/// two changes of threads: more than what is in memory costs to read or write.
 pub fn blocking<T>(work: impl FnOnce() -> T) -> T {
     let multi = tokio::runtime::Handle::try_current()
         .is_ok_and(|handle| handle.runtime_flavor() == tokio::runtime::RuntimeFlavor::MultiThread);
@@ -60,6 +64,8 @@ pub struct ApplyCounters {
     pub requests: AtomicU64,
     /// Batches written.
     pub batches: AtomicU64,
+    /// Those that were found to need the disk, and began again where they may wait for it.
+    pub waited: AtomicU64,
     /// Snapshots installed.
     pub installs: AtomicU64,
 }
@@ -135,10 +141,23 @@ impl Machine {
         }
     }
 
-    fn write_batch(&mut self, entries: &[Entry]) -> Result<Vec<Replies>, StateError> {
-        let mut overlay = Overlay::new(&*self.state);
+    /// Applies a batch: on this thread at once if all that it reads is in memory and its writes have room there.
+    fn apply_batch(&mut self, entries: &[Entry], bytes: usize) -> Result<Vec<Replies>, StateError> {
+        if bytes <= AT_ONCE_BYTES {
+            match self.write_batch(entries, Wait::Never) {
+                Err(StateError::WouldWait) => self.counters.waited.fetch_add(1, Ordering::Relaxed),
+                done => return done,
+            };
+        }
+        blocking(|| self.write_batch(entries, Wait::Allowed))
+    }
+
+    fn write_batch(&mut self, entries: &[Entry], wait: Wait) -> Result<Vec<Replies>, StateError> {
+        let state = self.state.now(wait);
+        let mut overlay = Overlay::new(&state);
         let mut applied = self.applied.clone();
         let mut replies = Vec::with_capacity(entries.len());
+        let mut done = 0;
         for entry in entries {
             let mut of_entry = Vec::new();
             match &entry.payload {
@@ -147,7 +166,7 @@ impl Machine {
                     for request in requests.iter() {
                         of_entry.push(apply(self.shard, &mut overlay, request)?);
                     }
-                    self.counters.requests.fetch_add(requests.len() as u64, Ordering::Relaxed);
+                    done += requests.len() as u64;
                 }
                 EntryPayload::Membership(membership) => {
                     applied.membership_at = Some(log_id_to_wire(&entry.log_id));
@@ -160,7 +179,8 @@ impl Machine {
         let keys = Keys::new(self.shard);
         overlay.put(keys.single(kind::APPLIED), granary_meta::codec::encode(&applied)?);
         let new_map = overlay.writes().contains_key(&keys.single(kind::MAP));
-        self.state.write(self.shard, overlay.into_writes(), applied.last.map(|last| last.index))?;
+        self.state.write_by(wait, self.shard, overlay.into_writes(), applied.last.map(|last| last.index))?;
+        self.counters.requests.fetch_add(done, Ordering::Relaxed);
         self.counters.entries.fetch_add(entries.len() as u64, Ordering::Relaxed);
         self.counters.batches.fetch_add(1, Ordering::Relaxed);
         self.applied = applied;
@@ -197,7 +217,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
                     break;
                 }
             }
-            let replies = blocking(|| self.write_batch(&batch)).map_err(failed)?;
+            let replies = self.apply_batch(&batch, bytes).map_err(failed)?;
             for (responder, replies) in responders.into_iter().zip(replies) {
                 if let Some(responder) = responder {
                     responder.send(replies);

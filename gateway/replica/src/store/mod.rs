@@ -14,8 +14,8 @@ use granary_meta::keys::Keys;
 use granary_meta::kv::{Cursor, Kv, StateError, Writes};
 use granary_placement::id::ShardId;
 use rocksdb::{
-    BlockBasedOptions, Cache, DBCompressionType, DBRawIterator, DBRecoveryMode, Options, ReadOptions, Snapshot,
-    WriteBatch, WriteOptions, DB,
+    BlockBasedOptions, Cache, DBCompressionType, DBRawIterator, DBRecoveryMode, ErrorKind, Options, ReadOptions,
+    ReadTier, Snapshot, WriteBatch, WriteOptions, DB,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -70,6 +70,33 @@ fn database(error: rocksdb::Error) -> StateError {
     StateError::Database(error.into_string())
 }
 
+/// May the work wait for the disk? A task that waits holds up the others of its thread, unless it makes room for them,
+/// and that costs more than most work does which finds everything in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// It ends with [`StateError::WouldWait`] instead.
+    Never,
+    /// As long as it takes.
+    Allowed,
+}
+
+impl Wait {
+    fn reads(self) -> ReadOptions {
+        let mut options = ReadOptions::default();
+        if self == Wait::Never {
+            options.set_read_tier(ReadTier::BlockCache);
+        }
+        options
+    }
+
+    fn fault(self, error: rocksdb::Error) -> StateError {
+        match (self, error.kind()) {
+            (Wait::Never, ErrorKind::Incomplete) => StateError::WouldWait,
+            _ => database(error),
+        }
+    }
+}
+
 /// A panic elsewhere leaves nothing half done behind these locks.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -92,13 +119,13 @@ fn common_options(cache_bytes: usize) -> Options {
     options
 }
 
-fn bounded(end: &[u8]) -> ReadOptions {
-    let mut options = ReadOptions::default();
+fn bounded(end: &[u8], wait: Wait) -> ReadOptions {
+    let mut options = wait.reads();
     options.set_iterate_upper_bound(end.to_vec());
     options
 }
 
-struct RocksCursor<'a>(DBRawIterator<'a>);
+struct RocksCursor<'a>(DBRawIterator<'a>, Wait);
 
 impl RocksCursor<'_> {
     /// An iterator that is not valid is at its end, or failed.
@@ -106,7 +133,7 @@ impl RocksCursor<'_> {
         if self.0.valid() {
             return Ok(());
         }
-        self.0.status().map_err(database)
+        self.0.status().map_err(|error| self.1.fault(error))
     }
 }
 
@@ -129,15 +156,35 @@ impl Cursor for RocksCursor<'_> {
 }
 
 /// One moment of the state database.
-pub struct StateView<'a>(Snapshot<'a>);
+pub struct StateView<'a> {
+    moment: Snapshot<'a>,
+    wait: Wait,
+}
 
 impl Kv for StateView<'_> {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
-        self.0.get(key).map_err(database)
+        self.moment.get_opt(key, self.wait.reads()).map_err(|error| self.wait.fault(error))
     }
 
     fn cursor<'a>(&'a self, end: &[u8]) -> Box<dyn Cursor + 'a> {
-        Box::new(RocksCursor(self.0.raw_iterator_opt(bounded(end))))
+        Box::new(RocksCursor(self.moment.raw_iterator_opt(bounded(end, self.wait)), self.wait))
+    }
+}
+
+/// The state database as it is at each read.
+pub struct StateNow<'a> {
+    db: &'a DB,
+    reads: ReadOptions,
+    wait: Wait,
+}
+
+impl Kv for StateNow<'_> {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
+        self.db.get_opt(key, &self.reads).map_err(|error| self.wait.fault(error))
+    }
+
+    fn cursor<'a>(&'a self, end: &[u8]) -> Box<dyn Cursor + 'a> {
+        Box::new(RocksCursor(self.db.raw_iterator_opt(bounded(end, self.wait)), self.wait))
     }
 }
 
@@ -161,7 +208,7 @@ impl Kv for StateDb {
     }
 
     fn cursor<'a>(&'a self, end: &[u8]) -> Box<dyn Cursor + 'a> {
-        Box::new(RocksCursor(self.db.raw_iterator_opt(bounded(end))))
+        Box::new(RocksCursor(self.db.raw_iterator_opt(bounded(end, Wait::Allowed)), Wait::Allowed))
     }
 }
 
@@ -196,7 +243,17 @@ impl StateDb {
 
     /// One consistent moment.
     pub fn view(&self) -> StateView<'_> {
-        StateView(self.db.snapshot())
+        self.view_by(Wait::Allowed)
+    }
+
+    /// One consistent moment, from memory only if `wait` says so.
+    pub fn view_by(&self, wait: Wait) -> StateView<'_> {
+        StateView { moment: self.db.snapshot(), wait }
+    }
+
+    /// What it holds now, from memory only if `wait` says so.
+    pub fn now(&self, wait: Wait) -> StateNow<'_> {
+        StateNow { db: &self.db, reads: wait.reads(), wait }
     }
 
     /// Writes a batch of a shard that carries its state to log index `applied`. Atomic, not yet durable.
@@ -204,6 +261,14 @@ impl StateDb {
     /// # Errors
     /// [`StateError::Database`]; the process is ending then.
     pub fn write(&self, shard: ShardId, writes: Writes, applied: Option<u64>) -> Result<(), StateError> {
+        self.write_by(Wait::Allowed, shard, writes, applied)
+    }
+
+    /// As [`StateDb::write`], but when buffers are full and it may not wait, nothing is written.
+    ///
+    /// # Errors
+    /// As there, and [`StateError::WouldWait`].
+    pub fn write_by(&self, wait: Wait, shard: ShardId, writes: Writes, applied: Option<u64>) -> Result<(), StateError> {
         let mut batch = WriteBatch::default();
         for (key, value) in &writes {
             match value {
@@ -211,7 +276,7 @@ impl StateDb {
                 None => batch.delete(key),
             }
         }
-        self.commit(batch)?;
+        self.commit(batch, wait)?;
         if let Some(applied) = applied {
             lock(&self.applied).insert(shard, applied);
         }
@@ -228,17 +293,20 @@ impl StateDb {
         batch.delete_range(range.from, range.to);
         lock(&self.applied).remove(&shard);
         lock(&self.durable).remove(&shard);
-        self.commit(batch)
+        self.commit(batch, Wait::Allowed)
     }
 
-    fn commit(&self, batch: WriteBatch) -> Result<(), StateError> {
+    fn commit(&self, batch: WriteBatch, wait: Wait) -> Result<(), StateError> {
         self.fatal.check().map_err(StateError::Database)?;
         let _whole = self.fatal.at_a_panic("writing metadata state");
         let mut options = WriteOptions::default();
         options.disable_wal(true);
+        options.set_no_slowdown(wait == Wait::Never);
         self.db.write_opt(batch, &options).map_err(|error| {
-            let error = database(error);
-            self.fatal.raise(format!("writing metadata state: {error}"));
+            let error = wait.fault(error);
+            if error != StateError::WouldWait {
+                self.fatal.raise(format!("writing metadata state: {error}"));
+            }
             error
         })
     }
@@ -393,7 +461,7 @@ impl LogDb {
         to: &[u8],
         mut take: impl FnMut(&[u8], &[u8]) -> Result<bool, StateError>,
     ) -> Result<(), StateError> {
-        let mut cursor = RocksCursor(self.db.raw_iterator_opt(bounded(to)));
+        let mut cursor = RocksCursor(self.db.raw_iterator_opt(bounded(to, Wait::Allowed)), Wait::Allowed);
         cursor.seek(from)?;
         while let Some((key, value)) = cursor.entry() {
             if !take(key, value)? {
@@ -404,3 +472,6 @@ impl LogDb {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,75 @@
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use super::*;
+use granary_meta::keys::kind;
+use std::sync::Arc;
+
+const SHARD: ShardId = ShardId(3);
+
+fn open(dir: &Path) -> StateDb {
+    StateDb::open(dir, Fatal::new(Arc::new(|why| panic!("the process would end: {why}")))).unwrap()
+}
+
+fn put(key: &[u8], value: &[u8]) -> Writes {
+    Writes::from([(key.to_vec(), Some(value.to_vec()))])
+}
+
+fn keys(kv: &dyn Kv) -> Result<Vec<Vec<u8>>, StateError> {
+    let range = Keys::new(SHARD).shard_range();
+    let mut cursor = kv.cursor(&range.to);
+    cursor.seek(&range.from)?;
+    let mut found = Vec::new();
+    while let Some((key, _)) = cursor.entry() {
+        found.push(key.to_vec());
+        cursor.next()?;
+    }
+    Ok(found)
+}
+
+#[test]
+fn a_read_that_may_not_wait_says_what_is_in_memory_and_never_that_something_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = Keys::new(SHARD).single(kind::MAP);
+    {
+        let state = open(dir.path());
+        state.write(SHARD, put(&key, b"on disk"), Some(1)).unwrap();
+        // It lies in the buffer for writes.
+        assert_eq!(state.now(Wait::Never).get(&key), Ok(Some(b"on disk".to_vec())));
+        assert_eq!(keys(&state.now(Wait::Never)), Ok(vec![key.clone()]));
+        state.flush().unwrap();
+    }
+    // Nothing of the file's blocks is in memory after an opening.
+    let state = open(dir.path());
+    assert_eq!(state.now(Wait::Never).get(&key), Err(StateError::WouldWait));
+    assert_eq!(state.view_by(Wait::Never).get(&key), Err(StateError::WouldWait));
+    assert_eq!(keys(&state.now(Wait::Never)), Err(StateError::WouldWait));
+    assert_eq!(keys(&state.view_by(Wait::Never)), Err(StateError::WouldWait));
+    assert_eq!(state.now(Wait::Allowed).get(&key), Ok(Some(b"on disk".to_vec())));
+    assert_eq!(keys(&state.now(Wait::Allowed)), Ok(vec![key.clone()]));
+    // Whoever waited for it has brought it into memory.
+    assert_eq!(state.now(Wait::Never).get(&key), Ok(Some(b"on disk".to_vec())));
+    assert_eq!(state.view_by(Wait::Never).get(&key), Ok(Some(b"on disk".to_vec())));
+    assert_eq!(keys(&state.now(Wait::Never)), Ok(vec![key]));
+}
+
+#[test]
+fn a_write_that_may_not_wait_writes_nothing_when_the_database_makes_writes_wait_and_ends_no_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = open(dir.path());
+    let key = Keys::new(SHARD).single(kind::MAP);
+    state.write(SHARD, put(&key, b"first"), Some(1)).unwrap();
+    state.flush().unwrap();
+    // One file is more than the database takes writes with.
+    let stop = |at: &str| {
+        state.db.set_options(&[("level0_slowdown_writes_trigger", at), ("level0_stop_writes_trigger", at)]).unwrap();
+    };
+    stop("1");
+    let refused = state.write_by(Wait::Never, SHARD, put(&key, b"second"), Some(2));
+    assert_eq!(refused, Err(StateError::WouldWait));
+    assert_eq!(state.get(&key), Ok(Some(b"first".to_vec())));
+    assert_eq!(lock(&state.applied).get(&SHARD), Some(&1));
+    stop("20");
+    state.write_by(Wait::Never, SHARD, put(&key, b"second"), Some(2)).unwrap();
+    assert_eq!(state.get(&key), Ok(Some(b"second".to_vec())));
+    assert_eq!(lock(&state.applied).get(&SHARD), Some(&2));
+}
