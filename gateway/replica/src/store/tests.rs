@@ -68,7 +68,14 @@ fn a_write_that_may_not_wait_writes_nothing_when_the_database_makes_writes_wait_
     assert_eq!(refused, Err(StateError::WouldWait));
     assert_eq!(state.get(&key), Ok(Some(b"first".to_vec())));
     assert_eq!(lock(&state.applied).get(&SHARD), Some(&1));
-    stop("20");
+    // What may wait does, until writes go on.
+    let patient = std::thread::scope(|threads| {
+        let waits = threads.spawn(|| state.write(SHARD, put(b"another", b"third"), None));
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        stop("20");
+        waits.join()
+    });
+    assert_eq!(patient.unwrap(), Ok(()));
     state.write_by(Wait::Never, SHARD, put(&key, b"second"), Some(2)).unwrap();
     assert_eq!(state.get(&key), Ok(Some(b"second".to_vec())));
     assert_eq!(lock(&state.applied).get(&SHARD), Some(&2));
