@@ -11,10 +11,12 @@ use futures::FutureExt;
 use granary_placement::id::ShardId;
 use granary_wire::control::ControlError;
 use std::any::Any;
-use std::future::Future;
+use std::future::{poll_fn, Future};
 use std::io;
 use std::panic::{catch_unwind, AssertUnwindSafe, PanicHookInfo};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::task::{Poll, Waker};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -39,6 +41,8 @@ pub struct Containment {
     /// Why it failed. Never taken back: whoever opens the replica again does so in another containment.
     failure: OnceLock<String>,
     /// Nothing of it is polled after this.
+    is_over: AtomicBool,
+    /// Wakes all that waits in it when it is over.
     stop: CancellationToken,
     /// Its tasks, its work on other threads, and its callers who are inside.
     tasks: TaskTracker,
@@ -74,7 +78,7 @@ impl Containment {
     /// Nothing runs in it yet.
     pub fn new(shard: ShardId) -> Arc<Containment> {
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
-        Arc::new(Containment { shard, failure: OnceLock::new(), stop, tasks })
+        Arc::new(Containment { shard, failure: OnceLock::new(), is_over: AtomicBool::new(false), stop, tasks })
     }
 
     /// The one that this task belongs to.
@@ -101,14 +105,33 @@ impl Containment {
     ///
     /// # Errors
     /// [`ReplicaEnded`]; what the work gave, if it was done, must not be told.
-    pub async fn contain<F: Future>(self: &Arc<Self>, work: F) -> Result<F::Output, ReplicaEnded> {
-        let _inside = self.tasks.token();
-        // It is long, and would be copied through several layers.
-        let work = OWNER.scope(self.clone(), AssertUnwindSafe(Box::pin(work)).catch_unwind());
-        tokio::select! {
-            biased;
-            () = self.stop.cancelled() => Err(self.ended()),
-            done = work => self.judge(done),
+    pub fn contain<'a, F>(self: &'a Arc<Self>, work: F) -> impl Future<Output = Result<F::Output, ReplicaEnded>> + 'a
+    where
+        F: Future + 'a,
+    {
+        // It is long. Put aside here, it is copied once, and not through every layer that awaits it.
+        let work = Box::pin(work);
+        async move {
+            let _inside = self.tasks.token();
+            let work = OWNER.scope(self.clone(), AssertUnwindSafe(work).catch_unwind());
+            let stopped = self.stop.cancelled();
+            tokio::pin!(work, stopped);
+            let mut woken: Option<Waker> = None;
+            poll_fn(|context| {
+                let waker = context.waker();
+                // To ask the token takes locks that all tasks of the replica share. Once it knows whom to wake, the flag
+                // tells as much.
+                if !woken.as_ref().is_some_and(|woken| woken.will_wake(waker)) {
+                    if stopped.as_mut().poll(context).is_ready() {
+                        return Poll::Ready(Err(self.ended()));
+                    }
+                    woken = Some(waker.clone());
+                } else if self.is_over.load(Ordering::Acquire) {
+                    return Poll::Ready(Err(self.ended()));
+                }
+                work.as_mut().poll(context).map(|done| self.judge(done))
+            })
+            .await
         }
     }
 
@@ -137,8 +160,13 @@ impl Containment {
         let why = self.failure.get_or_init(|| why);
         if !self.stop.is_cancelled() {
             tracing::error!(shard = %self.shard, why, "a metadata replica failed; the others and the chunks go on");
-            self.stop.cancel();
+            self.stop();
         }
+    }
+
+    fn stop(&self) {
+        self.is_over.store(true, Ordering::Release);
+        self.stop.cancel();
     }
 
     /// Has it not failed yet?
@@ -165,7 +193,7 @@ impl Containment {
 
     /// Ends everything in it, and returns when nothing of it runs any more.
     pub async fn end(&self) {
-        self.stop.cancel();
+        self.stop();
         self.tasks.close();
         self.tasks.wait().await;
     }
@@ -187,8 +215,14 @@ impl<T> Contained<T> {
     ///
     /// # Errors
     /// As [`Containment::contain`].
-    pub async fn call<'a, F: Future>(&'a self, make: impl FnOnce(&'a T) -> F) -> Result<F::Output, ReplicaEnded> {
-        self.by.contain(async { make(&self.inside).await }).await
+    pub fn call<'a, F>(
+        &'a self,
+        make: impl FnOnce(&'a T) -> F + 'a,
+    ) -> impl Future<Output = Result<F::Output, ReplicaEnded>> + 'a
+    where
+        F: Future + 'a,
+    {
+        self.by.contain(async { make(&self.inside).await })
     }
 
     /// Looks at it.
