@@ -267,6 +267,32 @@ mod tests {
         assert_eq!(told.await, Err(ReplicaEnded("marked".to_owned())));
     }
 
+    #[test]
+    fn a_failure_wakes_whoever_polled_last_and_nothing_is_polled_after_it() {
+        #[derive(Default)]
+        struct Woken(AtomicU64);
+        impl std::task::Wake for Woken {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        let containment = Containment::new(ShardId(1));
+        let polls = AtomicU64::new(0);
+        let mut work = Box::pin(containment.contain(poll_fn(|_| {
+            polls.fetch_add(1, Ordering::SeqCst);
+            Poll::<()>::Pending
+        })));
+        let wakers = [Arc::<Woken>::default(), Arc::<Woken>::default()];
+        let mut poll = |of: usize| work.as_mut().poll(&mut std::task::Context::from_waker(&wakers[of].clone().into()));
+        for of in [0, 0, 1, 1] {
+            assert!(poll(of).is_pending());
+        }
+        containment.fail("planted".to_owned());
+        assert_eq!(wakers[1].0.load(Ordering::SeqCst), 1);
+        assert_eq!(poll(1), Poll::Ready(Err(ReplicaEnded("planted".to_owned()))));
+        assert_eq!(polls.load(Ordering::SeqCst), 4);
+    }
+
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_panic_in_a_task_of_a_task_ends_all_of_the_replica_and_nothing_else() {
         let (one, other) = (Containment::new(ShardId(1)), Containment::new(ShardId(2)));
