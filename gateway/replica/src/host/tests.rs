@@ -1,40 +1,12 @@
 #![allow(clippy::unwrap_used)]
 use super::identity::replica_key;
 use super::*;
+use crate::fake_peers::FakePeers;
 use crate::message::WireVote;
-use crate::raft::network::TransportError;
 use crate::store::LogWrite;
 use crate::writer::LogJob;
-use futures::future::BoxFuture;
-use futures::FutureExt;
 use granary_meta::codec::encode;
 use std::collections::BTreeSet;
-
-/// Nobody else is there.
-struct Alone;
-
-impl PeerTransport for Alone {
-    fn raft(&self, _: DiskId, _: ShardId, _: Bytes, _: Duration) -> BoxFuture<'static, Result<Bytes, TransportError>> {
-        async { Err(TransportError::Timeout) }.boxed()
-    }
-
-    fn raft_batch(
-        &self,
-        _: DiskId,
-        _: Vec<(ShardId, Bytes)>,
-        _: Duration,
-    ) -> BoxFuture<'static, Result<Vec<Result<Bytes, TransportError>>, TransportError>> {
-        async { Err(TransportError::Timeout) }.boxed()
-    }
-
-    fn link_beat(&self, _: DiskId, _: Bytes, _: Duration) -> BoxFuture<'static, Result<Bytes, TransportError>> {
-        async { Err(TransportError::Timeout) }.boxed()
-    }
-
-    fn is_displaced(&self, _: Duration) -> BoxFuture<'static, Option<bool>> {
-        async { None }.boxed()
-    }
-}
 
 async fn open(dir: &Path) -> MetaHost {
     let config = HostConfig {
@@ -46,7 +18,9 @@ async fn open(dir: &Path) -> MetaHost {
         space: Space::without_reserve(),
     };
     let map = watch::Sender::new(None);
-    MetaHost::open(config, Arc::new(Alone), map.subscribe(), Arc::new(|why| panic!("{why}"))).await.unwrap()
+    MetaHost::open(config, Arc::new(FakePeers::nobody()), map.subscribe(), Arc::new(|why| panic!("{why}")))
+        .await
+        .unwrap()
 }
 
 /// It is known which replica is to be emptied, also when its own record cannot be read at the second look.
