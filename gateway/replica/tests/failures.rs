@@ -14,7 +14,7 @@ use granary_replica::message::{
     WireLogId, WireMembership, WirePayload, WireVote,
 };
 use granary_replica::raft::containment::note_panic;
-use granary_replica::raft::members::out_of_service;
+use granary_replica::raft::members::{out_of_service, Phase};
 use granary_replica::store::StateDb;
 use granary_replica::{snapshot, MetaHost, Space};
 use granary_wire::control::{ControlError, ShardStatus};
@@ -53,7 +53,7 @@ fn get(key: &str) -> Query {
 
 fn status(host: &MetaHost, shard: ShardId) -> ShardStatus {
     let known = host.status().into_iter().find(|status| status.shard == shard);
-    known.unwrap_or_else(|| out_of_service(shard, "opening"))
+    known.unwrap_or_else(|| out_of_service(shard, Phase::Stopped))
 }
 
 fn runs(host: &MetaHost, shard: ShardId) -> bool {
@@ -259,7 +259,8 @@ async fn an_assertion_of_openraft_ends_one_replica_and_it_comes_back() {
         let from = identity(&cluster.host(at % 3 + 1)).await;
         let fail = || async {
             let answer = say_what_cannot_be(&host, from, status(&host, SHARD).term + 1).await;
-            assert!(matches!(&answer, Err(ControlError::Unavailable(_))), "it took what cannot be: {answer:?}");
+            let Err(ControlError::Unavailable(why)) = &answer else { panic!("it took what cannot be: {answer:?}") };
+            assert!(why.starts_with("a panic at ") && why.contains("contradicts locally committed logs"), "{why}");
         };
         fails_alone(&cluster, at, fail).await;
         cluster.stop_all().await;
@@ -292,7 +293,7 @@ async fn a_vote_is_not_given_twice_across_a_failure() {
     let failed = say_what_cannot_be(&host, stranger(3), 5).await;
     assert!(failed.is_err(), "{failed:?}");
     eventually("it fails", &cluster, || host.counters().replica_failures == 1).await;
-    let is_back = || !["failed", "opening"].contains(&status(&host, SHARD).state.as_str());
+    let is_back = || !["failed", "stopped"].contains(&status(&host, SHARD).state.as_str());
     eventually("it comes back", &cluster, is_back).await;
     let again = say(&host, stranger(2), Some(me), vote(stranger(2), Some(first))).await.unwrap();
     assert!(matches!(again, PeerResponse::Voted { granted: false, .. }), "two candidates got this vote: {again:?}");
