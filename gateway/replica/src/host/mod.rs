@@ -481,8 +481,8 @@ impl MetaHost {
 
     /// How many replicas do not run that should.
     fn stopped(&self) -> usize {
-        let phases = lock(&self.inner.replicas).values().filter_map(ReplicaState::phase).collect::<Vec<_>>();
-        phases.into_iter().filter(|phase| !phase.runs()).count()
+        let replicas = lock(&self.inner.replicas);
+        replicas.values().filter_map(ReplicaState::phase).filter(|phase| !phase.runs()).count()
     }
 
     /// The map as applied in the root replica here, if there is one.

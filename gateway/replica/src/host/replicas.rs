@@ -129,7 +129,9 @@ impl MetaHost {
         batcher.stop.cancel();
         let (host, batcher) = (self.clone(), batcher.clone());
         self.inner.tasks.spawn(async move {
-            if host.end(&batcher.replica).await {
+            let Some(writer) = lock(&host.inner.writer).clone() else { return };
+            // What it had queued is to be on disk before another one reads the log.
+            if host.end(&batcher.replica).await && writer.flush().await.is_ok() {
                 if let Some(replica @ ReplicaState::Ending) = lock(&host.inner.replicas).get_mut(&shard) {
                     *replica = ReplicaState::Removed;
                 }

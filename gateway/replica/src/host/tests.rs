@@ -159,6 +159,23 @@ async fn a_replica_that_took_the_place_of_another_is_not_let_go_for_it() {
     host.shutdown().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_was_let_go_is_not_opened_before_all_that_it_had_queued_is_on_disk() {
+    let (folder, shard) = (tempfile::tempdir().unwrap(), ShardId(1));
+    let host = open(folder.path()).await;
+    let batcher = host.open_replica(shard).await.unwrap();
+    let release = hold_writer(&host).await;
+    host.let_go(&batcher);
+    drop(batcher);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let early = host.open_replica(shard).await.err();
+    drop(release);
+    assert!(matches!(early, Some(ControlError::Unavailable(_))), "it was opened before");
+    let is_gone = || matches!(host.batcher(shard), Err(ControlError::NoSuchShard(_)));
+    eventually("it ends", &host, is_gone).await;
+    host.shutdown().await;
+}
+
 /// Its disk hangs in the middle of something.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_hangs_while_it_is_let_go_holds_up_no_opening_and_no_stop() {
@@ -272,7 +289,8 @@ async fn a_stop_waits_for_what_is_being_opened_and_leaves_nothing_running() {
     stop.await.unwrap();
     // One that was started before the stop and is entered after it.
     host.enter(late.clone()).await;
-    assert!(host.running().is_empty() && host.inner.tasks.is_empty());
+    assert!(host.running().is_empty());
+    eventually("all tasks end", &host, || host.inner.tasks.is_empty()).await;
     assert!(late.replica.initialize(BTreeSet::from([late.replica.me])).await.is_err(), "it runs");
     drop((late, host));
     // Nothing holds the databases any more.
