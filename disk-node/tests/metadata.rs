@@ -13,16 +13,16 @@ use granary_placement::map::{
 use granary_placement::scheme::{FailureDomain, Scheme};
 use granary_replica::message::{
     decode_message, encode_message, AppliedState, PeerMessage, PeerRequest, PeerResponse, ReplicaId, WireLogId,
-    WireVote,
+    WireMembership, WireVote,
 };
-use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
 use granary_wire::error::LinkError;
 use granary_wire::{Ends, NodeClient};
-use scenery::{ask, get, payload, put, Disk, BINARY, CLUSTER};
+use scenery::{ask, get, payload, put, Disk, Running, BINARY, CLUSTER};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Three disks, of which the second is `second`; the metadata lie on the first, which is not this node.
 fn map(second: DiskUuid) -> ClusterMap {
@@ -239,13 +239,14 @@ async fn no_vote_is_given_whose_sync_failed() {
     assert!(matches!(another, PeerResponse::Voted { vote, .. } if vote.term >= given), "{another:?}");
 }
 
-/// A whole snapshot in one piece, from a leader of term 7 that cannot have it: it ends in a later term. openraft
-/// asserts that none does.
-fn what_cannot_be() -> PeerRequest {
+/// A whole snapshot in one piece, from a leader of term 7, that ends in this entry. It begins with the members.
+fn snapshot(last: WireLogId) -> PeerRequest {
     let (shard, nothing) = (1u16.to_be_bytes(), 0u64.to_be_bytes());
-    let last = WireLogId { term: 1_000_000, node: candidate(1), index: 1_000_000 };
+    let first = WireLogId { index: 0, ..last };
+    let membership = WireMembership { configs: vec![vec![candidate(1)]], nodes: vec![candidate(1)] };
+    let applied = AppliedState { last: Some(last), membership_at: Some(first), membership };
     // The first byte is the version of messages.
-    let applied = encode_message(&AppliedState { last: Some(last), ..AppliedState::default() }).unwrap().slice(1..);
+    let applied = encode_message(&applied).unwrap().slice(1..);
     let mut file = [&b"GRNSNAP1"[..], &shard, &(applied.len() as u32).to_be_bytes(), &applied].concat();
     file.extend(crc32fast::hash(&file).to_be_bytes());
     let end = crc32fast::hash(&[&shard[..], &0u32.to_be_bytes(), &nothing].concat());
@@ -254,10 +255,13 @@ fn what_cannot_be() -> PeerRequest {
     PeerRequest::SnapshotPiece { vote, transfer: 1, offset: 0, data: Bytes::from(file), last: true }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_assertion_of_the_raft_library_ends_one_replica_and_not_the_process() {
-    let disk = Disk::new();
-    let mut node = disk.serve();
+fn entry(term: u64, index: u64) -> WireLogId {
+    WireLogId { term, node: candidate(1), index }
+}
+
+/// A disk that leads the root shard and shard 1 alone, and a connection to it of disk 3, which the map knows.
+async fn sole_leader(disk: &Disk) -> (Running, NodeClient, ReplicaId) {
+    let node = disk.serve();
     let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
     let client = node.client_as(Ends { to: Some(status.uuid), from: Some(DiskUuid([3; 16])), gateway: None });
     assert_eq!(ask(&client, ControlRequest::OfferMap(Box::new(map_of_one(status.uuid)))).await, ControlResponse::Done);
@@ -265,24 +269,89 @@ async fn an_assertion_of_the_raft_library_ends_one_replica_and_not_the_process()
         let init = ControlRequest::InitShard { shard, members: vec![DiskId(4)] };
         assert_eq!(ask(&client, init).await, ControlResponse::Done);
     }
-    put(&client, 1, 100_000).await.unwrap();
-    let PeerResponse::Identity { me, .. } = say(&client, None, PeerRequest::Identify).await.unwrap() else { panic!() };
-    let states = async || {
-        let ControlResponse::Shards(shards) = ask(&client, ControlRequest::ShardStatus).await else { panic!() };
-        shards.into_iter().map(|shard| shard.state).collect::<Vec<_>>()
-    };
     let until = Instant::now() + Duration::from_secs(30);
-    while states().await != ["leader", "leader"] {
-        assert!(Instant::now() < until, "{:?}", states().await);
+    while shards(&client).await.iter().any(|shard| shard.state != "leader" || shard.applied_index == 0) {
+        assert!(Instant::now() < until, "{:?}", shards(&client).await);
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    let me = identity(&client).await;
+    (node, client, me)
+}
 
-    let answer = say(&client, Some(me), what_cannot_be()).await;
+async fn shards(client: &NodeClient) -> Vec<ShardStatus> {
+    let ControlResponse::Shards(shards) = ask(client, ControlRequest::ShardStatus).await else { panic!() };
+    shards
+}
+
+async fn identity(client: &NodeClient) -> ReplicaId {
+    match say(client, None, PeerRequest::Identify).await.unwrap() {
+        PeerResponse::Identity { me, .. } => me,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Sends the command that does nothing to shard 1: docs/formats/metadata.md draws it. Its reply says that it was done.
+async fn write(client: &NodeClient, number: u8) {
+    let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
+    let (command, root_account, noop) = (0u8, 1u8, 15u8);
+    let request = encode_message(&(command, [number; 16], now_ms, Some(now_ms), root_account, noop)).unwrap();
+    let answer = ask(client, ControlRequest::Shard { shard: ShardId(1), request }).await;
+    assert_eq!(answer, ControlResponse::Shard(Bytes::from_static(&[1, 0, 0])));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_raft_message_that_no_replica_sends_is_refused_and_the_shard_goes_on() {
+    let disk = Disk::new();
+    let (mut node, client, me) = sole_leader(&disk).await;
+    write(&client, 1).await;
+    let stand = async || shards(&client).await.into_iter().map(|shard| (shard.state, shard.term)).collect::<Vec<_>>();
+    let before = stand().await;
+    let leads = |term| WireVote { term, node: candidate(1), committed: true };
+    let append =
+        |term, previous, committed| PeerRequest::Append { vote: leads(term), previous, entries: Vec::new(), committed };
+    let asks = |term, pre_vote| PeerRequest::Vote {
+        vote: WireVote { committed: false, ..leads(term) },
+        last: Some(entry(term, 1_000_000)),
+        transfer: true,
+        pre_vote,
+    };
+    for what in [
+        append(u64::MAX, None, None),
+        append(7, Some(entry(8, 5)), None),
+        append(7, Some(entry(6, 5)), Some(entry(0, 1_000_000))),
+        asks(u64::MAX, false),
+        asks(1 << 40, true),
+        snapshot(entry(1_000_000, 1_000_000)),
+        snapshot(entry(7, u64::MAX)),
+    ] {
+        let answer = say(&client, Some(me), what.clone()).await;
+        assert!(matches!(answer, Ok(PeerResponse::Failed(_))), "{what:?}: {answer:?}");
+    }
+    // Not even a term was believed, and the shard takes writes, also after a restart.
+    assert_eq!(stand().await, before);
+    write(&client, 2).await;
+    assert!(!disk.log().contains("panicked at"), "{}", disk.log());
+    node.signal("TERM");
+    assert!(node.wait().success(), "{}", disk.log());
+    let (_node, client, again) = sole_leader(&disk).await;
+    assert_eq!(again, me);
+    write(&client, 3).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_assertion_of_the_raft_library_ends_one_replica_and_not_the_process() {
+    let disk = Disk::new();
+    let (mut node, client, me) = sole_leader(&disk).await;
+    put(&client, 1, 100_000).await.unwrap();
+    let until = Instant::now() + Duration::from_secs(30);
+
+    // It contradicts what was committed here: it ends in the first entry, which another leader wrote.
+    let answer = say(&client, Some(me), snapshot(entry(7, 0))).await;
     assert!(answer.is_err(), "it took what cannot be: {answer:?}");
-    assert!(disk.log().contains("can not be owned by the installing leader"), "{}", disk.log());
+    assert!(disk.log().contains("the snapshot contradicts locally committed logs"), "{}", disk.log());
     // Chunks and the other shard are served meanwhile, and it comes back by itself.
     loop {
-        let now = states().await;
+        let now: Vec<String> = shards(&client).await.into_iter().map(|shard| shard.state).collect();
         assert_eq!(now[0], "leader", "{now:?}");
         assert_eq!(get(&client, 1).await.unwrap(), payload(1, 100_000));
         if now == ["leader", "leader"] && disk.log().contains("a failed metadata replica was opened again") {
@@ -292,10 +361,7 @@ async fn an_assertion_of_the_raft_library_ends_one_replica_and_not_the_process()
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     put(&client, 2, 100_000).await.unwrap();
-    let PeerResponse::Identity { me: after, .. } = say(&client, None, PeerRequest::Identify).await.unwrap() else {
-        panic!()
-    };
-    assert_eq!(after, me);
+    assert_eq!(identity(&client).await, me);
     assert_eq!(node.child.try_wait().unwrap(), None, "the process ended");
     node.signal("TERM");
     assert!(node.wait().success(), "{}", disk.log());

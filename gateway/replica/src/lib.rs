@@ -14,6 +14,8 @@
 pub mod batching;
 pub mod clock;
 pub mod counters;
+#[cfg(test)]
+mod fake_peers;
 pub mod fatal;
 pub mod host;
 pub mod log;

@@ -10,11 +10,11 @@ use granary_meta::{Answer, Query, VersionPick};
 use granary_placement::id::{DiskId, ShardId};
 use granary_replica::fatal::Fatal;
 use granary_replica::message::{
-    decode_message, encode_message, AppliedState, PeerMessage, PeerRequest, PeerResponse, ReplicaId, WireLogId,
-    WireVote,
+    decode_message, encode_message, AppliedState, PeerMessage, PeerRequest, PeerResponse, ReplicaId, WireEntry,
+    WireLogId, WireMembership, WirePayload, WireVote,
 };
 use granary_replica::raft::containment::note_panic;
-use granary_replica::raft::members::out_of_service;
+use granary_replica::raft::members::{out_of_service, Phase};
 use granary_replica::store::StateDb;
 use granary_replica::{snapshot, MetaHost, Space};
 use granary_wire::control::{ControlError, ShardStatus};
@@ -53,7 +53,7 @@ fn get(key: &str) -> Query {
 
 fn status(host: &MetaHost, shard: ShardId) -> ShardStatus {
     let known = host.status().into_iter().find(|status| status.shard == shard);
-    known.unwrap_or_else(|| out_of_service(shard, "opening"))
+    known.unwrap_or_else(|| out_of_service(shard, Phase::Stopped))
 }
 
 fn runs(host: &MetaHost, shard: ShardId) -> bool {
@@ -90,27 +90,34 @@ async fn identity(host: &MetaHost) -> ReplicaId {
     }
 }
 
-/// A snapshot that the leader of that term cannot have: it ends in one that is yet to come. openraft asserts that none
-/// does.
-async fn say_what_cannot_be(host: &MetaHost, from: ReplicaId, term: u64) -> Result<PeerResponse, ControlError> {
+/// A snapshot of this shard, in one piece, from the leader of that term: it was applied as far as `last`, and its
+/// members are as of the first entry.
+fn snapshot_piece(from: ReplicaId, term: u64, last: WireLogId, configs: Vec<Vec<ReplicaId>>) -> PeerRequest {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDb::open(&dir.path().join("state"), Fatal::new(Arc::new(|why| panic!("{why}")))).unwrap();
-    let last = WireLogId { term: 1_000_000, node: from, index: 1_000_000 };
-    let applied = AppliedState { last: Some(last), ..AppliedState::default() };
+    let membership_at = Some(if last.index == 0 { last } else { WireLogId { term: 0, node: from, index: 0 } });
+    let membership = WireMembership { configs, nodes: vec![from] };
+    let applied = AppliedState { last: Some(last), membership_at, membership };
     let key = granary_meta::keys::Keys::new(SHARD).single(granary_meta::keys::kind::APPLIED);
     let writes = [(key, Some(granary_meta::codec::encode(&applied).unwrap()))].into_iter().collect();
     state.write(SHARD, writes, Some(last.index)).unwrap();
     let file = dir.path().join("snapshot");
     snapshot::write_file(&state, SHARD, &file, &Space::without_reserve()).unwrap();
-    let piece = PeerRequest::SnapshotPiece {
+    PeerRequest::SnapshotPiece {
         vote: WireVote { term, node: from, committed: true },
         transfer: 1,
         offset: 0,
         data: Bytes::from(std::fs::read(&file).unwrap()),
         last: true,
-    };
+    }
+}
+
+/// A snapshot that contradicts what was committed here: it ends in the first entry, which another leader wrote.
+/// openraft asserts that none does.
+async fn say_what_cannot_be(host: &MetaHost, from: ReplicaId, term: u64) -> Result<PeerResponse, ControlError> {
     let me = identity(host).await;
-    say(host, from, Some(me), piece).await
+    let first = WireLogId { term, node: from, index: 0 };
+    say(host, from, Some(me), snapshot_piece(from, term, first, vec![vec![from]])).await
 }
 
 /// Everything that can be asked of a replica. The votes are of a term that is long over: should it run again already,
@@ -252,7 +259,8 @@ async fn an_assertion_of_openraft_ends_one_replica_and_it_comes_back() {
         let from = identity(&cluster.host(at % 3 + 1)).await;
         let fail = || async {
             let answer = say_what_cannot_be(&host, from, status(&host, SHARD).term + 1).await;
-            assert!(matches!(&answer, Err(ControlError::Unavailable(_))), "it took what cannot be: {answer:?}");
+            let Err(ControlError::Unavailable(why)) = &answer else { panic!("it took what cannot be: {answer:?}") };
+            assert!(why.starts_with("a panic at ") && why.contains("contradicts locally committed logs"), "{why}");
         };
         fails_alone(&cluster, at, fail).await;
         cluster.stop_all().await;
@@ -266,19 +274,54 @@ async fn a_vote_is_not_given_twice_across_a_failure() {
     let host = cluster.start(1).await;
     cluster.name(SHARD, &ALL);
     let me = identity(&host).await;
-    let vote = |from| PeerRequest::Vote {
+    let first = WireLogId { term: 1, node: stranger(3), index: 0 };
+    let vote = |from, last| PeerRequest::Vote {
         vote: WireVote { term: 5, node: from, committed: false },
-        last: None,
+        last,
         transfer: false,
         pre_vote: false,
     };
-    let voted = say(&host, stranger(3), Some(me), vote(stranger(3))).await.unwrap();
+    let voted = say(&host, stranger(3), Some(me), vote(stranger(3), None)).await.unwrap();
     assert!(matches!(voted, PeerResponse::Voted { granted: true, .. }), "{voted:?}");
-    assert!(say_what_cannot_be(&host, stranger(3), 5).await.is_err());
+    let append = PeerRequest::Append {
+        vote: WireVote { term: 5, node: stranger(3), committed: true },
+        previous: None,
+        entries: vec![WireEntry { id: first, payload: WirePayload::Blank }],
+        committed: Some(first),
+    };
+    assert_eq!(say(&host, stranger(3), Some(me), append).await.unwrap(), PeerResponse::Appended);
+    let failed = say_what_cannot_be(&host, stranger(3), 5).await;
+    assert!(failed.is_err(), "{failed:?}");
     eventually("it fails", &cluster, || host.counters().replica_failures == 1).await;
-    let is_back = || !["failed", "opening"].contains(&status(&host, SHARD).state.as_str());
+    let is_back = || !["failed", "stopped"].contains(&status(&host, SHARD).state.as_str());
     eventually("it comes back", &cluster, is_back).await;
-    let again = say(&host, stranger(2), Some(me), vote(stranger(2))).await.unwrap();
+    let again = say(&host, stranger(2), Some(me), vote(stranger(2), Some(first))).await.unwrap();
     assert!(matches!(again, PeerResponse::Voted { granted: false, .. }), "two candidates got this vote: {again:?}");
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_no_replica_has_is_refused_and_ends_nothing() {
+    let cluster = scene().await;
+    let at = cluster.leader(SHARD).await.0;
+    let host = cluster.host(at);
+    let (me, from) = (identity(&host).await, identity(&cluster.host(at % 3 + 1)).await);
+    let term = status(&host, SHARD).term;
+    let end = |term, index| WireLogId { term, node: from, index };
+    for (what, last, configs) in [
+        ("after its leader's term", end(term + 1, 1_000_000), vec![vec![from]]),
+        ("at no index", end(term, u64::MAX), vec![vec![from]]),
+        ("without voters", end(term, 1_000_000), Vec::new()),
+    ] {
+        let answer = say(&host, from, Some(me), snapshot_piece(from, term, last, configs)).await;
+        assert!(matches!(answer, Ok(PeerResponse::Failed(_))), "a snapshot {what}: {answer:?}");
+    }
+    // Nothing of it was believed, not even its term, and no file is left.
+    assert_eq!((status(&host, SHARD).term, host.counters().replica_failures), (term, 0));
+    assert_eq!(std::fs::read_dir(cluster.path(at).join("snapshots")).unwrap().count(), 0);
+    let mut random = Random(45);
+    cluster.put(&mut random, SHARD, "after", b"y").await;
+    cluster.same_state(SHARD, &ALL).await;
+    assert_eq!(OF_NOBODY.load(Ordering::SeqCst), 0, "a panic was outside of every replica");
     cluster.stop_all().await;
 }

@@ -7,9 +7,9 @@
 //!    Nobody was told of it in either case, for it answers nothing.
 //! 4. After the pause it is opened, and reads its log and its state anew.
 //!
-//! Whatever ends it each time makes the pauses longer, and never ends the attempts.
+//! Whatever ends it each time makes the pauses longer, and never ends the attempts while it is a member of its shard.
 
-use super::{lock, MetaHost, ReplicaState, STOP_WAIT};
+use super::{lock, reconcile, MetaHost, ReplicaState};
 use crate::batching::Batcher;
 use futures::future::BoxFuture;
 use granary_placement::id::ShardId;
@@ -79,20 +79,12 @@ pub(super) async fn watch(host: MetaHost, batcher: Arc<Batcher>) {
             // A stop has taken it.
             _ => return,
         }
-        replicas.insert(shard, ReplicaState::Failed { why });
+        replicas.insert(shard, ReplicaState::Failed { id: batcher.replica.me, why });
     }
     host.inner.failures.count();
     batcher.stop.cancel();
-    let stopped = async {
-        host.inner.stop.cancelled().await;
-        tokio::time::sleep(STOP_WAIT).await;
-    };
-    tokio::select! {
-        () = batcher.replica.shutdown() => {}
-        () = stopped => {
-            tracing::warn!(%shard, "a failed metadata replica did not end in time");
-            return;
-        }
+    if !host.end(&batcher.replica).await {
+        return;
     }
     drop(batcher);
     open_again(host, shard).await;
@@ -119,6 +111,13 @@ pub(super) fn open_again(host: MetaHost, shard: ShardId) -> BoxFuture<'static, (
             tracing::error!(%shard, why, "what a failed metadata replica had written is not known");
             return;
         }
+        let is_let_go = tokio::select! {
+            () = inner.stop.cancelled() => return,
+            is_let_go = host.let_failed_go(shard) => is_let_go,
+        };
+        if is_let_go {
+            return;
+        }
         match host.open_failed(shard).await {
             Ok(()) => tracing::warn!(%shard, "a failed metadata replica was opened again"),
             Err(error) => {
@@ -130,6 +129,26 @@ pub(super) fn open_again(host: MetaHost, shard: ShardId) -> BoxFuture<'static, (
 }
 
 impl MetaHost {
+    /// Lets a failed replica go that is no member of its shard any more, as [`MetaHost::let_go`] does with one that
+    /// runs: its data stays, and it begins from there should the map name this disk again. True when it did.
+    async fn let_failed_go(&self, shard: ShardId) -> bool {
+        let id = match lock(&self.inner.replicas).get(&shard) {
+            Some(ReplicaState::Failed { id, .. }) => *id,
+            _ => return false,
+        };
+        let Some(map) = self.newest_map() else { return false };
+        // While its leader counts on it, it is opened: its vote may be the one that is needed to change the members.
+        if self.named_by(&map, shard) || !reconcile::is_no_member(self, &map, shard, id).await {
+            return false;
+        }
+        match lock(&self.inner.replicas).get_mut(&shard) {
+            Some(replica @ ReplicaState::Failed { .. }) => *replica = ReplicaState::Removed,
+            _ => return false,
+        }
+        tracing::info!(%shard, "a failed metadata replica is no member any more; it stays stopped, its data stays");
+        true
+    }
+
     /// Opens a replica that is marked as failed. What comes of it takes the place of the mark.
     async fn open_failed(&self, shard: ShardId) -> Result<(), ControlError> {
         let _one = self.inner.opening.lock().await;

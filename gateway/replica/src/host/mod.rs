@@ -7,7 +7,7 @@
 //! ```
 //! A replica that the map does not name any more is stopped once the shard's leader, asked by it, says that it is no
 //! member. Its data stays; should the map name this disk again, it begins from there. One that a panic ended is opened
-//! again after a pause (`failures.rs`).
+//! again after a pause (`failures.rs`), unless it is no member either.
 
 mod durable;
 mod failures;
@@ -26,9 +26,9 @@ use crate::fatal::{Fatal, OnFatal};
 use crate::message::{decode_message, encode_message, MetadataIdentity, ReplicaId};
 use crate::raft::heartbeats::Heartbeats;
 use crate::raft::machine::{blocking, ApplyCounters, MapSender};
-use crate::raft::members::{out_of_service, FAILED, STOPPED};
+use crate::raft::members::{out_of_service, Phase};
 use crate::raft::network::{PeerTransport, Peers};
-use crate::raft::Timing;
+use crate::raft::{Replica, Timing};
 use crate::room::{Room, Space};
 use crate::sleep::{Facts, Rest, SleepTiming};
 use crate::snapshot;
@@ -128,11 +128,27 @@ enum ReplicaState {
     },
     /// A panic ended it, or an error of its storage; it is opened again after a pause.
     Failed {
+        /// Which it is.
+        id: ReplicaId,
         /// The reason.
         why: String,
     },
+    /// It is no member any more, and its tasks may not have ended yet: another one on its log would be one too many.
+    Ending,
     /// It is no member any more.
     Removed,
+}
+
+impl ReplicaState {
+    /// None for one that is no member.
+    fn phase(&self) -> Option<Phase> {
+        match self {
+            ReplicaState::Running(batcher) => Some(batcher.replica.phase()),
+            ReplicaState::Broken { .. } => Some(Phase::Stopped),
+            ReplicaState::Failed { .. } => Some(Phase::Failed),
+            ReplicaState::Ending | ReplicaState::Removed => None,
+        }
+    }
 }
 
 struct Inner {
@@ -291,7 +307,8 @@ impl MetaHost {
                 Ok(batcher.clone())
             }
             Some(ReplicaState::Broken { why, .. }) => Err(ControlError::Disk(why.clone())),
-            Some(ReplicaState::Failed { why }) => Err(ControlError::Unavailable(why.clone())),
+            Some(ReplicaState::Failed { why, .. }) => Err(ControlError::Unavailable(why.clone())),
+            Some(ReplicaState::Ending) => Err(replicas::unavailable("the replica that was here is ending")),
             Some(ReplicaState::Removed) | None => Err(ControlError::NoSuchShard(shard)),
         }
     }
@@ -460,11 +477,15 @@ impl MetaHost {
             .iter()
             .filter_map(|(shard, replica)| match replica {
                 ReplicaState::Running(batcher) => Some(batcher.replica.status()),
-                ReplicaState::Broken { .. } => Some(out_of_service(*shard, STOPPED)),
-                ReplicaState::Failed { .. } => Some(out_of_service(*shard, FAILED)),
-                ReplicaState::Removed => None,
+                replica => replica.phase().map(|phase| out_of_service(*shard, phase)),
             })
             .collect()
+    }
+
+    /// How many replicas do not run that should.
+    fn stopped(&self) -> usize {
+        let replicas = lock(&self.inner.replicas);
+        replicas.values().filter_map(ReplicaState::phase).filter(|phase| !phase.runs()).count()
     }
 
     /// The map as applied in the root replica here, if there is one.
@@ -498,8 +519,7 @@ impl MetaHost {
             is_full: self.inner.room.is_full(),
             is_displaced: self.inner.links.is_displaced(),
             log_kept_bytes: self.running().iter().map(|(_, batcher)| batcher.replica.log_bytes()).sum(),
-            replicas_stopped: self.status().iter().filter(|status| [STOPPED, FAILED].contains(&&*status.state)).count()
-                as u64,
+            replicas_stopped: self.stopped() as u64,
             replica_failures: self.inner.failures.total(),
             replicas_rebuilt: read(&self.inner.rebuilt),
             replicas_asleep: self.facts().iter().filter(|facts| facts.rest != Rest::Awake).count() as u64,
@@ -521,22 +541,39 @@ impl MetaHost {
     /// Ends the replicas. What blocks for longer than a stop may take is left to itself.
     async fn end_replicas(&self) {
         let replicas = std::mem::take(&mut *lock(&self.inner.replicas));
-        for replica in replicas.into_values() {
-            if let ReplicaState::Running(batcher) = replica {
-                if tokio::time::timeout(STOP_WAIT, batcher.replica.shutdown()).await.is_err() {
-                    tracing::warn!(shard = %batcher.replica.shard, "replica did not end in time");
-                }
+        let running = replicas.into_values().filter_map(|replica| match replica {
+            ReplicaState::Running(batcher) => Some(batcher),
+            _ => None,
+        });
+        let ends = running.map(|batcher| async move { self.end(&batcher.replica).await });
+        futures::future::join_all(ends).await;
+    }
+
+    /// Ends a replica; false when it has not ended in time once the host is stopping.
+    async fn end(&self, replica: &Replica) -> bool {
+        let too_late = async {
+            self.inner.stop.cancelled().await;
+            tokio::time::sleep(STOP_WAIT).await;
+        };
+        tokio::select! {
+            () = replica.shutdown() => true,
+            () = too_late => {
+                tracing::warn!(shard = %replica.shard, "a metadata replica did not end in time");
+                false
             }
         }
     }
 
-    /// Ends all tasks and makes the state durable. The databases close when the last clone is dropped.
+    /// Ends all tasks, also those that open a replica, and makes the state durable. The databases close when the last
+    /// clone is dropped. What hangs is waited for by a bounded time.
     pub async fn shutdown(&self) {
         let inner = &self.inner;
         inner.stop.cancel();
         self.end_replicas().await;
         inner.tasks.close();
-        inner.tasks.wait().await;
+        if tokio::time::timeout(STOP_WAIT, inner.tasks.wait()).await.is_err() {
+            tracing::warn!("tasks of metadata replicas did not end in time");
+        }
         // One that was being opened meanwhile.
         self.end_replicas().await;
         let state = inner.state.clone();

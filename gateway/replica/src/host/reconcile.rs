@@ -71,16 +71,22 @@ async fn reconcile_shard(host: &MetaHost, map: &ClusterMap, shard: ShardId, batc
     if host.named_by(map, shard) || !round.is_multiple_of(ASK_EVERY_ROUNDS) {
         return;
     }
-    for member in wanted.members.iter().filter(|disk| **disk != replica.me.disk) {
-        let message = PeerMessage { from: replica.me, to: None, request: PeerRequest::Members };
+    if is_no_member(host, map, shard, replica.me).await {
+        host.let_go(batcher);
+    }
+}
+
+/// Does the shard's leader, which is asked, say that this replica is no member?
+pub(super) async fn is_no_member(host: &MetaHost, map: &ClusterMap, shard: ShardId, me: ReplicaId) -> bool {
+    let Some(wanted) = map.shards.get(usize::from(shard.0)) else { return false };
+    for member in wanted.members.iter().filter(|disk| **disk != me.disk) {
+        let message = PeerMessage { from: me, to: None, request: PeerRequest::Members };
         let answer = host.inner.peers.ask(*member, shard, &message, ASK_DEADLINE).await;
         if let Ok(PeerResponse::Members { leads: true, membership }) = answer {
-            if !membership.nodes.is_empty() && !membership.nodes.contains(&replica.me) {
-                host.let_go(batcher).await;
-            }
-            return;
+            return !membership.nodes.is_empty() && !membership.nodes.contains(&me);
         }
     }
+    false
 }
 
 /// The replica that is on a disk now, as its leader knows it: the member there, unless another one answered for it;

@@ -80,7 +80,8 @@ impl MetaHost {
                 let replica = Arc::new(replica);
                 replica.elect_if_sole_voter().await;
                 let batcher = Batcher::start(replica, inner.batches.clone(), &inner.tasks, inner.stop.child_token());
-                ReplicaState::Running(Arc::new(batcher))
+                self.enter(Arc::new(batcher)).await;
+                return Ok(());
             }
             Ok(Err(why)) => {
                 tracing::error!(%shard, replica = %id, why, "the data of a metadata replica cannot be used");
@@ -91,25 +92,30 @@ impl MetaHost {
                 containment.end().await;
                 inner.failures.count();
                 inner.tasks.spawn(failures::open_again(self.clone(), shard));
-                ReplicaState::Failed { why: ended.0 }
+                ReplicaState::Failed { id, why: ended.0 }
             }
         };
-        let running = match &replica {
-            ReplicaState::Running(batcher) => Some(batcher.clone()),
-            _ => None,
-        };
         lock(&inner.replicas).insert(shard, replica);
-        // Only now: whoever watches it looks for it there.
-        if let Some(batcher) = running {
-            inner.tasks.spawn(failures::watch(self.clone(), batcher));
-        }
         Ok(())
     }
 
+    /// Enters a replica that runs. One that is entered while the host stops is ended at once: the stop may have ended
+    /// all others before.
+    pub(super) async fn enter(&self, batcher: Arc<Batcher>) {
+        let (inner, shard) = (&self.inner, batcher.replica.shard);
+        lock(&inner.replicas).insert(shard, ReplicaState::Running(batcher.clone()));
+        // Only now: whoever watches it looks for it there.
+        inner.tasks.spawn(failures::watch(self.clone(), batcher.clone()));
+        if inner.stop.is_cancelled() {
+            lock(&inner.replicas).remove(&shard);
+            self.end(&batcher.replica).await;
+        }
+    }
+
     /// Stops a replica that is no member of its shard any more; its data stays. When another was opened in its place
-    /// meanwhile, that one goes on: two at once on one log would give two votes in a term.
-    pub(super) async fn let_go(&self, batcher: &Arc<Batcher>) {
-        let _one = self.inner.opening.lock().await;
+    /// meanwhile, that one goes on: two at once on one log would give two votes in a term. It ends in a task of its
+    /// own, for its disk may hang; until it has ended, none is opened on its log.
+    pub(super) fn let_go(&self, batcher: &Arc<Batcher>) {
         let shard = batcher.replica.shard;
         {
             let mut replicas = lock(&self.inner.replicas);
@@ -117,15 +123,24 @@ impl MetaHost {
                 Some(ReplicaState::Running(known)) if Arc::ptr_eq(known, batcher) => {}
                 _ => return,
             }
-            replicas.insert(shard, ReplicaState::Removed);
+            replicas.insert(shard, ReplicaState::Ending);
         }
         tracing::info!(%shard, "this replica is no member any more; stopping it, its data stays");
         batcher.stop.cancel();
-        batcher.replica.shutdown().await;
+        let (host, batcher) = (self.clone(), batcher.clone());
+        self.inner.tasks.spawn(async move {
+            let Some(writer) = lock(&host.inner.writer).clone() else { return };
+            // What it had queued is to be on disk before another one reads the log.
+            if host.end(&batcher.replica).await && writer.flush().await.is_ok() {
+                if let Some(replica @ ReplicaState::Ending) = lock(&host.inner.replicas).get_mut(&shard) {
+                    *replica = ReplicaState::Removed;
+                }
+            }
+        });
     }
 
     /// Starts the replica on what lies here. In the containment, for its data may lead to an assertion at once.
-    async fn start_replica(
+    pub(super) async fn start_replica(
         &self,
         id: ReplicaId,
         shard: ShardId,
@@ -189,10 +204,11 @@ impl MetaHost {
         batcher.replica.initialize(ids).await
     }
 
-    /// Opens a replica in a task of its own: a connection that breaks must not leave it half done.
+    /// Opens a replica in a task of its own, which a stop waits for: a connection that breaks must not leave it half
+    /// done.
     async fn open_undisturbed(&self, shard: ShardId) -> Result<Arc<Batcher>, ControlError> {
         let host = self.clone();
-        tokio::spawn(async move { host.open_replica(shard).await }).await.map_err(unavailable)?
+        self.inner.tasks.spawn(async move { host.open_replica(shard).await }).await.map_err(unavailable)?
     }
 
     pub(super) fn named_by(&self, map: &ClusterMap, shard: ShardId) -> bool {
@@ -246,7 +262,8 @@ impl MetaHost {
             return Ok(Some(PeerResponse::Broken { me, why }));
         }
         let host = self.clone();
-        let batcher = tokio::spawn(async move { host.rebuild(shard, me).await }).await.map_err(unavailable)??;
+        let rebuilding = self.inner.tasks.spawn(async move { host.rebuild(shard, me).await });
+        let batcher = rebuilding.await.map_err(unavailable)??;
         Ok(Some(PeerResponse::Identity { me: batcher.replica.me, is_empty: batcher.replica.is_empty() }))
     }
 

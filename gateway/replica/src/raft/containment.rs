@@ -13,7 +13,7 @@ use granary_wire::control::ControlError;
 use std::any::Any;
 use std::future::{poll_fn, Future};
 use std::io;
-use std::panic::{catch_unwind, AssertUnwindSafe, PanicHookInfo};
+use std::panic::{catch_unwind, AssertUnwindSafe, Location, PanicHookInfo};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Poll, Waker};
@@ -48,17 +48,22 @@ pub struct Containment {
     tasks: TaskTracker,
 }
 
-fn text_of(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-    format!("a panic: {}", text.unwrap_or_else(|| "without words".to_owned()))
+/// What a panic says, and where it was, if that is known.
+fn words_of(panic: &(dyn Any + Send), at: Option<&Location<'_>>) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without words");
+    match at {
+        Some(at) => format!("a panic at {at}: {text}"),
+        None => format!("a panic: {text}"),
+    }
 }
 
 /// For the process's panic hook, which runs before anything is unwound: marks the replica whose work panics on this
 /// thread. False when it is nobody's.
 pub fn note_panic(panic: &PanicHookInfo<'_>) -> bool {
     // The mark only: this thread may hold any lock at this moment. Whoever catches the panic does the rest.
-    OWNER.try_with(|owner| owner.failure.get_or_init(|| panic.to_string()).len()).is_ok()
+    let mark = |owner: &Arc<Containment>| drop(owner.failure.set(words_of(panic.payload(), panic.location())));
+    OWNER.try_with(mark).is_ok()
 }
 
 /// Work on a thread that may block, for the replica whose task asks for it.
@@ -149,7 +154,7 @@ impl Containment {
         match done {
             Ok(value) => self.check().map(|()| value),
             Err(panic) => {
-                self.fail(text_of(&*panic));
+                self.fail(words_of(&*panic, None));
                 Err(self.ended())
             }
         }

@@ -20,16 +20,57 @@ const TURN: Duration = Duration::from_secs(3);
 /// How much log a shard keeps on a full disk, in bytes.
 const SHORT_LOG_BYTES: u64 = 2 * 1024 * 1024;
 
-/// State of a replica whose data cannot be used.
-pub const STOPPED: &str = "stopped";
-/// State of one that failed and is opened again after a pause.
-pub const FAILED: &str = "failed";
+/// What a replica is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// It leads, or believes so.
+    Leader,
+    /// It follows a leader.
+    Follower,
+    /// It stands for election.
+    Candidate,
+    /// It has no vote.
+    Learner,
+    /// Its data cannot be used.
+    Stopped,
+    /// It failed, and is opened again after a pause.
+    Failed,
+}
+
+impl Phase {
+    /// The word for it in a status.
+    pub fn word(self) -> &'static str {
+        match self {
+            Phase::Leader => "leader",
+            Phase::Follower => "follower",
+            Phase::Candidate => "candidate",
+            Phase::Learner => "learner",
+            Phase::Stopped => "stopped",
+            Phase::Failed => "failed",
+        }
+    }
+
+    /// Does it take part in its shard?
+    pub fn runs(self) -> bool {
+        !matches!(self, Phase::Stopped | Phase::Failed)
+    }
+
+    fn of(metrics: &RaftMetrics<TypeConfig>) -> Phase {
+        match (&metrics.running_state, metrics.state) {
+            (Err(_), _) | (_, ServerState::Shutdown) => Phase::Stopped,
+            (_, ServerState::Learner) => Phase::Learner,
+            (_, ServerState::Follower) => Phase::Follower,
+            (_, ServerState::Candidate) => Phase::Candidate,
+            (_, ServerState::Leader) => Phase::Leader,
+        }
+    }
+}
 
 /// The status of a replica that does not run.
-pub fn out_of_service(shard: ShardId, state: &str) -> ShardStatus {
+pub fn out_of_service(shard: ShardId, phase: Phase) -> ShardStatus {
     ShardStatus {
         shard,
-        state: state.to_owned(),
+        state: phase.word().to_owned(),
         term: 0,
         leader: None,
         last_log_index: 0,
@@ -268,23 +309,21 @@ impl Replica {
         voters.filter(|id| matched.get(id).is_some_and(has_most)).min_by_key(|id| (*id < self.me, *id))
     }
 
+    /// What it is doing.
+    pub fn phase(&self) -> Phase {
+        self.metrics(Phase::of).unwrap_or(Phase::Failed)
+    }
+
     /// How it stands.
     pub fn status(&self) -> ShardStatus {
-        self.metrics(|metrics| self.status_by(metrics)).unwrap_or_else(|_| out_of_service(self.shard, FAILED))
+        self.metrics(|metrics| self.status_by(metrics)).unwrap_or_else(|_| out_of_service(self.shard, Phase::Failed))
     }
 
     fn status_by(&self, metrics: &RaftMetrics<TypeConfig>) -> ShardStatus {
-        let state = match (&metrics.running_state, metrics.state) {
-            (Err(_), _) | (_, ServerState::Shutdown) => STOPPED,
-            (_, ServerState::Learner) => "learner",
-            (_, ServerState::Follower) => "follower",
-            (_, ServerState::Candidate) => "candidate",
-            (_, ServerState::Leader) => "leader",
-        };
         let voters: BTreeSet<DiskId> = metrics.membership_config.voter_ids().map(|id| id.disk).collect();
         ShardStatus {
             shard: self.shard,
-            state: state.to_owned(),
+            state: Phase::of(metrics).word().to_owned(),
             term: metrics.current_term,
             leader: metrics.current_leader.map(|id| id.disk),
             last_log_index: metrics.last_log_index.unwrap_or(0),

@@ -6,7 +6,7 @@
 //! - [`containment`]: a panic ends the replica and no more; [`runtime`]: its tasks are in there.
 //! - [`network`]: messages to other replicas; [`heartbeats`]: those of several shards together; [`barrier`]: whom a
 //!   read barrier asks.
-//! - `objections`: what of another replica is not even shown to the library.
+//! - `objections`: what another replica says or answers that is not even shown to the library.
 //! - [`members`]: how its leader sees them, and changes them. `rest`: a shard that sleeps stops its timers.
 //! - here: [`Replica`]: propose, read barrier, incoming messages.
 
@@ -31,7 +31,7 @@ use granary_placement::id::{DiskId, ShardId};
 use granary_wire::control::ControlError;
 use machine::{Machine, SnapshotSource};
 use network::{PeerLinks, Peers};
-use objections::objection;
+use objections::{objection, objection_to_snapshot};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest, VoteRequest};
@@ -291,6 +291,13 @@ impl Replica {
                 {
                     Ok(None) => PeerResponse::Done,
                     Ok(Some((path, applied))) => {
+                        if let Some(why) = objection_to_snapshot(&vote, &applied) {
+                            tracing::warn!(shard = %self.shard, %from, why, "a snapshot that no replica has");
+                            return match tokio::fs::remove_file(&path).await {
+                                Ok(()) => failed(why.to_owned()),
+                                Err(error) => failed(format!("{why}; its file stays: {error}")),
+                            };
+                        }
                         let meta = openraft::SnapshotMeta {
                             last_log_id: applied.last.map(log_id_from_wire),
                             last_membership: members_from_applied(&applied),
@@ -305,7 +312,8 @@ impl Replica {
                 }
             }
             PeerRequest::Members => {
-                let leads = raft.is_leader() && self.read_barrier().await.is_ok();
+                // Put aside, for room for it would be taken and given back with every message.
+                let leads = raft.is_leader() && Box::pin(self.read_barrier()).await.is_ok();
                 PeerResponse::Members { leads, membership: self.committed_members() }
             }
             PeerRequest::Identify => PeerResponse::Identity { me: self.me, is_empty: self.is_empty() },

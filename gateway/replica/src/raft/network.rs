@@ -4,6 +4,7 @@ use super::barrier::Barriers;
 use super::containment::spawn_blocking;
 use super::heartbeats::Heartbeats;
 use super::machine::SnapshotSource;
+use super::objections::objection_to_answer;
 use super::types::LeaderId;
 use super::{entry_to_wire, log_id_from_wire, log_id_to_wire, vote_from_wire, vote_to_wire, TypeConfig};
 use crate::message::{decode_message, encode_message, AppliedState, PeerMessage, PeerRequest, PeerResponse, ReplicaId};
@@ -220,15 +221,25 @@ impl PeerLink {
     }
 
     async fn ask_within(&self, request: PeerRequest, deadline: Duration) -> Result<PeerResponse, RPCError<TypeConfig>> {
-        self.peers.ask(self.to.disk, self.shard, &self.message(request), deadline).await.map_err(rpc_error)
+        let message = self.message(request);
+        let answer = self.peers.ask(self.to.disk, self.shard, &message, deadline).await;
+        answer.and_then(|answer| self.judge(&message.request, answer)).map_err(rpc_error)
+    }
+
+    /// Refuses an answer that no replica gives.
+    fn judge(&self, asked: &PeerRequest, answer: PeerResponse) -> Result<PeerResponse, TransportError> {
+        let Some(why) = objection_to_answer(asked, &answer) else { return Ok(answer) };
+        tracing::warn!(shard = %self.shard, from = %self.to, why, "an answer that no replica gives");
+        Err(TransportError::Refused(why.to_owned()))
     }
 
     async fn heartbeat(&self, request: PeerRequest, barriers: &Barriers) -> Result<PeerResponse, TransportError> {
-        let message =
-            encode_message(&self.message(request)).map_err(|error| TransportError::Refused(error.to_string()))?;
+        let asked = self.message(request);
+        let message = encode_message(&asked).map_err(|error| TransportError::Refused(error.to_string()))?;
         let urgent = || barriers.wait_for(self.to);
         let answer = self.peers.heartbeats.send(self.to.disk, self.shard, message, urgent).await;
         let heard = answer.and_then(|answer| self.peers.hear(self.to.disk, self.shard, &answer));
+        let heard = heard.and_then(|answer| self.judge(&asked.request, answer));
         let confirms = matches!(heard, Ok(PeerResponse::Appended | PeerResponse::AppendedTo(_)));
         barriers.note(self.to, confirms);
         heard
@@ -466,4 +477,67 @@ pub async fn take_piece(
     let checked = path.clone();
     let applied = spawn_blocking(move || snapshot::check_file(&checked, shard)).await??;
     Ok(Some((path, applied)))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::fake_peers::FakePeers;
+    use crate::message::{WireLogId, WireVote};
+
+    const ME: ReplicaId = ReplicaId { disk: DiskId(1), incarnation: 7 };
+    const OTHER: ReplicaId = ReplicaId { disk: DiskId(2), incarnation: 7 };
+
+    fn links(answer: PeerResponse) -> PeerLinks {
+        let transport = Arc::new(FakePeers::new(move |_, _, _| Some(answer.clone())));
+        let deadline = Duration::from_secs(20);
+        let peers = Arc::new(Peers {
+            transport: transport.clone(),
+            snapshot_dir: PathBuf::new(),
+            transfers: AtomicU64::new(1),
+            sending: Semaphore::new(1),
+            message_deadline: deadline,
+            space: Space::without_reserve(),
+            heartbeats: Heartbeats::new(transport, Duration::from_millis(1), deadline),
+            heard: Mutex::default(),
+        });
+        PeerLinks { shard: ShardId(1), me: ME, peers, barriers: Arc::default() }
+    }
+
+    /// What the library is told when it asks, as leader and as candidate of term 5, and this is the answer.
+    async fn told(answer: PeerResponse) -> [bool; 3] {
+        let leads = |committed| vote_from_wire(WireVote { term: 5, node: ME, committed });
+        let append = || AppendEntriesRequest::<TypeConfig> {
+            vote: leads(true),
+            prev_log_id: None,
+            entries: Vec::new(),
+            leader_commit: None,
+        };
+        let option = || RPCOption::new(Duration::from_secs(20));
+        let mut links = links(answer);
+        let (mut link, mut beats) = (links.new_client(OTHER, &()).await, links.new_heartbeat_client(OTHER, &()).await);
+        let asked = link.vote(VoteRequest::new(leads(false), None), option()).await;
+        let (appended, beat) =
+            (link.append_entries(append(), option()).await, beats.append_entries(append(), option()).await);
+        [asked.is_ok(), appended.is_ok(), beat.is_ok()]
+    }
+
+    #[tokio::test]
+    async fn the_library_is_not_shown_an_answer_that_no_replica_gives() {
+        let higher = |term| PeerResponse::HigherVote(WireVote { term, node: OTHER, committed: false });
+        let voted = |term| PeerResponse::Voted {
+            vote: WireVote { term, node: OTHER, committed: false },
+            granted: false,
+            last: None,
+        };
+        let [candidate, leader, nobody] = [[true, false, false], [false, true, true], [false; 3]];
+        assert_eq!(told(voted(6)).await, candidate);
+        assert_eq!(told(voted(u64::MAX)).await, nobody);
+        assert_eq!(told(higher(6)).await, leader);
+        assert_eq!(told(higher(u64::MAX)).await, nobody);
+        assert_eq!(told(PeerResponse::AppendedTo(None)).await, leader);
+        let beyond = WireLogId { term: 5, node: ME, index: 1 << 40 };
+        assert_eq!(told(PeerResponse::AppendedTo(Some(beyond))).await, nobody);
+    }
 }
