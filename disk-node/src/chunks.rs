@@ -17,7 +17,7 @@ use granary_placement::lease::LeaseStamp;
 use granary_placement::map::MapError;
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
-use granary_wire::server::{ChunkBlocks, ChunkSink, NodeService};
+use granary_wire::server::{Asker, ChunkBlocks, ChunkSink, NodeService};
 use granary_wire::ChunkError;
 use std::sync::Arc;
 
@@ -96,12 +96,12 @@ impl ChunkSink for Sink {
 }
 
 impl NodeService for Node {
-    fn control(&self, from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
+    fn control(&self, asker: Asker, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
         // A gateway has no disk.
-        if from.is_none() {
+        if asker.disk.is_none() {
             self.roles.note_gateway();
         }
-        async move { self.answer(from, request).await.unwrap_or_else(ControlResponse::Error) }.boxed()
+        async move { self.answer(asker, request).await.unwrap_or_else(ControlResponse::Error) }.boxed()
     }
 
     fn begin_chunk(
@@ -177,9 +177,9 @@ fn at_most(count: usize, limit: usize) -> Result<(), ControlError> {
 }
 
 impl Node {
-    async fn answer(&self, caller: Option<DiskUuid>, request: ControlRequest) -> Result<ControlResponse, ControlError> {
+    async fn answer(&self, asker: Asker, request: ControlRequest) -> Result<ControlResponse, ControlError> {
         Ok(match request {
-            ControlRequest::Status => ControlResponse::Status(self.status()?),
+            ControlRequest::Status => ControlResponse::Status(self.status(asker)?),
             ControlRequest::DeleteChunks { chunks, lease } => {
                 at_most(chunks.len(), MAX_CHUNKS)?;
                 let under_lease = match &lease {
@@ -225,18 +225,18 @@ impl Node {
                 ControlResponse::Shard(self.roles.serve_shard(shard, &request).await?)
             }
             ControlRequest::Raft { shard, from, message } => {
-                self.check_sender(caller, from)?;
+                self.check_sender(asker.disk, from)?;
                 ControlResponse::Raft(self.roles.raft(shard, from, message).await?)
             }
             ControlRequest::RaftBatch { from, messages } => {
-                self.check_sender(caller, from)?;
+                self.check_sender(asker.disk, from)?;
                 if messages.len() > MAX_CHUNKS {
                     return Err(ControlError::BadRequest(format!("{} Raft messages in a batch", messages.len())));
                 }
                 ControlResponse::RaftBatch(self.roles.raft_batch(from, messages).await)
             }
             ControlRequest::LinkBeat { from, message } => {
-                self.check_sender(caller, from)?;
+                self.check_sender(asker.disk, from)?;
                 ControlResponse::LinkBeat(self.roles.link_beat(from, message).await?)
             }
             ControlRequest::InitShard { shard, members } => {
@@ -291,7 +291,7 @@ impl Node {
         }
     }
 
-    fn status(&self) -> Result<NodeStatus, ControlError> {
+    fn status(&self, asker: Asker) -> Result<NodeStatus, ControlError> {
         let fill = self.store.fill().map_err(control_error)?;
         Ok(NodeStatus {
             disk: Some(self.label.disk),
@@ -302,8 +302,7 @@ impl Node {
             chunks: fill.chunks,
             chunk_bytes: fill.chunk_bytes,
             feature_level: self.roles.feature_level(),
-            // The server says it.
-            data_connections: 0,
+            data_connections: asker.data_connections,
         })
     }
 
@@ -313,15 +312,19 @@ impl Node {
 }
 
 #[cfg(test)]
+#[path = "../tests/scenery/spec.rs"]
+mod spec;
+
+#[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
     use crate::store::file_device::FileDevice;
     use crate::store::index_rocksdb::RocksEngine;
     use crate::store::StoreSettings;
-    use granary_placement::id::{DiskUuid, ExtentId, HashSlot, PlacementGroupId};
-    use granary_placement::scheme::CodecId;
+    use granary_placement::id::{DiskUuid, ExtentId, PlacementGroupId};
     use granary_wire::chunk::block_crc;
+    use spec::spec;
 
     #[tokio::test]
     async fn nothing_becomes_visible_under_a_lease_after_a_newer_holder_was_let_in() {
@@ -342,18 +345,7 @@ mod tests {
             generation: 1,
         };
         let begin = async |id: ChunkId, data: &Bytes| {
-            let len_bytes = data.len() as u64;
-            let spec = ChunkSpec {
-                codec: CodecId::Np16,
-                k: 4,
-                m: 2,
-                unit_bytes: 65536,
-                extent_len_bytes: len_bytes * 4,
-                len_bytes,
-                owner: HashSlot(3),
-                created_ms: 5,
-            };
-            let mut upload = store.begin(id, spec, Whose::Client).await.unwrap();
+            let mut upload = store.begin(id, spec(data.len() as u64), Whose::Client).await.unwrap();
             upload.write(data.clone()).await.unwrap();
             let crcs = data.chunks(65536).zip(0..).map(|(bytes, block)| block_crc(&id, block, bytes)).collect();
             (upload, crcs)

@@ -5,13 +5,14 @@
 
 use bytes::Bytes;
 use granary_s3_client::Client;
-use granary_tests::cluster::{bin, free_ports, http, scratch, signal};
+use granary_tests::cluster::{bin, free_ports, http, metric, scratch, signal};
 use granary_tests::seed::Random;
 use rustix::process::Signal;
 use serde_json::{json, Value};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const CLUSTER: &str = "0123456789abcdef0123456789abcdef";
@@ -145,10 +146,15 @@ impl Operator {
     /// Formats and starts `disk-1` to `disk-6`: their nodes with the address of each, and their rows for
     /// `granary init`.
     fn six_disks(&self) -> (Vec<(Process, String)>, Vec<Value>) {
+        self.six_disks_with(&[])
+    }
+
+    /// The same, with these arguments of their nodes.
+    fn six_disks_with(&self, extra: &[&str]) -> (Vec<(Process, String)>, Vec<Value>) {
         let one = |number: u32| {
             let dir = format!("disk-{number}");
             let uuid = self.format(&dir, number);
-            let (node, address) = self.serve(&dir, "127.0.0.1:0");
+            let (node, address) = self.serve_with(&dir, "127.0.0.1:0", extra);
             let row = json!({
                 "uuid": uuid, "address": address, "zone": "a", "rack": "1", "server": "s1", "weight": 1000, "metadata": true
             });
@@ -158,6 +164,10 @@ impl Operator {
     }
 
     fn gateway(&self, s3: &str, admin: &str) -> Process {
+        self.gateway_with(s3, admin, &[])
+    }
+
+    fn gateway_with(&self, s3: &str, admin: &str, extra: &[&str]) -> Process {
         let args = [
             "gateway",
             "--map",
@@ -173,6 +183,7 @@ impl Operator {
             "--admin-token-file",
             "admin-token",
         ];
+        let args = [&args, extra].concat();
         let process = Process::start(self.command("granary", &args), &self.path("gateway.log"));
         eventually("the gateway is ready", || {
             matches!(http(admin, "GET", "/readyz", None, PATIENCE), Ok((200, _))).then_some(())
@@ -383,5 +394,85 @@ fn disks_that_swapped_addresses_take_nothing_meant_for_each_other() {
     assert_eq!(gateway.stop(), Some(0));
     for node in [first, second].into_iter().chain(nodes.into_iter().map(|(node, _)| node)) {
         assert_eq!(node.stop(), Some(0));
+    }
+}
+
+/// Requests of a client under way at once.
+const AT_ONCE: usize = 24;
+
+/// Puts and gets many objects at once through each of the gateways, whose addresses these are; every request succeeds.
+async fn load(operator: &Operator, gateways: &[(String, String)], body: &Bytes, name: &str) {
+    let requests = gateways.iter().zip(0..).flat_map(|((s3, _), gateway)| {
+        let client = Arc::new(operator.client(s3));
+        (0..AT_ONCE).map(move |number| (client.clone(), format!("{name}/{gateway}/{number}"), body.clone()))
+    });
+    let tasks: Vec<_> = requests
+        .map(|(client, key, body)| {
+            tokio::spawn(async move {
+                for _ in 0..3 {
+                    assert_eq!(client.put("shared", &key, body.clone()).await.unwrap().status, 200, "PUT {key}");
+                    let answer = client.get("shared", &key).await.unwrap();
+                    assert!(answer.status == 200 && answer.body == body, "GET {key}: {}", answer.status);
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+}
+
+#[test]
+fn gateways_that_come_while_others_work_share_the_places_of_disk_nodes() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let operator = Operator::new();
+    // The requests of two gateways would take them all.
+    let (_nodes, disks) = operator.six_disks_with(&["--set", "node.max_connections=36"]);
+    let config = json!({"cluster_id": CLUSTER, "scheme": "4+2", "failure_domain": "disk", "shards": 4, "disks": disks});
+    operator.init(&config, "cluster-secret").well();
+    let ports: [u16; 8] = free_ports();
+    let addresses: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+    let (chunks, _) = addresses.as_chunks::<2>();
+    let gateways: Vec<(String, String)> = chunks.iter().map(|[s3, admin]| (s3.clone(), admin.clone())).collect();
+    // However slow the machine is: who waits for a place of its own gateway's gets it.
+    let patient = ["--set", "disks.pool_wait=30s"];
+    let start = |(s3, admin): &(String, String)| operator.gateway_with(s3, admin, &patient);
+    let mut processes: Vec<Process> = gateways[..3].iter().map(start).collect();
+    // Each pings all six disks twice: at the first time all are counted, at the second all are told.
+    let all_are_told = |gateways: &[(String, String)]| {
+        let pings = |admin: &str| {
+            let (_, page) = http(admin, "GET", "/metrics", None, PATIENCE).unwrap();
+            metric(&page, "granary_disk_pings_good_total")
+        };
+        let before: Vec<f64> = gateways.iter().map(|(_, admin)| pings(admin)).collect();
+        for ((_, admin), before) in gateways.iter().zip(before) {
+            eventually("the gateway pings", || (pings(admin) >= before + 18.0).then_some(()));
+        }
+    };
+    let busy = || {
+        let logs = (1..=6).map(|disk| std::fs::read_to_string(operator.path(&format!("disk-{disk}.log"))).unwrap());
+        logs.map(|log| log.matches("all places are taken").count()).sum::<usize>()
+    };
+    let body: Bytes = Random::of_this_run("shares").bytes(200_000).into();
+    runtime.block_on(async {
+        assert_eq!(operator.client(&gateways[0].0).make_bucket("shared").await.unwrap().status, 200);
+    });
+    all_are_told(&gateways[..3]);
+    runtime.block_on(load(&operator, &gateways[..3], &body, "three"));
+    assert_eq!(busy(), 0, "somebody was told that a node is busy");
+
+    // While the fourth comes, a node may be full for a moment; no client hears of it.
+    let coming = std::thread::scope(|scope| {
+        let fourth = scope.spawn(|| start(&gateways[3]));
+        runtime.block_on(load(&operator, &gateways[..3], &body, "meanwhile"));
+        fourth.join().unwrap()
+    });
+    processes.push(coming);
+    all_are_told(&gateways);
+    let before = busy();
+    runtime.block_on(load(&operator, &gateways, &body, "four"));
+    assert_eq!(busy(), before, "somebody was told that a node is busy");
+    for process in processes {
+        assert_eq!(process.stop(), Some(0));
     }
 }

@@ -56,19 +56,44 @@ fn rust_files(folder: &str) -> Vec<PathBuf> {
     files
 }
 
-/// Files below `folder` whose code (comments aside) names the crate as a path.
+/// Does code (comments aside) name the crate as a path, or one of its family: `tower_http` is of the family of `tower`?
+fn names(text: &str, library: &str) -> bool {
+    let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
+    text.lines().map(|line| line.split("//").next().unwrap_or("")).any(|line| {
+        line.match_indices(library).any(|(at, _)| {
+            let (before, after) = (&line[..at], &line[at + library.len()..]);
+            let after = if after.starts_with('_') { after.trim_start_matches(is_word) } else { after };
+            let is_path = after.starts_with("::") || (before.ends_with("use ") && !after.starts_with(is_word));
+            is_path && !before.ends_with(|letter| is_word(letter) || letter == ':')
+        })
+    })
+}
+
+#[test]
+fn a_crate_is_named_by_its_paths_and_by_those_of_its_family() {
+    for (text, named) in [
+        ("use openraft::Raft;", true),
+        ("    let raft = openraft::Raft::new();", true),
+        ("use openraft_rt_tokio::TokioRuntime;", true),
+        ("type Runtime = openraft_rt_tokio::TokioRuntime;", true),
+        ("use openraft_rt_tokio as runtime;", true),
+        ("use openraft;", true),
+        ("use openrafts::Raft;", false),
+        ("use crate::openraft::Raft;", false),
+        ("use no_openraft::Raft;", false),
+        ("let openraft_log = log;", false),
+        ("/// As [`openraft::Raft`] says.", false),
+        ("EnvFilter::new(\"info,openraft=warn\")", false),
+    ] {
+        assert_eq!(names(text, "openraft"), named, "{text}");
+    }
+}
+
+/// Files below `folder` whose code names the crate or one of its family.
 fn naming(folder: &str, library: &str) -> BTreeSet<String> {
-    let path = format!("{library}::");
     rust_files(folder)
         .into_iter()
-        .filter(|file| {
-            let text = std::fs::read_to_string(file).unwrap();
-            text.lines().map(|line| line.split("//").next().unwrap_or("")).any(|line| {
-                line.match_indices(&path).any(|(at, _)| {
-                    !line[..at].ends_with(|before: char| before.is_alphanumeric() || before == '_' || before == ':')
-                })
-            })
-        })
+        .filter(|file| names(&std::fs::read_to_string(file).unwrap(), library))
         .map(|file| file.strip_prefix(root()).unwrap().display().to_string())
         .collect()
 }

@@ -83,7 +83,13 @@ impl Disk {
     }
 
     pub fn serve(&self) -> Running {
-        self.start(Command::new(BINARY).args(self.serve_args()))
+        self.serve_with(&[])
+    }
+
+    /// Serves with these settings, each written NAME=VALUE.
+    pub fn serve_with(&self, settings: &[&str]) -> Running {
+        let settings = settings.iter().flat_map(|setting| ["--set", setting]);
+        self.start(Command::new(BINARY).args(self.serve_args()).args(settings))
     }
 
     pub fn log(&self) -> String {
@@ -102,8 +108,7 @@ impl Running {
     }
 
     pub fn client_as(&self, ends: Ends) -> NodeClient {
-        let credentials = Credentials { cluster: CLUSTER, secret: ClusterSecret::from_hex(SECRET).unwrap() };
-        NodeClient::new(self.address.clone(), ends, credentials, ClientLimits::default())
+        client_at(&self.address, ends, ClientLimits::default())
     }
 
     pub fn signal(&self, name: &str) {
@@ -124,6 +129,12 @@ impl Running {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// A client of whatever listens there.
+pub fn client_at(address: &str, ends: Ends, limits: ClientLimits) -> NodeClient {
+    let credentials = Credentials { cluster: CLUSTER, secret: ClusterSecret::from_hex(SECRET).unwrap() };
+    NodeClient::new(address.to_owned(), ends, credentials, limits)
 }
 
 impl Drop for Running {

@@ -29,4 +29,4 @@ mod test_support;
 pub use auth::{ClusterSecret, Credentials, Ends, GatewayId, VersionRange, PROTOCOL_VERSIONS};
 pub use client::{ChunkWriter, ClientLimits, NodeClient};
 pub use error::{AuthError, ChunkError, LinkError};
-pub use server::{serve, ChunkBlocks, ChunkSink, NodeService, ServerLimits};
+pub use server::{serve, Asker, ChunkBlocks, ChunkSink, NodeService, ServerLimits};

@@ -19,7 +19,7 @@ pub enum DiskHealth {
 
 /// Pings that find no place say nothing for so long; then they count as unanswered. Anybody at the disk's address can
 /// say that it is busy, without a proof.
-const BUSY_FOR: Duration = Duration::from_secs(60);
+pub(super) const BUSY_FOR: Duration = Duration::from_secs(60);
 
 /// What is known about one disk's health.
 #[derive(Debug)]
@@ -136,22 +136,8 @@ impl State {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
-    use granary_placement::id::{DiskUuid, Epoch};
+    use crate::disks::tests::status;
     use std::time::Duration;
-
-    fn status() -> NodeStatus {
-        NodeStatus {
-            disk: None,
-            uuid: DiskUuid([1; 16]),
-            epoch: Epoch(1),
-            capacity_bytes: 1,
-            free_bytes: 1,
-            chunks: 0,
-            chunk_bytes: 0,
-            feature_level: 1,
-            data_connections: 0,
-        }
-    }
 
     #[test]
     fn an_error_makes_an_up_disk_suspect_at_once_and_pings_bring_it_back_after_the_hold() {

@@ -144,7 +144,11 @@ struct Inner {
     changes: watch::Sender<u64>,
     heard: watch::Sender<Epoch>,
     counters: DiskCounters,
+    clock: Clock,
 }
+
+/// By which it is judged how long a disk has failed.
+type Clock = Box<dyn Fn() -> Instant + Send + Sync>;
 
 /// Clients and health of all disks in the map. Cheap to clone.
 #[derive(Clone)]
@@ -162,6 +166,16 @@ impl Disks {
         overrides: Option<PathBuf>,
         settings: DiskSettings,
     ) -> Disks {
+        Disks::with_clock(map, credentials, overrides, settings, Box::new(Instant::now))
+    }
+
+    fn with_clock(
+        map: watch::Receiver<Option<Arc<ClusterMap>>>,
+        credentials: Credentials,
+        overrides: Option<PathBuf>,
+        settings: DiskSettings,
+        clock: Clock,
+    ) -> Disks {
         let stop = CancellationToken::new();
         let inner = Arc::new(Inner {
             settings,
@@ -174,6 +188,7 @@ impl Disks {
             changes: watch::Sender::new(0),
             heard: watch::Sender::new(Epoch(0)),
             counters: DiskCounters::default(),
+            clock,
         });
         let task = Watcher { inner: inner.clone(), addresses: BTreeMap::new(), read_at: None };
         // The map and the override are taken in before the first caller asks for a client.
@@ -208,7 +223,7 @@ impl Disks {
     pub fn writable(&self, disk: DiskId) -> bool {
         self.inner.entry(disk).is_some_and(|entry| {
             let state = entry.state();
-            let now = Instant::now();
+            let now = (self.inner.clock)();
             state.health() == DiskHealth::Up && !state.is_unwritable(now) && !state.is_full_for_clients(now)
         })
     }
@@ -218,7 +233,7 @@ impl Disks {
     pub fn repairable(&self, disk: DiskId) -> bool {
         self.inner.entry(disk).is_some_and(|entry| {
             let state = entry.state();
-            state.health() == DiskHealth::Up && !state.is_unwritable(Instant::now())
+            state.health() == DiskHealth::Up && !state.is_unwritable((self.inner.clock)())
         })
     }
 
@@ -226,7 +241,7 @@ impl Disks {
     /// a chunk that is missing or corrupt does not.
     pub fn failed(&self, disk: DiskId, error: &ChunkError) {
         let Some(entry) = self.inner.entry(disk) else { return };
-        let now = Instant::now();
+        let now = (self.inner.clock)();
         match error {
             ChunkError::DiskFull => {
                 self.inner.change(&entry, |state, settings| state.full_until(now + settings.unwritable_hold));
@@ -385,7 +400,7 @@ impl Inner {
         let answer = entry.client.control(ControlRequest::Status, self.settings.ping_deadline);
         let answer =
             tokio::time::timeout(self.settings.ping_deadline * 2, answer).await.unwrap_or(Err(LinkError::Timeout));
-        let now = Instant::now();
+        let now = (self.clock)();
         let good = match answer {
             Ok(ControlResponse::Status(status))
                 if status.uuid == entry.uuid && status.disk.is_none_or(|id| id == entry.id) =>

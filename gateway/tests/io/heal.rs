@@ -3,14 +3,17 @@
 use crate::cluster::{body, payload, seed, Cluster, UNIT};
 use crate::meta::Meta;
 use crate::node::{Damage, Disk};
+use crate::peers::Kind;
 use bytes::Bytes;
 use granary_gateway::background::heal::{HealSettings, Healer, HEAL_TASK};
 use granary_gateway::background::leases::LeaseSettings;
 use granary_gateway::disks::DiskHealth;
+use granary_gateway::metrics::Metrics;
 use granary_gateway::object::choose::Draw;
 use granary_gateway::object::{chunk_id, ObjectSettings};
+use granary_gateway::shards::{Shards, Timing};
 use granary_meta::record::{ExtentRef, ObjectData};
-use granary_meta::ChunkRef;
+use granary_meta::{ChunkRef, Query};
 use granary_placement::id::{ExtentId, HashSlot, PlacementGroupId, ShardId};
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use std::collections::BTreeMap;
@@ -36,17 +39,14 @@ pub fn small() -> ObjectSettings {
 }
 
 pub fn heal(cluster: &Cluster, meta: &Meta) -> (Healer, DropGuard) {
-    let stop = CancellationToken::new();
-    (
-        Healer::start(
-            cluster.store.clone(),
-            meta.shards.clone(),
-            watch::channel(settings()).1,
-            String::new(),
-            stop.clone(),
-        ),
-        stop.drop_guard(),
-    )
+    heal_by(cluster, meta.shards.clone(), settings())
+}
+
+/// Heals, with this way to the shards.
+pub fn heal_by(cluster: &Cluster, shards: Shards, settings: HealSettings) -> (Healer, DropGuard) {
+    let (stop, settings) = (CancellationToken::new(), watch::channel(settings).1);
+    let healer = Healer::start(cluster.store.clone(), shards, settings, String::new(), stop.clone());
+    (healer, stop.drop_guard())
 }
 
 /// Objects in both shards, with what they hold.
@@ -99,6 +99,29 @@ pub fn now_ms() -> u64 {
 
 pub fn counter(value: &AtomicU64) -> u64 {
     value.load(Ordering::Relaxed)
+}
+
+/// A healer that finds nothing for a while rests for half a minute. One that cannot know what there is must not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_queue_that_cannot_be_read_is_asked_for_again_and_again() {
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    let timing = Timing { deadline: Duration::from_millis(40), ..Timing::default() };
+    let (peers, map) = (cluster.peers.clone(), cluster.map.clone());
+    let shards = Shards::with_timing(peers, map, Metrics::new().unwrap(), timing);
+    let (healer, _stop) = heal_by(&cluster, shards, settings());
+    // A walk that ends would wake the healer.
+    cluster.until("all disks were walked", || healer.status().walks_done >= 6).await;
+    let chunks: Kind = |query| matches!(query, Query::ListMissing { .. });
+    let slots: Kind = |query| matches!(query, Query::ListRepairSlots { .. });
+    for (what, queue) in [("chunks", chunks), ("slots", slots)] {
+        meta.lose_queries(Some((ShardId(1), queue)));
+        healer.poke();
+        // More often than a healer looks that finds nothing, before it rests.
+        let before = meta.looks(ShardId(2));
+        cluster.until(&format!("{what} are looked for on and on"), || meta.looks(ShardId(2)) >= before + 20).await;
+        meta.lose_queries(None);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

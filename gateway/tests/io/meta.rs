@@ -1,7 +1,7 @@
 //! What tests do in the shards of their cluster behind the backs of its gateways, and what they look up there.
 
 use crate::cluster::Cluster;
-use crate::peers::MemoryPeers;
+use crate::peers::{Kind, MemoryPeers};
 use granary_gateway::background::heal::HEAL_TASK;
 use granary_gateway::object::Placement;
 use granary_gateway::shards::Shards;
@@ -46,6 +46,16 @@ impl Meta {
         } else {
             state.silent.remove(&shard);
         }
+    }
+
+    /// Queries of this kind to this shard are lost from now on; None: no others are.
+    pub fn lose_queries(&self, unheard: Option<(ShardId, Kind)>) {
+        self.peers.state().unheard = unheard;
+    }
+
+    /// How often this shard was asked for its repair queue, and answered.
+    pub fn looks(&self, shard: ShardId) -> usize {
+        self.peers.state().looks.get(&shard).copied().unwrap_or_default()
     }
 
     /// As the PUT of a payload that was staged.

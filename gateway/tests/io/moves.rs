@@ -1,10 +1,11 @@
 //! Slots that get another disk, and what is written and read meanwhile.
 
 use crate::cluster::{body, payload, seed, Cluster, UNIT};
-use crate::heal::{chunk, contents, counter, fill, heal, key_in, now_ms, objects_of, small};
+use crate::heal::{chunk, contents, counter, fill, heal, heal_by, key_in, now_ms, objects_of, settings, small};
 use crate::meta::Meta;
 use bytes::Bytes;
 use futures::stream::{self, StreamExt};
+use granary_gateway::background::heal::HealSettings;
 use granary_gateway::object::choose::Draw;
 use granary_gateway::object::{chunk_id, ReadError, StageError, Staged};
 use granary_meta::record::{ExtentRecord, ExtentRef};
@@ -48,6 +49,24 @@ fn slot(cluster: &Cluster) -> GroupSlot {
 
 pub fn give_slot_to(cluster: &Cluster, disk: u32) {
     cluster.change_map(|next| next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2].give_to(DiskId(disk)));
+}
+
+/// Until a move has settled, a healer finds nothing to do; it must not rest meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_move_that_takes_long_to_settle_goes_on_as_soon_as_it_has() {
+    let mut draw = seed("a_move_that_takes_long_to_settle_goes_on_as_soon_as_it_has");
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
+    fill(&cluster, &meta, &mut draw).await;
+    let interval = Duration::from_millis(20);
+    let slow = HealSettings { interval, move_settle: interval * 100, ..settings() };
+    let (healer, _stop) = heal_by(&cluster, meta.shards.clone(), slow);
+    // A walk that ends would wake the healer.
+    cluster.until("all disks are walked", || healer.status().walks_done >= 6).await;
+    let before = contents(&cluster.disks[2]);
+    give_slot_to(&cluster, 7);
+    cluster.until("the move is done", || slot(&cluster) == GroupSlot::new(DiskId(7))).await;
+    assert!(contents(&cluster.disks[6]) == before);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -13,7 +13,7 @@ use granary_wire::chunk::{
 };
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::error::ChunkError;
-use granary_wire::server::{serve, ChunkBlocks, ChunkSink, NodeService, ServerLimits};
+use granary_wire::server::{serve, Asker, ChunkBlocks, ChunkSink, NodeService, ServerLimits};
 use granary_wire::Credentials;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -185,7 +185,7 @@ impl Disk {
         }
     }
 
-    fn answer(&self, request: ControlRequest) -> Result<ControlResponse, ControlError> {
+    fn answer(&self, asker: Asker, request: ControlRequest) -> Result<ControlResponse, ControlError> {
         Ok(match request {
             ControlRequest::Status => ControlResponse::Status(NodeStatus {
                 disk: Some(self.id),
@@ -196,7 +196,7 @@ impl Disk {
                 chunks: self.count() as u64,
                 chunk_bytes: 0,
                 feature_level: 1,
-                data_connections: 0,
+                data_connections: asker.data_connections,
             }),
             ControlRequest::DeleteChunks { chunks: ids, lease } => {
                 at_most(ids.len(), MAX_CHUNKS)?;
@@ -364,10 +364,10 @@ struct Service {
 impl NodeService for Service {
     fn note_gateways(&self, _count: usize) {}
 
-    fn control(&self, _from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
+    fn control(&self, asker: Asker, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
         Box::pin(until_killed(&self.killed, async move {
             self.disk.step(name_of(&request)).await;
-            self.disk.answer(request).unwrap_or_else(ControlResponse::Error)
+            self.disk.answer(asker, request).unwrap_or_else(ControlResponse::Error)
         }))
     }
 

@@ -28,6 +28,9 @@ pub enum Fault {
     Answer(ControlError),
 }
 
+/// Is a query of some kind?
+pub type Kind = fn(&Query) -> bool;
+
 /// The shards, and what is wrong with the way to them.
 pub struct State {
     pub shards: MemoryShards,
@@ -37,6 +40,8 @@ pub struct State {
     pub hung: HashSet<DiskId>,
     /// Requests to these shards are lost.
     pub silent: BTreeSet<ShardId>,
+    /// Queries of this kind to this shard are lost.
+    pub unheard: Option<(ShardId, Kind)>,
     /// What the next requests to shards meet, one each.
     pub faults: VecDeque<Fault>,
     /// Every request to a shard is served, and its answer lost.
@@ -53,6 +58,8 @@ pub struct State {
     pub commands: Vec<(ShardId, MetaRequest)>,
     /// (disk, shard) of every request for a shard.
     pub asked: Vec<(DiskId, ShardId)>,
+    /// How often each shard was asked for its repair queue, and answered.
+    pub looks: HashMap<ShardId, usize>,
     /// The epoch of the map that each disk node knows.
     pub epochs: HashMap<DiskId, Epoch>,
     /// Differences of the map that disk nodes took.
@@ -76,6 +83,7 @@ impl MemoryPeers {
             leaders: (0..).zip(&map.shards).filter_map(leader).collect(),
             hung: HashSet::new(),
             silent: BTreeSet::new(),
+            unheard: None,
             faults: VecDeque::new(),
             lose_answers: false,
             garbled_reply: None,
@@ -84,6 +92,7 @@ impl MemoryPeers {
             before_end: Vec::new(),
             commands: Vec::new(),
             asked: Vec::new(),
+            looks: HashMap::new(),
             epochs: HashMap::new(),
             diffs_taken: 0,
         };
@@ -182,6 +191,12 @@ impl State {
                 true
             }
             ShardRequest::Query(query) => {
+                if self.unheard.is_some_and(|(of, is_unheard)| of == shard && is_unheard(query)) {
+                    return lost("the request");
+                }
+                if let Query::ListMissing { .. } = query {
+                    *self.looks.entry(shard).or_default() += 1;
+                }
                 if let (Some(limit), Some(page)) = (limit_of(query), self.page) {
                     *limit = page.min(*limit);
                 }

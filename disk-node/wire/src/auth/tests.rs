@@ -283,6 +283,39 @@ async fn a_verdict_that_was_forged_after_the_proof_is_not_believed() {
     }
 }
 
+/// The server says "wrong secret", and with its code: the proof that it saw was another. The client knows its secret to
+/// be right, for the server has just proved that it has the same.
+#[tokio::test]
+async fn a_proof_that_was_altered_on_its_way_is_not_taken_for_a_wrong_secret() {
+    let ((mut ours, before_client), (before_server, mut theirs)) = (duplex(1024), duplex(1024));
+    let between = async {
+        let (from_client, mut at_client) = tokio::io::split(before_client);
+        let (mut from_server, mut at_server) = tokio::io::split(before_server);
+        let there = async {
+            let mut hello = from_client.take(CLIENT_HELLO_BYTES as u64);
+            tokio::io::copy(&mut hello, &mut at_server).await?;
+            let mut proof = [0; PROOF_BYTES];
+            hello.into_inner().read_exact(&mut proof).await?;
+            proof[7] ^= 1;
+            at_server.write_all(&proof).await
+        };
+        tokio::try_join!(there, tokio::io::copy(&mut from_server, &mut at_client)).unwrap();
+        // Nobody hangs up before the client has made up its mind.
+        std::future::pending::<()>().await;
+    };
+    let credentials = known();
+    let purpose = (Purpose::Control, known_ends());
+    let ends = async {
+        tokio::join!(
+            client_handshake(&mut ours, &credentials, purpose, PROTOCOL_VERSIONS, [0x11; 32]),
+            server_handshake(&mut theirs, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true)
+        )
+    };
+    let (client, server) = tokio::select! { met = ends => met, () = between => unreachable!() };
+    assert_eq!(client.map(|_| ()), Err(LinkError::Auth(AuthError::Message)));
+    assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
+}
+
 #[tokio::test]
 async fn a_client_hears_that_a_node_is_busy_at_each_step_of_the_handshake() {
     let everything = usize::MAX;

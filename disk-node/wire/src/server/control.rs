@@ -115,19 +115,19 @@ async fn read_loop(
 
 /// The encoded answer to an encoded request.
 async fn answer(server: &Server, (disk, gateway): From, body: &[u8]) -> Bytes {
-    let mut response = match decode::<ControlRequest>(body) {
+    let response = match decode::<ControlRequest>(body) {
         Ok(request) => {
-            AssertUnwindSafe(server.service.control(disk, request)).catch_unwind().await.unwrap_or_else(|_| {
-                // The panic itself is in the log. The peer must not wait for its deadline.
-                ControlResponse::Error(ControlError::Unavailable("the node failed while answering".to_owned()))
-            })
+            AssertUnwindSafe(server.service.control(server.asker(disk, gateway), request))
+                .catch_unwind()
+                .await
+                .unwrap_or_else(|_| {
+                    // The panic itself is in the log. The peer must not wait for its deadline.
+                    ControlResponse::Error(ControlError::Unavailable("the node failed while answering".to_owned()))
+                })
         }
         // Authenticated, so not an attack: another build, or a defect.
         Err(error) => ControlResponse::Error(ControlError::BadRequest(error.to_string())),
     };
-    if let (ControlResponse::Status(status), Some(_)) = (&mut response, gateway) {
-        status.data_connections = u32::try_from(server.share()).unwrap_or(u32::MAX);
-    }
     encode(&response)
         .or_else(|error| {
             encode(&ControlResponse::Error(ControlError::BadRequest(format!("the answer cannot be sent: {error}"))))

@@ -11,8 +11,9 @@ use std::collections::BTreeMap;
 const LEAST: usize = 8;
 
 /// How many connections for chunk requests each of `gateways` may have at a node with that many places.
-pub(super) fn share(places: usize, gateways: usize) -> usize {
-    (places / gateways.max(1)).max(LEAST.min(places)).max(1)
+pub(super) fn share(places: usize, gateways: usize) -> u32 {
+    let share = (places / gateways.max(1)).max(LEAST.min(places)).max(1);
+    u32::try_from(share).unwrap_or(u32::MAX)
 }
 
 /// The gateways that have connections here, with how many.

@@ -29,6 +29,7 @@ use granary_placement::lease::LeaseStamp;
 use granary_placement::settings::Values;
 use places::{Bounds, Places};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
@@ -42,9 +43,8 @@ pub const MAX_READ_BLOCKS: u32 = 64;
 
 /// What a disk node does with what peers ask. Futures may be dropped at any await when the peer goes away.
 pub trait NodeService: Send + Sync + 'static {
-    /// Answers a control request. `from`: the disk whose node asks; None for a gateway. In the answer to Status the
-    /// share of the places is the server's to fill in.
-    fn control(&self, from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse>;
+    /// Answers a control request.
+    fn control(&self, from: Asker, request: ControlRequest) -> BoxFuture<'_, ControlResponse>;
 
     /// Begins to store a chunk. Refuses early what cannot be stored, before its payload is on the way. `lease`: the
     /// lease under which background work writes it; one that was taken over is refused, also when that happens while
@@ -62,6 +62,16 @@ pub trait NodeService: Send + Sync + 'static {
 
     /// Notes that so many gateways have connections here from now on.
     fn note_gateways(&self, count: usize);
+}
+
+/// Who asks something over a control connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Asker {
+    /// The disk whose node asks; None for a gateway.
+    pub disk: Option<DiskUuid>,
+    /// How many connections for chunk requests it may have now, for the answer to Status. Zero for who is no gateway,
+    /// and so has no share of the places.
+    pub data_connections: u32,
 }
 
 /// Takes one chunk. Dropped without [`ChunkSink::finish`], the chunk was never there.
@@ -164,6 +174,9 @@ struct Server {
     stop: CancellationToken,
     places: Mutex<Places>,
     gateways: Mutex<Gateways>,
+    /// How many connections for chunk requests each gateway may have now. Read with every control request, and so
+    /// without the lock.
+    share: AtomicU32,
     control_units: Arc<Semaphore>,
     complaints: Complaints,
 }
@@ -184,6 +197,7 @@ pub async fn serve(
             data: limits.max_connections,
         })),
         gateways: Mutex::default(),
+        share: AtomicU32::new(gateways::share(limits.max_connections, 0)),
         control_units: Arc::new(Semaphore::new(control::units(limits.max_control_bytes) as usize)),
         service,
         me,
@@ -237,10 +251,9 @@ impl Server {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many connections for chunk requests each gateway may have now.
-    fn share(&self) -> usize {
-        let gateways = self.gateways.lock().unwrap_or_else(PoisonError::into_inner).count();
-        gateways::share(self.limits.max_connections, gateways)
+    /// What the service is told of whoever is at the other end.
+    fn asker(&self, disk: Option<DiskUuid>, gateway: Option<GatewayId>) -> Asker {
+        Asker { disk, data_connections: gateway.map_or(0, |_| self.share.load(Ordering::Relaxed)) }
     }
 
     fn count_gateway(&self, change: impl FnOnce(&mut Gateways)) {
@@ -249,6 +262,7 @@ impl Server {
         let before = gateways.count();
         change(&mut gateways);
         if gateways.count() != before {
+            self.share.store(gateways::share(self.limits.max_connections, gateways.count()), Ordering::Relaxed);
             self.service.note_gateways(gateways.count());
         }
     }

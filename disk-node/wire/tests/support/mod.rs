@@ -11,7 +11,7 @@ use granary_wire::chunk::{block_count, block_crc, ChunkId, ChunkSpec, BLOCK_BYTE
 use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::error::ChunkError;
 use granary_wire::{
-    serve, ChunkBlocks, ChunkSink, ClientLimits, ClusterSecret, Credentials, Ends, NodeClient, NodeService,
+    serve, Asker, ChunkBlocks, ChunkSink, ClientLimits, ClusterSecret, Credentials, Ends, NodeClient, NodeService,
     ServerLimits,
 };
 use std::collections::HashMap;
@@ -104,7 +104,7 @@ impl ChunkSink for MemorySink {
 pub struct Service(pub Arc<MemoryNode>);
 
 impl NodeService for Service {
-    fn control(&self, _from: Option<DiskUuid>, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
+    fn control(&self, from: Asker, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
         async move {
             self.0.controls.fetch_add(1, Ordering::SeqCst);
             if self.0.hang.load(Ordering::SeqCst) {
@@ -120,7 +120,9 @@ impl NodeService for Service {
                 }
                 ControlRequest::DeleteChunks { chunks, .. } => ControlResponse::Deleted(chunks.len() as u32),
                 ControlRequest::Status => {
-                    self.0.status.lock().unwrap().clone().map_or(ControlResponse::Done, ControlResponse::Status)
+                    let status = self.0.status.lock().unwrap().clone();
+                    let told = |status| NodeStatus { data_connections: from.data_connections, ..status };
+                    status.map_or(ControlResponse::Done, |status| ControlResponse::Status(told(status)))
                 }
                 _ => ControlResponse::Done,
             }

@@ -6,7 +6,8 @@
 //!   the durable repair queues of the shards;
 //! - [`slots`]: slots that got another disk: everything in them is brought there, before the old disk is forgotten;
 //! - [`plan`]: pure; what to rebuild first;
-//! - [`rebuild`]: one extent: read K, decode, write, verify; [`pace`]: how much of that at a time;
+//! - [`rebuild`]: one extent: read K, decode, write, verify; [`pace`]: how much of that at a time; [`rest`]: how
+//!   long nobody looks;
 //! - [`garbage`]: chunks of extents that their shard says are dead;
 //! - [`sweep`]: chunks on disks that no shard knows;
 //! - [`census`]: counts chunks by reading their bytes, never by trusting a job's word.
@@ -24,6 +25,7 @@ mod look;
 pub mod pace;
 pub mod plan;
 mod rebuild;
+mod rest;
 mod slots;
 mod sweep;
 

@@ -5,8 +5,9 @@
 //! one step, so that a healer or a disk that dies in the middle takes nothing away.
 
 use super::plan::{Planner, Target, Task};
+use super::rest::{Looked, Rest};
 use super::slots::Moves;
-use super::{change, lock, Inner};
+use super::{lock, Inner};
 use crate::background::command_under;
 use crate::background::leases::Held;
 use crate::backoff::Backoff;
@@ -29,11 +30,6 @@ use std::time::{Duration, Instant};
 
 /// Entries of a repair queue per request.
 const PAGE: u32 = 1000;
-/// Looks that found nothing queued, and no change of a disk or of the map, before the queues are looked at less often.
-const IDLE_LOOKS: u32 = 10;
-/// How rarely then, unless `heal.interval` is longer: each look asks every shard twice, and each question costs its
-/// disks a round of the majority.
-const IDLE_INTERVAL: Duration = Duration::from_secs(30);
 /// How long one write of a rebuilt window may take.
 const WRITE_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -70,45 +66,26 @@ const SLOTS_TURN: u64 = 4;
 impl Inner {
     pub(super) async fn repair_loop(&self, held: &Held) {
         let mut moves = Moves::default();
-        let (mut idle_looks, mut busy_passes) = (0u32, 0u64);
-        let mut settings = self.settings.clone();
-        let (mut disks, mut maps) = (self.store.disks().changes(), self.meta.map());
+        let mut busy_passes = 0u64;
+        let mut rest = Rest::new(self.settings.clone(), self.store.disks().changes(), self.meta.map());
         loop {
-            self.pace.set_bytes_per_s(settings.borrow_and_update().bytes_per_s);
+            self.pace.set_bytes_per_s(rest.settings().bytes_per_s);
             // Single chunks first: an extent that lost several is in more danger than one whose slot moves. But chunks
             // that are queued without end must not keep slots from moving.
-            let mut progress = if self.pace.is_paused() { 0 } else { self.repair_pass(held).await };
-            busy_passes = if progress == 0 { 0 } else { busy_passes + 1 };
-            if busy_passes % SLOTS_TURN == 0 {
-                progress += self.slots_pass(&mut moves, held).await;
+            let mut looked = if self.pace.is_paused() { Looked::NOT } else { self.repair_pass(held).await };
+            busy_passes = if looked.done == 0 { 0 } else { busy_passes + 1 };
+            if busy_passes.is_multiple_of(SLOTS_TURN) {
+                looked = looked.and(self.slots_pass(&mut moves, held).await);
             }
-            // Every look asks each shard: with nothing to do for a while, they are asked less often.
-            idle_looks = if progress == 0 { idle_looks.saturating_add(1) } else { 0 };
-            if progress == 0 {
-                let interval = self.settings().interval;
-                let is_idle = idle_looks > IDLE_LOOKS && !self.busy();
-                let pause = if is_idle { interval.max(IDLE_INTERVAL) } else { interval };
-                tokio::select! {
-                    () = tokio::time::sleep(pause) => {}
-                    () = change(&mut settings) => {}
-                    () = self.poke.notified() => {}
-                    // What a disk that went or came, or slots that are to move, bring with them is not waited for.
-                    () = change(&mut disks) => idle_looks = 0,
-                    () = change(&mut maps) => idle_looks = 0,
-                }
+            if let Some(pause) = rest.after(looked, self.settings().interval) {
+                rest.until(tokio::time::sleep(pause), &self.poke).await;
             }
         }
     }
 
-    /// Is anything queued, whether or not it can be done now?
-    fn busy(&self) -> bool {
-        let status = lock(&self.status);
-        status.queued_chunks > 0 || status.queued_slots > 0
-    }
-
-    /// One look at all queues and the most urgent rebuilds. Answers how many chunks left the queues.
-    async fn repair_pass(&self, held: &Held) -> usize {
-        let Some(map) = self.store.disks().map() else { return 0 };
+    /// One look at all queues and the most urgent rebuilds.
+    async fn repair_pass(&self, held: &Held) -> Looked {
+        let Some(map) = self.store.disks().map() else { return Looked::NOT };
         let now = Instant::now();
         let disks = self.store.disks();
         let target = |extent: &ExtentRef, index: u8| match disk_of(&map, extent, index) {
@@ -118,11 +95,14 @@ impl Inner {
         };
         let ready = |extent| lock(&self.backoff).is_ready(extent, now);
         let mut planner = Planner::new(self.settings().extents_per_pass.max(1), target, ready);
-        let mut ends = Vec::new();
+        let (mut ends, mut unread) = (Vec::new(), false);
         for shard in self.meta.object_shards() {
             match self.read_queue(shard, &mut planner).await {
                 Ok(end) => ends.push((shard, end)),
-                Err(error) => tracing::debug!(%error, "a repair queue cannot be read"),
+                Err(error) => {
+                    tracing::debug!(%error, "a repair queue cannot be read");
+                    unread = true;
+                }
             }
         }
         let tasks = planner.finish();
@@ -143,12 +123,14 @@ impl Inner {
             status.extents_by_failures_left = std::mem::take(&mut planner.by_failures_left);
             status.waiting_extents = planner.waiting;
         }
+        let open = unread || planner.queued_chunks > 0;
         drop(planner);
-        stream::iter(tasks)
+        let done = stream::iter(tasks)
             .map(|task| self.run(task, held))
             .buffer_unordered(self.settings().extents_at_once.max(1))
             .fold(0, |sum, done| async move { sum + done })
-            .await
+            .await;
+        Looked { done, open }
     }
 
     /// Hands a shard's queue to the planner; answers where the next pass goes on when it is longer than one pass.

@@ -19,6 +19,7 @@
 
 use super::look::BATCH;
 use super::plan::Task;
+use super::rest::Looked;
 use super::{lock, Inner};
 use crate::background::command_under;
 use crate::background::leases::Held;
@@ -94,20 +95,21 @@ pub(super) fn moving(map: &ClusterMap) -> BTreeMap<SlotId, GroupSlot> {
 }
 
 impl Inner {
-    /// One round over the slots that move. Answers how many pages of them came further.
-    pub(super) async fn slots_pass(&self, moves: &mut Moves, held: &Held) -> usize {
-        let Some(map) = self.store.disks().map() else { return 0 };
+    /// One round over the slots that are queued. What is done is counted in pages.
+    pub(super) async fn slots_pass(&self, moves: &mut Moves, held: &Held) -> Looked {
+        let Some(map) = self.store.disks().map() else { return Looked::NOT };
         match self.try_slots_pass(&map, moves, held).await {
-            Ok(progress) => progress,
+            Ok(looked) => looked,
             Err(error) => {
                 tracing::debug!(%error, "slots that move could not be looked after");
-                0
+                Looked::NOT
             }
         }
     }
 
-    async fn try_slots_pass(&self, map: &ClusterMap, moves: &mut Moves, held: &Held) -> Result<usize, ShardError> {
+    async fn try_slots_pass(&self, map: &ClusterMap, moves: &mut Moves, held: &Held) -> Result<Looked, ShardError> {
         let moving = moving(map);
+        let moves_wait = !moving.is_empty();
         moves.failed.retain(|(_, (group, _)), _| map.group(*group).is_some());
         moves.begun.retain(|(_, (group, _))| map.group(*group).is_some());
         if moves.epoch.is_none_or(|(epoch, _)| epoch != map.epoch) {
@@ -127,7 +129,7 @@ impl Inner {
         // Gateways that have not heard of the map yet may still write to the disks that it took slots from. They are
         // given time to hear of it, and refused from then on: what comes late is seen below, or is placed anew.
         if moves.epoch.is_none_or(|(_, since)| since.elapsed() < self.settings().move_settle) {
-            return Ok(0);
+            return Ok(Looked { done: 0, open: moves_wait || !all_looked_at });
         }
         let (mut progress, mut left) = (0, BTreeSet::new());
         for shard in told {
@@ -145,6 +147,7 @@ impl Inner {
             }
         }
         lock(&self.status).queued_slots = u64::try_from(left.len()).unwrap_or(u64::MAX);
+        let open = moves_wait || !left.is_empty() || !all_looked_at;
         let mut done = moving;
         done.retain(|id, _| !left.contains(id));
         if all_looked_at && !done.is_empty() && self.clear_previous(map, &mut done, held).await? {
@@ -164,7 +167,7 @@ impl Inner {
                 Err(error) => tracing::warn!(%error, "moves of slots are done, but the map does not say so yet"),
             }
         }
-        Ok(progress)
+        Ok(Looked { done: progress, open })
     }
 
     /// Queues in a shard what moves and what it was not told yet. At first, what an earlier holder of the lease had
