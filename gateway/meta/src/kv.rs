@@ -5,8 +5,8 @@
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
-/// What goes wrong below the state machine. All but [`StateError::WouldWait`] stop the replica: it can neither go on nor
-/// skip a command.
+/// What goes wrong below the state machine. All but [`StateError::WouldWait`] stop the replica: it can neither go on
+/// nor skip a command.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
     /// The database failed.

@@ -124,8 +124,8 @@ impl Containment {
             let mut woken: Option<Waker> = None;
             poll_fn(|context| {
                 let waker = context.waker();
-                // To ask the token takes locks that all tasks of the replica share. Once it knows whom to wake, the flag
-                // tells as much.
+                // To ask the token takes locks that all tasks of the replica share. Once it knows whom to wake, the
+                // flag tells as much.
                 if !woken.as_ref().is_some_and(|woken| woken.will_wake(waker)) {
                     if stopped.as_mut().poll(context).is_ready() {
                         return Poll::Ready(Err(self.ended()));
