@@ -435,7 +435,7 @@ fn gateways_that_come_while_others_work_share_the_places_of_disk_nodes() {
     let (chunks, _) = addresses.as_chunks::<2>();
     let gateways: Vec<(String, String)> = chunks.iter().map(|[s3, admin]| (s3.clone(), admin.clone())).collect();
     // However slow the machine is: who waits for a place of its own gateway's gets it.
-    let patient = ["--set", "disks.pool_wait=30s"];
+    let patient = ["--set", "disks.pool_wait=30s", "--set", "object.hedge_floor=60s"];
     let start = |(s3, admin): &(String, String)| operator.gateway_with(s3, admin, &patient);
     let mut processes: Vec<Process> = gateways[..3].iter().map(start).collect();
     // Each pings all six disks twice: at the first time all are counted, at the second all are told.

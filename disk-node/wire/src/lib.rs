@@ -17,6 +17,7 @@ pub mod control;
 pub mod error;
 pub mod frame;
 mod head;
+mod log_pace;
 pub mod server;
 
 // The test support is shared with the integration tests and names this crate as they do.
@@ -29,4 +30,5 @@ mod test_support;
 pub use auth::{ClusterSecret, Credentials, Ends, GatewayId, VersionRange, PROTOCOL_VERSIONS};
 pub use client::{ChunkWriter, ClientLimits, NodeClient};
 pub use error::{AuthError, ChunkError, LinkError};
+pub use log_pace::LogPace;
 pub use server::{serve, Asker, ChunkBlocks, ChunkSink, NodeService, ServerLimits};

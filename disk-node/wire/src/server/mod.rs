@@ -21,6 +21,7 @@ use crate::auth::{nonce, refuse_busy, server_handshake, Caller, Credentials, Gat
 use crate::chunk::{ChunkId, ChunkSpec};
 use crate::control::{ControlRequest, ControlResponse};
 use crate::error::{AuthError, ChunkError, LinkError};
+use crate::log_pace::LogPace;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use gateways::Gateways;
@@ -342,19 +343,14 @@ impl Guest {
     }
 }
 
-/// Log lines about peers: strangers can provoke them, so at most one a second, each with how many were left out.
+/// Log lines about peers: strangers can provoke them.
 #[derive(Default)]
-struct Complaints(Mutex<(Option<Instant>, u64)>);
+struct Complaints(LogPace);
 
 impl Complaints {
     fn warn(&self, peer: SocketAddr, what: &str) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (last, left_out) = &mut *state;
-        if last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
-            *left_out += 1;
-            return;
+        if let Some(left_out) = self.0.turn(Instant::now()) {
+            tracing::warn!(%peer, left_out, "connection refused: {what}");
         }
-        tracing::warn!(%peer, left_out = *left_out, "connection refused: {what}");
-        (*last, *left_out) = (Some(Instant::now()), 0);
     }
 }

@@ -45,6 +45,7 @@ use granary_meta::{Answer, MetaRequest, Query, Reply, ShardRequest, ShardRespons
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_wire::control::{ControlError, ShardStatus};
+use granary_wire::LogPace;
 use identity::{identify, replicas_here};
 use links::Links;
 use std::collections::BTreeMap;
@@ -244,6 +245,7 @@ impl MetaHost {
             transport: transport.clone(),
             space: config.space.clone(),
             heard: Mutex::default(),
+            complaints: LogPace::default(),
             snapshot_dir,
             transfers: AtomicU64::new(1),
             sending: Semaphore::new(1),
@@ -482,10 +484,14 @@ impl MetaHost {
             .collect()
     }
 
-    /// How many replicas do not run that should.
+    /// How many replicas do not run that should, and how many have not ended that should.
     fn stopped(&self) -> usize {
         let replicas = lock(&self.inner.replicas);
-        replicas.values().filter_map(ReplicaState::phase).filter(|phase| !phase.runs()).count()
+        let is_stopped = |replica: &&ReplicaState| match replica {
+            ReplicaState::Ending => true,
+            replica => replica.phase().is_some_and(|phase| !phase.runs()),
+        };
+        replicas.values().filter(is_stopped).count()
     }
 
     /// The map as applied in the root replica here, if there is one.
@@ -577,8 +583,9 @@ impl MetaHost {
         // One that was being opened meanwhile.
         self.end_replicas().await;
         let state = inner.state.clone();
-        let flushed = tokio::task::spawn_blocking(move || state.flush()).await;
-        if !matches!(flushed, Ok(Ok(()))) {
+        let flushed = tokio::task::spawn_blocking(move || state.flush());
+        let flushed = tokio::time::timeout(STOP_WAIT, flushed).await;
+        if !matches!(flushed, Ok(Ok(Ok(())))) {
             tracing::warn!(?flushed, "metadata state was not flushed at the stop; the Raft log has it");
         }
         drop(lock(&inner.writer).take());

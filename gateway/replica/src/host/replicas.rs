@@ -2,7 +2,7 @@
 //! or anew after their data were damaged.
 
 use super::identity::{incarnation_of, new_replica};
-use super::{bad_request, failures, lock, MetaHost, ReplicaState};
+use super::{bad_request, failures, lock, MetaHost, ReplicaState, STOP_WAIT};
 use crate::batching::Batcher;
 use crate::log::ShardLog;
 use crate::message::{decode_message, encode_message, PeerMessage, PeerRequest, PeerResponse, ReplicaId};
@@ -131,7 +131,16 @@ impl MetaHost {
         self.inner.tasks.spawn(async move {
             let Some(writer) = lock(&host.inner.writer).clone() else { return };
             // What it had queued is to be on disk before another one reads the log.
-            if host.end(&batcher.replica).await && writer.flush().await.is_ok() {
+            let ended = async { host.end(&batcher.replica).await && writer.flush().await.is_ok() };
+            tokio::pin!(ended);
+            let has_ended = match tokio::time::timeout(STOP_WAIT, &mut ended).await {
+                Ok(has_ended) => has_ended,
+                Err(_) => {
+                    tracing::warn!(%shard, "it does not end: no other replica of the shard is opened here until it has");
+                    ended.await
+                }
+            };
+            if has_ended {
                 if let Some(replica @ ReplicaState::Ending) = lock(&host.inner.replicas).get_mut(&shard) {
                     *replica = ReplicaState::Removed;
                 }

@@ -185,7 +185,8 @@ impl Machine {
         self.counters.batches.fetch_add(1, Ordering::Relaxed);
         self.applied = applied;
         if new_map {
-            self.publish_map();
+            // It is long.
+            blocking(|| self.publish_map());
         }
         Ok(replies)
     }

@@ -217,7 +217,9 @@ impl Replica {
         }
         let term = raft.metrics().borrow_watched().current_term;
         if let Some(why) = objection(&request, term) {
-            tracing::warn!(shard = %self.shard, %from, why, "a message that no replica sends");
+            if let Some(left_out) = self.peers.complaints.turn(Instant::now()) {
+                tracing::warn!(shard = %self.shard, %from, why, left_out, "a message that no replica sends");
+            }
             return failed(why.to_owned());
         }
         match &request {

@@ -13,6 +13,7 @@ use crate::snapshot::{self, SnapshotError, PIECE_BYTES};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use granary_placement::id::{DiskId, ShardId};
+use granary_wire::LogPace;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{
@@ -25,7 +26,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
 
@@ -97,6 +98,8 @@ pub struct Peers {
     pub heartbeats: Arc<Heartbeats>,
     /// What other disks said of their replicas when they were taken for others, or asked.
     pub heard: Mutex<BTreeMap<(ShardId, DiskId), Heard>>,
+    /// Log lines about what they say and no replica says.
+    pub complaints: LogPace,
 }
 
 /// The replica of a shard on another disk.
@@ -229,7 +232,9 @@ impl PeerLink {
     /// Refuses an answer that no replica gives.
     fn judge(&self, asked: &PeerRequest, answer: PeerResponse) -> Result<PeerResponse, TransportError> {
         let Some(why) = objection_to_answer(asked, &answer) else { return Ok(answer) };
-        tracing::warn!(shard = %self.shard, from = %self.to, why, "an answer that no replica gives");
+        if let Some(left_out) = self.peers.complaints.turn(Instant::now()) {
+            tracing::warn!(shard = %self.shard, from = %self.to, why, left_out, "an answer that no replica gives now");
+        }
         Err(TransportError::Refused(why.to_owned()))
     }
 
@@ -501,6 +506,7 @@ mod tests {
             space: Space::without_reserve(),
             heartbeats: Heartbeats::new(transport, Duration::from_millis(1), deadline),
             heard: Mutex::default(),
+            complaints: LogPace::default(),
         });
         PeerLinks { shard: ShardId(1), me: ME, peers, barriers: Arc::default() }
     }

@@ -74,10 +74,11 @@ pub fn objection_to_answer(asked: &PeerRequest, answer: &PeerResponse) -> Option
     if vote.is_some_and(|vote| is_too_far(vote, mine.term)) {
         return Some("the term is far ahead of any that can be");
     }
-    // The library would believe it, and lead without an election. To a question from before an election that was won
-    // since, it is the right answer, and of no use any more.
-    if vote.is_some_and(|vote| vote.committed && vote.node == mine.node && vote.term > mine.term) {
-        return Some("whoever asks is said to lead in a later term than it knows of");
+    // Nobody can know of a later vote for whoever asks than it does itself: the library would lead without an election,
+    // or keep a vote that it never gave. To a question from before a later candidacy it is the right answer, and of no
+    // use any more.
+    if vote.is_some_and(|vote| vote.node == mine.node && vote.term > mine.term) {
+        return Some("whoever asks is said to stand or lead in a later term than it asks in");
     }
     match (asked, answer) {
         (PeerRequest::Vote { .. }, PeerResponse::Voted { vote, last: Some(last), .. }) => {
@@ -305,8 +306,6 @@ mod tests {
             (&ask, PeerResponse::Conflict),
             (&ask, PeerResponse::HigherVote(of(6, 2, true))),
             (&ask, PeerResponse::HigherVote(of(5 + MAX_TERMS_AHEAD, 2, false))),
-            // This replica stood for election since.
-            (&ask, PeerResponse::HigherVote(of(7, 1, false))),
             (&candidacy, voted(of(5, 1, false), Some(id(4, 9)))),
             (&candidacy, voted(of(4, 2, true), Some(id_of_next(4, 100)))),
             (&candidacy, voted(of(0, 0, false), None)),
@@ -320,6 +319,8 @@ mod tests {
             (&ask, PeerResponse::Installed(of(u64::MAX, 2, true))),
             (&candidacy, voted(of(u64::MAX, 2, false), None)),
             (&ask, PeerResponse::HigherVote(of(6, 1, true))),
+            (&ask, PeerResponse::HigherVote(of(6, 1, false))),
+            (&candidacy, voted(of(6, 1, false), None)),
             (&candidacy, voted(of(4, 2, true), Some(id(5, 9)))),
             (&candidacy, voted(of(4, 2, true), Some(id(4, u64::MAX)))),
             (&ask, PeerResponse::AppendedTo(Some(id(5, 12)))),

@@ -17,6 +17,7 @@ use rocksdb::{
     BlockBasedOptions, Cache, DBCompressionType, DBRawIterator, DBRecoveryMode, ErrorKind, Options, ReadOptions,
     ReadTier, Snapshot, WriteBatch, WriteOptions, DB,
 };
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -69,6 +70,9 @@ impl Default for Buffers {
 fn database(error: rocksdb::Error) -> StateError {
     StateError::Database(error.into_string())
 }
+
+/// Most reads of work that is not to wait, each about a microsecond: what is longer makes room for other tasks as well.
+const READS_AT_ONCE: u32 = 1000;
 
 /// May the work wait for the disk? A task that waits holds up the others of its thread, unless it makes room for them,
 /// and that costs more than most work does which finds everything in memory.
@@ -125,31 +129,45 @@ fn bounded(end: &[u8], wait: Wait) -> ReadOptions {
     options
 }
 
-struct RocksCursor<'a>(DBRawIterator<'a>, Wait);
+struct RocksCursor<'a> {
+    iterator: DBRawIterator<'a>,
+    wait: Wait,
+    budget: Option<&'a Budget>,
+}
+
+/// Reads that are left to work that is not to wait.
+struct Budget(Cell<u32>);
+
+impl Budget {
+    fn spend(&self) -> Result<(), StateError> {
+        self.0.set(self.0.get().checked_sub(1).ok_or(StateError::WouldWait)?);
+        Ok(())
+    }
+}
 
 impl RocksCursor<'_> {
     /// An iterator that is not valid is at its end, or failed.
     fn check(&self) -> Result<(), StateError> {
-        if self.0.valid() {
-            return Ok(());
+        if self.iterator.valid() {
+            return self.budget.map_or(Ok(()), Budget::spend);
         }
-        self.0.status().map_err(|error| self.1.fault(error))
+        self.iterator.status().map_err(|error| self.wait.fault(error))
     }
 }
 
 impl Cursor for RocksCursor<'_> {
     fn seek(&mut self, key: &[u8]) -> Result<(), StateError> {
-        self.0.seek(key);
+        self.iterator.seek(key);
         self.check()
     }
 
     fn entry(&self) -> Option<(&[u8], &[u8])> {
-        self.0.item()
+        self.iterator.item()
     }
 
     fn next(&mut self) -> Result<(), StateError> {
-        if self.0.valid() {
-            self.0.next();
+        if self.iterator.valid() {
+            self.iterator.next();
         }
         self.check()
     }
@@ -167,24 +185,28 @@ impl Kv for StateView<'_> {
     }
 
     fn cursor<'a>(&'a self, end: &[u8]) -> Box<dyn Cursor + 'a> {
-        Box::new(RocksCursor(self.moment.raw_iterator_opt(bounded(end, self.wait)), self.wait))
+        let iterator = self.moment.raw_iterator_opt(bounded(end, self.wait));
+        Box::new(RocksCursor { iterator, wait: self.wait, budget: None })
     }
 }
 
-/// The state database as it is at each read.
+/// The state database as it is at each read. What is not to wait is not to be long either.
 pub struct StateNow<'a> {
     db: &'a DB,
     reads: ReadOptions,
     wait: Wait,
+    budget: Option<Budget>,
 }
 
 impl Kv for StateNow<'_> {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
+        self.budget.as_ref().map_or(Ok(()), Budget::spend)?;
         self.db.get_opt(key, &self.reads).map_err(|error| self.wait.fault(error))
     }
 
     fn cursor<'a>(&'a self, end: &[u8]) -> Box<dyn Cursor + 'a> {
-        Box::new(RocksCursor(self.db.raw_iterator_opt(bounded(end, self.wait)), self.wait))
+        let iterator = self.db.raw_iterator_opt(bounded(end, self.wait));
+        Box::new(RocksCursor { iterator, wait: self.wait, budget: self.budget.as_ref() })
     }
 }
 
@@ -208,7 +230,8 @@ impl Kv for StateDb {
     }
 
     fn cursor<'a>(&'a self, end: &[u8]) -> Box<dyn Cursor + 'a> {
-        Box::new(RocksCursor(self.db.raw_iterator_opt(bounded(end, Wait::Allowed)), Wait::Allowed))
+        let iterator = self.db.raw_iterator_opt(bounded(end, Wait::Allowed));
+        Box::new(RocksCursor { iterator, wait: Wait::Allowed, budget: None })
     }
 }
 
@@ -253,7 +276,8 @@ impl StateDb {
 
     /// What it holds now, from memory only if `wait` says so.
     pub fn now(&self, wait: Wait) -> StateNow<'_> {
-        StateNow { db: &self.db, reads: wait.reads(), wait }
+        let budget = (wait == Wait::Never).then(|| Budget(Cell::new(READS_AT_ONCE)));
+        StateNow { db: &self.db, reads: wait.reads(), wait, budget }
     }
 
     /// Writes a batch of a shard that carries its state to log index `applied`. Atomic, not yet durable.
@@ -461,7 +485,8 @@ impl LogDb {
         to: &[u8],
         mut take: impl FnMut(&[u8], &[u8]) -> Result<bool, StateError>,
     ) -> Result<(), StateError> {
-        let mut cursor = RocksCursor(self.db.raw_iterator_opt(bounded(to, Wait::Allowed)), Wait::Allowed);
+        let iterator = self.db.raw_iterator_opt(bounded(to, Wait::Allowed));
+        let mut cursor = RocksCursor { iterator, wait: Wait::Allowed, budget: None };
         cursor.seek(from)?;
         while let Some((key, value)) = cursor.entry() {
             if !take(key, value)? {

@@ -53,6 +53,30 @@ fn a_read_that_may_not_wait_says_what_is_in_memory_and_never_that_something_is_n
 }
 
 #[test]
+fn work_that_is_long_is_not_done_where_it_may_not_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = open(dir.path());
+    let at = |i: u32| [Keys::new(SHARD).single(kind::MAP), i.to_be_bytes().to_vec()].concat();
+    let half = READS_AT_ONCE / 2;
+    let first: Writes = (0..half).map(|i| (at(i), Some(Vec::new()))).collect();
+    state.write(SHARD, first, Some(1)).unwrap();
+    // Some work after another is as long as both together.
+    let now = state.now(Wait::Never);
+    assert_eq!(keys(&now).map(|keys| keys.len() as u32), Ok(half));
+    assert_eq!(keys(&now), Err(StateError::WouldWait));
+    let now = state.now(Wait::Never);
+    for i in 0..READS_AT_ONCE {
+        assert!(now.get(&at(i)).is_ok());
+    }
+    assert_eq!(now.get(&at(0)), Err(StateError::WouldWait));
+    // What may wait may be long.
+    let all: Writes = (0..2 * READS_AT_ONCE).map(|i| (at(i), Some(Vec::new()))).collect();
+    state.write(SHARD, all, Some(2)).unwrap();
+    assert_eq!(keys(&state.now(Wait::Never)), Err(StateError::WouldWait));
+    assert_eq!(keys(&state.now(Wait::Allowed)).map(|keys| keys.len() as u32), Ok(2 * READS_AT_ONCE));
+}
+
+#[test]
 fn a_write_that_may_not_wait_writes_nothing_when_the_database_makes_writes_wait_and_ends_no_process() {
     let dir = tempfile::tempdir().unwrap();
     let state = open(dir.path());

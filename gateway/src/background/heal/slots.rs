@@ -129,7 +129,7 @@ impl Inner {
         // Gateways that have not heard of the map yet may still write to the disks that it took slots from. They are
         // given time to hear of it, and refused from then on: what comes late is seen below, or is placed anew.
         if moves.epoch.is_none_or(|(_, since)| since.elapsed() < self.settings().move_settle) {
-            return Ok(Looked { done: 0, open: moves_wait || !all_looked_at });
+            return Ok(Looked::NOT);
         }
         let (mut progress, mut left) = (0, BTreeSet::new());
         for shard in told {
