@@ -25,6 +25,8 @@ use std::sync::Arc;
 const MAX_CHUNKS: usize = 1000;
 /// Most chunks one request may have read.
 const MAX_VERIFY: usize = 256;
+/// Most disks one request may have asked.
+const MAX_REACH: usize = 64;
 
 /// One disk node.
 pub struct Node {
@@ -171,7 +173,7 @@ fn lease_error(refused: LeaseRefused) -> ControlError {
 
 fn at_most(count: usize, limit: usize) -> Result<(), ControlError> {
     if count > limit {
-        return Err(ControlError::BadRequest(format!("{count} chunks in one request, at most {limit} are allowed")));
+        return Err(ControlError::BadRequest(format!("{count} items in one request, at most {limit} are allowed")));
     }
     Ok(())
 }
@@ -272,6 +274,10 @@ impl Node {
             },
             ControlRequest::GetMap => ControlResponse::Map(self.maps.newest().map(|map| Box::new((*map).clone()))),
             ControlRequest::ShardStatus => ControlResponse::Shards(self.roles.status()),
+            ControlRequest::Reach(disks) => {
+                at_most(disks.len(), MAX_REACH)?;
+                ControlResponse::Reached(self.roles.reaches(&disks).await)
+            }
         })
     }
 

@@ -162,6 +162,11 @@ impl Roles {
         self.peers.note_gateway();
     }
 
+    /// Which of these disks answer this one right now.
+    pub async fn reaches(&self, disks: &[DiskId]) -> Vec<bool> {
+        self.peers.reaches(disks).await
+    }
+
     /// Nothing is opened yet. `reserve_bytes`: free space that metadata do not grow into.
     pub fn new(
         dir: &std::path::Path,

@@ -92,6 +92,8 @@ pub enum ControlRequest {
     /// What changed in the map since that epoch. Answers MapDiffs, where this node still knows, or Map: the newest, or
     /// none when it is not newer.
     GetMapSince(Epoch),
+    /// Does this node reach these disks (at most 64) right now? It asks each for its status. Answers Reached.
+    Reach(Vec<DiskId>),
 }
 
 /// The answer of a disk node.
@@ -130,6 +132,8 @@ pub enum ControlResponse {
     LinkBeat(Bytes),
     /// Differences that lead from the map asked about to the newest one, in order.
     MapDiffs(Vec<MapDiff>),
+    /// In the order asked: whether the very disk that the newest map means by that number answered this node.
+    Reached(Vec<bool>),
 }
 
 /// Why a request could not be done.

@@ -116,6 +116,7 @@ fn requests() -> Vec<ControlRequest> {
         ControlRequest::LinkBeat { from: DiskId(2), message: Bytes::from_static(b"beat") },
         ControlRequest::Quarantine { chunks: vec![chunk()], into: true, lease: lease() },
         ControlRequest::GetMapSince(Epoch(11)),
+        ControlRequest::Reach(vec![DiskId(2), DiskId(300)]),
     ]
 }
 
@@ -149,6 +150,7 @@ fn responses() -> Vec<ControlResponse> {
         ControlResponse::RaftBatch(vec![Ok(Bytes::from_static(b"raft")), Err(ControlError::NoSuchShard(ShardId(3)))]),
         ControlResponse::LinkBeat(Bytes::from_static(b"beat")),
         ControlResponse::MapDiffs(vec![map_diff()]),
+        ControlResponse::Reached(vec![true, false]),
     ]
 }
 

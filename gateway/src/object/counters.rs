@@ -70,6 +70,12 @@ counters! {
     garbage_extents_alive,
     /// Chunks that a walk over a disk's groups found absent and queued.
     chunks_found_absent,
+    /// Dead disks taken out of service.
+    disks_taken_out,
+    /// Disks let back into service, because they answer again.
+    disks_let_in,
+    /// Leftover chunks deleted on disks that came back after having been out.
+    leftovers_deleted,
 }
 
 /// Adds to a counter.

@@ -44,6 +44,16 @@ pub enum DiskState {
     Draining,
     /// Out of service for good; it holds no slots. Kept so that its id is never used again.
     Out,
+    /// Taken out of service by the healer, because it did not answer for long. It holds no slots, but may still be the
+    /// `previous` of some; when it answers again it is let back in.
+    Away,
+}
+
+impl DiskState {
+    /// May slots have a disk of this state as their current one?
+    pub fn holds_slots(self) -> bool {
+        matches!(self, DiskState::In | DiskState::Draining)
+    }
 }
 
 /// One disk.
@@ -98,6 +108,14 @@ impl GroupSlot {
         if disk != self.current {
             self.previous.get_or_insert(self.current);
             self.current = disk;
+        }
+    }
+
+    /// Gives a slot that is on its way back to the disk that it comes from. The other one stays as its `previous`: it
+    /// may hold what was written since the move began.
+    pub fn turn_back(&mut self) {
+        if let Some(previous) = self.previous {
+            *self = GroupSlot { current: previous, previous: Some(self.current) };
         }
     }
 

@@ -55,18 +55,19 @@ pub fn choose_shard_replicas(map: &ClusterMap, shards: u16, members: usize) -> R
     Ok(chosen)
 }
 
-/// Replaces members on disks that can no longer hold replicas, and evens replicas out over new metadata disks.
-pub(super) fn settle(map: &mut ClusterMap) {
+/// Replaces members on disks that can no longer hold replicas, and unless only the vacant places are to be filled evens
+/// replicas out over new metadata disks.
+pub(super) fn settle(map: &mut ClusterMap, allowance: Allowance) {
     let mut by_size: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
     for (number, shard) in map.shards.iter().enumerate() {
         by_size.entry(shard.members.len()).or_default().push(number);
     }
     for (members, numbers) in by_size {
-        settle_size(map, members, &numbers);
+        settle_size(map, members, &numbers, allowance);
     }
 }
 
-fn settle_size(map: &mut ClusterMap, members: usize, numbers: &[usize]) {
+fn settle_size(map: &mut ClusterMap, members: usize, numbers: &[usize], allowance: Allowance) {
     // With fewer disks than members some dead members stay; the live ones that are left take over what they can.
     let width = members.min(items(map).len());
     if width == 0 {
@@ -83,7 +84,7 @@ fn settle_size(map: &mut ClusterMap, members: usize, numbers: &[usize]) {
         }
     }
     board.remember_origin();
-    board.settle(Allowance::All);
+    board.settle(allowance);
     for (row, number) in numbers.iter().enumerate() {
         let Some(shard) = map.shards.get_mut(*number) else { continue };
         let chosen: Vec<DiskId> = board.slots_of(row).filter_map(|slot| board.disk_at(slot)).collect();

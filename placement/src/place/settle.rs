@@ -25,6 +25,8 @@ const SLACK_PERCENT: usize = 5;
 /// How many moves may go into spreading alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Allowance {
+    /// None, and nothing moves for the shares either: only slots without a disk get one.
+    Vacant,
     /// A few per hundred of the others.
     Few,
     /// As many as it takes.
@@ -66,14 +68,20 @@ struct Step {
 impl Board<'_> {
     /// Makes every rule hold. Returns false when slots stay vacant, which only a tree without room for a group causes.
     pub fn settle(&mut self, allowance: Allowance) -> bool {
-        self.vacate_excess();
+        if allowance != Allowance::Vacant {
+            self.vacate_excess();
+        }
         let Some(filled) = self.fill() else { return false };
         let mut purse = Purse { checks: CHAIN_CHECKS, extra: 0 };
         self.rearrange_moved(&mut purse);
+        if allowance == Allowance::Vacant {
+            return true;
+        }
         self.aim(SLACK_PERCENT);
         let needy = self.needy_disks();
         let lacking: usize = needy.iter().map(|leaf| self.low(*leaf).saturating_sub(self.load(*leaf))).sum();
         purse.extra = match allowance {
+            Allowance::Vacant => 0,
             Allowance::Few => (filled + lacking) * SPREAD_PERCENT / 100,
             Allowance::All => usize::MAX,
         };

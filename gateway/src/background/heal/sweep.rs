@@ -174,7 +174,7 @@ impl Inner {
                 match owned.get(&(chunk.id.group, chunk.id.extent)) {
                     // Its shard cannot be named by this map: nobody was asked.
                     None => {}
-                    Some((_, true)) if !strays.contains(&chunk.id) => {
+                    Some((_, true)) if !strays.contains_key(&chunk.id) => {
                         swept.to_release.extend(chunk.quarantined_ms.map(|_| chunk.id));
                     }
                     Some(_) => swept.orphan(chunk, settings.orphan_age, settings.quarantine, at_most),
@@ -206,8 +206,9 @@ impl Inner {
     }
 
     /// Owned chunks of a page that lie here for nothing: the disk serves no slot of their group, and the disk of their
-    /// own slot has them. Where it has not, it is noted in `swept` what their shards are to be told. That another disk
-    /// of the group has such a chunk means nothing: it may be left there from another slot, where no reader looks.
+    /// own slot, which is answered with each, has them. Where it has not, it is noted in `swept` what their shards are to
+    /// be told. That another disk of the group has such a chunk means nothing: it may be left there from another slot,
+    /// where no reader looks.
     async fn strays(
         &self,
         map: &ClusterMap,
@@ -215,7 +216,7 @@ impl Inner {
         chunks: &[ChunkInfo],
         owned: &Owned,
         swept: &mut Swept,
-    ) -> Result<HashSet<ChunkId>, ShardError> {
+    ) -> Result<HashMap<ChunkId, DiskId>, ShardError> {
         let mut by_home: BTreeMap<DiskId, Vec<(ChunkId, ChunkRef, ShardId)>> = BTreeMap::new();
         for chunk in chunks {
             let id = chunk.id;
@@ -230,7 +231,7 @@ impl Inner {
                 by_home.entry(home.current).or_default().push((id, named, shard));
             }
         }
-        let mut strays = HashSet::new();
+        let mut strays = HashMap::new();
         for (home, chunks) in by_home {
             let asked: Vec<(ChunkId, ChunkRef)> = chunks.iter().map(|(id, named, _)| (*id, *named)).collect();
             let Some(absent) = self.absent(home, &asked).await else { continue };
@@ -239,7 +240,7 @@ impl Inner {
                 if absent.contains(&named) {
                     swept.missing_at_home.push((shard, named));
                 } else {
-                    strays.insert(id);
+                    strays.insert(id, home);
                 }
             }
         }
@@ -259,7 +260,52 @@ impl Inner {
         Ok(found.and_then(|record| record.extent.slots.get(usize::from(chunk.id.index)).copied()))
     }
 
-    async fn act(&self, disk: DiskId, swept: &Swept, held: &Held) {
+    /// Deletes on a disk that comes back after having been out what other disks have in its place by now. Answers how
+    /// many chunks that were; None: it could not be looked through. What no shard knows any more stays for the sweep, and
+    /// so does what is not on its new disk.
+    pub(super) async fn clear_leftovers(&self, disk: DiskId, held: &Held) -> Result<Option<usize>, ShardError> {
+        let Some(client) = self.store.disks().client(disk) else { return Ok(None) };
+        // An earlier holder of the lease, who was paused, must not delete what is found there below.
+        let mut told = HashSet::new();
+        for view in self.store.disks().view().iter().filter(|view| view.health == DiskHealth::Up) {
+            if self.tell_of_lease(view.id, held).await {
+                told.insert(view.id);
+            }
+        }
+        let (mut after, mut deleted) = (None, 0);
+        loop {
+            let Some(map) = self.store.disks().map() else { return Ok(None) };
+            let request = ControlRequest::ListChunks { after, limit: PAGE };
+            let Ok(ControlResponse::Chunks { chunks, more }) =
+                client.control(request, self.settings().control_deadline).await
+            else {
+                return Ok(None);
+            };
+            let (owned, mut swept) = (self.owned(&map, &chunks).await?, Swept::default());
+            let strays = self.strays(&map, disk, &chunks, &owned, &mut swept).await?;
+            let leftover: Vec<ChunkId> =
+                strays.iter().filter(|(_, home)| told.contains(*home)).map(|(chunk, _)| *chunk).collect();
+            // By this map they lie elsewhere. By another they may belong here: then the page is looked at again.
+            if self.store.disks().map().is_none_or(|newest| newest.epoch != map.epoch) {
+                continue;
+            }
+            let count = leftover.len();
+            if !self.delete_on(disk, leftover, held).await.is_empty() {
+                return Ok(None);
+            }
+            deleted += count;
+            add(&self.counters().leftovers_deleted, u64::try_from(count).unwrap_or(0));
+            self.tell_missing(&swept).await;
+            after = chunks.last().map(|chunk| chunk.id);
+            if !more || after.is_none() {
+                return Ok(Some(deleted));
+            }
+            tokio::time::sleep(PAGE_PAUSE).await;
+        }
+    }
+
+    /// Tells the shards of owned chunks that lie on no disk of their group.
+    async fn tell_missing(&self, swept: &Swept) {
         let mut told: HashMap<ShardId, Vec<ChunkRef>> = HashMap::new();
         swept.missing_at_home.iter().for_each(|(shard, chunk)| told.entry(*shard).or_default().push(*chunk));
         for (shard, chunks) in told {
@@ -269,6 +315,10 @@ impl Inner {
                 }
             }
         }
+    }
+
+    async fn act(&self, disk: DiskId, swept: &Swept, held: &Held) {
+        self.tell_missing(swept).await;
         self.mark(disk, &swept.to_release, false, held).await;
         self.mark(disk, &swept.to_mark, true, held).await;
         let mut deleted = 0;
@@ -299,7 +349,7 @@ impl Inner {
         let owned = self.owned(&map, chunks).await?;
         let strays = self.strays(&map, disk, chunks, &owned, &mut Swept::default()).await?;
         let is_orphan = |id: &ChunkId| match owned.get(&(id.group, id.extent)) {
-            Some((_, is_owned)) => !is_owned || strays.contains(id),
+            Some((_, is_owned)) => !is_owned || strays.contains_key(id),
             None => false,
         };
         // A map that came while the answers did is another matter: the next sweep asks by that one.

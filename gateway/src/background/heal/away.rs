@@ -1,0 +1,310 @@
+//! Dead disks go out of service, and come back when they answer again, without an operator.
+//!
+//! What is dead and what is to be done is decided by [`judge`](super::judge), how the map changes by
+//! [`ops::away`](crate::ops::away); here disks are looked at, metadata disks are asked what they reach, and the changes
+//! are made. Everything else follows from the map: slots with a new disk are filled by [`slots`](super::slots), and what
+//! a disk that is back has left over is taken away before it is let in.
+//!
+//! How long disks have been dead and which went out within the hour is published with the lease, so that the next
+//! holder goes on counting.
+
+use super::judge::{judge, observers, sight_of_down, Clocks, Rules, Sight, Verdict, LIMIT_WINDOW};
+use super::{lock, AwayDisk, DeadDisk, HealSettings, HealStatus, Inner};
+use crate::background::leases::Held;
+use crate::disks::{DiskHealth, DiskView};
+use crate::object::add;
+use crate::ops::away::{empty_disks, fill_empty, let_in, take_out, AwayError, Room, Takers};
+use crate::ops::{commit, slots_moving, CommitError};
+use futures::stream::{self, StreamExt};
+use granary_placement::id::DiskId;
+use granary_placement::map::{ClusterMap, DiskState};
+use granary_wire::control::{ControlRequest, ControlResponse};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+/// Disks asked about at once: more that are down at the same time wait for a later look.
+const ASKED: usize = 64;
+/// How long an observer may take to find out what it reaches.
+const ASK: Duration = Duration::from_secs(5);
+/// What observers said longer ago is not acted on.
+const STALE: Duration = Duration::from_secs(20);
+/// Observers asked at once.
+const OBSERVERS_AT_ONCE: usize = 16;
+/// The pause between two looks.
+const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(5)];
+
+/// What the holder of the lease remembers from look to look.
+struct Memory {
+    clocks: Clocks,
+    /// When each disk went out that is away, or went out within the hour: how long before `begun`, or after it.
+    out: BTreeMap<DiskId, OutAt>,
+    begun: Instant,
+    /// Why a dead disk stays in service, as it was logged.
+    told: BTreeMap<DiskId, String>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct OutAt {
+    /// So long before the lease was taken.
+    before: Duration,
+    /// Under this lease.
+    at: Option<Instant>,
+}
+
+impl Memory {
+    /// Goes on from what the holder before published.
+    fn inherit(published: &[u8], map: Option<&ClusterMap>) -> Memory {
+        let status: HealStatus = serde_json::from_slice(published).unwrap_or_default();
+        let dead = status.dead_disks.iter().map(|row| (row.disk, Duration::from_secs(row.dead_s)));
+        let before = |s| OutAt { before: Duration::from_secs(s), at: None };
+        let mut out: BTreeMap<DiskId, OutAt> =
+            status.away_disks.iter().map(|row| (row.disk, before(row.out_s))).collect();
+        // One that the holder before took out and died: it counts as taken out now.
+        let away = map.into_iter().flat_map(|map| map.disks.values()).filter(|disk| disk.state == DiskState::Away);
+        for disk in away {
+            out.entry(disk.id).or_insert(before(0));
+        }
+        Memory { clocks: Clocks::inherit(dead), out, begun: Instant::now(), told: BTreeMap::new() }
+    }
+
+    /// How long ago a disk went out.
+    fn ago(&self, out: &OutAt, now: Instant) -> Duration {
+        match out.at {
+            Some(at) => now.saturating_duration_since(at),
+            None => out.before + now.saturating_duration_since(self.begun),
+        }
+    }
+}
+
+impl Inner {
+    /// Looks at all disks again and again, and takes out what is dead.
+    pub(super) async fn away_loop(&self, held: &Held) {
+        let mut settings = self.settings.clone();
+        let mut memory = Memory::inherit(held.inherited(), self.store.disks().map().as_deref());
+        loop {
+            let now = settings.borrow_and_update().clone();
+            let pause = (now.out_after / 10).min(now.well_after / 4).clamp(PAUSES[0], PAUSES[1]);
+            self.look_at_disks(&mut memory, &now, pause, held).await;
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = super::change(&mut settings) => {}
+            }
+        }
+    }
+
+    async fn look_at_disks(&self, memory: &mut Memory, settings: &HealSettings, pause: Duration, held: &Held) {
+        let Some(map) = self.store.disks().map() else { return };
+        let views = self.store.disks().view();
+        let sights = self.sights(&map, &views).await;
+        let looked = Instant::now();
+        memory.clocks.look(&sights, looked, pause, settings.well_after);
+        let recent = memory.out.values().filter(|out| memory.ago(out, looked) < LIMIT_WINDOW).count();
+        let rules = Rules {
+            out_after: settings.out_after,
+            limit_percent: settings.out_limit_percent,
+            well_after: settings.well_after,
+        };
+        let Verdict { out, stays, back } = judge(&map, &memory.clocks, recent, &rules);
+        let mut why: BTreeMap<DiskId, String> = stays.iter().map(|(disk, why)| (*disk, why.to_string())).collect();
+        let takers = takers(&map, &views, settings.fill_ceiling_percent);
+        for disk in out {
+            // What was seen may be long ago, if this process slept.
+            if held.is_lost() || looked.elapsed() > STALE {
+                return;
+            }
+            match commit(&self.meta, |newest| take_out(newest, disk, &takers)).await {
+                Ok(made) => {
+                    add(&self.counters().disks_taken_out, 1);
+                    memory.out.insert(disk, OutAt { before: Duration::ZERO, at: Some(Instant::now()) });
+                    let slots = slots_moving(&made.after) - slots_moving(&made.before).min(slots_moving(&made.after));
+                    tracing::warn!(
+                        %disk, epoch = made.after.epoch.0, slots,
+                        "disk is dead and out of service: the others take over what it held"
+                    );
+                    self.poke.notify_one();
+                }
+                Err(CommitError::Refused(AwayError::Changed)) => {}
+                Err(CommitError::Refused(error)) => drop(why.insert(disk, error.to_string())),
+                Err(error) => tracing::warn!(%disk, %error, "disk is dead, but could not be taken out of service"),
+            }
+        }
+        *lock(&self.returned) = back.into_iter().collect();
+        self.give_share(&map, &sights).await;
+        self.tell_of_disks(&map, memory, why);
+        lock(&self.status).out_after_s = settings.out_after.as_secs();
+    }
+
+    /// How every disk of the map is seen now.
+    async fn sights(&self, map: &ClusterMap, views: &[DiskView]) -> BTreeMap<DiskId, Sight> {
+        let mut sights: BTreeMap<DiskId, Sight> = views
+            .iter()
+            .map(|view| (view.id, if view.health == DiskHealth::Up { Sight::Up } else { Sight::Doubtful }))
+            .collect();
+        // One that is away has gone out already.
+        let serves = |disk: &DiskId| map.disk(*disk).is_some_and(|disk| disk.state != DiskState::Away);
+        let down = views.iter().filter(|view| view.health == DiskHealth::Down).map(|view| view.id);
+        let down: Vec<DiskId> = down.filter(serves).take(ASKED).collect();
+        if down.is_empty() {
+            return sights;
+        }
+        let observers: Vec<DiskId> = observers(map).collect();
+        let answers: Vec<Vec<bool>> = stream::iter(observers.iter().copied())
+            .map(|observer| self.reached_by(observer, &down))
+            .buffer_unordered(OBSERVERS_AT_ONCE)
+            .filter_map(|answer| async move { answer })
+            .collect()
+            .await;
+        for (place, disk) in down.iter().enumerate() {
+            let said = answers.iter().filter_map(|answer| answer.get(place).copied());
+            // It may have come back while the others were asked.
+            let sight = match self.store.disks().health(*disk) {
+                DiskHealth::Down => sight_of_down(said, observers.len()),
+                _ => Sight::Doubtful,
+            };
+            sights.insert(*disk, sight);
+        }
+        sights
+    }
+
+    /// Which of these disks an observer reaches; None: it does not answer, and says nothing.
+    async fn reached_by(&self, observer: DiskId, disks: &[DiskId]) -> Option<Vec<bool>> {
+        if self.store.disks().health(observer) == DiskHealth::Down {
+            return None;
+        }
+        let client = self.store.disks().client(observer)?;
+        let asked = client.control(ControlRequest::Reach(disks.to_vec()), ASK);
+        match tokio::time::timeout(ASK, asked).await {
+            Ok(Ok(ControlResponse::Reached(reached))) if reached.len() == disks.len() => Some(reached),
+            Ok(Ok(answer)) => {
+                tracing::debug!(%observer, ?answer, "a metadata disk cannot tell which disks it reaches");
+                None
+            }
+            Ok(Err(error)) => {
+                tracing::debug!(%observer, %error, "a metadata disk was not asked which disks it reaches");
+                None
+            }
+            Err(_) => None,
+        }
+    }
+
+    /// Gives disks that are in service without slots their share, when all is well and nothing moves.
+    async fn give_share(&self, map: &ClusterMap, sights: &BTreeMap<DiskId, Sight>) {
+        let mut serving = map.disks.values().filter(|disk| disk.state.holds_slots());
+        let all_well = serving.all(|disk| sights.get(&disk.id) == Some(&Sight::Up));
+        if !all_well || slots_moving(map) > 0 || empty_disks(map).next().is_none() || self.pace.is_paused() {
+            return;
+        }
+        match commit(&self.meta, fill_empty).await {
+            Ok(made) => {
+                let slots = slots_moving(&made.after);
+                tracing::info!(slots, epoch = made.after.epoch.0, "disks that hold nothing get their share");
+                self.poke.notify_one();
+            }
+            Err(CommitError::Refused(AwayError::Changed)) => {}
+            Err(error) => tracing::warn!(%error, "disks that hold nothing could not be given their share"),
+        }
+    }
+
+    /// Notes what is dead and what went out, for status pages and the next holder of the lease.
+    fn tell_of_disks(&self, map: &ClusterMap, memory: &mut Memory, mut why: BTreeMap<DiskId, String>) {
+        for (disk, why) in &why {
+            if memory.told.get(disk) != Some(why) {
+                tracing::error!(%disk, %why, "disk is dead and stays in service: what it held has a chunk less");
+            }
+        }
+        memory.told.clone_from(&why);
+        let now = Instant::now();
+        let is_away = |disk: &DiskId| map.disk(*disk).is_some_and(|disk| disk.state == DiskState::Away);
+        let recent: BTreeSet<DiskId> =
+            memory.out.iter().filter(|(_, out)| memory.ago(out, now) < LIMIT_WINDOW).map(|(disk, _)| *disk).collect();
+        memory.out.retain(|disk, _| is_away(disk) || recent.contains(disk));
+        let serving = |disk: &DiskId| map.disk(*disk).is_some_and(|disk| disk.state.holds_slots());
+        let dead = memory
+            .clocks
+            .unwell()
+            .filter(|(disk, dead, sight)| serving(disk) && (*sight == Sight::Dead || *dead > Duration::ZERO));
+        let dead_disks: Vec<DeadDisk> =
+            dead.map(|(disk, dead, _)| DeadDisk { disk, dead_s: dead.as_secs(), stays: why.remove(&disk) }).collect();
+        let mut away_disks: Vec<AwayDisk> = (memory.out.iter())
+            .map(|(disk, out)| AwayDisk { disk: *disk, out_s: memory.ago(out, now).as_secs() })
+            .collect();
+        // What counts for the limit is not to be cut off.
+        away_disks.sort_by_key(|row| (row.out_s, row.disk));
+        let mut status = lock(&self.status);
+        (status.dead_disks, status.away_disks) = (dead_disks, away_disks);
+    }
+
+    /// Lets disks back in that answer again, once they are rid of what was brought to others meanwhile.
+    pub(super) async fn return_loop(&self, held: &Held) {
+        loop {
+            let returned: Vec<DiskId> = lock(&self.returned).iter().copied().collect();
+            for disk in returned {
+                match self.clear_leftovers(disk, held).await {
+                    Ok(Some(deleted)) => {
+                        // It may have gone again meanwhile.
+                        if held.is_lost() || !lock(&self.returned).contains(&disk) {
+                            continue;
+                        }
+                        match commit(&self.meta, |newest| let_in(newest, disk)).await {
+                            Ok(made) => {
+                                add(&self.counters().disks_let_in, 1);
+                                tracing::info!(
+                                    %disk, epoch = made.after.epoch.0, chunks_deleted = deleted,
+                                    "disk answers again and is back in service, without slots"
+                                );
+                            }
+                            Err(CommitError::Refused(AwayError::Changed)) => {}
+                            Err(error) => tracing::warn!(%disk, %error, "disk could not be let back in"),
+                        }
+                    }
+                    Ok(None) => tracing::debug!(%disk, "a disk that is back cannot be looked through yet"),
+                    Err(error) => tracing::debug!(%disk, %error, "a disk that is back cannot be looked through yet"),
+                }
+            }
+            tokio::time::sleep(self.settings().interval).await;
+        }
+    }
+}
+
+/// Who may take over slots, by what is known of the disks.
+fn takers(map: &ClusterMap, views: &[DiskView], ceiling_percent: u64) -> Takers {
+    let up: BTreeSet<DiskId> = views.iter().filter(|view| view.health == DiskHealth::Up).map(|view| view.id).collect();
+    let rooms = views.iter().filter_map(|view| {
+        let status = view.status.as_ref()?;
+        let (capacity_bytes, free_bytes) = (status.capacity_bytes, status.free_bytes);
+        Some((view.id, Room { capacity_bytes, free_bytes, chunk_bytes: status.chunk_bytes }))
+    });
+    Takers {
+        unwell: map.disks.keys().copied().filter(|disk| !up.contains(disk)).collect(),
+        rooms: rooms.collect(),
+        ceiling_percent,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::ops::form::tests::cluster;
+
+    #[test]
+    fn the_next_holder_knows_what_went_out_and_counts_what_nobody_wrote_down() {
+        let mut map = cluster(9);
+        for disk in [2, 3] {
+            let takers = Takers { ceiling_percent: 90, ..Takers::default() };
+            map = take_out(&map, DiskId(disk), &takers).unwrap();
+        }
+        let status = HealStatus {
+            dead_disks: vec![DeadDisk { disk: DiskId(5), dead_s: 77, stays: None }],
+            away_disks: vec![AwayDisk { disk: DiskId(2), out_s: 4000 }],
+            ..HealStatus::default()
+        };
+        let memory = Memory::inherit(&serde_json::to_vec(&status).unwrap(), Some(&map));
+        let dead: Vec<_> = memory.clocks.unwell().collect();
+        assert_eq!(dead, [(DiskId(5), Duration::from_secs(77), Sight::Doubtful)]);
+        let now = memory.begun + Duration::from_secs(10);
+        let ago: Vec<_> = memory.out.iter().map(|(disk, out)| (disk.0, memory.ago(out, now).as_secs())).collect();
+        assert_eq!(ago, [(2, 4010), (3, 10)]);
+        assert!(Memory::inherit(b"no status", None).out.is_empty());
+    }
+}

@@ -1,0 +1,477 @@
+//! Which disks are dead, and which of them go out of service now. Pure: the clock and all sightings are handed in.
+//!
+//! A disk is seen dead when the gateway that heals finds it down and more than half of all metadata disks say that they
+//! do not reach it either. Who cannot be asked says nothing, so a gateway that is cut off, or the smaller part of a cut
+//! network, finds nobody dead. Time counts only while the disk was seen dead at two looks one after the other, so what
+//! passed while nobody looked counts for nothing, and a disk that comes and goes adds up; only when it has answered for
+//! [`Rules::well_after`] without a break is it forgotten.
+//!
+//! Not all that is dead for long enough goes out. While half of the disks in service or more are dead, it is rather the
+//! network or the power: nobody does. And within an hour no more go out than the largest server has disks, or a part of
+//! all disks if that is more: a fault that looks like many dead disks must not start a storm of rebuilding.
+
+use granary_placement::id::DiskId;
+use granary_placement::map::{ClusterMap, DiskState};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Disks that went out count for the limit this long.
+pub const LIMIT_WINDOW: Duration = Duration::from_secs(3600);
+/// Between two looks no more than this counts, or four times the usual pause if that is more.
+const LONGEST_GAP: Duration = Duration::from_secs(15);
+
+/// How a disk is seen at one look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sight {
+    /// It answers this gateway.
+    Up,
+    /// One of both: it answers this gateway badly or not at all, but not enough others say the same.
+    Doubtful,
+    /// Neither this gateway nor a majority of the observers reach it.
+    Dead,
+}
+
+/// What the observers said of a disk that this gateway does not reach. `reached`: of each observer that answered.
+pub fn sight_of_down(reached: impl IntoIterator<Item = bool>, observers: usize) -> Sight {
+    let unreached = reached.into_iter().filter(|reached| !reached).count();
+    if observers > 0 && unreached * 2 > observers {
+        Sight::Dead
+    } else {
+        Sight::Doubtful
+    }
+}
+
+/// The metadata disks in service: they hold the map, and they are connected to each other anyway. Those that have gone out
+/// were judged by a majority once; to go on counting them would leave no majority after a few deaths. That the part of a
+/// cut network that they are in does nothing is seen to by the root shard, which needs a majority of its members.
+pub fn observers(map: &ClusterMap) -> impl Iterator<Item = DiskId> + '_ {
+    map.disks.values().filter(|disk| disk.roles.metadata && disk.state.holds_slots()).map(|disk| disk.id)
+}
+
+/// What is known of a disk from looking again and again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Clock {
+    last: Sight,
+    /// For how long it was seen dead since it was well.
+    dead: Duration,
+    /// For how long it has answered without a break.
+    up: Duration,
+}
+
+/// The clocks of all disks.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Clocks {
+    looked: Option<Instant>,
+    disks: BTreeMap<DiskId, Clock>,
+}
+
+impl Clocks {
+    /// Goes on from what the holder of the lease before had counted. What passed between the two counts for nothing.
+    pub fn inherit(dead: impl IntoIterator<Item = (DiskId, Duration)>) -> Clocks {
+        let clock = |dead| Clock { last: Sight::Doubtful, dead, up: Duration::ZERO };
+        Clocks { looked: None, disks: dead.into_iter().map(|(disk, dead)| (disk, clock(dead))).collect() }
+    }
+
+    /// Takes in one look at all disks. `pause`: the usual time between two.
+    pub fn look(&mut self, sights: &BTreeMap<DiskId, Sight>, now: Instant, pause: Duration, well_after: Duration) {
+        let longest = LONGEST_GAP.max(pause * 4);
+        let gap = self.looked.map_or(Duration::ZERO, |looked| now.saturating_duration_since(looked));
+        // Nobody looked for long: this process slept, perhaps with all others.
+        let gap = if gap > longest { Duration::ZERO } else { gap };
+        self.looked = Some(now);
+        self.disks.retain(|disk, _| sights.contains_key(disk));
+        for (disk, sight) in sights {
+            let new = Clock { last: Sight::Doubtful, dead: Duration::ZERO, up: Duration::ZERO };
+            let clock = self.disks.entry(*disk).or_insert(new);
+            let again = if clock.last == *sight { gap } else { Duration::ZERO };
+            match sight {
+                Sight::Up => {
+                    clock.up += again;
+                    if clock.up >= well_after {
+                        clock.dead = Duration::ZERO;
+                    }
+                }
+                Sight::Doubtful => clock.up = Duration::ZERO,
+                Sight::Dead => {
+                    clock.up = Duration::ZERO;
+                    clock.dead += again;
+                }
+            }
+            clock.last = *sight;
+        }
+    }
+
+    /// Disks that are not well: for how long each was seen dead, and how it was seen last.
+    pub fn unwell(&self) -> impl Iterator<Item = (DiskId, Duration, Sight)> + '_ {
+        let unwell = self.disks.iter().filter(|(_, clock)| clock.last != Sight::Up || clock.dead > Duration::ZERO);
+        unwell.map(|(disk, clock)| (*disk, clock.dead, clock.last))
+    }
+
+    fn get(&self, disk: DiskId) -> Option<&Clock> {
+        self.disks.get(&disk)
+    }
+}
+
+/// The settings it is judged by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rules {
+    /// `heal.out_after`.
+    pub out_after: Duration,
+    /// `heal.out_limit`, in percent; zero: no disk goes out by itself.
+    pub limit_percent: u64,
+    /// `heal.well_after`.
+    pub well_after: Duration,
+}
+
+/// Why a disk that has been dead for long enough stays in service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Stays {
+    /// As many as may have gone out within the hour.
+    #[error(
+        "{limit} disks may go out within an hour (heal.out_limit), and {recent} have: raise the limit if the others are \
+         dead, too"
+    )]
+    Limit {
+        /// So many may.
+        limit: usize,
+        /// So many have.
+        recent: usize,
+    },
+    /// Half of the disks in service or more are dead.
+    #[error(
+        "{dead} of {of} disks in service do not answer, which looks like the network or the power rather than disks: none \
+         goes out until more than half answer"
+    )]
+    Half {
+        /// So many are dead.
+        dead: usize,
+        /// So many are in service.
+        of: usize,
+    },
+}
+
+/// What is to be done.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// Disks to be taken out, the one that is dead for longest first.
+    pub out: Vec<DiskId>,
+    /// Disks that are dead for long enough and stay all the same.
+    pub stays: Vec<(DiskId, Stays)>,
+    /// Disks to be let back in.
+    pub back: Vec<DiskId>,
+}
+
+/// So many disks may go out within an hour.
+pub fn limit(map: &ClusterMap, percent: u64) -> usize {
+    let mut servers: BTreeMap<_, usize> = BTreeMap::new();
+    let known = || map.disks.values().filter(|disk| disk.state != DiskState::Out);
+    known().for_each(|disk| *servers.entry(&disk.location).or_default() += 1);
+    let part = u64::try_from(known().count()).unwrap_or(0).saturating_mul(percent) / 100;
+    match percent {
+        0 => 0,
+        _ => servers.into_values().max().unwrap_or(0).max(usize::try_from(part).unwrap_or(usize::MAX)),
+    }
+}
+
+/// Judges by the map and the clocks. `recent`: disks that went out within the hour.
+pub fn judge(map: &ClusterMap, clocks: &Clocks, recent: usize, rules: &Rules) -> Verdict {
+    let state = |state: DiskState| map.disks.values().filter(move |disk| disk.state == state).map(|disk| disk.id);
+    let of = state(DiskState::In).count();
+    let dead = || {
+        let clocks = state(DiskState::In).filter_map(|disk| Some((disk, clocks.get(disk)?)));
+        clocks.filter(|(_, clock)| clock.last == Sight::Dead)
+    };
+    let dead_now = dead().count();
+    let mut due: Vec<(Duration, DiskId)> =
+        dead().filter(|(_, clock)| clock.dead >= rules.out_after).map(|(disk, clock)| (clock.dead, disk)).collect();
+    due.sort_by_key(|(dead, disk)| (std::cmp::Reverse(*dead), *disk));
+    let limit = limit(map, rules.limit_percent);
+    let mut verdict = Verdict::default();
+    for (_, disk) in due {
+        if dead_now * 2 >= of {
+            verdict.stays.push((disk, Stays::Half { dead: dead_now, of }));
+        } else if recent + verdict.out.len() >= limit {
+            verdict.stays.push((disk, Stays::Limit { limit, recent: recent + verdict.out.len() }));
+        } else {
+            verdict.out.push(disk);
+        }
+    }
+    let well =
+        |disk: &DiskId| clocks.get(*disk).is_some_and(|clock| clock.last == Sight::Up && clock.up >= rules.well_after);
+    verdict.back = state(DiskState::Away).filter(well).collect();
+    verdict
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use crate::object::choose::Draw;
+    use crate::ops::away::{let_in, take_out, Takers};
+    use crate::ops::form::{first_map, ClusterConfig};
+    use serde_json::json;
+
+    const SECOND: Duration = Duration::from_secs(1);
+    const RULES: Rules =
+        Rules { out_after: Duration::from_secs(600), limit_percent: 10, well_after: Duration::from_secs(60) };
+
+    /// So many servers with so many disks each, the first five disks with metadata.
+    fn map(servers: usize, disks: usize) -> ClusterMap {
+        let disk = |number: usize| {
+            json!({
+                "uuid": format!("{number:032x}"), "address": format!("10.0.0.1:{}", 7000 + number), "zone": "a", "rack": "1",
+                "server": format!("s{}", number / disks), "weight": 100, "metadata": number < 5
+            })
+        };
+        let disks: Vec<_> = (0..servers * disks).map(disk).collect();
+        let config = json!({
+            "cluster_id": format!("{:032x}", 7), "scheme": "4+2", "failure_domain": "disk", "shards": 2, "disks": disks
+        });
+        first_map(serde_json::from_value::<ClusterConfig>(config).unwrap()).unwrap()
+    }
+
+    fn sights(map: &ClusterMap, of: impl Fn(u32) -> Sight) -> BTreeMap<DiskId, Sight> {
+        map.disks.keys().map(|disk| (*disk, of(disk.0))).collect()
+    }
+
+    fn ids(numbers: &[u32]) -> Vec<DiskId> {
+        numbers.iter().copied().map(DiskId).collect()
+    }
+
+    /// Clocks after these sightings, so many seconds apart, with their number.
+    fn seen(map: &ClusterMap, every_s: u64, looks: u64, sight: impl Fn(u64, u32) -> Sight) -> Clocks {
+        let (mut clocks, start) = (Clocks::default(), Instant::now());
+        for look in 0..=looks {
+            let at = start + SECOND * u32::try_from(look * every_s).unwrap();
+            clocks.look(&sights(map, |disk| sight(look, disk)), at, SECOND * 5, RULES.well_after);
+        }
+        clocks
+    }
+
+    #[test]
+    fn dead_is_what_this_gateway_and_more_than_half_of_all_observers_do_not_reach() {
+        use Sight::{Dead, Doubtful};
+        // (what the observers that answered say: reached or not; how many observers there are; how it is seen)
+        for (said, of, sight) in [
+            (&[false, false, false, false][..], 5, Dead),
+            (&[false, false, false], 5, Dead),
+            (&[false, false], 5, Doubtful),
+            (&[false, false, true, true, true], 5, Doubtful),
+            (&[false, false, false, true, true], 5, Dead),
+            (&[], 5, Doubtful),
+            (&[true, true, true], 5, Doubtful),
+            (&[false, false], 4, Doubtful),
+            (&[false], 1, Dead),
+            (&[], 0, Doubtful),
+        ] {
+            assert_eq!(sight_of_down(said.iter().copied(), of), sight, "{said:?} of {of}");
+        }
+        let map = map(8, 1);
+        assert_eq!(observers(&map).collect::<Vec<_>>(), ids(&[1, 2, 3, 4, 5]));
+        let takers = Takers { ceiling_percent: 90, ..Takers::default() };
+        assert_eq!(observers(&take_out(&map, DiskId(2), &takers).unwrap()).collect::<Vec<_>>(), ids(&[1, 3, 4, 5]));
+    }
+
+    #[test]
+    fn who_goes_out() {
+        use Sight::{Dead, Doubtful, Up};
+        let dead_are = |dead: &'static [u32]| move |disk: u32| if dead.contains(&disk) { Dead } else { Up };
+        type See = Box<dyn Fn(u64, u32) -> Sight>;
+        type Row = (&'static str, usize, usize, u64, See, usize, &'static [u32], &'static [u32]);
+        let always = |dead: &'static [u32]| -> See { Box::new(move |_, disk| dead_are(dead)(disk)) };
+        // (what, servers, disks each, looks 5 s apart, sightings, gone out within the hour, goes out, stays)
+        let table: Vec<Row> = vec![
+            ("all well", 8, 1, 300, always(&[]), 0, &[], &[]),
+            ("not for long enough", 8, 1, 119, always(&[3]), 0, &[], &[]),
+            ("long enough", 8, 1, 120, always(&[3]), 0, &[3], &[]),
+            ("two at once, one may", 8, 1, 120, always(&[3, 4]), 0, &[3], &[4]),
+            ("one may, and one has", 8, 1, 120, always(&[3]), 1, &[], &[3]),
+            ("ten percent of thirty are three", 30, 1, 120, always(&[3, 4, 5, 6]), 0, &[3, 4, 5], &[6]),
+            ("a whole server", 4, 4, 120, always(&[1, 2, 3, 4]), 0, &[1, 2, 3, 4], &[]),
+            ("a server and one more", 4, 4, 120, always(&[1, 2, 3, 4, 5]), 0, &[1, 2, 3, 4], &[5]),
+            ("half of all", 8, 1, 500, always(&[1, 2, 3, 4]), 0, &[], &[1, 2, 3, 4]),
+            (
+                "the longest dead first",
+                8,
+                1,
+                130,
+                Box::new(|look, disk| if disk == 6 || (disk == 2 && look > 5) { Dead } else { Up }),
+                0,
+                &[6],
+                &[2],
+            ),
+            (
+                "up again at the last look",
+                8,
+                1,
+                130,
+                Box::new(|look, disk| if disk == 3 && look < 130 { Dead } else { Up }),
+                0,
+                &[],
+                &[],
+            ),
+            (
+                "doubtful at the last look",
+                8,
+                1,
+                130,
+                Box::new(|look, disk| match disk {
+                    3 if look < 130 => Dead,
+                    3 => Doubtful,
+                    _ => Up,
+                }),
+                0,
+                &[],
+                &[],
+            ),
+            (
+                "doubtful time does not count",
+                8,
+                1,
+                200,
+                Box::new(|look, disk| match disk {
+                    3 if look < 110 => Doubtful,
+                    3 => Dead,
+                    _ => Up,
+                }),
+                0,
+                &[],
+                &[],
+            ),
+            // Eight looks dead, four up: it never answers for a minute.
+            (
+                "one that comes and goes adds up",
+                8,
+                1,
+                210,
+                Box::new(|look, disk| if disk == 3 && look % 12 < 8 { Dead } else { Up }),
+                0,
+                &[3],
+                &[],
+            ),
+            // Answers for more than a minute each time.
+            (
+                "one that was well begins anew",
+                8,
+                1,
+                219,
+                Box::new(|look, disk| if disk == 3 && look % 110 < 95 { Dead } else { Up }),
+                0,
+                &[],
+                &[],
+            ),
+        ];
+        for (what, servers, disks, looks, sight, recent, out, stays) in table {
+            let map = map(servers, disks);
+            let verdict = judge(&map, &seen(&map, 5, looks, sight), recent, &RULES);
+            assert_eq!(verdict.out, ids(out), "{what}");
+            assert_eq!(verdict.stays.iter().map(|(disk, _)| *disk).collect::<Vec<_>>(), ids(stays), "{what}");
+        }
+        let none = Rules { limit_percent: 0, ..RULES };
+        let map = map(8, 1);
+        let clocks = seen(&map, 5, 200, |_, disk| dead_are(&[3])(disk));
+        assert_eq!(judge(&map, &clocks, 0, &none).stays, [(DiskId(3), Stays::Limit { limit: 0, recent: 0 })]);
+    }
+
+    #[test]
+    fn time_in_which_nobody_looked_counts_for_nothing() {
+        let map = map(8, 1);
+        // Looked at 16 s apart: longer than any pause between two looks.
+        let clocks = seen(&map, 21, 500, |_, disk| if disk == 3 { Sight::Dead } else { Sight::Up });
+        assert_eq!(judge(&map, &clocks, 0, &RULES), Verdict::default());
+        assert_eq!(clocks.unwell().collect::<Vec<_>>(), [(DiskId(3), Duration::ZERO, Sight::Dead)]);
+    }
+
+    #[test]
+    fn the_next_holder_goes_on_counting_where_the_last_one_stopped() {
+        let (map, start) = (map(8, 1), Instant::now());
+        let mut clocks = Clocks::inherit([(DiskId(3), SECOND * 590), (DiskId(99), SECOND * 700)]);
+        for look in 0..=2u32 {
+            assert_eq!(judge(&map, &clocks, 0, &RULES).out, []);
+            let sights = sights(&map, |disk| if disk == 3 { Sight::Dead } else { Sight::Up });
+            clocks.look(&sights, start + SECOND * 5 * look, SECOND * 5, RULES.well_after);
+        }
+        assert_eq!(judge(&map, &clocks, 0, &RULES).out, [DiskId(3)]);
+    }
+
+    #[test]
+    fn a_disk_that_went_out_is_let_in_when_it_has_answered_long_enough() {
+        let takers = Takers { ceiling_percent: 90, ..Takers::default() };
+        let map = take_out(&map(8, 1), DiskId(3), &takers).unwrap();
+        let clocks =
+            |looks| seen(&map, 5, looks, |look, disk| if disk == 3 && look < 1 { Sight::Dead } else { Sight::Up });
+        assert_eq!(judge(&map, &clocks(12), 1, &RULES).back, []);
+        assert_eq!(judge(&map, &clocks(13), 1, &RULES).back, [DiskId(3)]);
+    }
+
+    /// Whatever is seen: only what is dead now and was for long enough goes out, in any hour no more than the limit, and
+    /// never while half are dead.
+    #[test]
+    fn nothing_that_is_seen_makes_more_go_out_than_may() {
+        let (mut went, mut came, mut held) = (0, 0, 0);
+        for seed in 0..60u64 {
+            let mut draw = Draw(seed);
+            let (servers, disks) = [(12, 1), (10, 2), (40, 1), (4, 4)][usize::try_from(draw.number() % 4).unwrap()];
+            let mut map = map(servers, disks);
+            let rules = Rules { limit_percent: [5, 10, 25][usize::try_from(draw.number() % 3).unwrap()], ..RULES };
+            let (mut clocks, mut now) = (Clocks::default(), Instant::now());
+            let mut out_at: Vec<Instant> = Vec::new();
+            let mut dead_since: BTreeMap<DiskId, Instant> = BTreeMap::new();
+            let mut down: BTreeMap<DiskId, u64> = BTreeMap::new();
+            for look in 0..1500u64 {
+                now += SECOND * u32::try_from(4 + draw.number() % 3).unwrap();
+                for disk in map.disks.keys() {
+                    if draw.number().is_multiple_of(600) {
+                        down.insert(*disk, look + draw.number() % 400);
+                    }
+                }
+                down.retain(|_, until| *until > look);
+                let sights = sights(&map, |disk| match down.contains_key(&DiskId(disk)) {
+                    true if draw_at(seed, look, disk).is_multiple_of(20) => Sight::Doubtful,
+                    true => Sight::Dead,
+                    false => Sight::Up,
+                });
+                for (disk, sight) in &sights {
+                    match sight {
+                        Sight::Up => drop(dead_since.remove(disk)),
+                        _ => drop(dead_since.entry(*disk).or_insert(now)),
+                    }
+                }
+                clocks.look(&sights, now, SECOND * 5, rules.well_after);
+                out_at.retain(|at| now.duration_since(*at) < LIMIT_WINDOW);
+                let verdict = judge(&map, &clocks, out_at.len(), &rules);
+                held += verdict.stays.len();
+                for disk in verdict.out {
+                    assert_eq!(sights[&disk], Sight::Dead, "seed {seed}");
+                    let in_service = map.disks.values().filter(|disk| disk.state == DiskState::In).count();
+                    let dead = sights
+                        .iter()
+                        .filter(|(disk, sight)| **sight == Sight::Dead && map.disks[*disk].state == DiskState::In);
+                    assert!(dead.count() * 2 < in_service + 2 * out_at.len(), "seed {seed}");
+                    if let Ok(next) = take_out(&map, disk, &Takers { ceiling_percent: 90, ..Takers::default() }) {
+                        map = settled(next);
+                        out_at.push(now);
+                        went += 1;
+                    }
+                }
+                assert!(out_at.len() <= limit(&map, rules.limit_percent), "seed {seed}");
+                for disk in verdict.back {
+                    assert!(!dead_since.contains_key(&disk), "seed {seed}");
+                    map = let_in(&map, disk).unwrap();
+                    came += 1;
+                }
+            }
+        }
+        println!("{went} went out, {came} came back, {held} times one had to stay");
+        assert!(went > 100 && came > 50 && held > 100, "{went} {came} {held}");
+    }
+
+    fn draw_at(seed: u64, look: u64, disk: u32) -> u64 {
+        Draw(seed.wrapping_mul(1_000_003) ^ look.wrapping_mul(7919) ^ u64::from(disk)).number()
+    }
+
+    fn settled(mut map: ClusterMap) -> ClusterMap {
+        map.groups.values_mut().flat_map(|group| &mut group.slots).for_each(|slot| slot.previous = None);
+        map
+    }
+}

@@ -1,0 +1,330 @@
+//! Disks die and nobody comes: the others take over what they held, as long as there is a place for every chunk, and a
+//! disk that returns with what it had long ago does no harm.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use bytes::Bytes;
+use granary_s3_client::Client;
+use granary_tests::cluster::{signal, Cluster, DiskProcess, Options};
+use granary_tests::seed::Random;
+use rustix::process::Signal;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+
+const BUCKET: &str = "away";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Eight disks at 4+2. `more`: further arguments of `granary dev`.
+fn eight_disks(more: &[&str]) -> Cluster {
+    cluster_of(8, more)
+}
+
+/// So many disks at 4+2 that are judged and healed in seconds.
+fn cluster_of(disks: u32, more: &[&str]) -> Cluster {
+    let set = [
+        "heal.out_after=2s",
+        "heal.well_after=1s",
+        "heal.move_settle=500ms",
+        "heal.interval=300ms",
+        "heal.garbage_grace=1s",
+        "heal.garbage_backoff=1s",
+        // The folders of all disks lie on one file system, which may be full of other things.
+        "heal.fill_ceiling=100%",
+    ];
+    let set = set.iter().flat_map(|value| ["--set", value]).chain(more.iter().copied());
+    Cluster::start(Options { disks, extra: set.map(str::to_owned).collect(), ..Options::default() })
+}
+
+/// What was stored, by key.
+type Model = BTreeMap<String, Bytes>;
+
+struct Load {
+    runtime: Runtime,
+    client: Client,
+    random: Random,
+    model: Model,
+}
+
+impl Load {
+    fn new(cluster: &Cluster, name: &str) -> Load {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let client = cluster.client();
+        assert_eq!(runtime.block_on(client.make_bucket(BUCKET)).unwrap().status, 200);
+        Load { runtime, client, random: Random::of_this_run(name), model: Model::new() }
+    }
+
+    /// A body too long to ride in its record.
+    fn body(&mut self) -> Bytes {
+        let length = 20_000 + self.random.below(700_000);
+        self.random.bytes(length as usize).into()
+    }
+
+    fn put(&mut self, key: &str) {
+        let body = self.body();
+        let started = Instant::now();
+        loop {
+            let answer = self.runtime.block_on(self.client.put(BUCKET, key, body.clone()));
+            match answer {
+                Ok(answer) if answer.status == 200 => break,
+                other => assert!(started.elapsed() < PATIENCE, "PUT {key}: {other:?}"),
+            }
+        }
+        self.model.insert(key.to_owned(), body);
+    }
+
+    fn put_many(&mut self, prefix: &str, count: usize) {
+        (0..count).for_each(|number| self.put(&format!("{prefix}{number:03}")));
+    }
+
+    fn delete(&mut self, key: &str) {
+        let started = Instant::now();
+        while !matches!(self.runtime.block_on(self.client.delete(BUCKET, key)), Ok(answer) if answer.status == 204) {
+            assert!(started.elapsed() < PATIENCE, "DELETE {key}");
+        }
+        self.model.remove(key);
+    }
+
+    /// Reads everything, and the listing: exactly what was stored last, and nothing else.
+    fn check(&self) {
+        let started = Instant::now();
+        for (key, body) in &self.model {
+            loop {
+                let answer = self.runtime.block_on(self.client.get(BUCKET, key));
+                match answer {
+                    Ok(answer) if answer.status == 200 => {
+                        assert!(answer.body == *body, "{key} has bytes that were not stored last");
+                        break;
+                    }
+                    Ok(answer) => assert!(answer.status.is_server_error(), "GET {key}: {}", answer.status),
+                    Err(_) => {}
+                }
+                assert!(started.elapsed() < PATIENCE, "GET {key} is not answered");
+            }
+        }
+        let listed = self.runtime.block_on(self.client.list(BUCKET, "")).unwrap();
+        assert_eq!(listed, self.model.keys().cloned().collect::<Vec<_>>());
+    }
+}
+
+/// The rows of `state` in the map.
+fn disks_in(status: &Value, state: &str) -> Vec<u64> {
+    let rows = status["disks"].as_array().unwrap().iter().filter(|row| row["state"] == state);
+    rows.map(|row| row["disk"].as_u64().unwrap()).collect()
+}
+
+/// Dead disks with why they stay in service, where that is known.
+fn dead_disks(status: &Value) -> Vec<(u64, String)> {
+    let rows = status["heal"]["dead_disks"].as_array().cloned().unwrap_or_default();
+    let row = |row: &Value| (row["disk"].as_u64().unwrap(), row["stays"].as_str().unwrap_or_default().to_owned());
+    rows.iter().map(row).collect()
+}
+
+fn slots_moving(status: &Value) -> u64 {
+    status["disks"].as_array().unwrap().iter().map(|row| row["slots_leaving"].as_u64().unwrap()).sum()
+}
+
+/// Waits until the status is as wanted; shows the last one when it never is.
+fn wait_for(cluster: &Cluster, what: &str, is: impl Fn(&Value) -> bool) -> Value {
+    let started = Instant::now();
+    loop {
+        let status = cluster.admin("GET", "/v1/status");
+        if is(&status) {
+            println!("    {what} after {:.1} s", started.elapsed().as_secs_f64());
+            return status;
+        }
+        let short = format!("disks {}\nheal {}", status["disks"], status["heal"]);
+        assert!(started.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}: {short}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Waits until these disks, and no others, are away, and every chunk is good on the others.
+fn healed_without(cluster: &Cluster, away: &[u64], in_service: u64) {
+    wait_for(cluster, &format!("disks {away:?} are away and nothing moves"), |status| {
+        disks_in(status, "away") == away && slots_moving(status) == 0
+    });
+    let census = cluster.wait_full_redundancy(PATIENCE);
+    assert_eq!(census["good_on_previous"], 0, "{census}");
+    let status = cluster.admin("GET", "/v1/status");
+    let holding = status["disks"].as_array().unwrap().iter().filter(|row| row["slots"].as_u64().unwrap() > 0);
+    assert_eq!(holding.count() as u64, in_service, "{status}");
+}
+
+fn lose(cluster: &Cluster, place: usize) -> DiskProcess {
+    let disk = cluster.kill_disk(place);
+    std::fs::remove_dir_all(&disk.dir).unwrap();
+    disk
+}
+
+#[test]
+fn disks_die_one_after_the_other_and_the_others_take_over_until_there_is_no_place_left() {
+    let cluster = eight_disks(&[]);
+    let mut load = Load::new(&cluster, "disks_die_one_after_the_other");
+    load.put_many("first-", 40);
+    cluster.wait_full_redundancy(PATIENCE);
+
+    let mut away = vec![lose(&cluster, 7).disk];
+    load.put_many("on-seven-", 5);
+    healed_without(&cluster, &away, 7);
+    load.check();
+
+    away.insert(0, lose(&cluster, 1).disk);
+    away.sort_unstable();
+    load.put_many("on-six-", 5);
+    healed_without(&cluster, &away, 6);
+    load.check();
+
+    // Six are left for six chunks: one more, and there is nobody who could take them over.
+    let third = lose(&cluster, 5).disk;
+    let status = wait_for(&cluster, "it is said that there is no substitute", |status| {
+        dead_disks(status).iter().any(|(disk, why)| *disk == third && !why.is_empty())
+    });
+    let (_, why) = dead_disks(&status).remove(0);
+    let expected =
+        format!("nobody can take over what disk {third} held: scheme `4+2` puts 6 chunks on 6 different disks");
+    assert!(why.starts_with(&expected) && why.contains("granary disk replace"), "{why}");
+    assert_eq!(disks_in(&status, "away"), away, "it stays in service");
+    load.put_many("degraded-", 5);
+    load.check();
+    let census = cluster.census();
+    assert_eq!(census["extents_lost"].as_u64(), Some(0), "{census}");
+
+    // A new disk in its place is all that is needed, and what is away does not matter.
+    cluster.admin("POST", &format!("/v1/disks/{third}/replace"));
+    healed_without(&cluster, &away, 6);
+    load.check();
+}
+
+#[test]
+fn a_disk_that_returns_with_old_data_does_no_harm_and_gets_its_share_again() {
+    let cluster = eight_disks(&[]);
+    let mut load = Load::new(&cluster, "a_disk_that_returns_with_old_data");
+    load.put_many("kept-", 25);
+    load.put_many("deleted-", 15);
+    load.put_many("overwritten-", 15);
+    cluster.wait_full_redundancy(PATIENCE);
+    let stale = cluster.kill_disk(6);
+    // One is deleted before the disk goes out, the others after what it held has moved.
+    load.delete("deleted-000");
+    healed_without(&cluster, &[stale.disk], 7);
+    (1..15).for_each(|number| load.delete(&format!("deleted-{number:03}")));
+    load.put_many("overwritten-", 15);
+    load.put_many("new-", 10);
+    load.check();
+    // Its chunks are garbage by now: nothing of them is left in the queues when it comes back.
+    std::thread::sleep(Duration::from_secs(4));
+
+    cluster.start_disk(&stale);
+    wait_for(&cluster, "the disk is back in service", |status| disks_in(status, "away").is_empty());
+    load.check();
+    let status = wait_for(&cluster, "it has its share", |status| {
+        let row = status["disks"].as_array().unwrap().iter().find(|row| row["disk"] == stale.disk).unwrap();
+        row["slots"].as_u64().unwrap() > 0 && slots_moving(status) == 0
+    });
+    assert_eq!(dead_disks(&status), []);
+    cluster.wait_full_redundancy(PATIENCE);
+    load.check();
+    // What was deleted while it was away nobody knows any more: it goes into quarantine, and is not listed.
+    cluster.wait_no_orphans(PATIENCE);
+    load.check();
+    assert!(granary_tests::cluster::metric(&cluster.metrics(), "granary_object_leftovers_deleted_total") > 0.0);
+}
+
+#[test]
+fn a_disk_that_returns_in_the_middle_of_the_rebuild_is_read_from_and_ends_whole() {
+    // So slow that it is still going on when the disk returns.
+    let cluster = eight_disks(&["--set", "heal.rate=3MiB/s"]);
+    let mut load = Load::new(&cluster, "a_disk_that_returns_in_the_middle");
+    load.put_many("kept-", 40);
+    load.put_many("deleted-", 10);
+    cluster.wait_full_redundancy(PATIENCE);
+    let disk = cluster.kill_disk(5);
+    wait_for(&cluster, "it goes out", |status| disks_in(status, "away") == [disk.disk]);
+    (0..10).for_each(|number| load.delete(&format!("deleted-{number:03}")));
+    let status = cluster.admin("GET", "/v1/status");
+    assert!(slots_moving(&status) > 0, "the rebuild was over too early");
+    cluster.start_disk(&disk);
+    wait_for(&cluster, "the disk is back in service", |status| disks_in(status, "away").is_empty());
+    load.check();
+    let token = cluster.json()["admin_token_file"].as_str().unwrap().to_owned();
+    let mut fast = std::process::Command::new(granary_tests::cluster::bin("granary"));
+    fast.args(["config", "set", "heal.rate", "0", "--admin", cluster.admin_address(), "--token-file", &token]);
+    assert!(fast.output().unwrap().status.success());
+    wait_for(&cluster, "it has its share", |status| {
+        let row = status["disks"].as_array().unwrap().iter().find(|row| row["disk"] == disk.disk).unwrap();
+        row["slots"].as_u64().unwrap() > 0 && slots_moving(status) == 0
+    });
+    cluster.wait_full_redundancy(PATIENCE);
+    load.check();
+    cluster.wait_no_orphans(PATIENCE);
+}
+
+#[test]
+fn disks_that_all_stop_answering_at_once_do_not_all_go_out() {
+    // Ten servers: no more than one disk may go out within an hour, though there is room for three.
+    let cluster = cluster_of(10, &["--servers", "10"]);
+    let mut load = Load::new(&cluster, "disks_that_all_stop_answering");
+    load.put_many("first-", 20);
+    cluster.wait_full_redundancy(PATIENCE);
+    let disks = cluster.disks();
+    // Two of five metadata disks among them: a majority is left.
+    let stopped: Vec<&DiskProcess> = [3, 4, 6].iter().map(|place| &disks[*place]).collect();
+    stopped.iter().for_each(|disk| signal(disk.pid, Signal::STOP));
+    let ids: Vec<u64> = stopped.iter().map(|disk| disk.disk).collect();
+    let stay = |status: &Value, why: &str| dead_disks(status).iter().filter(|(_, stays)| stays.contains(why)).count();
+    wait_for(&cluster, "one is out, and the limit holds the others", |status| {
+        disks_in(status, "away").len() == 1 && stay(status, "heal.out_limit") == 2
+    });
+    // Several times as long as it takes for one to go out.
+    std::thread::sleep(Duration::from_secs(8));
+    let away = disks_in(&cluster.admin("GET", "/v1/status"), "away");
+    assert!(away.len() == 1 && ids.contains(&away[0]), "{away:?}");
+    stopped.iter().for_each(|disk| signal(disk.pid, Signal::CONT));
+    wait_for(&cluster, "all are back in service", |status| {
+        let rows = status["disks"].as_array().unwrap();
+        rows.iter().all(|row| row["state"] == "in" && row["slots"].as_u64().unwrap() > 0) && slots_moving(status) == 0
+    });
+    cluster.wait_full_redundancy(PATIENCE);
+    load.check();
+
+    // Half of all, which looks like a cut network: nobody goes out, though the limit would allow it.
+    let token = cluster.json()["admin_token_file"].as_str().unwrap().to_owned();
+    let mut more = std::process::Command::new(granary_tests::cluster::bin("granary"));
+    more.args(["config", "set", "heal.out_limit", "100%", "--admin", cluster.admin_address(), "--token-file", &token]);
+    assert!(more.output().unwrap().status.success());
+    let half: Vec<&DiskProcess> = [0, 5, 6, 7, 8].iter().map(|place| &disks[*place]).collect();
+    half.iter().for_each(|disk| signal(disk.pid, Signal::STOP));
+    wait_for(&cluster, "half are dead and stay", |status| {
+        let dead = status["heal"]["dead_disks"].as_array().unwrap().iter();
+        let stays =
+            dead.filter(|row| row["stays"].as_str().is_some_and(|why| why.contains("the network or the power")));
+        stays.count() == 5
+    });
+    assert_eq!(disks_in(&cluster.admin("GET", "/v1/status"), "away"), Vec::<u64>::new());
+    half.iter().for_each(|disk| signal(disk.pid, Signal::CONT));
+    cluster.wait_full_redundancy(PATIENCE);
+    load.check();
+}
+
+#[test]
+fn a_rebuild_goes_on_after_kill_9_of_the_gateway_that_heals() {
+    // So slow that it is still going on when the gateway dies.
+    let mut cluster = eight_disks(&["--set", "heal.rate=3MiB/s", "--set", "heal.lease_ttl=3s"]);
+    let mut load = Load::new(&cluster, "a_rebuild_goes_on");
+    load.put_many("first-", 40);
+    cluster.wait_full_redundancy(PATIENCE);
+    let dead = lose(&cluster, 7);
+    let rebuilt =
+        |cluster: &Cluster| granary_tests::cluster::metric(&cluster.metrics(), "granary_object_chunks_rebuilt_total");
+    let started = Instant::now();
+    while rebuilt(&cluster) < 5.0 {
+        assert!(started.elapsed() < PATIENCE, "nothing is rebuilt");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(slots_moving(&cluster.admin("GET", "/v1/status")) > 0, "the rebuild was over too early");
+    cluster.kill_gateway_and_restart();
+    healed_without(&cluster, &[dead.disk], 7);
+    load.check();
+    assert!(!dead.dir.exists() || std::fs::read_dir(&dead.dir).unwrap().next().is_none(), "no new disk in its place");
+}
