@@ -443,6 +443,32 @@ fn substitutes_are_shared_out_by_weight_over_all_disks_but_the_full_ones() {
 }
 
 #[test]
+fn barred_disks_take_over_no_shard_replicas() {
+    // Twelve disks, of which eight hold metadata: five replicas each, three to spare.
+    let mut disks = uniform(1, 1, 12, 1);
+    disks.iter_mut().skip(8).for_each(|disk| disk.roles.metadata = false);
+    let mut new = order(disks, scheme(4, 2, FailureDomain::Disk), 20);
+    (new.replicas, new.object_shards) = (Some(5), 16);
+    let (before, dead) = (new_map(new).unwrap(), DiskId(1));
+    let mut changed = before.clone();
+    set_state(&mut changed, dead, DiskState::Away);
+    let lost = before.shards.iter().filter(|shard| shard.members.contains(&dead)).count();
+    assert!(lost > 1, "{lost}");
+    for barred in [vec![], vec![2, 3], vec![2, 3, 4, 5, 6], vec![2, 3, 4, 5, 6, 7], vec![2, 3, 4, 5, 6, 7, 8]] {
+        let barred: BTreeSet<DiskId> = barred.into_iter().map(DiskId).collect();
+        let after = substitute(&changed, &barred).unwrap();
+        let moved = replica_moves(&before, &after);
+        assert!(moved.iter().all(|one| one.from == Some(dead)), "{barred:?}: what lives stays, {moved:?}");
+        assert!(moved.iter().all(|one| one.to.is_none_or(|to| !barred.contains(&to))), "{barred:?}: {moved:?}");
+        // A member that is gone stays named exactly where only barred disks could take over.
+        for (was, is) in before.shards.iter().zip(&after.shards).filter(|(was, _)| was.members.contains(&dead)) {
+            let free = (2..=8).map(DiskId).any(|disk| !was.members.contains(&disk) && !barred.contains(&disk));
+            assert_eq!(is.members.contains(&dead), !free, "{barred:?}: {was:?} {is:?}");
+        }
+    }
+}
+
+#[test]
 fn six_disks_at_four_and_two_have_no_substitute_and_seven_have() {
     for (disks, substitutes) in [(6, false), (7, true), (8, true)] {
         let mut map = cluster(uniform(1, 1, 1, disks), scheme(4, 2, FailureDomain::Disk));

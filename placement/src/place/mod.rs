@@ -82,13 +82,13 @@ pub fn rebalance(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
 
 /// The map at the next epoch with other disks for the slots whose disk may hold none any more, and no other slot moved:
 /// for disks that died, perhaps in the middle of moves. What a living disk took in since a move began is on no other
-/// disk, so its slot is not taken from it to even out shares. Disks in `full` take no further slots. Replicas on
-/// living disks stay where they are, too.
+/// disk, so its slot is not taken from it to even out shares. Disks in `barred` take no further slots and
+/// no further shard replicas. Replicas on living disks stay where they are, too.
 ///
 /// # Errors
-/// Those of [`rebalance`]; [`PlaceError::MovesUnderWay`] also when there are only full disks left to take a slot.
-pub fn substitute(map: &ClusterMap, full: &BTreeSet<DiskId>) -> Result<ClusterMap, PlaceError> {
-    settle_all(map, Allowance::Vacant, full)
+/// Those of [`rebalance`]; [`PlaceError::MovesUnderWay`] also when there are only barred disks left to take a slot.
+pub fn substitute(map: &ClusterMap, barred: &BTreeSet<DiskId>) -> Result<ClusterMap, PlaceError> {
+    settle_all(map, Allowance::Vacant, barred)
 }
 
 /// Like [`rebalance`], but moves as many slots as it takes to have as few chunks of a group in one zone, rack and
@@ -100,7 +100,7 @@ pub fn spread(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
     settle_all(map, Allowance::All, &BTreeSet::new())
 }
 
-fn settle_all(map: &ClusterMap, allowance: Allowance, full: &BTreeSet<DiskId>) -> Result<ClusterMap, PlaceError> {
+fn settle_all(map: &ClusterMap, allowance: Allowance, barred: &BTreeSet<DiskId>) -> Result<ClusterMap, PlaceError> {
     map.validate_structure()?;
     let mut next = map.clone();
     let mut by_scheme: BTreeMap<&str, Vec<PlacementGroupId>> = BTreeMap::new();
@@ -110,12 +110,12 @@ fn settle_all(map: &ClusterMap, allowance: Allowance, full: &BTreeSet<DiskId>) -
     for (name, ids) in by_scheme {
         let scheme = scheme_of(map, name)?;
         let tree = storage_tree(map, name, scheme)?;
-        if !settle_groups(&mut next, &ids, &tree, (scheme.width(), allowance), full) {
+        if !settle_groups(&mut next, &ids, &tree, (scheme.width(), allowance), barred) {
             return Err(PlaceError::MovesUnderWay { scheme: name.to_owned() });
         }
     }
     let replicas = if allowance == Allowance::Vacant { Allowance::Vacant } else { Allowance::All };
-    replicas::settle(&mut next, replicas);
+    replicas::settle(&mut next, replicas, barred);
     next.epoch = next_epoch(map)?;
     next.validate()?;
     Ok(next)
@@ -195,13 +195,13 @@ fn settle_groups(
     ids: &[PlacementGroupId],
     tree: &Tree,
     (width, allowance): (usize, Allowance),
-    full: &BTreeSet<DiskId>,
+    barred: &BTreeSet<DiskId>,
 ) -> bool {
     let shares = tree.shares(width, ids.len());
     let mut board = Board::new(tree, &shares, tree.caps.clone(), ids.len(), width, Band::FivePercent);
     for (group, id) in ids.iter().enumerate() {
         let Some(existing) = map.groups.get(id) else { continue };
-        for disk in existing.slots.iter().filter_map(|slot| slot.previous).chain(full.iter().copied()) {
+        for disk in existing.slots.iter().filter_map(|slot| slot.previous).chain(barred.iter().copied()) {
             if let Some(leaf) = tree.leaf(disk) {
                 board.bar(group, leaf);
             }
