@@ -63,13 +63,18 @@ pub struct Takers {
     pub ceiling_percent: u64,
 }
 
-/// Takes a dead disk out of service: its slots go to substitutes.
+/// Takes a dead disk out of service: its slots go to substitutes. One that was draining has given its slots away already;
+/// it is out for those whose chunks still came from it, and its weight is zero from then on.
 ///
 /// # Errors
 /// [`AwayError::NoSubstitute`], [`AwayError::Full`]; [`AwayError::Changed`] when it is not in service.
 pub fn take_out(map: &ClusterMap, disk: DiskId, takers: &Takers) -> Result<ClusterMap, AwayError> {
     let mut changed = map.clone();
-    let entry = changed.disks.get_mut(&disk).filter(|entry| entry.state == DiskState::In).ok_or(AwayError::Changed)?;
+    let entry = changed.disks.get_mut(&disk).filter(|entry| entry.state.holds_slots()).ok_or(AwayError::Changed)?;
+    if entry.state == DiskState::Draining {
+        // What was to leave is not to be filled again when it comes back.
+        entry.weight = 0;
+    }
     entry.state = DiskState::Away;
     let unwell: BTreeSet<DiskId> = takers.unwell.iter().copied().filter(|other| *other != disk).collect();
     let by_rule = match substitute(&changed, &unwell) {
@@ -109,14 +114,18 @@ pub fn let_in(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, AwayError> {
 }
 
 /// Gives disks in service that hold nothing their share: they were let back in, or took the place of one that was away.
+/// A weight may be so small that its share is no slot at all: when none of them gets one, nothing is changed, for it would
+/// be done again and again.
 ///
 /// # Errors
-/// [`AwayError::Changed`] when there is none, or slots are moving; [`AwayError::Place`].
+/// [`AwayError::Changed`] when there is none, none gets a slot, or slots are moving; [`AwayError::Place`].
 pub fn fill_empty(map: &ClusterMap) -> Result<ClusterMap, AwayError> {
-    if super::slots_moving(map) > 0 || empty_disks(map).next().is_none() {
+    let empty = empty_disks(map).count();
+    if super::slots_moving(map) > 0 || empty == 0 {
         return Err(AwayError::Changed);
     }
-    Ok(rebalance(map)?)
+    let next = rebalance(map)?;
+    (empty_disks(&next).count() < empty).then_some(next).ok_or(AwayError::Changed)
 }
 
 /// Disks in service that are to hold data and have no slot.
@@ -233,6 +242,26 @@ mod tests {
         assert!(slots_of(&filled, dead).abs_diff(slots_of(&map, dead)) <= 3, "{}", slots_of(&filled, dead));
         assert_eq!(fill_empty(&settled(&filled)), Err(AwayError::Changed), "nobody is empty");
         assert_eq!(let_in(&back, dead), Err(AwayError::Changed));
+    }
+
+    #[test]
+    fn a_disk_whose_share_is_less_than_a_slot_gets_none_and_makes_no_new_map() {
+        let mut map = settled(&let_in(&take_out(&cluster(8), DiskId(3), &takers()).unwrap(), DiskId(3)).unwrap());
+        map.disks.get_mut(&DiskId(3)).unwrap().weight = 1;
+        assert_eq!(empty_disks(&map).collect::<Vec<_>>(), [DiskId(3)]);
+        assert_eq!(rebalance(&map).unwrap().groups, map.groups, "its share is no slot");
+        assert!(matches!(fill_empty(&map), Err(AwayError::Changed)));
+    }
+
+    #[test]
+    fn a_dead_disk_that_was_draining_goes_out_and_is_not_filled_again_when_it_comes_back() {
+        let (disk, draining) = (DiskId(3), crate::ops::drain(&cluster(8), DiskId(3)).unwrap());
+        let out = take_out(&draining, disk, &takers()).unwrap();
+        assert_eq!((out.disk(disk).unwrap().state, out.disk(disk).unwrap().weight), (DiskState::Away, 0));
+        assert_eq!(out.groups, draining.groups, "what left it goes on to where it was going");
+        let back = settled(&let_in(&out, disk).unwrap());
+        assert_eq!(back.disk(disk).unwrap().state, DiskState::In);
+        assert_eq!((fill_empty(&back), slots_of(&rebalance(&back).unwrap(), disk)), (Err(AwayError::Changed), 0));
     }
 
     #[test]

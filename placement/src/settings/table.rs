@@ -86,7 +86,7 @@ pub const TABLE: &[Setting] = &[
     of("heal.orphan_limit", Cluster, Value::Number(1), Kind::Percent(0, 100), "A disk of whose chunks more than this part is known to no shard is left alone until this is raised."),
     time("heal.move_settle", Cluster, s(10), [ms(10), min(60)], "How long a slot that got another disk is left alone: by then every gateway writes to the new one."),
     time("heal.out_after", Cluster, min(10), [s(1), min(60 * 24)], "A disk that a majority of the metadata disks and the gateway that heals have not reached for this long goes out of service, and the others take over what it held."),
-    of("heal.out_limit", Cluster, Value::Number(10), Kind::Percent(0, 100), "No more disks go out within an hour than the largest server has, or this part of all disks if that is more. 0: none, an operator decides."),
+    of("heal.out_limit", Cluster, Value::Auto, Kind::Percent(0, 100), "No more disks go out within an hour than this part of all disks, rounded up. auto: as many as the largest server has. 0: none, an operator decides."),
     time("heal.well_after", Cluster, min(1), [ms(100), min(60)], "A disk that did not answer is well again once it has answered for this long; one that went out is let back in."),
     of("heal.fill_ceiling", Cluster, Value::Number(90), Kind::Percent(1, 100), "A disk that would be fuller than this takes over nothing of a disk that went out."),
     time("heal.lease_ttl", Cluster, s(15), [s(1), min(10)], "A lease of background work that was not renewed for this long is taken over by another gateway."),

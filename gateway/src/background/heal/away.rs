@@ -20,6 +20,7 @@ use granary_placement::id::DiskId;
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_wire::control::{ControlRequest, ControlResponse};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Disks asked about at once: more that are down at the same time wait for a later look.
@@ -32,6 +33,10 @@ const STALE: Duration = Duration::from_secs(20);
 const OBSERVERS_AT_ONCE: usize = 16;
 /// The pause between two looks.
 const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(5)];
+
+/// Disks that are away, answer again, and may be let back in: what the looks under this lease found. Under the next one
+/// they are looked at anew.
+pub(super) type Returned = Mutex<BTreeSet<DiskId>>;
 
 /// What the holder of the lease remembers from look to look.
 struct Memory {
@@ -57,14 +62,19 @@ impl Memory {
         let status: HealStatus = serde_json::from_slice(published).unwrap_or_default();
         let dead = status.dead_disks.iter().map(|row| (row.disk, Duration::from_secs(row.dead_s)));
         let before = |s| OutAt { before: Duration::from_secs(s), at: None };
-        let mut out: BTreeMap<DiskId, OutAt> =
-            status.away_disks.iter().map(|row| (row.disk, before(row.out_s))).collect();
-        // One that the holder before took out and died: it counts as taken out now.
-        let away = map.into_iter().flat_map(|map| map.disks.values()).filter(|disk| disk.state == DiskState::Away);
-        for disk in away {
-            out.entry(disk.id).or_insert(before(0));
+        let out: BTreeMap<DiskId, OutAt> = status.away_disks.iter().map(|row| (row.disk, before(row.out_s))).collect();
+        let begun = Instant::now();
+        let mut memory = Memory { clocks: Clocks::inherit(dead), out, begun, told: BTreeMap::new() };
+        map.into_iter().for_each(|map| memory.note_away(map, begun));
+        memory
+    }
+
+    /// What is away and nobody wrote down counts as taken out now: the holder before died over it, or the root shard's
+    /// answer was lost.
+    fn note_away(&mut self, map: &ClusterMap, now: Instant) {
+        for disk in map.disks.values().filter(|disk| disk.state == DiskState::Away) {
+            self.out.entry(disk.id).or_insert(OutAt { before: Duration::ZERO, at: Some(now) });
         }
-        Memory { clocks: Clocks::inherit(dead), out, begun: Instant::now(), told: BTreeMap::new() }
     }
 
     /// How long ago a disk went out.
@@ -78,13 +88,13 @@ impl Memory {
 
 impl Inner {
     /// Looks at all disks again and again, and takes out what is dead.
-    pub(super) async fn away_loop(&self, held: &Held) {
+    pub(super) async fn away_loop(&self, returned: &Returned, held: &Held) {
         let mut settings = self.settings.clone();
         let mut memory = Memory::inherit(held.inherited(), self.store.disks().map().as_deref());
         loop {
             let now = settings.borrow_and_update().clone();
             let pause = (now.out_after / 10).min(now.well_after / 4).clamp(PAUSES[0], PAUSES[1]);
-            self.look_at_disks(&mut memory, &now, pause, held).await;
+            self.look_at_disks((&mut memory, returned), &now, pause, held).await;
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = super::change(&mut settings) => {}
@@ -92,28 +102,40 @@ impl Inner {
         }
     }
 
-    async fn look_at_disks(&self, memory: &mut Memory, settings: &HealSettings, pause: Duration, held: &Held) {
+    async fn look_at_disks(
+        &self,
+        (memory, returned): (&mut Memory, &Returned),
+        settings: &HealSettings,
+        pause: Duration,
+        held: &Held,
+    ) {
         let Some(map) = self.store.disks().map() else { return };
         let views = self.store.disks().view();
         let sights = self.sights(&map, &views).await;
         let looked = Instant::now();
         memory.clocks.look(&sights, looked, pause, settings.well_after);
+        memory.note_away(&map, looked);
         let recent = memory.out.values().filter(|out| memory.ago(out, looked) < LIMIT_WINDOW).count();
         let rules = Rules {
             out_after: settings.out_after,
             limit_percent: settings.out_limit_percent,
             well_after: settings.well_after,
         };
-        let Verdict { out, stays, back } = judge(&map, &memory.clocks, recent, &rules);
+        let Verdict { mut out, stays, back } = judge(&map, &memory.clocks, recent, &rules);
         let mut why: BTreeMap<DiskId, String> = stays.iter().map(|(disk, why)| (*disk, why.to_string())).collect();
         let takers = takers(&map, &views, settings.fill_ceiling_percent);
-        for disk in out {
+        while let Some((disk, limit)) = out.next() {
+            if let Some(limit) = limit {
+                why.insert(disk, limit.to_string());
+                continue;
+            }
             // What was seen may be long ago, if this process slept.
             if held.is_lost() || looked.elapsed() > STALE {
                 return;
             }
             match commit(&self.meta, |newest| take_out(newest, disk, &takers)).await {
                 Ok(made) => {
+                    out.went();
                     add(&self.counters().disks_taken_out, 1);
                     memory.out.insert(disk, OutAt { before: Duration::ZERO, at: Some(Instant::now()) });
                     let slots = slots_moving(&made.after) - slots_moving(&made.before).min(slots_moving(&made.after));
@@ -125,10 +147,14 @@ impl Inner {
                 }
                 Err(CommitError::Refused(AwayError::Changed)) => {}
                 Err(CommitError::Refused(error)) => drop(why.insert(disk, error.to_string())),
-                Err(error) => tracing::warn!(%disk, %error, "disk is dead, but could not be taken out of service"),
+                Err(error) => {
+                    tracing::warn!(%disk, %error, "disk is dead, but could not be taken out of service");
+                    // It may have gone out all the same: the next look counts it then.
+                    break;
+                }
             }
         }
-        *lock(&self.returned) = back.into_iter().collect();
+        *lock(returned) = back.into_iter().collect();
         self.give_share(&map, &sights).await;
         self.tell_of_disks(&map, memory, why);
         lock(&self.status).out_after_s = settings.out_after.as_secs();
@@ -235,14 +261,14 @@ impl Inner {
     }
 
     /// Lets disks back in that answer again, once they are rid of what was brought to others meanwhile.
-    pub(super) async fn return_loop(&self, held: &Held) {
+    pub(super) async fn return_loop(&self, returned: &Returned, held: &Held) {
         loop {
-            let returned: Vec<DiskId> = lock(&self.returned).iter().copied().collect();
-            for disk in returned {
+            let answering: Vec<DiskId> = lock(returned).iter().copied().collect();
+            for disk in answering {
                 match self.clear_leftovers(disk, held).await {
                     Ok(Some(deleted)) => {
                         // It may have gone again meanwhile.
-                        if held.is_lost() || !lock(&self.returned).contains(&disk) {
+                        if held.is_lost() || !lock(returned).contains(&disk) {
                             continue;
                         }
                         match commit(&self.meta, |newest| let_in(newest, disk)).await {

@@ -7,12 +7,13 @@
 //! [`Rules::well_after`] without a break is it forgotten.
 //!
 //! Not all that is dead for long enough goes out. While half of the disks in service or more are dead, it is rather the
-//! network or the power: nobody does. And within an hour no more go out than the largest server has disks, or a part of
-//! all disks if that is more: a fault that looks like many dead disks must not start a storm of rebuilding.
+//! network or the power: nobody does. And within an hour no more go out than the largest server has disks, or another
+//! part of all disks that an operator has set: a fault that looks like many dead disks must not start a storm of
+//! rebuilding. Only what went out counts, not what had to stay because nobody could take over.
 
 use granary_placement::id::DiskId;
 use granary_placement::map::{ClusterMap, DiskState};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 /// Disks that went out count for the limit this long.
@@ -117,8 +118,9 @@ impl Clocks {
 pub struct Rules {
     /// `heal.out_after`.
     pub out_after: Duration,
-    /// `heal.out_limit`, in percent; zero: no disk goes out by itself.
-    pub limit_percent: u64,
+    /// `heal.out_limit`, in percent of all disks; zero: no disk goes out by itself; None: as many as the largest server
+    /// has.
+    pub limit_percent: Option<u64>,
     /// `heal.well_after`.
     pub well_after: Duration,
 }
@@ -153,52 +155,73 @@ pub enum Stays {
 /// What is to be done.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Verdict {
-    /// Disks to be taken out, the one that is dead for longest first.
-    pub out: Vec<DiskId>,
+    /// Disks to be taken out, as far as the limit goes.
+    pub out: Turns,
     /// Disks that are dead for long enough and stay all the same.
     pub stays: Vec<(DiskId, Stays)>,
     /// Disks to be let back in.
     pub back: Vec<DiskId>,
 }
 
-/// So many disks may go out within an hour.
-pub fn limit(map: &ClusterMap, percent: u64) -> usize {
-    let mut servers: BTreeMap<_, usize> = BTreeMap::new();
-    let known = || map.disks.values().filter(|disk| disk.state != DiskState::Out);
-    known().for_each(|disk| *servers.entry(&disk.location).or_default() += 1);
-    let part = u64::try_from(known().count()).unwrap_or(0).saturating_mul(percent) / 100;
-    match percent {
-        0 => 0,
-        _ => servers.into_values().max().unwrap_or(0).max(usize::try_from(part).unwrap_or(usize::MAX)),
+/// Disks that are to go out one after the other, the one that is dead for longest first. One that cannot go, because
+/// nobody can take over, leaves its turn to the next.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Turns {
+    waiting: VecDeque<DiskId>,
+    limit: usize,
+    recent: usize,
+}
+
+impl Turns {
+    /// The next one, and why it stays if as many have gone as may.
+    pub fn next(&mut self) -> Option<(DiskId, Option<Stays>)> {
+        let disk = self.waiting.pop_front()?;
+        let (limit, recent) = (self.limit, self.recent);
+        Some((disk, (recent >= limit).then_some(Stays::Limit { limit, recent })))
     }
+
+    /// The last one has gone out.
+    pub fn went(&mut self) {
+        self.recent += 1;
+    }
+}
+
+/// So many disks may go out within an hour: as many as the largest server has, or a part of all, rounded up.
+pub fn limit(map: &ClusterMap, percent: Option<u64>) -> usize {
+    let known = || map.disks.values().filter(|disk| disk.state != DiskState::Out);
+    let Some(percent) = percent else {
+        let mut servers: BTreeMap<_, usize> = BTreeMap::new();
+        known().for_each(|disk| *servers.entry(&disk.location).or_default() += 1);
+        return servers.into_values().max().unwrap_or(0);
+    };
+    known().count().saturating_mul(usize::try_from(percent).unwrap_or(usize::MAX)).div_ceil(100)
 }
 
 /// Judges by the map and the clocks. `recent`: disks that went out within the hour.
 pub fn judge(map: &ClusterMap, clocks: &Clocks, recent: usize, rules: &Rules) -> Verdict {
-    let state = |state: DiskState| map.disks.values().filter(move |disk| disk.state == state).map(|disk| disk.id);
-    let of = state(DiskState::In).count();
+    let disks = |is: fn(DiskState) -> bool| map.disks.values().filter(move |disk| is(disk.state)).map(|disk| disk.id);
+    // One that is draining is no other matter: its chunks are to go elsewhere, and when it is dead they are rebuilt.
+    let of = disks(DiskState::holds_slots).count();
     let dead = || {
-        let clocks = state(DiskState::In).filter_map(|disk| Some((disk, clocks.get(disk)?)));
+        let clocks = disks(DiskState::holds_slots).filter_map(|disk| Some((disk, clocks.get(disk)?)));
         clocks.filter(|(_, clock)| clock.last == Sight::Dead)
     };
     let dead_now = dead().count();
     let mut due: Vec<(Duration, DiskId)> =
         dead().filter(|(_, clock)| clock.dead >= rules.out_after).map(|(disk, clock)| (clock.dead, disk)).collect();
     due.sort_by_key(|(dead, disk)| (std::cmp::Reverse(*dead), *disk));
-    let limit = limit(map, rules.limit_percent);
     let mut verdict = Verdict::default();
+    (verdict.out.limit, verdict.out.recent) = (limit(map, rules.limit_percent), recent);
     for (_, disk) in due {
         if dead_now * 2 >= of {
             verdict.stays.push((disk, Stays::Half { dead: dead_now, of }));
-        } else if recent + verdict.out.len() >= limit {
-            verdict.stays.push((disk, Stays::Limit { limit, recent: recent + verdict.out.len() }));
         } else {
-            verdict.out.push(disk);
+            verdict.out.waiting.push_back(disk);
         }
     }
     let well =
         |disk: &DiskId| clocks.get(*disk).is_some_and(|clock| clock.last == Sight::Up && clock.up >= rules.well_after);
-    verdict.back = state(DiskState::Away).filter(well).collect();
+    verdict.back = disks(|state| state == DiskState::Away).filter(well).collect();
     verdict
 }
 
@@ -213,7 +236,7 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
     const RULES: Rules =
-        Rules { out_after: Duration::from_secs(600), limit_percent: 10, well_after: Duration::from_secs(60) };
+        Rules { out_after: Duration::from_secs(600), limit_percent: None, well_after: Duration::from_secs(60) };
 
     /// So many servers with so many disks each, the first five disks with metadata.
     fn map(servers: usize, disks: usize) -> ClusterMap {
@@ -246,6 +269,21 @@ mod tests {
             clocks.look(&sights(map, |disk| sight(look, disk)), at, SECOND * 5, RULES.well_after);
         }
         clocks
+    }
+
+    /// Has them go in turn, those for whom there is a place: who goes, and who stays for the limit or another reason.
+    fn go(verdict: &Verdict, has_place: impl Fn(DiskId) -> bool) -> (Vec<DiskId>, Vec<DiskId>) {
+        let (mut turns, mut out) = (verdict.out.clone(), Vec::new());
+        let mut stays: Vec<DiskId> = verdict.stays.iter().map(|(disk, _)| *disk).collect();
+        while let Some((disk, limit)) = turns.next() {
+            if limit.is_none() && has_place(disk) {
+                turns.went();
+                out.push(disk);
+            } else {
+                stays.push(disk);
+            }
+        }
+        (out, stays)
     }
 
     #[test]
@@ -286,7 +324,7 @@ mod tests {
             ("long enough", 8, 1, 120, always(&[3]), 0, &[3], &[]),
             ("two at once, one may", 8, 1, 120, always(&[3, 4]), 0, &[3], &[4]),
             ("one may, and one has", 8, 1, 120, always(&[3]), 1, &[], &[3]),
-            ("ten percent of thirty are three", 30, 1, 120, always(&[3, 4, 5, 6]), 0, &[3, 4, 5], &[6]),
+            ("however many disks there are", 30, 1, 120, always(&[3, 4, 5]), 0, &[3], &[4, 5]),
             ("a whole server", 4, 4, 120, always(&[1, 2, 3, 4]), 0, &[1, 2, 3, 4], &[]),
             ("a server and one more", 4, 4, 120, always(&[1, 2, 3, 4, 5]), 0, &[1, 2, 3, 4], &[5]),
             ("half of all", 8, 1, 500, always(&[1, 2, 3, 4]), 0, &[], &[1, 2, 3, 4]),
@@ -364,13 +402,51 @@ mod tests {
         for (what, servers, disks, looks, sight, recent, out, stays) in table {
             let map = map(servers, disks);
             let verdict = judge(&map, &seen(&map, 5, looks, sight), recent, &RULES);
-            assert_eq!(verdict.out, ids(out), "{what}");
-            assert_eq!(verdict.stays.iter().map(|(disk, _)| *disk).collect::<Vec<_>>(), ids(stays), "{what}");
+            assert_eq!(go(&verdict, |_| true), (ids(out), ids(stays)), "{what}");
         }
-        let none = Rules { limit_percent: 0, ..RULES };
+        let none = Rules { limit_percent: Some(0), ..RULES };
         let map = map(8, 1);
         let clocks = seen(&map, 5, 200, |_, disk| dead_are(&[3])(disk));
-        assert_eq!(judge(&map, &clocks, 0, &none).stays, [(DiskId(3), Stays::Limit { limit: 0, recent: 0 })]);
+        let mut turns = judge(&map, &clocks, 0, &none).out;
+        assert_eq!(turns.next(), Some((DiskId(3), Some(Stays::Limit { limit: 0, recent: 0 }))));
+        assert_eq!(turns.next(), None);
+    }
+
+    #[test]
+    fn as_many_go_out_within_an_hour_as_the_largest_server_has_or_as_an_operator_says() {
+        // (servers, disks each, heal.out_limit, so many)
+        for (servers, disks, percent, expected) in [
+            (8, 1, None, 1),
+            (4, 4, None, 4),
+            (40, 1, None, 1),
+            (40, 1, Some(10), 4),
+            (4, 4, Some(10), 2),
+            (8, 1, Some(1), 1),
+            (8, 1, Some(100), 8),
+            (8, 1, Some(0), 0),
+        ] {
+            assert_eq!(limit(&map(servers, disks), percent), expected, "{servers} {disks} {percent:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_without_a_substitute_leaves_its_turn_to_the_next() {
+        let map = map(8, 1);
+        let clocks = seen(&map, 5, 130, |_, disk| if [2, 3, 5].contains(&disk) { Sight::Dead } else { Sight::Up });
+        let verdict = judge(&map, &clocks, 0, &RULES);
+        assert_eq!(go(&verdict, |disk| disk != DiskId(2)), (ids(&[3]), ids(&[2, 5])));
+        assert_eq!(go(&verdict, |_| false), (ids(&[]), ids(&[2, 3, 5])));
+    }
+
+    #[test]
+    fn a_disk_that_dies_while_it_is_draining_goes_out() {
+        let map = crate::ops::drain(&map(9, 1), DiskId(7)).unwrap();
+        let dead = |gone: &'static [u32]| {
+            seen(&map, 5, 130, move |_, disk| if gone.contains(&disk) { Sight::Dead } else { Sight::Up })
+        };
+        assert_eq!(go(&judge(&map, &dead(&[7]), 0, &RULES), |_| true), (ids(&[7]), ids(&[])));
+        // It counts among those in service, too.
+        assert_eq!(judge(&map, &dead(&[1, 2, 3, 4, 7]), 0, &RULES).stays[0].1, Stays::Half { dead: 5, of: 9 });
     }
 
     #[test]
@@ -378,7 +454,7 @@ mod tests {
         let map = map(8, 1);
         // Looked at 16 s apart: longer than any pause between two looks.
         let clocks = seen(&map, 21, 500, |_, disk| if disk == 3 { Sight::Dead } else { Sight::Up });
-        assert_eq!(judge(&map, &clocks, 0, &RULES), Verdict::default());
+        assert_eq!(go(&judge(&map, &clocks, 0, &RULES), |_| true), (ids(&[]), ids(&[])));
         assert_eq!(clocks.unwell().collect::<Vec<_>>(), [(DiskId(3), Duration::ZERO, Sight::Dead)]);
     }
 
@@ -387,11 +463,11 @@ mod tests {
         let (map, start) = (map(8, 1), Instant::now());
         let mut clocks = Clocks::inherit([(DiskId(3), SECOND * 590), (DiskId(99), SECOND * 700)]);
         for look in 0..=2u32 {
-            assert_eq!(judge(&map, &clocks, 0, &RULES).out, []);
+            assert_eq!(go(&judge(&map, &clocks, 0, &RULES), |_| true).0, []);
             let sights = sights(&map, |disk| if disk == 3 { Sight::Dead } else { Sight::Up });
             clocks.look(&sights, start + SECOND * 5 * look, SECOND * 5, RULES.well_after);
         }
-        assert_eq!(judge(&map, &clocks, 0, &RULES).out, [DiskId(3)]);
+        assert_eq!(go(&judge(&map, &clocks, 0, &RULES), |_| true).0, [DiskId(3)]);
     }
 
     #[test]
@@ -413,7 +489,8 @@ mod tests {
             let mut draw = Draw(seed);
             let (servers, disks) = [(12, 1), (10, 2), (40, 1), (4, 4)][usize::try_from(draw.number() % 4).unwrap()];
             let mut map = map(servers, disks);
-            let rules = Rules { limit_percent: [5, 10, 25][usize::try_from(draw.number() % 3).unwrap()], ..RULES };
+            let percent = [None, Some(5), Some(10), Some(25)][usize::try_from(draw.number() % 4).unwrap()];
+            let rules = Rules { limit_percent: percent, ..RULES };
             let (mut clocks, mut now) = (Clocks::default(), Instant::now());
             let mut out_at: Vec<Instant> = Vec::new();
             let mut dead_since: BTreeMap<DiskId, Instant> = BTreeMap::new();
@@ -439,9 +516,13 @@ mod tests {
                 }
                 clocks.look(&sights, now, SECOND * 5, rules.well_after);
                 out_at.retain(|at| now.duration_since(*at) < LIMIT_WINDOW);
-                let verdict = judge(&map, &clocks, out_at.len(), &rules);
+                let mut verdict = judge(&map, &clocks, out_at.len(), &rules);
                 held += verdict.stays.len();
-                for disk in verdict.out {
+                while let Some((disk, stays)) = verdict.out.next() {
+                    if stays.is_some() {
+                        held += 1;
+                        continue;
+                    }
                     assert_eq!(sights[&disk], Sight::Dead, "seed {seed}");
                     let in_service = map.disks.values().filter(|disk| disk.state == DiskState::In).count();
                     let dead = sights
@@ -451,6 +532,7 @@ mod tests {
                     if let Ok(next) = take_out(&map, disk, &Takers { ceiling_percent: 90, ..Takers::default() }) {
                         map = settled(next);
                         out_at.push(now);
+                        verdict.out.went();
                         went += 1;
                     }
                 }

@@ -48,7 +48,7 @@ use look::Walked;
 use pace::Pace;
 use plan::Retries;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -94,8 +94,8 @@ pub struct HealSettings {
     pub move_settle: Duration,
     /// A disk that is dead for so long goes out.
     pub out_after: Duration,
-    /// No more disks go out within an hour than this part of all, or than the largest server has; zero: none.
-    pub out_limit_percent: u64,
+    /// No more disks go out within an hour than this part of all; zero: none. None: than the largest server has.
+    pub out_limit_percent: Option<u64>,
     /// A disk is well again once it has answered for so long.
     pub well_after: Duration,
     /// A disk that would be fuller than this takes over nothing, in percent.
@@ -131,7 +131,7 @@ impl HealSettings {
             orphan_limit_percent: values.number("heal.orphan_limit"),
             move_settle: values.time("heal.move_settle"),
             out_after: values.time("heal.out_after"),
-            out_limit_percent: values.number("heal.out_limit"),
+            out_limit_percent: values.number_or_auto("heal.out_limit"),
             well_after: values.time("heal.well_after"),
             fill_ceiling_percent: values.number("heal.fill_ceiling"),
             lease: LeaseSettings { ttl: values.time("heal.lease_ttl") },
@@ -233,8 +233,6 @@ struct Inner {
     walked: Mutex<HashMap<DiskId, Walked>>,
     /// Where the next look at a repair queue that is longer than one pass goes on.
     cursors: Mutex<HashMap<ShardId, granary_meta::ChunkRef>>,
-    /// Disks that are away, answer again, and may be let back in.
-    returned: Mutex<BTreeSet<DiskId>>,
     heals: AtomicBool,
     flow: Mutex<flow::Flow>,
     status: Mutex<HealStatus>,
@@ -264,7 +262,6 @@ impl Healer {
             backoff: Mutex::default(),
             walked: Mutex::default(),
             cursors: Mutex::default(),
-            returned: Mutex::default(),
             heals: AtomicBool::new(false),
             flow: Mutex::default(),
             status: Mutex::default(),
@@ -274,12 +271,13 @@ impl Healer {
         healer.spawn(async move { reports.report_loop().await });
         healer.own(HEAL_TASK, |inner, held| async move {
             let _heals = Heals::begin(&inner.heals);
+            let returned = away::Returned::default();
             tokio::join!(
                 inner.repair_loop(&held),
                 inner.walk_loop(&held),
                 inner.sweep_loop(&held),
-                inner.away_loop(&held),
-                inner.return_loop(&held)
+                inner.away_loop(&returned, &held),
+                inner.return_loop(&returned, &held)
             );
         });
         let (timing, reads) = (healer.inner.settings.clone(), healer.inner.store.open_reads().clone());
