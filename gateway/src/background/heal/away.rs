@@ -8,9 +8,11 @@
 //! How long disks have been dead and which went out within the hour is published with the lease, so that the next
 //! holder goes on counting.
 
+use super::home::Cleared;
 use super::judge::{judge, observers, sight_of_down, Clocks, Rules, Sight, Verdict, LIMIT_WINDOW};
 use super::{lock, AwayDisk, DeadDisk, HealSettings, HealStatus, Inner};
 use crate::background::leases::Held;
+use crate::backoff::Backoff;
 use crate::disks::{DiskHealth, DiskView};
 use crate::object::add;
 use crate::ops::away::{empty_disks, fill_empty, let_in, take_out, AwayError, Room, Takers};
@@ -37,6 +39,10 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(5
 /// Disks that are away, answer again, and may be let back in: what the looks under this lease found. Under the next one
 /// they are looked at anew.
 pub(super) type Returned = Mutex<BTreeSet<DiskId>>;
+
+/// Disks in service that still hold chunks of which the disks of their slots took no copy: how often it was tried, and
+/// when it is tried again.
+type Rests = BTreeMap<DiskId, (u32, Instant)>;
 
 /// What the holder of the lease remembers from look to look.
 struct Memory {
@@ -260,34 +266,75 @@ impl Inner {
         (status.dead_disks, status.away_disks) = (dead_disks, away_disks);
     }
 
-    /// Lets disks back in that answer again, once they are rid of what was brought to others meanwhile.
+    /// Lets disks back in that answer again, once what only they hold was brought to others, and they are rid of the rest.
     pub(super) async fn return_loop(&self, returned: &Returned, held: &Held) {
+        let mut rests = Rests::default();
         loop {
             let answering: Vec<DiskId> = lock(returned).iter().copied().collect();
             for disk in answering {
                 match self.clear_leftovers(disk, held).await {
-                    Ok(Some(deleted)) => {
-                        // It may have gone again meanwhile.
-                        if held.is_lost() || !lock(returned).contains(&disk) {
-                            continue;
-                        }
-                        match commit(&self.meta, |newest| let_in(newest, disk)).await {
-                            Ok(made) => {
-                                add(&self.counters().disks_let_in, 1);
-                                tracing::info!(
-                                    %disk, epoch = made.after.epoch.0, chunks_deleted = deleted,
-                                    "disk answers again and is back in service, without slots"
-                                );
-                            }
-                            Err(CommitError::Refused(AwayError::Changed)) => {}
-                            Err(error) => tracing::warn!(%disk, %error, "disk could not be let back in"),
-                        }
-                    }
+                    Ok(Some(cleared)) if cleared.waits > 0 => tracing::info!(
+                        %disk, chunks = cleared.waits,
+                        "disk answers again, and waits: chunks that it holds could not be copied to their disks yet"
+                    ),
+                    Ok(Some(cleared)) => self.let_back_in(disk, &cleared, (returned, &mut rests), held).await,
                     Ok(None) => tracing::debug!(%disk, "a disk that is back cannot be looked through yet"),
                     Err(error) => tracing::debug!(%disk, %error, "a disk that is back cannot be looked through yet"),
                 }
             }
+            self.go_on_with(&mut rests, held).await;
             tokio::time::sleep(self.settings().interval).await;
+        }
+    }
+
+    async fn let_back_in(
+        &self,
+        disk: DiskId,
+        cleared: &Cleared,
+        (returned, rests): (&Returned, &mut Rests),
+        held: &Held,
+    ) {
+        // It may have gone again meanwhile.
+        let may = || !held.is_lost() && lock(returned).contains(&disk);
+        if cleared.left > 0 {
+            rests.insert(disk, (0, Instant::now()));
+        }
+        let made = commit(&self.meta, |newest| match may() {
+            true => let_in(newest, disk),
+            false => Err(AwayError::Changed),
+        });
+        match made.await {
+            Ok(made) => {
+                lock(returned).remove(&disk);
+                add(&self.counters().disks_let_in, 1);
+                tracing::info!(
+                    %disk, epoch = made.after.epoch.0, chunks_deleted = cleared.deleted, chunks_to_copy = cleared.left,
+                    "disk answers again and is back in service, without slots"
+                );
+            }
+            Err(CommitError::Refused(AwayError::Changed)) => {}
+            Err(error) => tracing::warn!(%disk, %error, "disk could not be let back in"),
+        }
+    }
+
+    /// Goes on copying from disks that were let in while the disks of some of their chunks took none. After a change of
+    /// the lease the first sweep does.
+    async fn go_on_with(&self, rests: &mut Rests, held: &Held) {
+        let Some(map) = self.store.disks().map() else { return };
+        rests.retain(|disk, _| map.disk(*disk).is_some_and(|disk| disk.state != DiskState::Out));
+        let settings = self.settings();
+        let backoff = Backoff { first: settings.first_backoff, longest: settings.longest_backoff };
+        let due: Vec<DiskId> =
+            rests.iter().filter(|(_, (_, not_before))| Instant::now() >= *not_before).map(|(disk, _)| *disk).collect();
+        for disk in due {
+            match self.bring_rest(disk, held).await {
+                Ok(true) => drop(rests.remove(&disk)),
+                Ok(false) | Err(_) => {
+                    let (tries, not_before) = rests.entry(disk).or_insert((0, Instant::now()));
+                    *tries = tries.saturating_add(1);
+                    *not_before = Instant::now() + backoff.base(*tries);
+                }
+            }
         }
     }
 }
