@@ -171,6 +171,11 @@ impl ClusterMap {
         self.disks.get(&id)
     }
 
+    /// Does it say of a disk that it is away? Releases that do not know this state cannot read such a map.
+    pub fn has_away(&self) -> bool {
+        self.disks.values().any(|disk| disk.state == DiskState::Away)
+    }
+
     /// The group of that id.
     pub fn group(&self, id: PlacementGroupId) -> Option<&PlacementGroup> {
         self.groups.get(&id)

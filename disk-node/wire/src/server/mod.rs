@@ -17,7 +17,9 @@ mod stall;
 #[cfg(test)]
 mod tests;
 
-use crate::auth::{nonce, refuse_busy, server_handshake, Caller, Credentials, GatewayId, Purpose, PROTOCOL_VERSIONS};
+use crate::auth::{
+    nonce, refuse_busy, server_handshake, Caller, Credentials, GatewayId, Purpose, VersionRange, PROTOCOL_VERSIONS,
+};
 use crate::chunk::{ChunkId, ChunkSpec};
 use crate::control::{ControlRequest, ControlResponse};
 use crate::error::{AuthError, ChunkError, LinkError};
@@ -62,6 +64,12 @@ pub trait NodeService: Send + Sync + 'static {
 
     /// Notes that so many gateways have connections here from now on.
     fn note_gateways(&self, count: usize);
+
+    /// The oldest protocol version whose speakers can read what this node has to tell now. It may rise at any time;
+    /// others are refused from then on, and connections of theirs end.
+    fn oldest_version(&self) -> u16 {
+        PROTOCOL_VERSIONS.min
+    }
 }
 
 /// Takes one chunk. Dropped without [`ChunkSink::finish`], the chunk was never there.
@@ -237,6 +245,11 @@ impl Server {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What it speaks now.
+    fn versions(&self) -> VersionRange {
+        VersionRange { min: self.service.oldest_version().max(PROTOCOL_VERSIONS.min), ..PROTOCOL_VERSIONS }
+    }
+
     /// How many connections for chunk requests each gateway may have now.
     fn share(&self) -> usize {
         let gateways = self.gateways.lock().unwrap_or_else(PoisonError::into_inner).count();
@@ -322,9 +335,9 @@ impl Guest {
 
     async fn handshake(&self, stream: &mut TcpStream, close: &CancellationToken) -> Result<Caller, LinkError> {
         let server = &self.server;
+        let versions = server.versions();
         let admit = |purpose| server.places().admit(self.number, purpose == Purpose::Control, Instant::now());
-        server_handshake(stream, &server.credentials, server.me, PROTOCOL_VERSIONS, nonce()?, close.clone(), admit)
-            .await
+        server_handshake(stream, &server.credentials, server.me, versions, nonce()?, close.clone(), admit).await
     }
 }
 

@@ -130,7 +130,7 @@ impl Inner {
         let Verdict { mut out, stays, back } = judge(&map, &memory.clocks, recent, &rules);
         let mut why: BTreeMap<DiskId, String> = stays.iter().map(|(disk, why)| (*disk, why.to_string())).collect();
         let takers = takers(&map, &views, settings.fill_ceiling_percent);
-        while let Some((disk, limit)) = out.next() {
+        while let Some((disk, limit)) = out.take() {
             if let Some(limit) = limit {
                 why.insert(disk, limit.to_string());
                 continue;

@@ -174,7 +174,7 @@ pub struct Turns {
 
 impl Turns {
     /// The next one, and why it stays if as many have gone as may.
-    pub fn next(&mut self) -> Option<(DiskId, Option<Stays>)> {
+    pub fn take(&mut self) -> Option<(DiskId, Option<Stays>)> {
         let disk = self.waiting.pop_front()?;
         let (limit, recent) = (self.limit, self.recent);
         Some((disk, (recent >= limit).then_some(Stays::Limit { limit, recent })))
@@ -275,7 +275,7 @@ mod tests {
     fn go(verdict: &Verdict, has_place: impl Fn(DiskId) -> bool) -> (Vec<DiskId>, Vec<DiskId>) {
         let (mut turns, mut out) = (verdict.out.clone(), Vec::new());
         let mut stays: Vec<DiskId> = verdict.stays.iter().map(|(disk, _)| *disk).collect();
-        while let Some((disk, limit)) = turns.next() {
+        while let Some((disk, limit)) = turns.take() {
             if limit.is_none() && has_place(disk) {
                 turns.went();
                 out.push(disk);
@@ -408,8 +408,8 @@ mod tests {
         let map = map(8, 1);
         let clocks = seen(&map, 5, 200, |_, disk| dead_are(&[3])(disk));
         let mut turns = judge(&map, &clocks, 0, &none).out;
-        assert_eq!(turns.next(), Some((DiskId(3), Some(Stays::Limit { limit: 0, recent: 0 }))));
-        assert_eq!(turns.next(), None);
+        assert_eq!(turns.take(), Some((DiskId(3), Some(Stays::Limit { limit: 0, recent: 0 }))));
+        assert_eq!(turns.take(), None);
     }
 
     #[test]
@@ -518,7 +518,7 @@ mod tests {
                 out_at.retain(|at| now.duration_since(*at) < LIMIT_WINDOW);
                 let mut verdict = judge(&map, &clocks, out_at.len(), &rules);
                 held += verdict.stays.len();
-                while let Some((disk, stays)) = verdict.out.next() {
+                while let Some((disk, stays)) = verdict.out.take() {
                     if stays.is_some() {
                         held += 1;
                         continue;

@@ -12,8 +12,12 @@
 //! list a disk takes long, and slots may move meanwhile: right before a page of chunks is deleted, it is asked again
 //! whether they are orphans, by the newest map.
 //!
-//! **Invariant:** a disk with more orphans than the limit is left alone until an operator raises the limit: so many are
-//! rather a fault of the metadata than leftovers.
+//! So many orphans that they are rather a fault of the metadata than leftovers wait for an operator. But what is known not
+//! to be needed does not: a chunk that its shard owns and that was found at home, and one of an extent of which no
+//! other disk of the group has a chunk ([`remnants`](super::remnants)). A disk that was out of service has many of both.
+//! These go into quarantine and out of it like all orphans, but count for no limit.
+//!
+//! **Invariant:** of a disk with more other orphans than the limit these are left alone until an operator raises the limit.
 
 use super::home::Stray;
 use super::Inner;
@@ -32,6 +36,8 @@ use std::time::Duration;
 pub(super) const PAGE: u32 = 1000;
 /// So many orphans on a disk are no reason to wait for an operator, however few chunks it has.
 const ALWAYS_ALLOWED: u64 = 16;
+/// Most chunks that nobody needs which one sweep of a disk marks, and deletes: bounds its memory.
+const SURE_AT_ONCE: usize = 250_000;
 /// Pause between two pages: a sweep is in no hurry, clients are.
 pub(super) const PAGE_PAUSE: Duration = Duration::from_millis(5);
 /// The first sweep of a new holder of the lease waits so long: gateways that start have other things to do.
@@ -46,18 +52,39 @@ pub(super) struct Swept {
     pub(super) orphans: u64,
     /// Of these, in quarantine.
     pub(super) quarantined: u64,
-    /// Orphans that are old enough to be judged.
+    /// Orphans that are old enough to be judged, and of which it is not known that nobody needs them.
     old: u64,
-    /// Of the old ones, those without the mark; empty when there are more than the limit.
-    to_mark: Vec<ChunkId>,
-    /// Those whose time in quarantine is over; empty when there are more than the limit.
-    to_delete: Vec<ChunkInfo>,
+    /// What is to be done with these; nothing when there are more than the limit.
+    doubtful: Acts,
+    /// What is to be done with old orphans that nobody needs; no more of each kind than [`SURE_AT_ONCE`].
+    sure: Acts,
     /// Chunks in quarantine that are owned after all.
     to_release: Vec<ChunkId>,
     /// Owned chunks that the disk of their slot lacks: their shards are told, and they are brought there.
     pub(super) missing_at_home: Vec<Stray>,
     /// Owned chunks that the disk of their slot could not be asked for.
     pub(super) unasked: usize,
+}
+
+/// What a sweep does to orphans of a disk.
+#[derive(Debug, Default)]
+struct Acts {
+    /// Those without the mark.
+    to_mark: Vec<ChunkId>,
+    /// Those whose time in quarantine is over.
+    to_delete: Vec<ChunkInfo>,
+}
+
+impl Acts {
+    fn take(&mut self, chunk: &ChunkInfo, quarantine: Duration, at_most: usize) {
+        match chunk.quarantined_ms {
+            None if self.to_mark.len() < at_most => self.to_mark.push(chunk.id),
+            Some(ms) if Duration::from_millis(ms) >= quarantine && self.to_delete.len() < at_most => {
+                self.to_delete.push(*chunk);
+            }
+            _ => {}
+        }
+    }
 }
 
 /// So many old orphans may be on a disk with so many chunks.
@@ -70,23 +97,22 @@ impl Swept {
         self.old > allowed(self.chunks, limit_percent)
     }
 
-    /// Takes in an orphan. `at_most`: so many are remembered by name.
-    fn orphan(&mut self, chunk: &ChunkInfo, age: Duration, quarantine: Duration, at_most: u64) {
+    /// Takes in an orphan. `needless`: it is known that nobody needs it. `at_most`: of others so many are remembered by
+    /// name.
+    fn orphan(&mut self, chunk: &ChunkInfo, needless: bool, age: Duration, quarantine: Duration, at_most: u64) {
         self.orphans += 1;
         self.quarantined += u64::from(chunk.quarantined_ms.is_some());
         if Duration::from_millis(chunk.age_ms) < age {
             return;
         }
+        if needless {
+            return self.sure.take(chunk, quarantine, SURE_AT_ONCE);
+        }
         self.old += 1;
         if self.old > at_most {
-            self.to_mark.clear();
-            self.to_delete.clear();
-            return;
-        }
-        match chunk.quarantined_ms {
-            None => self.to_mark.push(chunk.id),
-            Some(ms) if Duration::from_millis(ms) >= quarantine => self.to_delete.push(*chunk),
-            Some(_) => {}
+            self.doubtful = Acts::default();
+        } else {
+            self.doubtful.take(chunk, quarantine, usize::MAX);
         }
     }
 }
@@ -175,6 +201,12 @@ impl Inner {
             let at_home: HashSet<ChunkId> = strays.at_home.iter().map(|stray| stray.id).collect();
             swept.missing_at_home.extend(strays.absent);
             swept.unasked += strays.unasked.len();
+            let is_unknown = |chunk: &&ChunkInfo| {
+                let owned = owned.get(&(chunk.id.group, chunk.id.extent)).map(|(_, owned)| *owned);
+                owned == Some(false) && Duration::from_millis(chunk.age_ms) >= settings.orphan_age
+            };
+            let unknown: Vec<ChunkInfo> = chunks.iter().filter(is_unknown).copied().collect();
+            let remnants = self.remnants(&map, disk, &unknown).await;
             for chunk in &chunks {
                 match owned.get(&(chunk.id.group, chunk.id.extent)) {
                     // Its shard cannot be named by this map: nobody was asked.
@@ -182,7 +214,11 @@ impl Inner {
                     Some((_, true)) if !at_home.contains(&chunk.id) => {
                         swept.to_release.extend(chunk.quarantined_ms.map(|_| chunk.id));
                     }
-                    Some(_) => swept.orphan(chunk, settings.orphan_age, settings.quarantine, at_most),
+                    Some((_, is_owned)) => {
+                        // One that is owned is a stray here: its home has it.
+                        let needless = *is_owned || remnants.contains(&(chunk.id.group, chunk.id.extent));
+                        swept.orphan(chunk, needless, settings.orphan_age, settings.quarantine, at_most);
+                    }
                 }
             }
             if !more || after.is_none() {
@@ -214,9 +250,12 @@ impl Inner {
         self.tell_missing(&swept.missing_at_home).await;
         self.bring_home(disk, swept.missing_at_home.clone(), held).await;
         self.mark(disk, &swept.to_release, false, held).await;
-        self.mark(disk, &swept.to_mark, true, held).await;
+        let acts = [&swept.sure, &swept.doubtful];
+        for acts in acts {
+            self.mark(disk, &acts.to_mark, true, held).await;
+        }
         let mut deleted = 0;
-        for page in swept.to_delete.chunks(usize::try_from(PAGE).unwrap_or(1)) {
+        for page in acts.iter().flat_map(|acts| acts.to_delete.chunks(usize::try_from(PAGE).unwrap_or(1))) {
             let orphans = match self.still_orphans(disk, page).await {
                 Ok(orphans) => orphans,
                 Err(error) => {
@@ -302,17 +341,24 @@ mod tests {
         };
         let (age, quarantine) = (Duration::from_secs(100), Duration::from_secs(1000));
         let mut swept = Swept { chunks: 60, ..Swept::default() };
-        swept.orphan(&chunk(1, 99, None), age, quarantine, 3);
-        swept.orphan(&chunk(2, 100, None), age, quarantine, 3);
-        swept.orphan(&chunk(3, 100, Some(999)), age, quarantine, 3);
-        swept.orphan(&chunk(4, 100, Some(1000)), age, quarantine, 3);
+        swept.orphan(&chunk(1, 99, None), false, age, quarantine, 3);
+        swept.orphan(&chunk(2, 100, None), false, age, quarantine, 3);
+        swept.orphan(&chunk(3, 100, Some(999)), false, age, quarantine, 3);
+        swept.orphan(&chunk(4, 100, Some(1000)), false, age, quarantine, 3);
         assert_eq!((swept.orphans, swept.old, swept.quarantined), (4, 3, 2));
-        assert_eq!((swept.to_mark.len(), swept.to_delete.len()), (1, 1));
+        assert_eq!((swept.doubtful.to_mark.len(), swept.doubtful.to_delete.len()), (1, 1));
         for more in 5..20 {
-            swept.orphan(&chunk(more, 100, None), age, quarantine, 3);
+            swept.orphan(&chunk(more, 100, None), false, age, quarantine, 3);
         }
-        assert!(swept.to_mark.is_empty() && swept.to_delete.is_empty(), "beyond the limit nothing is touched");
-        assert_eq!(swept.old, 18);
+        let nothing = |acts: &Acts| acts.to_mark.is_empty() && acts.to_delete.is_empty();
+        assert!(nothing(&swept.doubtful), "beyond the limit nothing is touched");
+        // What nobody needs is dealt with all the same, when it is old enough, and counts for no limit.
+        swept.orphan(&chunk(20, 99, None), true, age, quarantine, 3);
+        swept.orphan(&chunk(21, 100, None), true, age, quarantine, 3);
+        swept.orphan(&chunk(22, 100, Some(1000)), true, age, quarantine, 3);
+        assert_eq!((swept.sure.to_mark.len(), swept.sure.to_delete.len()), (1, 1));
+        assert!(nothing(&swept.doubtful));
+        assert_eq!((swept.orphans, swept.old), (22, 18));
         assert!(swept.is_beyond(1) && !swept.is_beyond(50));
     }
 }
