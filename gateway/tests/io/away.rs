@@ -9,8 +9,10 @@ use bytes::Bytes;
 use granary_gateway::background::heal::{HealSettings, Healer};
 use granary_gateway::object::choose::Draw;
 use granary_gateway::object::{chunk_id, ReadError};
+use granary_meta::level::MAX_FEATURE_LEVEL;
 use granary_meta::record::{ExtentRef, ObjectData};
-use granary_placement::id::{DiskId, PlacementGroupId};
+use granary_meta::{Command, Reply};
+use granary_placement::id::{DiskId, PlacementGroupId, ShardId};
 use granary_placement::map::{DiskState, GroupSlot};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -40,6 +42,8 @@ fn slot(cluster: &Cluster) -> GroupSlot {
 
 /// A disk is taken out of service, and slot 2 is another's.
 fn take_out(cluster: &Cluster, disk: u32, substitute: u32) {
+    let raise = Command::SetFeatureLevel { level: MAX_FEATURE_LEVEL };
+    assert_eq!(cluster.peers.command(ShardId::ROOT, raise), Reply::Done);
     cluster.change_map(|next| {
         next.groups.get_mut(&PlacementGroupId(1)).unwrap().slots[2].give_to(DiskId(substitute));
         next.disks.get_mut(&DiskId(disk)).unwrap().state = DiskState::Away;
