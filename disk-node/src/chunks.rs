@@ -18,7 +18,7 @@ use granary_placement::map::MapError;
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::server::{ChunkBlocks, ChunkSink, NodeService};
-use granary_wire::ChunkError;
+use granary_wire::{ChunkError, AWAY_VERSION, PROTOCOL_VERSIONS};
 use std::sync::Arc;
 
 /// Most chunks one request may delete, look up or list.
@@ -139,6 +139,16 @@ impl NodeService for Node {
 
     fn note_gateways(&self, count: usize) {
         self.metrics.gateways.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    fn oldest_version(&self) -> u16 {
+        // The root shard's answers are bytes here, and from this level on a disk may be away in them.
+        let away = self.roles.root_may_have_away() || self.maps.newest().is_some_and(|map| map.has_away());
+        if away {
+            AWAY_VERSION
+        } else {
+            PROTOCOL_VERSIONS.min
+        }
     }
 }
 

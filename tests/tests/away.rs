@@ -9,6 +9,8 @@ use granary_tests::seed::Random;
 use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 
@@ -151,6 +153,15 @@ fn healed_without(cluster: &Cluster, away: &[u64], in_service: u64) {
     assert_eq!(holding.count() as u64, in_service, "{status}");
 }
 
+/// Gives a setting of the cluster another value.
+fn set(cluster: &Cluster, name: &str, value: &str) {
+    let token = cluster.json()["admin_token_file"].as_str().unwrap().to_owned();
+    let mut command = std::process::Command::new(granary_tests::cluster::bin("granary"));
+    command.args(["config", "set", name, value, "--admin", cluster.admin_address(), "--token-file", &token]);
+    let done = command.output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+}
+
 fn lose(cluster: &Cluster, place: usize) -> DiskProcess {
     let disk = cluster.kill_disk(place);
     std::fs::remove_dir_all(&disk.dir).unwrap();
@@ -201,19 +212,26 @@ fn a_disk_that_returns_with_old_data_does_no_harm_and_gets_its_share_again() {
     let cluster = eight_disks(&[]);
     let mut load = Load::new(&cluster, "a_disk_that_returns_with_old_data");
     load.put_many("kept-", 25);
-    load.put_many("deleted-", 15);
+    load.put_many("deleted-", 40);
     load.put_many("overwritten-", 15);
     cluster.wait_full_redundancy(PATIENCE);
     let stale = cluster.kill_disk(6);
     // One is deleted before the disk goes out, the others after what it held has moved.
     load.delete("deleted-000");
     healed_without(&cluster, &[stale.disk], 7);
-    (1..15).for_each(|number| load.delete(&format!("deleted-{number:03}")));
+    (1..40).for_each(|number| load.delete(&format!("deleted-{number:03}")));
     load.put_many("overwritten-", 15);
     load.put_many("new-", 10);
     load.check();
     // Its chunks are garbage by now: nothing of them is left in the queues when it comes back.
-    std::thread::sleep(Duration::from_secs(4));
+    let started = Instant::now();
+    let collected =
+        || granary_tests::cluster::metric(&cluster.metrics(), "granary_object_garbage_extents_deleted_total");
+    while collected() < 55.0 {
+        assert!(started.elapsed() < PATIENCE, "{} of 55 extents were collected", collected());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    println!("    garbage is collected after {:.1} s", started.elapsed().as_secs_f64());
 
     cluster.start_disk(&stale);
     wait_for(&cluster, "the disk is back in service", |status| disks_in(status, "away").is_empty());
@@ -225,8 +243,24 @@ fn a_disk_that_returns_with_old_data_does_no_harm_and_gets_its_share_again() {
     assert_eq!(dead_disks(&status), []);
     cluster.wait_full_redundancy(PATIENCE);
     load.check();
-    // What was deleted while it was away nobody knows any more: it goes into quarantine, and is not listed.
-    cluster.wait_no_orphans(PATIENCE);
+    // What was deleted while it was away nobody knows any more: it goes into quarantine, though it is more than the limit
+    // allows, and is not listed.
+    for (name, value) in [("heal.orphan_age", "5s"), ("heal.sweep_interval", "1s")] {
+        set(&cluster, name, value);
+    }
+    let started = Instant::now();
+    loop {
+        let census = cluster.census();
+        let (orphans, quarantined) = (census["orphans"].as_u64().unwrap(), census["orphans_quarantined"].as_u64());
+        assert!(orphans > 16, "{census}");
+        if quarantined == Some(orphans) {
+            break;
+        }
+        assert!(started.elapsed() < PATIENCE, "orphans outside quarantine: {census}");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    let beyond = cluster.admin("GET", "/v1/status")["heal"]["disks_beyond_orphan_limit"].clone();
+    assert_eq!(beyond, Value::Array(Vec::new()));
     load.check();
     assert!(granary_tests::cluster::metric(&cluster.metrics(), "granary_object_leftovers_deleted_total") > 0.0);
 }
@@ -247,10 +281,7 @@ fn a_disk_that_returns_in_the_middle_of_the_rebuild_is_read_from_and_ends_whole(
     cluster.start_disk(&disk);
     wait_for(&cluster, "the disk is back in service", |status| disks_in(status, "away").is_empty());
     load.check();
-    let token = cluster.json()["admin_token_file"].as_str().unwrap().to_owned();
-    let mut fast = std::process::Command::new(granary_tests::cluster::bin("granary"));
-    fast.args(["config", "set", "heal.rate", "0", "--admin", cluster.admin_address(), "--token-file", &token]);
-    assert!(fast.output().unwrap().status.success());
+    set(&cluster, "heal.rate", "0");
     wait_for(&cluster, "it has its share", |status| {
         let row = status["disks"].as_array().unwrap().iter().find(|row| row["disk"] == disk.disk).unwrap();
         row["slots"].as_u64().unwrap() > 0 && slots_moving(status) == 0
@@ -289,10 +320,7 @@ fn disks_that_all_stop_answering_at_once_do_not_all_go_out() {
     load.check();
 
     // Half of all, which looks like a cut network: nobody goes out, though the limit would allow it.
-    let token = cluster.json()["admin_token_file"].as_str().unwrap().to_owned();
-    let mut more = std::process::Command::new(granary_tests::cluster::bin("granary"));
-    more.args(["config", "set", "heal.out_limit", "100%", "--admin", cluster.admin_address(), "--token-file", &token]);
-    assert!(more.output().unwrap().status.success());
+    set(&cluster, "heal.out_limit", "100%");
     let half: Vec<&DiskProcess> = [0, 5, 6, 7, 8].iter().map(|place| &disks[*place]).collect();
     half.iter().for_each(|disk| signal(disk.pid, Signal::STOP));
     wait_for(&cluster, "half are dead and stay", |status| {
@@ -327,4 +355,60 @@ fn a_rebuild_goes_on_after_kill_9_of_the_gateway_that_heals() {
     healed_without(&cluster, &[dead.disk], 7);
     load.check();
     assert!(!dead.dir.exists() || std::fs::read_dir(&dead.dir).unwrap().next().is_none(), "no new disk in its place");
+}
+
+#[test]
+fn a_disk_that_dies_while_it_is_draining_goes_out_and_what_was_to_leave_it_is_rebuilt() {
+    // So slow that it is still going on when the disk dies.
+    let cluster = cluster_of(9, &["--set", "heal.rate=3MiB/s"]);
+    let mut load = Load::new(&cluster, "a_disk_that_dies_while_it_is_draining");
+    load.put_many("first-", 40);
+    cluster.wait_full_redundancy(PATIENCE);
+    // The metadata are on the first five.
+    let disk = cluster.disks()[8].disk;
+    cluster.admin("POST", &format!("/v1/disks/{disk}/drain"));
+    wait_for(&cluster, "it is draining", |status| disks_in(status, "draining") == [disk] && slots_moving(status) > 0);
+    let dead = lose(&cluster, 8);
+    wait_for(&cluster, "it goes out", |status| disks_in(status, "away") == [disk]);
+    assert!(slots_moving(&cluster.admin("GET", "/v1/status")) > 0, "the drain was over too early");
+    set(&cluster, "heal.rate", "0");
+    healed_without(&cluster, &[dead.disk], 8);
+    load.check();
+    // It is empty by now, so it can be taken off the list.
+    cluster.admin("POST", &format!("/v1/disks/{disk}/drain"));
+    assert_eq!(cluster.admin("GET", "/v1/map")["disks"][disk.to_string()]["state"], "out");
+}
+
+/// What a node says to a client that speaks version 2 of the node protocol and no other: the verdict in its hello.
+fn verdict_on_version_2(cluster: &Cluster, disk: u64) -> u8 {
+    let map = cluster.admin("GET", "/v1/map");
+    let disk = &map["disks"][disk.to_string()];
+    let id = |value: &Value| hex::decode(value.as_str().unwrap()).unwrap();
+    let mut stream = TcpStream::connect(disk["address"].as_str().unwrap()).unwrap();
+    let hello = [b"granary\0\x00\x02\x02\x00", &id(&map["cluster_id"])[..], &id(&disk["uuid"]), &[0; 32], &[9; 32]];
+    stream.write_all(&hello.concat()).unwrap();
+    let mut prefix = [0; 12];
+    stream.read_exact(&mut prefix).unwrap();
+    prefix[10]
+}
+
+#[test]
+fn a_new_cluster_begins_at_the_level_at_which_disks_can_be_away_and_speaks_to_nobody_who_cannot_read_that() {
+    let cluster = eight_disks(&[]);
+    let started = Instant::now();
+    loop {
+        let levels = cluster.admin("GET", "/v1/feature-level");
+        let shards = levels["shards"].as_array().unwrap();
+        if shards.len() > 2 && shards.iter().all(|row| row["level"] == 2) && levels["can_raise_to"].is_null() {
+            break;
+        }
+        assert!(started.elapsed() < PATIENCE, "{levels}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let map = cluster.admin("GET", "/v1/map");
+    for disk in cluster.disks() {
+        // Where the root shard is not, nothing is to be told as long as no disk is away.
+        let is_root = map["shards"][0]["members"].as_array().unwrap().contains(&disk.disk.into());
+        assert_eq!(verdict_on_version_2(&cluster, disk.disk), u8::from(is_root), "disk {}", disk.disk);
+    }
 }

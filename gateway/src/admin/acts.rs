@@ -17,7 +17,7 @@ use crate::ops::{self, ChangeError, CommitError, Committed, Replacement};
 use axum::Router;
 use futures::future::BoxFuture;
 use granary_meta::level::MAX_FEATURE_LEVEL;
-use granary_meta::{Answer, Command, Query};
+
 use granary_placement::id::{DiskId, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::moves::{moves, replica_moves};
@@ -27,8 +27,6 @@ use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a shard may take to tell its feature level.
-const LEVEL: Duration = Duration::from_secs(5);
 /// How long a new disk's node may take to tell which disk it serves.
 const NEW_DISK: Duration = Duration::from_secs(5);
 
@@ -111,18 +109,8 @@ async fn feature_levels(context: Arc<AdminContext>, _: GetFeatureLevels) -> Resu
 async fn raise_feature_level(context: Arc<AdminContext>, _: RaiseFeatureLevel) -> Result<FeatureLevelRaised, ApiError> {
     let (map, known) = levels_known(&context).await?;
     let plan = levels::plan(&map, &known).map_err(|why| ApiError::new(ErrorCode::Conflict, why))?;
-    let mut raised = Vec::new();
-    for (shard, from) in &plan.raise {
-        for level in *from + 1..=plan.level {
-            let done = context.shards.command(*shard, Command::SetFeatureLevel { level }).await;
-            tracing::info!(shard = shard.0, level, result = ?done, "admin request to raise a feature level");
-            if let Err(error) = done {
-                let why = format!("shard {shard} was not raised to feature level {level}: {error}; try again");
-                return Err(ApiError::new(ErrorCode::Unavailable, why));
-            }
-        }
-        raised.push(*shard);
-    }
+    let raised = levels::raise(&context.shards, &plan).await;
+    let raised = raised.map_err(|why| ApiError::new(ErrorCode::Unavailable, why))?;
     Ok(FeatureLevelRaised { level: plan.level, raised })
 }
 
@@ -134,13 +122,7 @@ fn shard_ids(map: &ClusterMap) -> Vec<ShardId> {
 /// The map, the level of every shard that answers, and what the builds of all disk nodes that answer know.
 async fn levels_known(context: &AdminContext) -> Result<(Arc<ClusterMap>, levels::Known), ApiError> {
     let map = context.shards.current_map().ok_or_else(no_map)?;
-    let ask = shard_ids(&map).into_iter().map(|shard| async move {
-        match tokio::time::timeout(LEVEL, context.shards.query(shard, Query::FeatureLevel)).await {
-            Ok(Ok(Answer::FeatureLevel(level))) => Some((shard, level)),
-            _ => None,
-        }
-    });
-    let shards = futures::future::join_all(ask).await.into_iter().flatten().collect();
+    let shards = levels::of_shards(&context.shards, &map).await;
     // What a node that does not answer said last may be another build's word.
     let views = context.disks.view().into_iter().filter(|view| view.health == DiskHealth::Up);
     let disks = views.filter_map(|view| Some((view.id, view.status?.feature_level))).collect();
