@@ -76,6 +76,8 @@ counters! {
     disks_let_in,
     /// Leftover chunks deleted on disks that came back after having been out.
     leftovers_deleted,
+    /// Chunks copied to their disk from one that does not serve their slot any more.
+    strays_brought_home,
 }
 
 /// Adds to a counter.

@@ -5,9 +5,9 @@
 //! themselves. When it answers again it comes back without slots; once nothing moves any more, it gets its share.
 
 use granary_placement::id::{DiskId, Epoch};
-use granary_placement::map::{ClusterMap, DiskState};
+use granary_placement::map::{ClusterMap, Disk, DiskState};
 use granary_placement::moves::moves;
-use granary_placement::place::{rebalance, substitute, PlaceError};
+use granary_placement::place::{rebalance_around, substitute, PlaceError};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Why a disk stays as it is. Nothing was changed.
@@ -33,7 +33,14 @@ pub enum AwayError {
         /// The setting.
         ceiling_percent: u64,
     },
-    /// The map changed: the disk is not in the state any more that it was judged in, or nothing is to be done.
+    /// Disks that hold nothing would be too full with their share.
+    #[error("with their share they would be fuller than {ceiling_percent} % (heal.fill_ceiling)")]
+    NoRoom {
+        /// The setting.
+        ceiling_percent: u64,
+    },
+    /// The map changed, or too long ago was it looked at the disks: what was to be done is to be judged anew. Or nothing is
+    /// to be done.
     #[error("the cluster map has changed: it is to be judged anew")]
     Changed,
     /// A rule of the map.
@@ -90,7 +97,8 @@ pub fn take_out(map: &ClusterMap, disk: DiskId, takers: &Takers) -> Result<Clust
     // Disks that are or would be too full are left out, until none is, or nobody is left.
     let mut barred = unwell;
     loop {
-        let full: Vec<DiskId> = too_full(map, &next, disk, takers).filter(|full| !barred.contains(full)).collect();
+        let full: Vec<DiskId> =
+            too_full(map, &next, Some(disk), takers).filter(|full| !barred.contains(full)).collect();
         if full.is_empty() {
             return Ok(next);
         }
@@ -115,17 +123,29 @@ pub fn let_in(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, AwayError> {
 
 /// Gives disks in service that hold nothing their share: they were let back in, or took the place of one that was away.
 /// A weight may be so small that its share is no slot at all: when none of them gets one, nothing is changed, for it would
-/// be done again and again.
+/// be done again and again. No disk gets slots that would make it fuller than the ceiling.
 ///
 /// # Errors
-/// [`AwayError::Changed`] when there is none, none gets a slot, or slots are moving; [`AwayError::Place`].
-pub fn fill_empty(map: &ClusterMap) -> Result<ClusterMap, AwayError> {
+/// [`AwayError::Changed`] when there is none, none gets a slot, or slots are moving; [`AwayError::NoRoom`];
+/// [`AwayError::Place`].
+pub fn fill_empty(map: &ClusterMap, takers: &Takers) -> Result<ClusterMap, AwayError> {
     let empty = empty_disks(map).count();
     if super::slots_moving(map) > 0 || empty == 0 {
         return Err(AwayError::Changed);
     }
-    let next = rebalance(map)?;
-    (empty_disks(&next).count() < empty).then_some(next).ok_or(AwayError::Changed)
+    let (mut barred, mut none) = (takers.unwell.clone(), AwayError::Changed);
+    loop {
+        let next = rebalance_around(map, &barred)?;
+        if empty_disks(&next).count() >= empty {
+            return Err(none);
+        }
+        let full: Vec<DiskId> = too_full(map, &next, None, takers).filter(|full| !barred.contains(full)).collect();
+        if full.is_empty() {
+            return Ok(next);
+        }
+        barred.extend(full);
+        none = AwayError::NoRoom { ceiling_percent: takers.ceiling_percent };
+    }
 }
 
 /// Disks in service that are to hold data and have no slot.
@@ -139,7 +159,9 @@ pub fn empty_disks(map: &ClusterMap) -> impl Iterator<Item = DiskId> + '_ {
 fn turn_back(map: &mut ClusterMap, dead: DiskId, unwell: &BTreeSet<DiskId>) {
     let keeps = |disk: DiskId| {
         let disk = map.disks.get(&disk);
-        disk.is_some_and(|disk| disk.state == DiskState::In && disk.roles.storage && !unwell.contains(&disk.id))
+        // One that takes no slots would lose it again at once, and be forgotten as the disk that its chunks come from.
+        let takes = |disk: &Disk| disk.state == DiskState::In && disk.roles.storage && disk.weight > 0;
+        disk.is_some_and(|disk| takes(disk) && !unwell.contains(&disk.id))
     };
     let keepers: BTreeSet<DiskId> = map.disks.keys().copied().filter(|disk| keeps(*disk)).collect();
     for slot in map.groups.values_mut().flat_map(|group| &mut group.slots) {
@@ -149,33 +171,37 @@ fn turn_back(map: &mut ClusterMap, dead: DiskId, unwell: &BTreeSet<DiskId>) {
     }
 }
 
-/// Disks that have got slots by the change and are or would be above the ceiling.
+/// Disks that get slots by the change and would be above the ceiling once all is there that is on its way to them, by this
+/// change and by those before.
 fn too_full<'a>(
     before: &'a ClusterMap,
     after: &'a ClusterMap,
-    dead: DiskId,
+    dead: Option<DiskId>,
     takers: &'a Takers,
 ) -> impl Iterator<Item = DiskId> + 'a {
-    let mut gained: BTreeMap<DiskId, u64> = BTreeMap::new();
-    moves(before, after).iter().for_each(|one| *gained.entry(one.to).or_default() += 1);
+    let gain: BTreeSet<DiskId> = moves(before, after).iter().map(|one| one.to).collect();
+    let mut coming: BTreeMap<DiskId, u64> = BTreeMap::new();
+    for slot in after.groups.values().flat_map(|group| &group.slots).filter(|slot| slot.previous.is_some()) {
+        *coming.entry(slot.current).or_default() += 1;
+    }
     let per_slot = bytes_per_slot(before, dead, &takers.rooms);
-    gained.into_iter().filter_map(move |(disk, slots)| {
-        let room = takers.rooms.get(&disk)?;
+    gain.into_iter().filter(move |disk| {
+        let Some(room) = takers.rooms.get(disk) else { return false };
         let used = room.capacity_bytes.saturating_sub(room.free_bytes);
+        let slots = coming.get(disk).copied().unwrap_or(0);
         let then = u128::from(used) + u128::from(slots) * u128::from(per_slot);
-        let is_full = then * 100 > u128::from(room.capacity_bytes) * u128::from(takers.ceiling_percent);
-        is_full.then_some(disk)
+        then * 100 > u128::from(room.capacity_bytes) * u128::from(takers.ceiling_percent)
     })
 }
 
 /// About how much lies in a slot: the fullest that is known of the dead disk and of all disks together.
-fn bytes_per_slot(map: &ClusterMap, dead: DiskId, rooms: &BTreeMap<DiskId, Room>) -> u64 {
+fn bytes_per_slot(map: &ClusterMap, dead: Option<DiskId>, rooms: &BTreeMap<DiskId, Room>) -> u64 {
     let mut slots: BTreeMap<DiskId, u64> = BTreeMap::new();
     map.groups.values().flat_map(|group| &group.slots).for_each(|slot| *slots.entry(slot.current).or_default() += 1);
     let known = || rooms.iter().filter_map(|(disk, room)| Some((*disk, room.chunk_bytes, *slots.get(disk)?)));
     let (bytes, count) =
         known().fold((0u64, 0u64), |sum, (_, bytes, slots)| (sum.0.saturating_add(bytes), sum.1 + slots));
-    let of_dead = known().find(|(disk, ..)| *disk == dead).map_or(0, |(_, bytes, slots)| bytes / slots.max(1));
+    let of_dead = known().find(|(disk, ..)| Some(*disk) == dead).map_or(0, |(_, bytes, slots)| bytes / slots.max(1));
     of_dead.max(bytes / count.max(1))
 }
 
@@ -202,6 +228,7 @@ mod tests {
     use super::super::slots_moving;
     use super::*;
     use granary_placement::map::GroupSlot;
+    use granary_placement::place::rebalance;
 
     const GIB: u64 = 1 << 30;
 
@@ -237,10 +264,10 @@ mod tests {
         let back = let_in(&out, dead).unwrap();
         assert_eq!((back.disk(dead).unwrap().state, slots_of(&back, dead)), (DiskState::In, 0));
         assert_eq!(slots_moving(&back), slots_moving(&out), "moves go on");
-        assert_eq!(fill_empty(&back), Err(AwayError::Changed));
-        let filled = fill_empty(&settled(&back)).unwrap();
+        assert_eq!(fill_empty(&back, &takers()), Err(AwayError::Changed));
+        let filled = fill_empty(&settled(&back), &takers()).unwrap();
         assert!(slots_of(&filled, dead).abs_diff(slots_of(&map, dead)) <= 3, "{}", slots_of(&filled, dead));
-        assert_eq!(fill_empty(&settled(&filled)), Err(AwayError::Changed), "nobody is empty");
+        assert_eq!(fill_empty(&settled(&filled), &takers()), Err(AwayError::Changed), "nobody is empty");
         assert_eq!(let_in(&back, dead), Err(AwayError::Changed));
     }
 
@@ -250,7 +277,7 @@ mod tests {
         map.disks.get_mut(&DiskId(3)).unwrap().weight = 1;
         assert_eq!(empty_disks(&map).collect::<Vec<_>>(), [DiskId(3)]);
         assert_eq!(rebalance(&map).unwrap().groups, map.groups, "its share is no slot");
-        assert!(matches!(fill_empty(&map), Err(AwayError::Changed)));
+        assert!(matches!(fill_empty(&map, &takers()), Err(AwayError::Changed)));
     }
 
     #[test]
@@ -261,7 +288,10 @@ mod tests {
         assert_eq!(out.groups, draining.groups, "what left it goes on to where it was going");
         let back = settled(&let_in(&out, disk).unwrap());
         assert_eq!(back.disk(disk).unwrap().state, DiskState::In);
-        assert_eq!((fill_empty(&back), slots_of(&rebalance(&back).unwrap(), disk)), (Err(AwayError::Changed), 0));
+        assert_eq!(
+            (fill_empty(&back, &takers()), slots_of(&rebalance(&back).unwrap(), disk)),
+            (Err(AwayError::Changed), 0)
+        );
     }
 
     #[test]
@@ -314,6 +344,63 @@ mod tests {
             let out = out.unwrap();
             assert!(moves(&map, &out).iter().all(|one| !full.contains(&one.to.0)), "{full:?} {used} %");
         }
+    }
+
+    #[test]
+    fn what_is_still_on_its_way_to_a_disk_counts_for_the_ceiling() {
+        // Each disk has 54 GiB in about as many slots and is to be no fuller than 65 %: one more death is borne, not two.
+        let map = cluster(10);
+        let room = Room { capacity_bytes: 100 * GIB, free_bytes: 46 * GIB, chunk_bytes: 54 * GIB };
+        let rooms: BTreeMap<DiskId, Room> = (1..=10).map(|disk| (DiskId(disk), room)).collect();
+        let takers = Takers { rooms, ceiling_percent: 65, ..takers() };
+        let once = take_out(&map, DiskId(7), &takers).unwrap();
+        assert!(slots_moving(&once) > 40, "{}", slots_moving(&once));
+        let refused = AwayError::Full { disk: DiskId(5), ceiling_percent: 65 };
+        assert_eq!(take_out(&once, DiskId(5), &takers), Err(refused), "nothing has arrived yet");
+    }
+
+    #[test]
+    fn disks_that_hold_nothing_get_no_share_that_would_make_them_too_full() {
+        let map = settled(&let_in(&take_out(&cluster(8), DiskId(3), &takers()).unwrap(), DiskId(3)).unwrap());
+        let rooms = |free_of_empty: u64| -> BTreeMap<DiskId, Room> {
+            let room = |disk| {
+                let (free, chunks) = if disk == DiskId(3) { (free_of_empty, 0) } else { (43, 57) };
+                (disk, Room { capacity_bytes: 100 * GIB, free_bytes: free * GIB, chunk_bytes: chunks * GIB })
+            };
+            map.disks.keys().map(|disk| room(*disk)).collect()
+        };
+        // Its share is about 50 GiB; what it has left over of its own may be so much that there is no room for it.
+        for (free, fits) in [(100, true), (65, true), (55, false), (5, false)] {
+            let filled = fill_empty(&map, &Takers { rooms: rooms(free), ..takers() });
+            match fits {
+                true => assert!(slots_of(&filled.unwrap(), DiskId(3)) > 40, "{free}"),
+                false => assert_eq!(filled, Err(AwayError::NoRoom { ceiling_percent: 90 }), "{free}"),
+            }
+        }
+        let unwell = BTreeSet::from([DiskId(3)]);
+        assert_eq!(fill_empty(&map, &Takers { unwell, ..takers() }), Err(AwayError::Changed), "it does not answer");
+    }
+
+    #[test]
+    fn a_disk_that_takes_no_slots_is_not_forgotten_as_the_one_that_chunks_come_from() {
+        // Disk 3 has the weight zero and is being emptied; disk 7 gives a slot away; both go to 5, which dies.
+        let mut map = cluster(8);
+        map.disks.get_mut(&DiskId(3)).unwrap().weight = 0;
+        let groups: Vec<_> = map.groups.keys().copied().take(2).collect();
+        map.groups.retain(|group, _| groups.contains(group));
+        let (leaving, tight) = (GroupSlot { current: DiskId(5), previous: Some(DiskId(3)) }, groups[1]);
+        let slots = |disks: [u32; 5], last: GroupSlot| {
+            disks.iter().map(|disk| GroupSlot::new(DiskId(*disk))).chain([last]).collect::<Vec<_>>()
+        };
+        map.groups.get_mut(&groups[0]).unwrap().slots = slots([1, 2, 4, 6, 7], leaving);
+        let from_seven = GroupSlot { current: DiskId(5), previous: Some(DiskId(7)) };
+        map.groups.get_mut(&tight).unwrap().slots = slots([1, 2, 4, 6, 8], from_seven);
+        map.validate().unwrap();
+        let out = take_out(&map, DiskId(5), &takers()).unwrap();
+        let turned = GroupSlot { current: DiskId(7), previous: Some(DiskId(5)) };
+        assert_eq!(out.groups[&tight].slots[5], turned, "nobody but disk 7 can take it");
+        let kept = GroupSlot { current: DiskId(8), previous: Some(DiskId(3)) };
+        assert_eq!(out.groups[&groups[0]].slots[5], kept, "the chunks still come from disk 3");
     }
 
     #[test]

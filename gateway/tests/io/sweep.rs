@@ -2,11 +2,13 @@ use crate::cluster::{payload, seed, Cluster, UNIT};
 use crate::heal::{fill, now_ms, objects_of, settings, small};
 use crate::meta::Meta;
 use crate::moves::give_slot_to;
+use crate::node::Damage;
 use granary_gateway::background::heal::{HealSettings, Healer};
 use granary_gateway::object::{chunk_id, Placement};
 use granary_meta::record::ExtentRef;
 use granary_placement::id::{DiskId, Epoch, PlacementGroupId, ShardId};
 use granary_placement::map::GroupSlot;
+use granary_wire::chunk::ChunkId;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -205,17 +207,24 @@ async fn what_a_disk_keeps_of_a_slot_it_left_goes_only_when_it_lies_at_home() {
     // A disk of the group that has it where no reader looks is not its home.
     cluster.disks[0].chunks.lock().unwrap().insert(lost, left[0].1.clone());
     cluster.disks[6].chunks.lock().unwrap().remove(&lost);
+    // Another one lies at home and is rotten.
+    cluster.disks[6].damage.lock().unwrap().insert((left[1].0, 0), Damage::Noticed);
     cluster.until("it is out of quarantine again", || quarantined(&cluster) == left.len() - 1).await;
     cluster.disks[2].quarantine.lock().unwrap().values_mut().for_each(|ms| *ms = DAY.as_millis() as u64 * 8);
-    cluster.until("the other strays are gone", || cluster.disks[2].count() == 1).await;
+    cluster.until("the other strays are gone", || cluster.disks[2].count() == 2).await;
     sweeps(&cluster, &healer, 3).await;
-    let has = |disk: usize| cluster.disks[disk].chunks.lock().unwrap().contains_key(&lost);
-    assert!(has(2) && meta.missing() == 1, "the only copy stays, and its shard knows that it is missing at home");
+    let has_it = |disk: usize, id: &ChunkId| cluster.disks[disk].chunks.lock().unwrap().contains_key(id);
+    let has = |disk: usize| has_it(disk, &lost);
+    assert!(has(2) && has_it(2, &left[1].0), "the only good copies stay");
+    assert_eq!(meta.missing(), 2, "and their shards know that they are missing at home");
     healer.pace().pause(Duration::ZERO);
     cluster.until("it is rebuilt at home", || has(6)).await;
-    cluster.until("the last stray is in quarantine", || quarantined(&cluster) == 1).await;
-    cluster.disks[2].quarantine.lock().unwrap().values_mut().for_each(|ms| *ms = DAY.as_millis() as u64 * 8);
-    cluster.until("it is gone", || cluster.disks[2].count() == 0).await;
+    // And so do the last strays, the one in the wrong slot among them, when their time in quarantine is over.
+    let end_quarantine = |disk: usize| {
+        cluster.disks[disk].quarantine.lock().unwrap().values_mut().for_each(|ms| *ms = DAY.as_millis() as u64 * 8);
+    };
+    let gone = || cluster.disks[2].count() == 0 && !has(0);
+    cluster.until("they are gone", || [0, 2].map(end_quarantine).len() == 2 && gone()).await;
     assert!(healer.census(|_| {}).await.unwrap().is_complete());
     for (data, payload) in &objects {
         cluster.check(data, payload, 0..payload.len() as u64).await;

@@ -80,6 +80,14 @@ pub fn rebalance(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
     settle_all(map, Allowance::Few, &BTreeSet::new())
 }
 
+/// Like [`rebalance`], but disks in `barred` take no further slots and no further shard replicas.
+///
+/// # Errors
+/// Those of [`rebalance`]; [`PlaceError::MovesUnderWay`] also when there are only barred disks left to take a slot.
+pub fn rebalance_around(map: &ClusterMap, barred: &BTreeSet<DiskId>) -> Result<ClusterMap, PlaceError> {
+    settle_all(map, Allowance::Few, barred)
+}
+
 /// The map at the next epoch with other disks for the slots whose disk may hold none any more, and no other slot moved:
 /// for disks that died, perhaps in the middle of moves. What a living disk took in since a move began is on no other
 /// disk, so its slot is not taken from it to even out shares. Disks in `barred` take no further slots and

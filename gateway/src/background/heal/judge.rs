@@ -6,8 +6,8 @@
 //! passed while nobody looked counts for nothing, and a disk that comes and goes adds up; only when it has answered for
 //! [`Rules::well_after`] without a break is it forgotten.
 //!
-//! Not all that is dead for long enough goes out. While half of the disks in service or more are dead, it is rather the
-//! network or the power: nobody does. And within an hour no more go out than the largest server has disks, or another
+//! Not all that is dead for long enough goes out. While half of the disks in service or more are dead or doubtful, it is
+//! rather the network or the power: nobody does. And within an hour no more go out than the largest server has disks, or another
 //! part of all disks that an operator has set: a fault that looks like many dead disks must not start a storm of
 //! rebuilding. Only what went out counts, not what had to stay because nobody could take over.
 
@@ -139,14 +139,14 @@ pub enum Stays {
         /// So many have.
         recent: usize,
     },
-    /// Half of the disks in service or more are dead.
+    /// Half of the disks in service or more do not answer as they should.
     #[error(
-        "{dead} of {of} disks in service do not answer, which looks like the network or the power rather than disks: none \
+        "{silent} of {of} disks in service do not answer, which looks like the network or the power rather than disks: none \
          goes out until more than half answer"
     )]
     Half {
-        /// So many are dead.
-        dead: usize,
+        /// So many do not.
+        silent: usize,
         /// So many are in service.
         of: usize,
     },
@@ -206,15 +206,17 @@ pub fn judge(map: &ClusterMap, clocks: &Clocks, recent: usize, rules: &Rules) ->
         let clocks = disks(DiskState::holds_slots).filter_map(|disk| Some((disk, clocks.get(disk)?)));
         clocks.filter(|(_, clock)| clock.last == Sight::Dead)
     };
-    let dead_now = dead().count();
+    // Whatever is not up: while nobody can say of many disks how they are, it is as little known that others are dead alone.
+    let is_up = |disk: &DiskId| clocks.get(*disk).is_some_and(|clock| clock.last == Sight::Up);
+    let silent = disks(DiskState::holds_slots).filter(|disk| !is_up(disk)).count();
     let mut due: Vec<(Duration, DiskId)> =
         dead().filter(|(_, clock)| clock.dead >= rules.out_after).map(|(disk, clock)| (clock.dead, disk)).collect();
     due.sort_by_key(|(dead, disk)| (std::cmp::Reverse(*dead), *disk));
     let mut verdict = Verdict::default();
     (verdict.out.limit, verdict.out.recent) = (limit(map, rules.limit_percent), recent);
     for (_, disk) in due {
-        if dead_now * 2 >= of {
-            verdict.stays.push((disk, Stays::Half { dead: dead_now, of }));
+        if silent * 2 >= of {
+            verdict.stays.push((disk, Stays::Half { silent, of }));
         } else {
             verdict.out.waiting.push_back(disk);
         }
@@ -223,6 +225,23 @@ pub fn judge(map: &ClusterMap, clocks: &Clocks, recent: usize, rules: &Rules) ->
         |disk: &DiskId| clocks.get(*disk).is_some_and(|clock| clock.last == Sight::Up && clock.up >= rules.well_after);
     verdict.back = disks(|state| state == DiskState::Away).filter(well).collect();
     verdict
+}
+
+/// Does the judgement that a disk goes out hold for the newest map, too? It was made by what was `seen` of the disks of
+/// another. `recent`: disks that went out within the hour, by the newest map.
+pub fn holds(
+    disk: DiskId,
+    seen: &ClusterMap,
+    newest: &ClusterMap,
+    (clocks, recent): (&Clocks, usize),
+    rules: &Rules,
+) -> bool {
+    // One with another address, or that was let in or taken out meanwhile, is not the one that was seen.
+    if newest.disk(disk) != seen.disk(disk) {
+        return false;
+    }
+    let out = judge(newest, clocks, recent, rules).out;
+    out.recent < out.limit && out.waiting.contains(&disk)
 }
 
 #[cfg(test)]
@@ -328,6 +347,34 @@ mod tests {
             ("a whole server", 4, 4, 120, always(&[1, 2, 3, 4]), 0, &[1, 2, 3, 4], &[]),
             ("a server and one more", 4, 4, 120, always(&[1, 2, 3, 4, 5]), 0, &[1, 2, 3, 4], &[5]),
             ("half of all", 8, 1, 500, always(&[1, 2, 3, 4]), 0, &[], &[1, 2, 3, 4]),
+            (
+                "half of all, and of most of them nobody else says so",
+                8,
+                1,
+                500,
+                Box::new(|_, disk| match disk {
+                    3 => Dead,
+                    1 | 5 | 7 => Doubtful,
+                    _ => Up,
+                }),
+                0,
+                &[],
+                &[3],
+            ),
+            (
+                "less than half of all",
+                8,
+                1,
+                500,
+                Box::new(|_, disk| match disk {
+                    3 => Dead,
+                    1 | 5 => Doubtful,
+                    _ => Up,
+                }),
+                0,
+                &[3],
+                &[],
+            ),
             (
                 "the longest dead first",
                 8,
@@ -439,6 +486,35 @@ mod tests {
     }
 
     #[test]
+    fn a_judgement_is_held_against_the_map_that_it_changes() {
+        let seen_map = map(8, 1);
+        let clocks = seen(&seen_map, 5, 130, |_, disk| if [3, 4].contains(&disk) { Sight::Dead } else { Sight::Up });
+        let holds = |newest: &ClusterMap, recent| holds(DiskId(3), &seen_map, newest, (&clocks, recent), &RULES);
+        let with = |change: &dyn Fn(&mut ClusterMap)| {
+            let mut newest = seen_map.clone();
+            newest.epoch.0 += 1;
+            change(&mut newest);
+            newest
+        };
+        assert!(holds(&seen_map, 0) && holds(&with(&|_| {}), 0));
+        assert!(!holds(&seen_map, 1), "the limit is reached");
+        let moved = with(&|map| map.disks.get_mut(&DiskId(3)).unwrap().address = "10.0.0.9:7000".to_owned());
+        assert!(!holds(&moved, 0), "nobody has looked for it there");
+        let takers = Takers { ceiling_percent: 90, ..Takers::default() };
+        assert!(!holds(&take_out(&seen_map, DiskId(3), &takers).unwrap(), 0), "it is out already");
+        assert!(!holds(&take_out(&seen_map, DiskId(4), &takers).unwrap(), 1), "another is");
+        // Four of eight disks in service are as good as away: of those two are dead, and two nobody has looked at.
+        let news = with(&|map| {
+            for disk in [7, 8] {
+                let mut new = map.disks.remove(&DiskId(disk)).unwrap();
+                new.id = DiskId(disk + 10);
+                map.disks.insert(new.id, new);
+            }
+        });
+        assert!(!holds(&news, 0), "half are not up");
+    }
+
+    #[test]
     fn a_disk_that_dies_while_it_is_draining_goes_out() {
         let map = crate::ops::drain(&map(9, 1), DiskId(7)).unwrap();
         let dead = |gone: &'static [u32]| {
@@ -446,7 +522,7 @@ mod tests {
         };
         assert_eq!(go(&judge(&map, &dead(&[7]), 0, &RULES), |_| true), (ids(&[7]), ids(&[])));
         // It counts among those in service, too.
-        assert_eq!(judge(&map, &dead(&[1, 2, 3, 4, 7]), 0, &RULES).stays[0].1, Stays::Half { dead: 5, of: 9 });
+        assert_eq!(judge(&map, &dead(&[1, 2, 3, 4, 7]), 0, &RULES).stays[0].1, Stays::Half { silent: 5, of: 9 });
     }
 
     #[test]
@@ -525,10 +601,10 @@ mod tests {
                     }
                     assert_eq!(sights[&disk], Sight::Dead, "seed {seed}");
                     let in_service = map.disks.values().filter(|disk| disk.state == DiskState::In).count();
-                    let dead = sights
+                    let silent = sights
                         .iter()
-                        .filter(|(disk, sight)| **sight == Sight::Dead && map.disks[*disk].state == DiskState::In);
-                    assert!(dead.count() * 2 < in_service + 2 * out_at.len(), "seed {seed}");
+                        .filter(|(disk, sight)| **sight != Sight::Up && map.disks[*disk].state == DiskState::In);
+                    assert!(silent.count() * 2 < in_service + 2 * out_at.len(), "seed {seed}");
                     if let Ok(next) = take_out(&map, disk, &Takers { ceiling_percent: 90, ..Takers::default() }) {
                         map = settled(next);
                         out_at.push(now);

@@ -12,6 +12,7 @@
 //! - [`rebuild`]: one extent: read K, decode, write, verify; [`pace`]: how much of that at a time;
 //! - [`garbage`]: chunks of extents that their shard says are dead;
 //! - [`sweep`]: chunks on disks that no shard knows; [`remnants`]: those that the other disks have deleted long ago;
+//!   [`home`]: chunks on disks that do not serve their slot;
 //! - [`census`]: counts chunks by reading their bytes, never by trusting a job's word.
 //!
 //! One gateway at a time heals, and one collects garbage (see [`leases`](super::leases)); reports of readers go out
@@ -25,6 +26,7 @@ mod away;
 pub mod census;
 mod flow;
 mod garbage;
+mod home;
 pub mod judge;
 mod look;
 pub mod pace;

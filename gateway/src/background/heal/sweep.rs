@@ -5,7 +5,7 @@
 //! names is asked for each by a linearizable read. A chunk is an orphan when
 //!
 //! - its shard does not know its extent, not even as garbage, or
-//! - its disk serves no slot of its group, and the disk of the slot that it belongs into has it.
+//! - its disk does not serve the slot that it belongs into, and the disk of that slot has it (see [`home`](super::home)).
 //!
 //! An orphan older than the longest upload goes into quarantine, which is a mark on its disk and nothing else. What is
 //! still an orphan when its time in quarantine is over is deleted; what turns out to be owned is taken out of it. To
@@ -19,12 +19,12 @@
 //!
 //! **Invariant:** of a disk with more other orphans than the limit these are left alone until an operator raises the limit.
 
+use super::home::Stray;
 use super::Inner;
 use crate::background::leases::Held;
 use crate::disks::DiskHealth;
 use crate::object::add;
 use crate::shards::ShardError;
-use granary_meta::ChunkRef;
 use granary_placement::id::{DiskId, ExtentId, PlacementGroupId, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_wire::chunk::{ChunkId, ChunkInfo};
@@ -33,13 +33,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 /// Chunks per page of a listing, and per request.
-const PAGE: u32 = 1000;
+pub(super) const PAGE: u32 = 1000;
 /// So many orphans on a disk are no reason to wait for an operator, however few chunks it has.
 const ALWAYS_ALLOWED: u64 = 16;
 /// Most chunks that nobody needs which one sweep of a disk marks, and deletes: bounds its memory.
 const SURE_AT_ONCE: usize = 250_000;
 /// Pause between two pages: a sweep is in no hurry, clients are.
-const PAGE_PAUSE: Duration = Duration::from_millis(5);
+pub(super) const PAGE_PAUSE: Duration = Duration::from_millis(5);
 /// The first sweep of a new holder of the lease waits so long: gateways that start have other things to do.
 const FIRST: Duration = Duration::from_secs(60);
 
@@ -60,8 +60,10 @@ pub(super) struct Swept {
     sure: Acts,
     /// Chunks in quarantine that are owned after all.
     to_release: Vec<ChunkId>,
-    /// Owned chunks that no disk of their group has: their shards are told.
-    missing_at_home: Vec<(ShardId, ChunkRef)>,
+    /// Owned chunks that the disk of their slot lacks: their shards are told, and they are brought there.
+    pub(super) missing_at_home: Vec<Stray>,
+    /// Owned chunks that the disk of their slot could not be asked for.
+    pub(super) unasked: usize,
 }
 
 /// What a sweep does to orphans of a disk.
@@ -195,7 +197,10 @@ impl Inner {
             after = chunks.last().map(|chunk| chunk.id);
             swept.chunks += u64::try_from(chunks.len()).unwrap_or(0);
             let owned = self.owned(&map, &chunks).await?;
-            let strays = self.strays(&map, disk, &chunks, &owned, &mut swept).await?;
+            let strays = self.strays(&map, disk, &chunks, &owned).await?;
+            let at_home: HashSet<ChunkId> = strays.at_home.iter().map(|stray| stray.id).collect();
+            swept.missing_at_home.extend(strays.absent);
+            swept.unasked += strays.unasked.len();
             let is_unknown = |chunk: &&ChunkInfo| {
                 let owned = owned.get(&(chunk.id.group, chunk.id.extent)).map(|(_, owned)| *owned);
                 owned == Some(false) && Duration::from_millis(chunk.age_ms) >= settings.orphan_age
@@ -206,7 +211,7 @@ impl Inner {
                 match owned.get(&(chunk.id.group, chunk.id.extent)) {
                     // Its shard cannot be named by this map: nobody was asked.
                     None => {}
-                    Some((_, true)) if !strays.contains_key(&chunk.id) => {
+                    Some((_, true)) if !at_home.contains(&chunk.id) => {
                         swept.to_release.extend(chunk.quarantined_ms.map(|_| chunk.id));
                     }
                     Some((_, is_owned)) => {
@@ -224,7 +229,7 @@ impl Inner {
     }
 
     /// Which extents of a page their shards own, with the shards.
-    async fn owned(&self, map: &ClusterMap, chunks: &[ChunkInfo]) -> Result<Owned, ShardError> {
+    pub(super) async fn owned(&self, map: &ClusterMap, chunks: &[ChunkInfo]) -> Result<Owned, ShardError> {
         let mut by_shard: BTreeMap<ShardId, HashSet<(PlacementGroupId, ExtentId)>> = BTreeMap::new();
         for chunk in chunks {
             if let Some(shard) = map.shard_of_slot(chunk.spec.owner) {
@@ -241,120 +246,9 @@ impl Inner {
         Ok(owned)
     }
 
-    /// Owned chunks of a page that lie here for nothing: the disk serves no slot of their group, and the disk of their
-    /// own slot, which is answered with each, has them. Where it has not, it is noted in `swept` what their shards are to
-    /// be told. That another disk of the group has such a chunk means nothing: it may be left there from another slot,
-    /// where no reader looks.
-    async fn strays(
-        &self,
-        map: &ClusterMap,
-        disk: DiskId,
-        chunks: &[ChunkInfo],
-        owned: &Owned,
-        swept: &mut Swept,
-    ) -> Result<HashMap<ChunkId, DiskId>, ShardError> {
-        let mut by_home: BTreeMap<DiskId, Vec<(ChunkId, ChunkRef, ShardId)>> = BTreeMap::new();
-        for chunk in chunks {
-            let id = chunk.id;
-            let Some((shard, true)) = owned.get(&(id.group, id.extent)).copied() else { continue };
-            let Some(group) = map.group(id.group) else { continue };
-            if group.slots.iter().any(|slot| slot.disks().any(|serving| serving == disk)) {
-                continue;
-            }
-            let Some(slot) = self.slot_of_chunk(shard, chunk, group.slots.len()).await? else { continue };
-            if let Some(home) = group.slots.get(usize::from(slot)) {
-                let named = ChunkRef { group: id.group, extent: id.extent, index: id.index };
-                by_home.entry(home.current).or_default().push((id, named, shard));
-            }
-        }
-        let mut strays = HashMap::new();
-        for (home, chunks) in by_home {
-            let asked: Vec<(ChunkId, ChunkRef)> = chunks.iter().map(|(id, named, _)| (*id, *named)).collect();
-            let Some(absent) = self.absent(home, &asked).await else { continue };
-            let absent: HashSet<ChunkRef> = absent.into_iter().collect();
-            for (id, named, shard) in chunks {
-                if absent.contains(&named) {
-                    swept.missing_at_home.push((shard, named));
-                } else {
-                    strays.insert(id, home);
-                }
-            }
-        }
-        Ok(strays)
-    }
-
-    /// The slot that a chunk belongs into. An extent as wide as its group has chunk i in slot i; of a narrower one only
-    /// its shard knows.
-    async fn slot_of_chunk(&self, shard: ShardId, chunk: &ChunkInfo, width: usize) -> Result<Option<u8>, ShardError> {
-        if usize::from(chunk.spec.k) + usize::from(chunk.spec.m) == width {
-            return Ok(Some(chunk.id.index));
-        }
-        let (group, extent) = (chunk.id.group, chunk.id.extent);
-        let before = u128::from_be_bytes(extent.0).checked_sub(1).map(|id| (group, ExtentId(id.to_be_bytes())));
-        let (found, _) = self.extents_of(shard, group, before, 1).await?;
-        let found = found.first().filter(|record| record.extent.extent == extent);
-        Ok(found.and_then(|record| record.extent.slots.get(usize::from(chunk.id.index)).copied()))
-    }
-
-    /// Deletes on a disk that comes back after having been out what other disks have in its place by now. Answers how
-    /// many chunks that were; None: it could not be looked through. What no shard knows any more stays for the sweep, and
-    /// so does what is not on its new disk.
-    pub(super) async fn clear_leftovers(&self, disk: DiskId, held: &Held) -> Result<Option<usize>, ShardError> {
-        let Some(client) = self.store.disks().client(disk) else { return Ok(None) };
-        // An earlier holder of the lease, who was paused, must not delete what is found there below.
-        let mut told = HashSet::new();
-        for view in self.store.disks().view().iter().filter(|view| view.health == DiskHealth::Up) {
-            if self.tell_of_lease(view.id, held).await {
-                told.insert(view.id);
-            }
-        }
-        let (mut after, mut deleted) = (None, 0);
-        loop {
-            let Some(map) = self.store.disks().map() else { return Ok(None) };
-            let request = ControlRequest::ListChunks { after, limit: PAGE };
-            let Ok(ControlResponse::Chunks { chunks, more }) =
-                client.control(request, self.settings().control_deadline).await
-            else {
-                return Ok(None);
-            };
-            let (owned, mut swept) = (self.owned(&map, &chunks).await?, Swept::default());
-            let strays = self.strays(&map, disk, &chunks, &owned, &mut swept).await?;
-            let leftover: Vec<ChunkId> =
-                strays.iter().filter(|(_, home)| told.contains(*home)).map(|(chunk, _)| *chunk).collect();
-            // By this map they lie elsewhere. By another they may belong here: then the page is looked at again.
-            if self.store.disks().map().is_none_or(|newest| newest.epoch != map.epoch) {
-                continue;
-            }
-            let count = leftover.len();
-            if !self.delete_on(disk, leftover, held).await.is_empty() {
-                return Ok(None);
-            }
-            deleted += count;
-            add(&self.counters().leftovers_deleted, u64::try_from(count).unwrap_or(0));
-            self.tell_missing(&swept).await;
-            after = chunks.last().map(|chunk| chunk.id);
-            if !more || after.is_none() {
-                return Ok(Some(deleted));
-            }
-            tokio::time::sleep(PAGE_PAUSE).await;
-        }
-    }
-
-    /// Tells the shards of owned chunks that lie on no disk of their group.
-    async fn tell_missing(&self, swept: &Swept) {
-        let mut told: HashMap<ShardId, Vec<ChunkRef>> = HashMap::new();
-        swept.missing_at_home.iter().for_each(|(shard, chunk)| told.entry(*shard).or_default().push(*chunk));
-        for (shard, chunks) in told {
-            for part in chunks.chunks(super::look::BATCH) {
-                if let Err(error) = self.report(shard, part.to_vec()).await {
-                    tracing::debug!(%error, "chunks found by a sweep could not be reported as missing");
-                }
-            }
-        }
-    }
-
     async fn act(&self, disk: DiskId, swept: &Swept, held: &Held) {
-        self.tell_missing(swept).await;
+        self.tell_missing(&swept.missing_at_home).await;
+        self.bring_home(disk, swept.missing_at_home.clone(), held).await;
         self.mark(disk, &swept.to_release, false, held).await;
         let acts = [&swept.sure, &swept.doubtful];
         for acts in acts {
@@ -382,13 +276,17 @@ impl Inner {
         }
     }
 
-    /// Which of these chunks on a disk are orphans by the newest map.
+    /// Which of these chunks on a disk are orphans by the newest map. Of those that their shards own, only what the disk of
+    /// their slot has read just now and found good.
     async fn still_orphans(&self, disk: DiskId, chunks: &[ChunkInfo]) -> Result<Vec<ChunkId>, ShardError> {
         let Some(map) = self.store.disks().map() else { return Ok(Vec::new()) };
         let owned = self.owned(&map, chunks).await?;
-        let strays = self.strays(&map, disk, chunks, &owned, &mut Swept::default()).await?;
+        let strays = self.strays(&map, disk, chunks, &owned).await?;
+        let (good, bad) = self.verified(strays.at_home).await;
+        self.tell_missing(&bad).await;
+        let good: HashSet<ChunkId> = good.iter().map(|stray| stray.id).collect();
         let is_orphan = |id: &ChunkId| match owned.get(&(id.group, id.extent)) {
-            Some((_, is_owned)) => !is_owned || strays.contains_key(id),
+            Some((_, is_owned)) => !is_owned || good.contains(id),
             None => false,
         };
         // A map that came while the answers did is another matter: the next sweep asks by that one.
@@ -417,7 +315,7 @@ impl Inner {
 }
 
 /// Extents with the shards that were asked for them, and whether these own them.
-type Owned = HashMap<(PlacementGroupId, ExtentId), (ShardId, bool)>;
+pub(super) type Owned = HashMap<(PlacementGroupId, ExtentId), (ShardId, bool)>;
 
 #[cfg(test)]
 mod tests {
