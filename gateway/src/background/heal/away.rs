@@ -171,6 +171,11 @@ impl Inner {
                 }
                 Err(CommitError::Refused(AwayError::Changed)) => {}
                 Err(CommitError::Refused(error)) => drop(why.insert(disk, error.to_string())),
+                // Not only this disk: below its feature level the root shard takes no map in which a disk is away.
+                Err(CommitError::Root(error)) if !error.outcome_unknown() => {
+                    why.insert(disk, error.to_string());
+                    break;
+                }
                 Err(error) => {
                     tracing::warn!(%disk, %error, "disk is dead, but could not be taken out of service");
                     // It may have gone out all the same: what is away by the newest map counts from then on.
