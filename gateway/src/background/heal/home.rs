@@ -134,8 +134,8 @@ impl Inner {
         Ok(strays)
     }
 
-    /// The slots of owned extents that are narrower than their group, as their shards have them. An extent as wide as its
-    /// group has chunk i in slot i.
+    /// The slots of owned extents that are narrower than their group, as their shards have them. An extent as wide as
+    /// its group has chunk i in slot i.
     async fn slots_of_narrow(
         &self,
         map: &ClusterMap,
@@ -281,8 +281,8 @@ impl Inner {
     }
 
     /// Rids a disk that comes back after having been out of what other disks have in its place by now, after they have
-    /// read it and found it good. What they lack, or have with a bad block, is copied to them first. None: it could not be
-    /// looked through. What no shard knows any more stays for the sweep, and so does what is not at home in the end.
+    /// read it and found it good. What they lack, or have with a bad block, is copied to them first. None: it could not
+    /// be looked through. What no shard knows any more stays for the sweep, and so does what is not at home in the end.
     pub(super) async fn clear_leftovers(&self, disk: DiskId, held: &Held) -> Result<Option<Cleared>, ShardError> {
         let Some(client) = self.store.disks().client(disk) else { return Ok(None) };
         // An earlier holder of the lease, who was paused, must not delete what is found there below.
