@@ -34,6 +34,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// Records of extents per request, when the slots of narrow ones are looked up.
 const RECORDS: u32 = 100;
+/// Homes that read at once.
+const HOMES_AT_ONCE: usize = 16;
 
 /// A chunk that its shard owns, on a disk that does not serve its slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,11 +172,15 @@ impl Inner {
         for stray in &strays {
             by_home.entry(stray.home).or_default().push((stray.id, stray.len_bytes));
         }
-        let mut healths: HashMap<ChunkId, ChunkHealth> = HashMap::new();
-        for (home, chunks) in by_home {
-            self.pace.take(chunks.iter().map(|(_, len_bytes)| *len_bytes).sum()).await;
-            healths.extend(verify_on(&self.store, home, chunks, self.settings().verify_deadline).await);
-        }
+        let answers: Vec<Vec<(ChunkId, ChunkHealth)>> = stream::iter(by_home)
+            .map(|(home, chunks)| async move {
+                self.pace.take(chunks.iter().map(|(_, len_bytes)| *len_bytes).sum()).await;
+                verify_on(&self.store, home, chunks, self.settings().verify_deadline).await
+            })
+            .buffer_unordered(HOMES_AT_ONCE)
+            .collect()
+            .await;
+        let healths: HashMap<ChunkId, ChunkHealth> = answers.into_iter().flatten().collect();
         let answered = strays.into_iter().filter(|stray| healths.contains_key(&stray.id));
         answered.partition(|stray| healths.get(&stray.id) == Some(&ChunkHealth::Good))
     }
