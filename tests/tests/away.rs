@@ -153,13 +153,22 @@ fn healed_without(cluster: &Cluster, away: &[u64], in_service: u64) {
     assert_eq!(holding.count() as u64, in_service, "{status}");
 }
 
-/// Gives a setting of the cluster another value.
-fn set(cluster: &Cluster, name: &str, value: &str) {
+/// Runs a verb of an operator: what it says, or why it is refused.
+fn granary(cluster: &Cluster, verb: &[&str]) -> Result<String, String> {
     let token = cluster.json()["admin_token_file"].as_str().unwrap().to_owned();
     let mut command = std::process::Command::new(granary_tests::cluster::bin("granary"));
-    command.args(["config", "set", name, value, "--admin", cluster.admin_address(), "--token-file", &token]);
-    let done = command.output().unwrap();
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let done = command.args(verb).args(["--admin", cluster.admin_address(), "--token-file", &token]).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    if done.status.success() {
+        Ok(text(done.stdout))
+    } else {
+        Err(text(done.stderr))
+    }
+}
+
+/// Gives a setting of the cluster another value.
+fn set(cluster: &Cluster, name: &str, value: &str) {
+    granary(cluster, &["config", "set", name, value]).unwrap();
 }
 
 fn lose(cluster: &Cluster, place: usize) -> DiskProcess {
@@ -377,6 +386,49 @@ fn a_disk_that_dies_while_it_is_draining_goes_out_and_what_was_to_leave_it_is_re
     // It is empty by now, so it can be taken off the list.
     cluster.admin("POST", &format!("/v1/disks/{disk}/drain"));
     assert_eq!(cluster.admin("GET", "/v1/map")["disks"][disk.to_string()]["state"], "out");
+}
+
+#[test]
+fn an_operator_who_knows_that_a_disk_is_dead_takes_it_out_at_once() {
+    let cluster = eight_disks(&[]);
+    let mut load = Load::new(&cluster, "an_operator_who_knows");
+    load.put_many("first-", 20);
+    cluster.wait_full_redundancy(PATIENCE);
+    // By itself none would go out: it would take an hour, and none may.
+    set(&cluster, "heal.out_after", "1h");
+    set(&cluster, "heal.out_limit", "0");
+    let disk = cluster.disks()[7].disk;
+    let out = |disk: u64| granary(&cluster, &["disk", "out", &disk.to_string()]);
+    let refused = out(disk).unwrap_err();
+    assert!(refused.contains("answers") && refused.contains("granary disk drain"), "{refused}");
+    let dead = lose(&cluster, 7);
+    let started = Instant::now();
+    let said = loop {
+        match out(disk) {
+            Ok(said) => break said,
+            Err(why) => assert!(why.contains("answers") && started.elapsed() < PATIENCE, "{why}"),
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    assert!(said.contains("is out of service"), "{said}");
+    healed_without(&cluster, &[dead.disk], 7);
+    load.check();
+    let again = out(disk).unwrap_err();
+    assert!(again.contains("out of service already"), "{again}");
+
+    // Four of seven are silent: that may be the network.
+    let disks = cluster.disks();
+    let silent: Vec<&DiskProcess> = disks[3..7].iter().collect();
+    silent.iter().for_each(|disk| signal(disk.pid, Signal::STOP));
+    wait_for(&cluster, "four are down", |status| {
+        let rows = status["disks"].as_array().unwrap().iter();
+        rows.filter(|row| row["health"] == "down" && row["state"] == "in").count() == 4
+    });
+    let refused = out(silent[3].disk).unwrap_err();
+    assert!(refused.contains("4 of 7 disks in service do not answer"), "{refused}");
+    silent.iter().for_each(|disk| signal(disk.pid, Signal::CONT));
+    cluster.wait_full_redundancy(PATIENCE);
+    load.check();
 }
 
 /// What a node says to a client that speaks version 2 of the node protocol and no other: the verdict in its hello.

@@ -5,12 +5,14 @@ use super::api::{
     ShardLevelRow, Status,
 };
 use super::api::{
-    DrainDisk, GetConfig, GetFeatureLevels, GetMap, GetStatus, RaiseFeatureLevel, ReplaceDisk, RunCensus, SetConfig,
-    StartDisk, StopDisk, WeighDisk,
+    DrainDisk, GetConfig, GetFeatureLevels, GetMap, GetStatus, OutDisk, RaiseFeatureLevel, ReplaceDisk, RunCensus,
+    SetConfig, StartDisk, StopDisk, WeighDisk,
 };
 use super::routes::{on, Shared};
 use super::{AdminContext, LocalDisks};
+use crate::background::heal::takers;
 use crate::disks::DiskHealth;
+use crate::ops::away::{take_out_now, AwayError};
 use crate::ops::levels;
 use crate::ops::settings::{self, SetError};
 use crate::ops::{self, ChangeError, CommitError, Committed, Replacement};
@@ -24,6 +26,7 @@ use granary_placement::moves::{moves, replica_moves};
 use granary_placement::place::PlaceError;
 use granary_placement::settings::Setting;
 use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
+use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,6 +47,7 @@ pub(super) fn changes() -> Router<Shared> {
     let router = Router::new();
     let router = on(router, replace_disk);
     let router = on(router, drain_disk);
+    let router = on(router, out_disk);
     let router = on(router, weigh_disk);
     let router = on(router, set_config);
     let router = on(router, raise_feature_level);
@@ -166,12 +170,21 @@ async fn weigh_disk(context: Arc<AdminContext>, call: WeighDisk) -> Result<DiskC
     change(&context, call.disk, DiskAct::Weight, |map| ops::set_weight(map, call.disk, call.weight)).await
 }
 
+async fn out_disk(context: Arc<AdminContext>, call: OutDisk) -> Result<DiskChanged, ApiError> {
+    let ceiling_percent = context.values.borrow().number("heal.fill_ceiling");
+    change(&context, call.disk, DiskAct::Away, |map| {
+        let is_down = context.disks.health(call.disk) == DiskHealth::Down;
+        take_out_now(map, call.disk, &takers(map, &context.disks.view(), ceiling_percent), is_down)
+    })
+    .await
+}
+
 /// Commits a change of the cluster map; shard leaders and the healer do the rest.
-async fn change(
+async fn change<E: Error + Refusal + 'static>(
     context: &AdminContext,
     disk: DiskId,
     act: DiskAct,
-    change: impl Fn(&ClusterMap) -> Result<ClusterMap, ChangeError>,
+    change: impl Fn(&ClusterMap) -> Result<ClusterMap, E>,
 ) -> Result<DiskChanged, ApiError> {
     let result = ops::commit(&context.shards, change).await;
     let said = result.as_ref().map(|committed| committed.after.epoch);
@@ -190,11 +203,26 @@ async fn change(
     }
 }
 
-fn refused(why: ChangeError) -> ApiError {
-    let code = match &why {
-        ChangeError::Place(PlaceError::NoSuchDisk(_)) => ErrorCode::NotFound,
-        _ => ErrorCode::Conflict,
-    };
+/// Why a change of the cluster map is refused.
+trait Refusal {
+    /// There is no such disk.
+    fn is_unknown_disk(&self) -> bool;
+}
+
+impl Refusal for ChangeError {
+    fn is_unknown_disk(&self) -> bool {
+        matches!(self, ChangeError::Place(PlaceError::NoSuchDisk(_)))
+    }
+}
+
+impl Refusal for AwayError {
+    fn is_unknown_disk(&self) -> bool {
+        matches!(self, AwayError::Place(PlaceError::NoSuchDisk(_)))
+    }
+}
+
+fn refused<E: Error + Refusal>(why: E) -> ApiError {
+    let code = if why.is_unknown_disk() { ErrorCode::NotFound } else { ErrorCode::Conflict };
     ApiError::new(code, why)
 }
 

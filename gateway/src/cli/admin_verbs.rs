@@ -3,7 +3,7 @@
 use super::http::call;
 use super::output::{print, print_json};
 use crate::admin::api::{
-    Call, Census, DiskAct, DiskRow, DrainDisk, FeatureLevels, GetFeatureLevels, GetMap, GetStatus, Health,
+    Call, Census, DiskAct, DiskRow, DrainDisk, FeatureLevels, GetFeatureLevels, GetMap, GetStatus, Health, OutDisk,
     RaiseFeatureLevel, ReplaceDisk, RunCensus, ShardLevelRow, StartDisk, Status, StopDisk, WeighDisk,
 };
 use crate::admin::page::bytes;
@@ -110,6 +110,13 @@ pub(crate) enum DiskVerb {
         #[command(flatten)]
         target: Target,
     },
+    /// Take a dead disk out of service now: the others take over what it held. It is let back in when it answers again.
+    Out {
+        /// Number of the disk.
+        id: DiskId,
+        #[command(flatten)]
+        target: Target,
+    },
     /// Give a disk another share of the data, relative to the other disks.
     Weight {
         /// Number of the disk.
@@ -209,6 +216,17 @@ pub(crate) async fn run(verb: AdminVerb) -> Done {
                     "disk {id} is draining; {} slots and {} shard replicas move to other disks, see `granary status`",
                     changed.slots_moving, changed.replicas_moving
                 ),
+            })?;
+        }
+        AdminVerb::Disk(DiskVerb::Out { id, target }) => {
+            let changed = target.ask(&OutDisk { disk: id }, QUICK).await?;
+            let (slots, replicas) = (changed.slots_moving, changed.replicas_moving);
+            print(|out| {
+                writeln!(
+                    out,
+                    "disk {id} is out of service; {slots} slots and {replicas} shard replicas are taken over by other \
+                     disks, see `granary status`"
+                )
             })?;
         }
         AdminVerb::Disk(DiskVerb::Weight { id, weight, target }) => {

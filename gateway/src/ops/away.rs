@@ -43,6 +43,23 @@ pub enum AwayError {
     /// nothing is to be done.
     #[error("the cluster map has changed: it is to be judged anew")]
     Changed,
+    /// An operator wants it out, but it answers.
+    #[error("disk {0} answers: `granary disk drain {0}` takes it out of service in order")]
+    Answers(DiskId),
+    /// It is out of service.
+    #[error("disk {0} is out of service already")]
+    NotInService(DiskId),
+    /// Half of the disks in service or more do not answer.
+    #[error(
+        "{silent} of {of} disks in service do not answer this gateway, which looks like the network or the power rather \
+         than disks: none goes out until more than half answer"
+    )]
+    Half {
+        /// So many do not answer.
+        silent: usize,
+        /// So many are in service.
+        of: usize,
+    },
     /// A rule of the map.
     #[error(transparent)]
     Place(#[from] PlaceError),
@@ -106,6 +123,27 @@ pub fn take_out(map: &ClusterMap, disk: DiskId, takers: &Takers) -> Result<Clust
         let ceiling_percent = takers.ceiling_percent;
         next = substitute(&changed, &barred).map_err(|_| AwayError::Full { disk, ceiling_percent })?;
     }
+}
+
+/// As [`take_out`], by an operator's word: without waiting, and however many went out within the hour. `is_down`: it
+/// does not answer.
+///
+/// # Errors
+/// [`AwayError::Answers`], [`AwayError::NotInService`], [`AwayError::Half`], and those of [`take_out`].
+pub fn take_out_now(map: &ClusterMap, disk: DiskId, takers: &Takers, is_down: bool) -> Result<ClusterMap, AwayError> {
+    let state = map.disk(disk).ok_or(PlaceError::NoSuchDisk(disk))?.state;
+    if !state.holds_slots() {
+        return Err(AwayError::NotInService(disk));
+    }
+    if !is_down {
+        return Err(AwayError::Answers(disk));
+    }
+    let serving = || map.disks.values().filter(|disk| disk.state.holds_slots());
+    let (silent, of) = (serving().filter(|disk| takers.unwell.contains(&disk.id)).count(), serving().count());
+    if silent * 2 >= of {
+        return Err(AwayError::Half { silent, of });
+    }
+    take_out(map, disk, takers)
 }
 
 /// Lets a disk that answers again back in, without slots.
@@ -292,6 +330,28 @@ mod tests {
             (fill_empty(&back, &takers()), slots_of(&rebalance(&back).unwrap(), disk)),
             (Err(AwayError::Changed), 0)
         );
+    }
+
+    #[test]
+    fn an_operator_takes_out_what_is_dead_and_nothing_else() {
+        let (map, disk) = (cluster(9), DiskId(3));
+        let silent = |disks: &[u32]| Takers { unwell: disks.iter().copied().map(DiskId).collect(), ..takers() };
+        let out = take_out(&map, disk, &silent(&[3])).unwrap();
+        // (map, which, who does not answer, is it down, what comes of it)
+        for (what, map, disk, takers, is_down, expected) in [
+            ("it is dead", &map, disk, silent(&[3]), true, Ok(())),
+            ("so are others", &map, disk, silent(&[3, 4, 5]), true, Ok(())),
+            ("it answers", &map, disk, silent(&[]), false, Err(AwayError::Answers(disk))),
+            ("it is out", &out, disk, silent(&[3]), true, Err(AwayError::NotInService(disk))),
+            ("half are", &map, disk, silent(&[1, 2, 3, 4, 5]), true, Err(AwayError::Half { silent: 5, of: 9 })),
+            ("no such disk", &map, DiskId(99), silent(&[]), true, Err(PlaceError::NoSuchDisk(DiskId(99)).into())),
+        ] {
+            let made = take_out_now(map, disk, &takers, is_down);
+            assert_eq!(made.as_ref().map(|_| ()), expected.as_ref().copied(), "{what}");
+            if let Ok(made) = made {
+                assert_eq!(made, take_out(map, disk, &takers).unwrap(), "{what}");
+            }
+        }
     }
 
     #[test]

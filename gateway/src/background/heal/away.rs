@@ -394,7 +394,7 @@ fn questions(observers: &[DiskId], down: &[DiskId]) -> Vec<(DiskId, Vec<DiskId>)
 }
 
 /// Who may take over slots, by what is known of the disks.
-fn takers(map: &ClusterMap, views: &[DiskView], ceiling_percent: u64) -> Takers {
+pub(crate) fn takers(map: &ClusterMap, views: &[DiskView], ceiling_percent: u64) -> Takers {
     let up: BTreeSet<DiskId> = views.iter().filter(|view| view.health == DiskHealth::Up).map(|view| view.id).collect();
     let rooms = views.iter().filter_map(|view| {
         let status = view.status.as_ref()?;

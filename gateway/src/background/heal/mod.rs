@@ -36,6 +36,7 @@ mod remnants;
 mod slots;
 mod sweep;
 
+pub(crate) use away::takers;
 pub use census::{Census, CensusProgress};
 
 use super::leases::{Held, Holder, LeaseSettings};
