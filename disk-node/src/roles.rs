@@ -157,7 +157,8 @@ impl Roles {
         granary_replica::MAX_FEATURE_LEVEL
     }
 
-    /// May a disk be away in the map of the root shard, by the feature level that it has here? False when it is not here.
+    /// May a disk be away in the map of the root shard, by the feature level that it has here? False when it is not
+    /// here.
     pub fn root_may_have_away(&self) -> bool {
         // One that cannot be read cannot answer either.
         let level = self.host.get().and_then(|host| host.level(ShardId::ROOT).ok());

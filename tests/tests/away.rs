@@ -252,8 +252,8 @@ fn a_disk_that_returns_with_old_data_does_no_harm_and_gets_its_share_again() {
     assert_eq!(dead_disks(&status), []);
     cluster.wait_full_redundancy(PATIENCE);
     load.check();
-    // What was deleted while it was away nobody knows any more: it goes into quarantine, though it is more than the limit
-    // allows, and is not listed.
+    // What was deleted while it was away nobody knows any more: it goes into quarantine, though it is more than the
+    // limit allows, and is not listed.
     for (name, value) in [("heal.orphan_age", "5s"), ("heal.sweep_interval", "1s")] {
         set(&cluster, name, value);
     }

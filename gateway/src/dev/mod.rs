@@ -39,8 +39,8 @@ use tokio_util::task::TaskTracker;
 pub const DISK_NODE_VAR: &str = "GRANARY_DISK_NODE";
 
 /// Settings of a new cluster of `granary dev` that differ from those elsewhere. Its disk nodes start again within
-/// seconds, or not at all, and whoever breaks one wants to see what happens. All its disks lie on one file system, which
-/// may be full of other things.
+/// seconds, or not at all, and whoever breaks one wants to see what happens. All its disks lie on one file system,
+/// which may be full of other things.
 const AT_FIRST: [(&str, &str); 2] = [("heal.out_after", "30s"), ("heal.fill_ceiling", "100%")];
 
 /// What `granary dev` is told.

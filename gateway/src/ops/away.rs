@@ -39,8 +39,8 @@ pub enum AwayError {
         /// The setting.
         ceiling_percent: u64,
     },
-    /// The map changed, or too long ago was it looked at the disks: what was to be done is to be judged anew. Or nothing is
-    /// to be done.
+    /// The map changed, or too long ago was it looked at the disks: what was to be done is to be judged anew. Or
+    /// nothing is to be done.
     #[error("the cluster map has changed: it is to be judged anew")]
     Changed,
     /// An operator wants it out, but it answers.
@@ -87,8 +87,8 @@ pub struct Takers {
     pub ceiling_percent: u64,
 }
 
-/// Takes a dead disk out of service: its slots go to substitutes. One that was draining has given its slots away already;
-/// it is out for those whose chunks still came from it, and its weight is zero from then on.
+/// Takes a dead disk out of service: its slots go to substitutes. One that was draining has given its slots away
+/// already; it is out for those whose chunks still came from it, and its weight is zero from then on.
 ///
 /// # Errors
 /// [`AwayError::NoSubstitute`], [`AwayError::Full`]; [`AwayError::Changed`] when it is not in service.
@@ -160,8 +160,8 @@ pub fn let_in(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, AwayError> {
 }
 
 /// Gives disks in service that hold nothing their share: they were let back in, or took the place of one that was away.
-/// A weight may be so small that its share is no slot at all: when none of them gets one, nothing is changed, for it would
-/// be done again and again. No disk gets slots that would make it fuller than the ceiling.
+/// A weight may be so small that its share is no slot at all: when none of them gets one, nothing is changed, for it
+/// would be done again and again. No disk gets slots that would make it fuller than the ceiling.
 ///
 /// # Errors
 /// [`AwayError::Changed`] when there is none, none gets a slot, or slots are moving; [`AwayError::NoRoom`];
@@ -209,8 +209,8 @@ fn turn_back(map: &mut ClusterMap, dead: DiskId, unwell: &BTreeSet<DiskId>) {
     }
 }
 
-/// Disks that get slots by the change and would be above the ceiling once all is there that is on its way to them, by this
-/// change and by those before.
+/// Disks that get slots by the change and would be above the ceiling once all is there that is on its way to them, by
+/// this change and by those before.
 fn too_full<'a>(
     before: &'a ClusterMap,
     after: &'a ClusterMap,
@@ -408,7 +408,8 @@ mod tests {
 
     #[test]
     fn what_is_still_on_its_way_to_a_disk_counts_for_the_ceiling() {
-        // Each disk has 54 GiB in about as many slots and is to be no fuller than 65 %: one more death is borne, not two.
+        // Each disk has 54 GiB in about as many slots and is to be no fuller than 65 %: one more death is borne, not
+        // two.
         let map = cluster(10);
         let room = Room { capacity_bytes: 100 * GIB, free_bytes: 46 * GIB, chunk_bytes: 54 * GIB };
         let rooms: BTreeMap<DiskId, Room> = (1..=10).map(|disk| (DiskId(disk), room)).collect();
@@ -484,7 +485,8 @@ mod tests {
         let out = take_out(&cluster(7), DiskId(3), &takers()).unwrap();
         let refused = take_out(&out, DiskId(5), &takers()).unwrap_err();
         assert!(matches!(refused, AwayError::NoSubstitute { .. }), "{refused}");
-        // What is on its way to living disks has to arrive first: until then disk 3 takes no other slot of those groups.
+        // What is on its way to living disks has to arrive first: until then disk 3 takes no other slot of those
+        // groups.
         let mut back = let_in(&out, DiskId(3)).unwrap();
         let refused = take_out(&back, DiskId(5), &takers()).unwrap_err();
         assert!(refused.to_string().contains("giving away slots of the same groups"), "{refused}");

@@ -66,8 +66,8 @@ struct Step {
 }
 
 impl Board<'_> {
-    /// Makes every rule hold. Returns false when slots stay vacant, which only a tree without room for a group causes, or
-    /// disks that may not take a slot of it.
+    /// Makes every rule hold. Returns false when slots stay vacant, which only a tree without room for a group causes,
+    /// or disks that may not take a slot of it.
     pub fn settle(&mut self, allowance: Allowance) -> bool {
         if allowance != Allowance::Vacant {
             self.vacate_excess();

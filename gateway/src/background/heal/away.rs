@@ -2,8 +2,8 @@
 //!
 //! What is dead and what is to be done is decided by [`judge`](super::judge), how the map changes by
 //! [`ops::away`](crate::ops::away); here disks are looked at, metadata disks are asked what they reach, and the changes
-//! are made. Everything else follows from the map: slots with a new disk are filled by [`slots`](super::slots), and what
-//! a disk that is back has left over is taken away before it is let in.
+//! are made. Everything else follows from the map: slots with a new disk are filled by [`slots`](super::slots), and
+//! what a disk that is back has left over is taken away before it is let in.
 //!
 //! How long disks have been dead and which went out within the hour is published with the lease, so that the next
 //! holder goes on counting.
@@ -313,7 +313,8 @@ impl Inner {
         (status.dead_disks, status.away_disks) = (dead_disks, away_disks);
     }
 
-    /// Lets disks back in that answer again, once what only they hold was brought to others, and they are rid of the rest.
+    /// Lets disks back in that answer again, once what only they hold was brought to others, and they are rid of the
+    /// rest.
     pub(super) async fn return_loop(&self, returned: &Returned, held: &Held) {
         let mut rests = Rests::default();
         loop {

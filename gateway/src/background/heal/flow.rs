@@ -54,7 +54,8 @@ mod tests {
     #[test]
     fn what_is_left_and_how_fast_it_goes_is_told_from_what_was_rebuilt() {
         let (mut flow, start) = (Flow::default(), Instant::now());
-        // (slots that move and slots not all there, after a pass; bytes rebuilt ever, at which second; left, per second)
+        // (slots that move and slots not all there, after a pass; bytes rebuilt ever, at which second; left, per
+        // second)
         for (pass, rebuilt, at_s, expected) in [
             (None, 4000, 0, (0, 0)),
             (Some((10, 10)), 5000, 0, (1000, 0)),

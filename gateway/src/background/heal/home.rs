@@ -34,6 +34,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// Records of extents per request, when the slots of narrow ones are looked up.
 const RECORDS: u32 = 100;
+/// Homes that read at once.
+const HOMES_AT_ONCE: usize = 16;
 
 /// A chunk that its shard owns, on a disk that does not serve its slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,8 +136,8 @@ impl Inner {
         Ok(strays)
     }
 
-    /// The slots of owned extents that are narrower than their group, as their shards have them. An extent as wide as its
-    /// group has chunk i in slot i.
+    /// The slots of owned extents that are narrower than their group, as their shards have them. An extent as wide as
+    /// its group has chunk i in slot i.
     async fn slots_of_narrow(
         &self,
         map: &ClusterMap,
@@ -170,11 +172,15 @@ impl Inner {
         for stray in &strays {
             by_home.entry(stray.home).or_default().push((stray.id, stray.len_bytes));
         }
-        let mut healths: HashMap<ChunkId, ChunkHealth> = HashMap::new();
-        for (home, chunks) in by_home {
-            self.pace.take(chunks.iter().map(|(_, len_bytes)| *len_bytes).sum()).await;
-            healths.extend(verify_on(&self.store, home, chunks, self.settings().verify_deadline).await);
-        }
+        let answers: Vec<Vec<(ChunkId, ChunkHealth)>> = stream::iter(by_home)
+            .map(|(home, chunks)| async move {
+                self.pace.take(chunks.iter().map(|(_, len_bytes)| *len_bytes).sum()).await;
+                verify_on(&self.store, home, chunks, self.settings().verify_deadline).await
+            })
+            .buffer_unordered(HOMES_AT_ONCE)
+            .collect()
+            .await;
+        let healths: HashMap<ChunkId, ChunkHealth> = answers.into_iter().flatten().collect();
         let answered = strays.into_iter().filter(|stray| healths.contains_key(&stray.id));
         answered.partition(|stray| healths.get(&stray.id) == Some(&ChunkHealth::Good))
     }
@@ -281,8 +287,8 @@ impl Inner {
     }
 
     /// Rids a disk that comes back after having been out of what other disks have in its place by now, after they have
-    /// read it and found it good. What they lack, or have with a bad block, is copied to them first. None: it could not be
-    /// looked through. What no shard knows any more stays for the sweep, and so does what is not at home in the end.
+    /// read it and found it good. What they lack, or have with a bad block, is copied to them first. None: it could not
+    /// be looked through. What no shard knows any more stays for the sweep, and so does what is not at home in the end.
     pub(super) async fn clear_leftovers(&self, disk: DiskId, held: &Held) -> Result<Option<Cleared>, ShardError> {
         let Some(client) = self.store.disks().client(disk) else { return Ok(None) };
         // An earlier holder of the lease, who was paused, must not delete what is found there below.

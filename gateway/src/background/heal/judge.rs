@@ -6,10 +6,10 @@
 //! passed while nobody looked counts for nothing, and a disk that comes and goes adds up; only when it has answered for
 //! [`Rules::well_after`] without a break is it forgotten.
 //!
-//! Not all that is dead for long enough goes out. While half of the disks in service or more are dead or doubtful, it is
-//! rather the network or the power: nobody does. And within an hour no more go out than the largest server has disks, or another
-//! part of all disks that an operator has set: a fault that looks like many dead disks must not start a storm of
-//! rebuilding. Only what went out counts, not what had to stay because nobody could take over.
+//! Not all that is dead for long enough goes out. While half of the disks in service or more are dead or doubtful, it
+//! is rather the network or the power: nobody does. And within an hour no more go out than the largest server has
+//! disks, or another part of all disks that an operator has set: a fault that looks like many dead disks must not start
+//! a storm of rebuilding. Only what went out counts, not what had to stay because nobody could take over.
 
 use granary_placement::id::DiskId;
 use granary_placement::map::{ClusterMap, DiskState};
@@ -42,9 +42,9 @@ pub fn sight_of_down(reached: impl IntoIterator<Item = bool>, observers: usize) 
     }
 }
 
-/// The metadata disks in service: they hold the map, and they are connected to each other anyway. Those that have gone out
-/// were judged by a majority once; to go on counting them would leave no majority after a few deaths. That the part of a
-/// cut network that they are in does nothing is seen to by the root shard, which needs a majority of its members.
+/// The metadata disks in service: they hold the map, and they are connected to each other anyway. Those that have gone
+/// out were judged by a majority once; to go on counting them would leave no majority after a few deaths. That the part
+/// of a cut network that they are in does nothing is seen to by the root shard, which needs a majority of its members.
 pub fn observers(map: &ClusterMap) -> impl Iterator<Item = DiskId> + '_ {
     map.disks.values().filter(|disk| disk.roles.metadata && disk.state.holds_slots()).map(|disk| disk.id)
 }
@@ -206,7 +206,8 @@ pub fn judge(map: &ClusterMap, clocks: &Clocks, recent: usize, rules: &Rules) ->
         let clocks = disks(DiskState::holds_slots).filter_map(|disk| Some((disk, clocks.get(disk)?)));
         clocks.filter(|(_, clock)| clock.last == Sight::Dead)
     };
-    // Whatever is not up: while nobody can say of many disks how they are, it is as little known that others are dead alone.
+    // Whatever is not up: while nobody can say of many disks how they are, it is as little known that others are dead
+    // alone.
     let is_up = |disk: &DiskId| clocks.get(*disk).is_some_and(|clock| clock.last == Sight::Up);
     let silent = disks(DiskState::holds_slots).filter(|disk| !is_up(disk)).count();
     let mut due: Vec<(Duration, DiskId)> =
@@ -556,8 +557,8 @@ mod tests {
         assert_eq!(judge(&map, &clocks(13), 1, &RULES).back, [DiskId(3)]);
     }
 
-    /// Whatever is seen: only what is dead now and was for long enough goes out, in any hour no more than the limit, and
-    /// never while half are dead.
+    /// Whatever is seen: only what is dead now and was for long enough goes out, in any hour no more than the limit,
+    /// and never while half are dead.
     #[test]
     fn nothing_that_is_seen_makes_more_go_out_than_may() {
         let (mut went, mut came, mut held) = (0, 0, 0);

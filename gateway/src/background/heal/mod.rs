@@ -4,10 +4,10 @@
 //! - this file: settings, status, the tasks and how they stop;
 //! - [`look`]: what is missing? Reports of readers, and walks over the groups of a disk that is new or was away, into
 //!   the durable repair queues of the shards;
-//! - [`judge`]: pure; which disks are dead, and which of them go out of service; [`away`]: looks, asks others, and has it
-//!   done, and lets disks back in that answer again;
-//! - [`slots`]: slots that got another disk: everything in them is brought there, before the old disk is forgotten; [`flow`]: how
-//!   fast that goes;
+//! - [`judge`]: pure; which disks are dead, and which of them go out of service; [`away`]: looks, asks others, and has
+//!   it done, and lets disks back in that answer again;
+//! - [`slots`]: slots that got another disk: everything in them is brought there, before the old disk is forgotten;
+//!   [`flow`]: how fast that goes;
 //! - [`plan`]: pure; what to rebuild first;
 //! - [`rebuild`]: one extent: read K, decode, write, verify; [`pace`]: how much of that at a time;
 //! - [`garbage`]: chunks of extents that their shard says are dead;

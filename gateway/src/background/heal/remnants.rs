@@ -1,10 +1,10 @@
 //! Remnants: chunks of extents that were deleted everywhere else while their disk was away.
 //!
-//! When an object is deleted, its chunks go from all disks of their group. A disk that was out of service meanwhile keeps
-//! its own, and no shard knows of them any more. A fault of the metadata looks the same on this one disk, but not on the
-//! others: there, the rest of the extent is still where it was written. So the others are asked. Where all disks of the
-//! group answer and none has any chunk of the extent, somebody deleted it, which only happens when its shard says so; and
-//! one chunk alone is good for nothing.
+//! When an object is deleted, its chunks go from all disks of their group. A disk that was out of service meanwhile
+//! keeps its own, and no shard knows of them any more. A fault of the metadata looks the same on this one disk, but not
+//! on the others: there, the rest of the extent is still where it was written. So the others are asked. Where all disks
+//! of the group answer and none has any chunk of the extent, somebody deleted it, which only happens when its shard
+//! says so; and one chunk alone is good for nothing.
 
 use super::look::BATCH;
 use super::Inner;

@@ -422,7 +422,8 @@ impl Inner {
         done: &mut BTreeMap<SlotId, GroupSlot>,
         held: &Held,
     ) -> Result<bool, ShardError> {
-        // One that is away takes its chunks along, unless it answers again: its leftovers are cleared when it comes back.
+        // One that is away takes its chunks along, unless it answers again: its leftovers are cleared when it comes
+        // back.
         let serves = |disk: DiskId| match map.disk(disk).map(|disk| disk.state) {
             None | Some(DiskState::Out) => false,
             Some(DiskState::Away) => self.store.disks().health(disk) == DiskHealth::Up,

@@ -5,19 +5,21 @@
 //! names is asked for each by a linearizable read. A chunk is an orphan when
 //!
 //! - its shard does not know its extent, not even as garbage, or
-//! - its disk does not serve the slot that it belongs into, and the disk of that slot has it (see [`home`](super::home)).
+//! - its disk does not serve the slot that it belongs into, and the disk of that slot has it (see
+//!   [`home`](super::home)).
 //!
 //! An orphan older than the longest upload goes into quarantine, which is a mark on its disk and nothing else. What is
 //! still an orphan when its time in quarantine is over is deleted; what turns out to be owned is taken out of it. To
 //! list a disk takes long, and slots may move meanwhile: right before a page of chunks is deleted, it is asked again
 //! whether they are orphans, by the newest map.
 //!
-//! So many orphans that they are rather a fault of the metadata than leftovers wait for an operator. But what is known not
-//! to be needed does not: a chunk that its shard owns and that was found at home, and one of an extent of which no
-//! other disk of the group has a chunk ([`remnants`](super::remnants)). A disk that was out of service has many of both.
-//! These go into quarantine and out of it like all orphans, but count for no limit.
+//! So many orphans that they are rather a fault of the metadata than leftovers wait for an operator. But what is known
+//! not to be needed does not: a chunk that its shard owns and that was found at home, and one of an extent of which no
+//! other disk of the group has a chunk ([`remnants`](super::remnants)). A disk that was out of service has many of
+//! both. These go into quarantine and out of it like all orphans, but count for no limit.
 //!
-//! **Invariant:** of a disk with more other orphans than the limit these are left alone until an operator raises the limit.
+//! **Invariant:** of a disk with more other orphans than the limit these are left alone until an operator raises the
+//! limit.
 
 use super::home::Stray;
 use super::Inner;
@@ -276,8 +278,8 @@ impl Inner {
         }
     }
 
-    /// Which of these chunks on a disk are orphans by the newest map. Of those that their shards own, only what the disk of
-    /// their slot has read just now and found good.
+    /// Which of these chunks on a disk are orphans by the newest map. Of those that their shards own, only what the
+    /// disk of their slot has read just now and found good.
     async fn still_orphans(&self, disk: DiskId, chunks: &[ChunkInfo]) -> Result<Vec<ChunkId>, ShardError> {
         let Some(map) = self.store.disks().map() else { return Ok(Vec::new()) };
         let owned = self.owned(&map, chunks).await?;
