@@ -42,7 +42,7 @@ build: setup ## build the programs and put them into target/bin
 	$(LOCKED) bash -c 'cargo build $(CARGO_FLAGS) --workspace --bins && mkdir -p $(BIN) \
 	  && install -t $(BIN) $(PROGRAMS:%="$$CARGO_TARGET_DIR"/release/%)'
 
-run: build ## start a cluster of six disk nodes; options: DIR=.granary S3=127.0.0.1:9000 ADMIN=127.0.0.1:9001
+run: build ## start a cluster of eight disk nodes; options: DIR=.granary S3=127.0.0.1:9000 ADMIN=127.0.0.1:9001
 	@exec $(BIN)/granary dev --dir "$(DIR)" --s3 "$(S3)" --admin "$(ADMIN)"
 
 # make test ARGS='--test faults -- part_of_a_name' runs a part of it; still the whole workspace, see above.

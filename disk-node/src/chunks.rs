@@ -18,13 +18,15 @@ use granary_placement::map::MapError;
 use granary_wire::chunk::{ChunkId, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
 use granary_wire::server::{Asker, ChunkBlocks, ChunkSink, NodeService};
-use granary_wire::ChunkError;
+use granary_wire::{ChunkError, AWAY_VERSION, PROTOCOL_VERSIONS};
 use std::sync::Arc;
 
 /// Most chunks one request may delete, look up or list.
 const MAX_CHUNKS: usize = 1000;
 /// Most chunks one request may have read.
 const MAX_VERIFY: usize = 256;
+/// Most disks one request may have asked.
+const MAX_REACH: usize = 64;
 
 /// One disk node.
 pub struct Node {
@@ -138,6 +140,16 @@ impl NodeService for Node {
     fn note_gateways(&self, count: usize) {
         self.metrics.gateways.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
+
+    fn oldest_version(&self) -> u16 {
+        // The root shard's answers are bytes here, and from this level on a disk may be away in them.
+        let away = self.roles.root_may_have_away() || self.maps.newest().is_some_and(|map| map.has_away());
+        if away {
+            AWAY_VERSION
+        } else {
+            PROTOCOL_VERSIONS.min
+        }
+    }
 }
 
 /// Lets a request under a lease in. A disk that cannot write down what it obeyed ends here.
@@ -171,7 +183,7 @@ fn lease_error(refused: LeaseRefused) -> ControlError {
 
 fn at_most(count: usize, limit: usize) -> Result<(), ControlError> {
     if count > limit {
-        return Err(ControlError::BadRequest(format!("{count} chunks in one request, at most {limit} are allowed")));
+        return Err(ControlError::BadRequest(format!("{count} items in one request, at most {limit} are allowed")));
     }
     Ok(())
 }
@@ -272,6 +284,10 @@ impl Node {
             },
             ControlRequest::GetMap => ControlResponse::Map(self.maps.newest().map(|map| Box::new((*map).clone()))),
             ControlRequest::ShardStatus => ControlResponse::Shards(self.roles.status()),
+            ControlRequest::Reach(disks) => {
+                at_most(disks.len(), MAX_REACH)?;
+                ControlResponse::Reached(self.roles.reaches(&disks).await)
+            }
         })
     }
 

@@ -27,6 +27,8 @@ const NOTE_AGAIN: Duration = Duration::from_secs(1);
 /// Gateways offer every new map at once; this is for a node that they cannot reach.
 const POLL: Duration = Duration::from_secs(5);
 const POLL_DEADLINE: Duration = Duration::from_secs(2);
+/// A disk that does not tell its status within this time is not reached.
+const REACH: Duration = Duration::from_secs(2);
 
 /// Addresses from a file, which override those of the map.
 struct Book {
@@ -187,6 +189,21 @@ impl Peers {
         let ends = Ends { to: Some(self.uuid), from: Some(self.uuid), gateway: None };
         let address = self.address(self.me)?;
         Some(NodeClient::new(address, ends, self.credentials.clone(), ClientLimits::default()))
+    }
+
+    /// Which of these disks answer this one right now, each asked for its status. Whoever answers has proved to be the
+    /// disk that the newest map means.
+    pub async fn reaches(&self, disks: &[DiskId]) -> Vec<bool> {
+        let asked = disks.iter().map(|disk| async move {
+            if *disk == self.me {
+                return true;
+            }
+            let Some(client) = self.client(*disk) else { return false };
+            let answer = tokio::time::timeout(REACH, client.control(ControlRequest::Status, REACH)).await;
+            let meant = self.uuid_of(*disk);
+            matches!(answer, Ok(Ok(ControlResponse::Status(status))) if Some(status.uuid) == meant)
+        });
+        futures::future::join_all(asked).await
     }
 
     /// Asks members of the root shard for a newer map, one after the other, until told to stop.

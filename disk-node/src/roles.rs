@@ -13,7 +13,7 @@ use futures::future::BoxFuture;
 use futures::FutureExt;
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::settings::Values;
-use granary_replica::{HostConfig, MetaHost, PeerTransport, Space, Timing, TransportError, WallClock};
+use granary_replica::{HostConfig, MetaHost, PeerTransport, Space, Timing, TransportError, WallClock, AWAY_LEVEL};
 pub use granary_replica::{MetaCounters, MetaError}; // for metrics and the errors of `serve`
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
 use granary_wire::{AuthError, LinkError};
@@ -157,9 +157,22 @@ impl Roles {
         granary_replica::MAX_FEATURE_LEVEL
     }
 
+    /// May a disk be away in the map of the root shard, by the feature level that it has here? False when it is not
+    /// here.
+    pub fn root_may_have_away(&self) -> bool {
+        // One that cannot be read cannot answer either.
+        let level = self.host.get().and_then(|host| host.level(ShardId::ROOT).ok());
+        level.is_some_and(|level| level >= AWAY_LEVEL)
+    }
+
     /// A gateway asked this disk something.
     pub fn note_gateway(&self) {
         self.peers.note_gateway();
+    }
+
+    /// Which of these disks answer this one right now.
+    pub async fn reaches(&self, disks: &[DiskId]) -> Vec<bool> {
+        self.peers.reaches(disks).await
     }
 
     /// Nothing is opened yet. `reserve_bytes`: free space that metadata do not grow into.

@@ -20,6 +20,7 @@ use granary_wire::error::LinkError;
 use granary_wire::{Ends, NodeClient};
 use scenery::{ask, get, payload, put, Disk, Running, BINARY, CLUSTER};
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -94,6 +95,47 @@ fn map_of_one(me: DiskUuid) -> ClusterMap {
     }
     map.shards = vec![ShardReplicas { members: vec![DiskId(4)] }; 2];
     map
+}
+
+/// What the node says to a client that speaks version 2 of the node protocol and no other: the verdict in its hello.
+fn verdict_on_version_2(node: &Running, me: DiskUuid) -> u8 {
+    let mut stream = std::net::TcpStream::connect(&node.address).unwrap();
+    let hello = [b"granary\0\x00\x02\x02\x00", CLUSTER.0.as_slice(), &me.0, &[0; 32], &[9; 32]].concat();
+    stream.write_all(&hello).unwrap();
+    let mut prefix = [0; 12];
+    stream.read_exact(&mut prefix).unwrap();
+    assert_eq!(&prefix[..10], b"granary\0\x00\x03");
+    prefix[10]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_release_before_is_refused_as_long_as_the_map_says_what_it_cannot_read() {
+    let disk = Disk::new();
+    let mut node = disk.serve();
+    let ControlResponse::Status(status) = ask(&node.client(), ControlRequest::Status).await else { panic!() };
+    let offer = |epoch, state| {
+        let mut map = ClusterMap { epoch: Epoch(epoch), ..map(status.uuid) };
+        let away = MapDisk {
+            id: DiskId(6),
+            uuid: DiskUuid([6; 16]),
+            address: "127.0.0.1:6".into(),
+            state,
+            ..map.disks[&DiskId(5)].clone()
+        };
+        map.disks.insert(away.id, away);
+        ControlRequest::OfferMap(Box::new(map))
+    };
+    for (epoch, state, verdict) in
+        [(1, DiskState::In, 0), (2, DiskState::Away, 1), (3, DiskState::In, 0), (4, DiskState::Away, 1)]
+    {
+        assert_eq!(ask(&node.client(), offer(epoch, state)).await, ControlResponse::Done);
+        assert_eq!(verdict_on_version_2(&node, status.uuid), verdict, "{state:?}");
+    }
+    node.signal("KILL");
+    node.wait();
+    let node = disk.serve();
+    assert_eq!(verdict_on_version_2(&node, status.uuid), 1, "it knows its map");
+    ask(&node.client(), ControlRequest::Status).await;
 }
 
 /// Overwrites the beginning of every file in a folder whose name begins so.

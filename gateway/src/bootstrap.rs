@@ -6,12 +6,15 @@
 //!    itself;
 //! 1. every disk node is offered the map, from which it learns its peers' addresses;
 //! 2. the first member of each shard is told to begin it with all its members;
-//! 3. the root shard is given the map. From now on the cluster knows itself.
+//! 3. the root shard is given the map. From now on the cluster knows itself;
+//! 4. every shard gets the highest feature level that all builds know: nothing in it was written by an older one.
 
 use crate::disks::Disks;
 use crate::ops::commit::{commit_first, CommitError, FormedOtherwise};
+use crate::ops::levels::{self, Known};
 use crate::shards::{jitter, Shards};
 use futures::stream::{self, StreamExt, TryStreamExt};
+use granary_meta::level::MAX_FEATURE_LEVEL;
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::{ClusterMap, Disk};
 use granary_wire::control::{ControlRequest, ControlResponse};
@@ -44,6 +47,9 @@ pub enum FormError {
     /// The root shard does not take the map.
     #[error(transparent)]
     Map(#[from] CommitError<FormedOtherwise>),
+    /// Shards do not get the feature level of this release. Nothing else is missing.
+    #[error("the cluster is formed, but its shards do not have the feature level of this release yet: {0}")]
+    Level(String),
     /// The map and the clients disagree.
     #[error("disk {0} is not in the cluster map")]
     NotInMap(DiskId),
@@ -129,7 +135,27 @@ pub async fn form(shards: &Shards, map: &ClusterMap) -> Result<(), FormError> {
     }
     stream::iter(begins).buffer_unordered(AT_ONCE).try_collect::<Vec<()>>().await?;
 
-    Ok(commit_first(shards, map).await?)
+    commit_first(shards, map).await?;
+    raise(shards, map).await
+}
+
+/// Gives all shards of a new cluster the highest feature level that its disk nodes and this build know.
+async fn raise(shards: &Shards, map: &ClusterMap) -> Result<(), FormError> {
+    let disks = map.disks.keys().map(|disk| async move {
+        match shards.ask_disk(*disk, ControlRequest::Status, ATTEMPT).await {
+            Ok(ControlResponse::Status(status)) => Some((*disk, status.feature_level)),
+            _ => None,
+        }
+    });
+    let disks: Vec<_> = stream::iter(disks).buffer_unordered(AT_ONCE).collect().await;
+    let known = Known {
+        shards: levels::of_shards(shards, map).await,
+        disks: disks.into_iter().flatten().collect(),
+        gateway: MAX_FEATURE_LEVEL,
+    };
+    let plan = levels::plan(map, &known).map_err(|why| FormError::Level(why.to_string()))?;
+    levels::raise(shards, &plan).await.map_err(|why| FormError::Level(why.to_string()))?;
+    Ok(())
 }
 
 async fn insist(

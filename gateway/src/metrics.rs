@@ -74,6 +74,12 @@ pub struct Shared {
     pub repair_queue: IntGauge,
     /// Slots of placement groups whose chunks are on their way to another disk.
     pub slots_moving: IntGauge,
+    /// Disks out of service because they were dead.
+    pub disks_away: IntGauge,
+    /// Dead disks that stay in service, because nobody can take over or the limit is reached.
+    pub disks_dead_in_service: IntGauge,
+    /// How many more disks the placement group in most danger can lose.
+    pub least_failures_left: IntGauge,
     /// Disk nodes started by `granary dev`, first start included, by `disk`.
     pub disk_node_starts: IntCounterVec,
 }
@@ -150,6 +156,17 @@ impl Metrics {
             map_epoch: gauge(&registry, "granary_map_epoch", "Epoch of the cluster map in use")?,
             repair_queue: gauge(&registry, "granary_repair_queue", "Chunks waiting for repair")?,
             slots_moving: gauge(&registry, "granary_slots_moving", "Slots whose chunks move to another disk")?,
+            disks_away: gauge(&registry, "granary_disks_away", "Disks out of service because they were dead")?,
+            disks_dead_in_service: gauge(
+                &registry,
+                "granary_disks_dead_in_service",
+                "Dead disks that stay in service because nobody can take over or the limit is reached",
+            )?,
+            least_failures_left: gauge(
+                &registry,
+                "granary_least_failures_left",
+                "How many more disks the placement group in most danger can lose",
+            )?,
             disk_node_starts: counter_vec(&registry, "granary_disk_node_starts_total", "Disk node starts", &["disk"])?,
             registry,
         };

@@ -80,6 +80,14 @@ fn every_broken_rule_is_named() {
         (
             |map| {
                 let id = slots(map)[2].current.0;
+                disk(map, id).state = DiskState::Away;
+            },
+            |e| matches!(e, MapError::SlotOnOutDisk { slot: 2, .. }),
+            "out or away",
+        ),
+        (
+            |map| {
+                let id = slots(map)[2].current.0;
                 disk(map, id).roles.storage = false;
             },
             |e| matches!(e, MapError::SlotWithoutRole { slot: 2, .. }),

@@ -6,13 +6,14 @@ mod place_support;
 use granary_placement::id::DiskId;
 use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
 use granary_placement::moves::{moves, replica_moves, Move};
-use granary_placement::place::{add_scheme, rebalance, replace_disk, spread, PlaceError};
+use granary_placement::place::{add_scheme, new_map, rebalance, replace_disk, spread, substitute, PlaceError};
 use granary_placement::scheme::FailureDomain;
 use place_support::flow::fewest_moves;
 use place_support::{
-    add_disk, broken_rule, cluster, fair_shares, fair_slots, loads, most_in_one, new_disk, place, random_disks,
+    add_disk, broken_rule, cluster, fair_shares, fair_slots, loads, most_in_one, new_disk, order, place, random_disks,
     random_domain, scheme, seeds, set_state, settled, takes_slots, unfair_disk, uniform, uuid, Random,
 };
+use std::collections::BTreeSet;
 
 /// Fewest moves that the hard rules and fairness demand: slots on disks that may hold none, or slots that disks beyond
 /// their tolerance lack or have too many, whichever is more.
@@ -369,4 +370,120 @@ fn moves_are_exactly_the_slots_that_differ() {
     let from = std::mem::replace(&mut slots[2].current, DiskId(77));
     assert_eq!(moves(&old, &new), [Move { group, slot: 2, from, to: DiskId(77) }]);
     assert_eq!(moves(&old, &old), []);
+}
+
+#[test]
+fn substitutes_move_the_slots_of_dead_disks_and_no_others() {
+    let none = BTreeSet::new();
+    let (mut lost_slots, mut refused, mut in_moves, mut replicas_moved) = (0, 0, 0, 0);
+    for seed in seeds(150) {
+        let mut random = Random::new(seed);
+        let (k, m) = *random.pick(&[(4, 2), (2, 1), (8, 3), (3, 2)]);
+        let scheme = scheme(k, m, random_domain(&mut random));
+        let Ok(map) = new_map(order(random_disks(&mut random, [3, 3, 4, 4]), scheme, 20)) else { continue };
+        let mut map = map;
+        // Disks die one after the other, some of them while what the ones before held is still on its way.
+        for _ in 0..random.between(1, 4) {
+            let alive: Vec<DiskId> =
+                map.disks.values().filter(|disk| disk.state == DiskState::In).map(|disk| disk.id).collect();
+            let dead = *random.pick(&alive);
+            let mut changed = map.clone();
+            set_state(&mut changed, dead, DiskState::Away);
+            let after = match substitute(&changed, &none) {
+                Ok(after) => after,
+                Err(PlaceError::TooFewDisks { .. } | PlaceError::NoRoom { .. } | PlaceError::MovesUnderWay { .. }) => {
+                    refused += 1;
+                    break;
+                }
+                Err(error) => panic!("seed {seed}: {error}"),
+            };
+            assert_eq!(broken_rule(&after), None, "seed {seed}");
+            assert!(moves(&map, &after).iter().all(|one| one.from == dead), "seed {seed}");
+            assert_eq!(moves(&map, &after).len(), loads(&map)[&dead], "seed {seed}");
+            let replicas = replica_moves(&map, &after);
+            assert!(replicas.iter().all(|one| one.from == Some(dead)), "seed {seed}: {replicas:?}");
+            replicas_moved += replicas.len();
+            for (before, after) in slots(&map).zip(slots(&after)) {
+                // What the chunks come from stays known: the dead disk, or the one before it.
+                let from = if before.current == dead { before.previous.or(Some(dead)) } else { before.previous };
+                assert_eq!(after.previous, from, "seed {seed}");
+                in_moves += usize::from(before.current == dead && before.previous.is_some());
+            }
+            assert_eq!(after, substitute(&changed, &none).unwrap(), "seed {seed}: not the same twice");
+            lost_slots += loads(&map)[&dead];
+            map = if random.below(2) == 0 { settled(after) } else { after };
+        }
+    }
+    println!(
+        "{lost_slots} slots lost their disk, {in_moves} of them in the middle of a move; {refused} had no substitute"
+    );
+    println!("{replicas_moved} replicas moved");
+    assert!(lost_slots > 1000 && in_moves > 20 && refused > 0, "{lost_slots} {in_moves} {refused}");
+    assert!(replicas_moved > 20, "{replicas_moved}");
+}
+
+#[test]
+fn substitutes_are_shared_out_by_weight_over_all_disks_but_the_full_ones() {
+    let mut disks = uniform(1, 1, 10, 4);
+    disks.iter_mut().skip(20).for_each(|disk| disk.weight = 2000);
+    let before = cluster(disks, scheme(4, 2, FailureDomain::Server));
+    let mut changed = before.clone();
+    set_state(&mut changed, DiskId(40), DiskState::Away);
+    let after = substitute(&changed, &BTreeSet::new()).unwrap();
+    let gained = |after: &ClusterMap, disk: DiskId| moves(&before, after).iter().filter(|one| one.to == disk).count();
+    let lost = loads(&before)[&DiskId(40)];
+    let takers = (1..40).filter(|disk| gained(&after, DiskId(*disk)) > 0).count();
+    assert!(takers * 2 > 39, "{takers} disks take {lost} slots");
+    assert!((1..40).all(|disk| gained(&after, DiskId(disk)) <= 6), "one disk takes much of {lost} slots");
+    let full: BTreeSet<DiskId> = (1..=20).map(DiskId).collect();
+    let after = substitute(&changed, &full).unwrap();
+    assert!(full.iter().all(|disk| gained(&after, *disk) == 0), "a full disk takes a slot");
+    let full: BTreeSet<DiskId> = (1..40).map(DiskId).collect();
+    assert!(matches!(substitute(&changed, &full), Err(PlaceError::MovesUnderWay { .. })));
+}
+
+#[test]
+fn barred_disks_take_over_no_shard_replicas() {
+    // Twelve disks, of which eight hold metadata: five replicas each, three to spare.
+    let mut disks = uniform(1, 1, 12, 1);
+    disks.iter_mut().skip(8).for_each(|disk| disk.roles.metadata = false);
+    let mut new = order(disks, scheme(4, 2, FailureDomain::Disk), 20);
+    (new.replicas, new.object_shards) = (Some(5), 16);
+    let (before, dead) = (new_map(new).unwrap(), DiskId(1));
+    let mut changed = before.clone();
+    set_state(&mut changed, dead, DiskState::Away);
+    let lost = before.shards.iter().filter(|shard| shard.members.contains(&dead)).count();
+    assert!(lost > 1, "{lost}");
+    for barred in [vec![], vec![2, 3], vec![2, 3, 4, 5, 6], vec![2, 3, 4, 5, 6, 7], vec![2, 3, 4, 5, 6, 7, 8]] {
+        let barred: BTreeSet<DiskId> = barred.into_iter().map(DiskId).collect();
+        let after = substitute(&changed, &barred).unwrap();
+        let moved = replica_moves(&before, &after);
+        assert!(moved.iter().all(|one| one.from == Some(dead)), "{barred:?}: what lives stays, {moved:?}");
+        assert!(moved.iter().all(|one| one.to.is_none_or(|to| !barred.contains(&to))), "{barred:?}: {moved:?}");
+        // A member that is gone stays named exactly where only barred disks could take over.
+        for (was, is) in before.shards.iter().zip(&after.shards).filter(|(was, _)| was.members.contains(&dead)) {
+            let free = (2..=8).map(DiskId).any(|disk| !was.members.contains(&disk) && !barred.contains(&disk));
+            assert_eq!(is.members.contains(&dead), !free, "{barred:?}: {was:?} {is:?}");
+        }
+    }
+}
+
+#[test]
+fn six_disks_at_four_and_two_have_no_substitute_and_seven_have() {
+    for (disks, substitutes) in [(6, false), (7, true), (8, true)] {
+        let mut map = cluster(uniform(1, 1, 1, disks), scheme(4, 2, FailureDomain::Disk));
+        set_state(&mut map, DiskId(3), DiskState::Away);
+        let found = substitute(&map, &BTreeSet::new());
+        assert_eq!(found.is_ok(), substitutes, "{disks} disks: {:?}", found.err());
+    }
+}
+
+#[test]
+fn a_slot_that_turns_back_keeps_both_disks() {
+    let mut slot = GroupSlot::new(DiskId(1));
+    slot.turn_back();
+    assert_eq!(slot, GroupSlot::new(DiskId(1)), "it is not on its way");
+    slot.give_to(DiskId(2));
+    slot.turn_back();
+    assert_eq!(slot, GroupSlot { current: DiskId(1), previous: Some(DiskId(2)) });
 }

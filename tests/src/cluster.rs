@@ -36,7 +36,7 @@ impl Default for Options {
 /// One disk node, by `cluster.json`.
 #[derive(Debug, Clone)]
 pub struct DiskProcess {
-    /// Its id in the map.
+    /// Its id in the map; 0 while none lives there.
     pub disk: u64,
     /// Its process.
     pub pid: i32,
@@ -200,7 +200,7 @@ impl Cluster {
             .iter()
             .filter(|process| process["role"] == "disk-node")
             .map(|process| DiskProcess {
-                disk: process["disk"].as_u64().expect("disk id"),
+                disk: process["disk"].as_u64().unwrap_or(0),
                 pid: process["pid"].as_i64().unwrap_or(0) as i32,
                 dir: PathBuf::from(process["dir"].as_str().expect("dir")),
             })

@@ -1,5 +1,6 @@
 //! Everything said over the one multiplexed control connection of a peer: chunk housekeeping, metadata, Raft, status.
 
+use crate::auth::{AWAY_VERSION, PROTOCOL_VERSIONS};
 use crate::chunk::{ChunkHealth, ChunkId, ChunkInfo};
 use bytes::Bytes;
 use granary_placement::id::{DiskId, DiskUuid, Epoch, ShardId};
@@ -92,6 +93,42 @@ pub enum ControlRequest {
     /// What changed in the map since that epoch. Answers MapDiffs, where this node still knows, or Map: the newest, or
     /// none when it is not newer.
     GetMapSince(Epoch),
+    /// Does this node reach these disks (at most 64) right now? It asks each for its status. Answers Reached.
+    Reach(Vec<DiskId>),
+}
+
+impl ControlRequest {
+    /// The oldest protocol version whose speakers can read it. It is sent to no others.
+    pub fn since(&self) -> u16 {
+        let away = match self {
+            ControlRequest::Reach(_) => true,
+            ControlRequest::OfferMap(map) => map.has_away(),
+            ControlRequest::OfferMapDiff(diff) => diff.has_away(),
+            _ => false,
+        };
+        since(away)
+    }
+}
+
+impl ControlResponse {
+    /// The oldest protocol version whose speakers can read it. It is sent to no others.
+    pub fn since(&self) -> u16 {
+        let away = match self {
+            ControlResponse::Reached(_) => true,
+            ControlResponse::Map(map) => map.as_ref().is_some_and(|map| map.has_away()),
+            ControlResponse::MapDiffs(diffs) => diffs.iter().any(MapDiff::has_away),
+            _ => false,
+        };
+        since(away)
+    }
+}
+
+fn since(away: bool) -> u16 {
+    if away {
+        AWAY_VERSION
+    } else {
+        PROTOCOL_VERSIONS.min
+    }
 }
 
 /// The answer of a disk node.
@@ -130,6 +167,8 @@ pub enum ControlResponse {
     LinkBeat(Bytes),
     /// Differences that lead from the map asked about to the newest one, in order.
     MapDiffs(Vec<MapDiff>),
+    /// In the order asked: whether the very disk that the newest map means by that number answered this node.
+    Reached(Vec<bool>),
 }
 
 /// Why a request could not be done.

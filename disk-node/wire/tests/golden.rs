@@ -6,7 +6,9 @@
 use bytes::Bytes;
 use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ExtentId, HashSlot, PlacementGroupId, ShardId};
 use granary_placement::lease::LeaseStamp;
-use granary_placement::map::{diff, ClusterMap, GroupSlot, MapDiff, PlacementGroup, ShardReplicas, SlotRange};
+use granary_placement::map::{
+    diff, ClusterMap, Disk, DiskState, GroupSlot, Location, MapDiff, PlacementGroup, Roles, ShardReplicas, SlotRange,
+};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkInfo, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus, ShardStatus};
@@ -18,7 +20,9 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 /// Written anew when GRANARY_WRITE_GOLDEN is set: for a new version, never for an old one.
-const FIXTURE_PATH: &str = "tests/fixtures/messages-v2.txt";
+const FIXTURE_PATH: &str = "tests/fixtures/messages-v3.txt";
+/// What the version before could say.
+const FIXTURE_BEFORE: &str = "tests/fixtures/messages-v2.txt";
 
 /// Every value's line; checks on the way that it comes back.
 struct Lines(String);
@@ -72,6 +76,20 @@ fn map() -> ClusterMap {
     }
 }
 
+/// A later one, of which the version before cannot read the state of a disk.
+fn map_with_away() -> ClusterMap {
+    let disk = Disk {
+        id: DiskId(3),
+        uuid: DiskUuid([0xd3; 16]),
+        address: "d3:7".into(),
+        location: Location { zone: "z".into(), rack: "r".into(), server: "s".into() },
+        weight: 300,
+        roles: Roles { storage: true, metadata: false },
+        state: DiskState::Away,
+    };
+    ClusterMap { epoch: Epoch(13), disks: BTreeMap::from([(disk.id, disk)]), ..map() }
+}
+
 fn lease() -> LeaseStamp {
     LeaseStamp { task: "heal".into(), epoch: 300 }
 }
@@ -116,6 +134,9 @@ fn requests() -> Vec<ControlRequest> {
         ControlRequest::LinkBeat { from: DiskId(2), message: Bytes::from_static(b"beat") },
         ControlRequest::Quarantine { chunks: vec![chunk()], into: true, lease: lease() },
         ControlRequest::GetMapSince(Epoch(11)),
+        ControlRequest::Reach(vec![DiskId(2), DiskId(300)]),
+        ControlRequest::OfferMap(Box::new(map_with_away())),
+        ControlRequest::OfferMapDiff(Box::new(diff(&map(), &map_with_away()))),
     ]
 }
 
@@ -149,6 +170,9 @@ fn responses() -> Vec<ControlResponse> {
         ControlResponse::RaftBatch(vec![Ok(Bytes::from_static(b"raft")), Err(ControlError::NoSuchShard(ShardId(3)))]),
         ControlResponse::LinkBeat(Bytes::from_static(b"beat")),
         ControlResponse::MapDiffs(vec![map_diff()]),
+        ControlResponse::Reached(vec![true, false]),
+        ControlResponse::Map(Some(Box::new(map_with_away()))),
+        ControlResponse::MapDiffs(vec![map_diff(), diff(&map(), &map_with_away())]),
     ]
 }
 
@@ -187,4 +211,23 @@ fn messages_are_the_golden_bytes() {
         "messages without golden bytes, or the other way round:\n{}",
         lines.0
     );
+}
+
+#[test]
+fn what_the_version_before_cannot_say_is_known_as_such_and_all_else_is_as_it_was() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(FIXTURE_BEFORE);
+    let before = std::fs::read_to_string(path).unwrap();
+    let mut lines = Lines(String::new());
+    lines.add("request", requests());
+    lines.add("response", responses());
+    lines.add("error", errors());
+    let mut said = 0;
+    let known: Vec<&str> = before.lines().collect();
+    let requests = requests().into_iter().map(|request| request.since());
+    let responses = responses().into_iter().map(|response| response.since());
+    for (line, since) in lines.0.lines().zip(requests.chain(responses)) {
+        assert_eq!(since, if known.contains(&line) { 2 } else { 3 }, "{line}");
+        said += usize::from(since == 2);
+    }
+    assert_eq!(said + errors().len(), known.len(), "all that was said is said yet");
 }

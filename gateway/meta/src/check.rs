@@ -3,11 +3,12 @@
 //! A rule here is part of the replicated history: changing one makes replicas of two builds disagree. A new rule needs
 //! a new command.
 
-use crate::level::MAX_FEATURE_LEVEL;
+use crate::level::{AWAY_LEVEL, MAX_FEATURE_LEVEL};
 use crate::record::{ExtentRef, ObjectData};
 use crate::{ChunkRef, Command};
 use granary_placement::id::ExtentId;
 use granary_placement::lease::LeaseStamp;
+use granary_placement::map::ClusterMap;
 use std::collections::BTreeSet;
 
 /// Longest key, in bytes; S3's limit.
@@ -52,18 +53,34 @@ pub fn check_setting(name: &str, value: Option<&str>) -> Result<(), String> {
     }
 }
 
-/// A feature level that this build knows. For the leader's host, before a command enters the log: there it could no
-/// longer be refused by some replicas and applied by others.
+/// A feature level that this build knows, and nothing that a build of the shard's `level` could not read. For the
+/// leader's host, before a command enters the log: there it could no longer be refused by some replicas and applied by
+/// others.
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn check_level(command: &Command) -> Result<(), String> {
+pub fn check_level(command: &Command, level: u32) -> Result<(), String> {
     match command {
+        Command::SetMap { map } => check_map(map, level),
         Command::SetFeatureLevel { level } if *level > MAX_FEATURE_LEVEL => {
             Err(format!("feature level {level} is not known to this build, which knows {MAX_FEATURE_LEVEL}"))
         }
         _ => Ok(()),
     }
+}
+
+/// A map that builds of a feature level can read.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_map(map: &ClusterMap, level: u32) -> Result<(), String> {
+    if level < AWAY_LEVEL && map.has_away() {
+        return Err(format!(
+            "disks can go out of service by themselves from feature level {AWAY_LEVEL} on, and the root shard has {level}: once \
+             all disk nodes and gateways run this release, `granary cluster feature-level --raise`"
+        ));
+    }
+    Ok(())
 }
 
 /// The name of a background task.

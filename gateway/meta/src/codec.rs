@@ -1,6 +1,7 @@
 //! Values of the state database: the version of that type of record, then its body (docs/formats/metadata.md).
 
 use crate::kv::StateError;
+use crate::level::AWAY_LEVEL;
 use crate::record::{
     AccountId, BucketRecord, BucketRule, Checksum, ExtentRecord, ExtentRef, LeaseRecord, MissingRecord, ObjectMeta,
     ObjectRecord, PartRecord, RepairSlotRecord, SettingsRecord, UploadRecord, Usage, VersionSeq,
@@ -106,8 +107,6 @@ first_version!(
     SettingsRecord,
     RepairSlotRecord,
     MissingRecord,
-    ClusterMap,
-    MapDiff,
     Counters,
     KeptReply,
     Fence,
@@ -118,6 +117,41 @@ first_version!(
     OldestMap,
     FeatureLevel,
 );
+
+/// Maps and their differences. Version 2: a disk may be away, the last of its states. A body of version 1 is one of
+/// version 2 in which no disk is.
+macro_rules! away_since_version_2 {
+    ($($record:ty),+) => {
+        $(impl Record for $record {
+            const VERSION: u8 = 2;
+
+            fn version_at(level: u32) -> u8 {
+                if level < AWAY_LEVEL {
+                    1
+                } else {
+                    2
+                }
+            }
+
+            fn encode_as(&self, version: u8, out: Vec<u8>) -> Result<Vec<u8>, StateError> {
+                match version {
+                    1 if self.has_away() => Err(StateError::Value("a disk that is away in version 1".to_owned())),
+                    1 | 2 => plain::encode(self, out),
+                    other => Err(other_version(other)),
+                }
+            }
+
+            fn decode_as(version: u8, body: &[u8]) -> Result<Self, StateError> {
+                match version {
+                    1 | 2 => plain::decode(body),
+                    other => Err(other_version(other)),
+                }
+            }
+        })+
+    };
+}
+
+away_since_version_2!(ClusterMap, MapDiff);
 
 /// Bodies that are the postcard of one type.
 pub mod plain {
@@ -171,7 +205,7 @@ impl MapHead {
     /// As [`decode`].
     pub fn decode(bytes: &[u8]) -> Result<MapHead, StateError> {
         match split(bytes)? {
-            (ClusterMap::VERSION, body) => plain::decode_prefix(body),
+            (1 | 2, body) => plain::decode_prefix(body),
             (version, body) => {
                 ClusterMap::decode_as(version, body).map(|map| MapHead { cluster_id: map.cluster_id, epoch: map.epoch })
             }

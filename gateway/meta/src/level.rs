@@ -5,14 +5,17 @@
 
 use crate::apply::Tx;
 use crate::codec::{decode, FeatureLevel};
-use crate::keys::kind;
+use crate::keys::{kind, Keys};
 use crate::kv::{Kv, StateError};
 use crate::Reply;
+use granary_placement::id::ShardId;
 
 /// The level of a shard that was never told of another.
 pub const FIRST_FEATURE_LEVEL: u32 = 1;
-/// The highest level that this build knows. Level 1: everything there is.
-pub const MAX_FEATURE_LEVEL: u32 = 1;
+/// The highest level that this build knows. Level 1: the first release. Level 2: maps in which disks are away.
+pub const MAX_FEATURE_LEVEL: u32 = 2;
+/// The level from which on a map can say of a disk that it is away.
+pub const AWAY_LEVEL: u32 = 2;
 
 /// A build, as far as commands are concerned. There is one in a process; tests of upgrades bring another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +35,14 @@ pub(crate) fn level_in(value: Option<Vec<u8>>) -> Result<u32, StateError> {
         Some(bytes) => Ok(decode::<FeatureLevel>(&bytes)?.0),
         None => Ok(FIRST_FEATURE_LEVEL),
     }
+}
+
+/// The level of a shard.
+///
+/// # Errors
+/// [`StateError`] when its state cannot be read.
+pub fn level_of<K: Kv + ?Sized>(kv: &K, shard: ShardId) -> Result<u32, StateError> {
+    level_in(kv.get(&Keys::new(shard).single(kind::LEVEL))?)
 }
 
 /// See [`crate::Command::SetFeatureLevel`].

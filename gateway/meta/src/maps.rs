@@ -2,6 +2,7 @@
 //! oldest map by which payloads may have been placed.
 
 use crate::apply::Tx;
+use crate::check::check_map;
 use crate::codec::{decode, MapHead, OldestMap};
 use crate::keys::{kind, Keys};
 use crate::kv::{Kv, StateError};
@@ -39,6 +40,9 @@ pub fn too_old<K: Kv + ?Sized>(
 
 /// See [`crate::Command::SetMap`].
 pub fn set<K: Kv + ?Sized>(tx: &mut Tx<'_, '_, K>, map: &ClusterMap) -> Result<Reply, StateError> {
+    if let Err(why) = check_map(map, tx.level) {
+        return Ok(Reply::Refused(why));
+    }
     let key = tx.keys.single(kind::MAP);
     if let Some(there) = tx.load::<ClusterMap>(&key)? {
         if there.cluster_id != map.cluster_id {

@@ -16,6 +16,7 @@ use crate::answer::answer;
 use crate::apply::apply;
 use crate::check::check_level;
 use crate::kv::{MemoryKv, Overlay, StateError};
+use crate::level::level_of;
 use crate::record::AccountId;
 use crate::{Answer, BadBytes, Command, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
 use bytes::Bytes;
@@ -85,7 +86,8 @@ impl MemoryShard {
     ) -> Result<Bytes, MemoryError> {
         let response = match ShardRequest::decode(request)? {
             ShardRequest::Command(request) => {
-                check_level(&request.command).map_err(|why| BadBytes { what: "command", why })?;
+                let level = level_of(&self.kv, self.shard)?;
+                check_level(&request.command, level).map_err(|why| BadBytes { what: "command", why })?;
                 let reply = self.apply(&request)?;
                 applied(&request, &reply);
                 ShardResponse::Reply(reply)

@@ -6,11 +6,12 @@ mod scenery;
 
 use bytes::Bytes;
 use granary_meta::codec::{
-    decode, encode, CompletedUpload, Counters, Fence, KeptReply, LastBucketId, LeaseSeen, MapHead, ObjectHead,
-    OldestMap, QueuedAt, Record,
+    decode, encode, encode_at, CompletedUpload, Counters, Fence, KeptReply, LastBucketId, LeaseSeen, MapHead,
+    ObjectHead, OldestMap, QueuedAt, Record,
 };
 use granary_meta::keys::kind;
 use granary_meta::kv::{MemoryKv, StateError};
+use granary_meta::level::MAX_FEATURE_LEVEL;
 use granary_meta::memory::MemoryShard;
 use granary_meta::record::{
     AccountId, BucketId, BucketRecord, BucketRule, ExtentRecord, ExtentRef, LeaseRecord, MissingRecord, ObjectData,
@@ -21,7 +22,7 @@ use granary_placement::id::{Epoch, ExtentId, PlacementGroupId, ShardId};
 use granary_placement::lease::LeaseStamp;
 use granary_placement::map::{ClusterMap, MapDiff};
 use granary_placement::scheme::CodecId;
-use scenery::{inline, map, next_map, record};
+use scenery::{away_map, inline, map, next_map, record};
 use std::collections::BTreeSet;
 
 fn extent(id: u8) -> ExtentRef {
@@ -171,6 +172,28 @@ fn state_entries_lie_as_they_did_in_version_1() {
     assert_golden("state-v1.txt", &dumped);
 }
 
+/// What feature level 2 changes in the root shard.
+#[test]
+fn state_entries_of_feature_level_2_lie_as_they_did() {
+    let mut state = MemoryShard::new(ShardId::ROOT);
+    for request in requests(vec![
+        Command::SetMap { map: Box::new(map()) },
+        Command::SetMap { map: Box::new(next_map(&map())) },
+        Command::SetFeatureLevel { level: 2 },
+        Command::SetMap { map: Box::new(away_map(&next_map(&map()))) },
+    ]) {
+        assert_eq!(state.apply(&request).unwrap(), Reply::Done);
+    }
+    let kinds = [kind::MAP, kind::MAP_DIFF, kind::LEVEL];
+    state.kv.entries.retain(|key, _| kinds.contains(&key[2]));
+    assert_golden("state-v2.txt", &dump(&state.kv));
+    let values = |of: u8| state.kv.entries.iter().filter(move |(key, _)| key[2] == of).map(|(_, value)| value);
+    assert_eq!(values(kind::MAP).map(|value| value[0]).collect::<Vec<_>>(), [2]);
+    assert_eq!(values(kind::MAP_DIFF).map(|value| value[0]).collect::<Vec<_>>(), [1, 2], "what was written stays");
+    assert!(values(kind::MAP).all(|value| decode::<ClusterMap>(value).unwrap().has_away()));
+    assert!(values(kind::MAP_DIFF).all(|value| decode::<MapDiff>(value).is_ok()));
+}
+
 /// Decodes an entry as what its kind says it is.
 fn check_entry(key: &[u8], value: &[u8]) -> Result<(), StateError> {
     fn is<T: Record>(value: &[u8]) -> Result<(), StateError> {
@@ -232,8 +255,10 @@ fn assert_golden(name: &str, found: &str) {
 
 #[test]
 fn map_head_is_a_prefix_of_cluster_map() {
-    let head = MapHead::decode(&encode(&map()).unwrap()).unwrap();
-    assert_eq!((head.cluster_id, head.epoch), (map().cluster_id, map().epoch));
+    for level in 1..=MAX_FEATURE_LEVEL {
+        let head = MapHead::decode(&encode_at(level, &map()).unwrap()).unwrap();
+        assert_eq!((head.cluster_id, head.epoch), (map().cluster_id, map().epoch));
+    }
 }
 
 #[test]

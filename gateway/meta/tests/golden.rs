@@ -19,7 +19,7 @@ use granary_placement::id::{Epoch, ExtentId, PlacementGroupId};
 use granary_placement::lease::LeaseStamp;
 use granary_placement::map::diff;
 use granary_placement::scheme::CodecId;
-use scenery::{map, next_map};
+use scenery::{away_map, map, next_map};
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -259,6 +259,7 @@ fn commands() -> Vec<Command> {
         Command::RepairSlotDone { group: GROUP, slot: 5, generation: 301, lease: stamp() },
         Command::SetFeatureLevel { level: 2 },
         Command::RequireMap { epoch: Epoch(301), lease: stamp() },
+        Command::SetMap { map: Box::new(away_map(&map())) },
     ]
 }
 

@@ -12,8 +12,8 @@ use granary_meta::level::{Build, FIRST_FEATURE_LEVEL, MAX_FEATURE_LEVEL};
 use granary_meta::memory::{MemoryError, MemoryShards};
 use granary_meta::record::AccountId;
 use granary_meta::{Answer, Command, MetaRequest, Query, Reply, ShardRequest};
-use granary_placement::id::ShardId;
-use scenery::{map, put, request, seed, Random};
+use granary_placement::id::{Epoch, ShardId};
+use scenery::{away_map, map, put, request, seed, Random};
 use serde::{Deserialize, Serialize};
 
 const SHARD: ShardId = ShardId(1);
@@ -154,6 +154,34 @@ fn two_builds_write_the_same_bytes_until_the_level_is_raised() {
     let mut behind = Replica { kv: newer.kv.clone(), build: Build { max_level: 1 } };
     let next = request(&mut random, 201, Command::Noop);
     assert_eq!(behind.apply(&next, false), Err(StateError::Level { level: 2, known: 1 }));
+}
+
+#[test]
+fn no_disk_is_away_below_the_level_whose_builds_can_read_that() {
+    let mut shards = MemoryShards::new(&map()).unwrap();
+    let away = away_map(&map());
+    let command = || Command::SetMap { map: Box::new(away.clone()) };
+    let mut number = 0;
+    let mut serve = |shards: &mut MemoryShards| {
+        number += 1;
+        let sent = request(&mut Random(number), 1, command());
+        shards.serve(ShardId::ROOT, &ShardRequest::Command(sent).encode().unwrap())
+    };
+    let newest = Query::GetMap { newer_than: Epoch(0) };
+    let before = Answer::Map(Box::new(map()));
+    // The leader keeps it out of the log, where an older build would fall over it; one that is there all the same is
+    // refused by every newer build.
+    let refused = serve(&mut shards).unwrap_err();
+    assert!(matches!(&refused, MemoryError::BadBytes(_)) && refused.to_string().contains("--raise"), "{refused}");
+    assert!(
+        matches!(shards.command(ShardId::ROOT, 1, command()).unwrap(), Reply::Refused(why) if why.contains("--raise"))
+    );
+    assert_eq!(shards.query(ShardId::ROOT, &newest).unwrap(), before);
+    assert!(encode_at(1, &away).is_err(), "nothing writes it as of the version before");
+
+    assert_eq!(shards.command(ShardId::ROOT, 1, Command::SetFeatureLevel { level: 2 }).unwrap(), Reply::Done);
+    serve(&mut shards).unwrap();
+    assert_eq!(shards.query(ShardId::ROOT, &newest).unwrap(), Answer::Map(Box::new(away)));
 }
 
 #[test]

@@ -31,7 +31,7 @@ pub mod writer;
 
 pub use clock::WallClock;
 pub use counters::MetaCounters;
-pub use granary_meta::level::MAX_FEATURE_LEVEL;
+pub use granary_meta::level::{AWAY_LEVEL, MAX_FEATURE_LEVEL};
 pub use host::{HostConfig, MetaError, MetaHost};
 pub use raft::network::{PeerTransport, TransportError};
 pub use raft::Timing;

@@ -7,6 +7,7 @@ mod scenery;
 use granary_meta::record::{AccountId, BucketId};
 use granary_meta::{Answer, Command, Query, Reply, VersionPick};
 use granary_placement::id::{DiskId, Epoch, ShardId};
+use granary_placement::map::DiskState;
 use granary_replica::message::{encode_message, PeerMessage, PeerRequest, ReplicaId};
 use granary_wire::control::ControlError;
 use scenery::cluster::{disk, map, noop, Cluster};
@@ -335,6 +336,35 @@ async fn concurrent_proposals_of_many_shards_share_syncs_and_reads_share_barrier
     assert!(syncs * 4 < commands, "{syncs} syncs for {commands} commands");
     assert!(entries * 2 < commands, "{entries} entries for {commands} commands");
     assert!(barriers * 2 < commands, "{barriers} barriers for {commands} queries");
+    cluster.stop_all().await;
+}
+
+/// Below the level no replica is handed it, for an older build could not even read the entry.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_map_in_which_a_disk_is_away_does_not_enter_the_log_below_its_feature_level() {
+    let cluster = Cluster::new();
+    cluster.start_all(&[1, 2, 3]).await;
+    cluster.init(ShardId::ROOT, &[1, 2, 3]).await;
+    let mut random = Random(9);
+    let set = |epoch, state| {
+        let mut map = map(epoch, vec![vec![1, 2, 3], vec![4]]);
+        map.disks.values_mut().filter(|disk| disk.id.0 > 3).for_each(|disk| disk.state = state);
+        Command::SetMap { map: Box::new(map) }
+    };
+    let first = request(&mut random, 1, set(1, DiskState::In));
+    assert_eq!(cluster.command(ShardId::ROOT, &first).await, Reply::Done);
+    let leader = cluster.host(cluster.leader(ShardId::ROOT).await.0);
+    let proposals = leader.counters().proposals;
+    let away = request(&mut random, 2, set(2, DiskState::Away));
+    let refused = leader.command(ShardId::ROOT, away.clone()).await;
+    assert!(matches!(&refused, Err(ControlError::BadRequest(why)) if why.contains("--raise")), "{refused:?}");
+    assert_eq!((leader.counters().proposals, leader.level(ShardId::ROOT)), (proposals, Ok(1)));
+    let raise = request(&mut random, 3, Command::SetFeatureLevel { level: 2 });
+    assert_eq!(cluster.command(ShardId::ROOT, &raise).await, Reply::Done);
+    assert_eq!(cluster.command(ShardId::ROOT, &away).await, Reply::Done);
+    cluster.same_state(ShardId::ROOT, &[1, 2, 3]).await;
+    assert!((1..=3).all(|id| cluster.host(id).level(ShardId::ROOT) == Ok(2)));
+    assert_eq!(cluster.host(1).level(ShardId(1)), Ok(1), "it is not there");
     cluster.stop_all().await;
 }
 

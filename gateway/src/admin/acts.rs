@@ -5,30 +5,31 @@ use super::api::{
     ShardLevelRow, Status,
 };
 use super::api::{
-    DrainDisk, GetConfig, GetFeatureLevels, GetMap, GetStatus, RaiseFeatureLevel, ReplaceDisk, RunCensus, SetConfig,
-    StartDisk, StopDisk, WeighDisk,
+    DrainDisk, GetConfig, GetFeatureLevels, GetMap, GetStatus, OutDisk, RaiseFeatureLevel, ReplaceDisk, RunCensus,
+    SetConfig, StartDisk, StopDisk, WeighDisk,
 };
 use super::routes::{on, Shared};
 use super::{AdminContext, LocalDisks};
+use crate::background::heal::takers;
 use crate::disks::DiskHealth;
+use crate::ops::away::{take_out_now, AwayError};
 use crate::ops::levels;
 use crate::ops::settings::{self, SetError};
 use crate::ops::{self, ChangeError, CommitError, Committed, Replacement};
 use axum::Router;
 use futures::future::BoxFuture;
 use granary_meta::level::MAX_FEATURE_LEVEL;
-use granary_meta::{Answer, Command, Query};
+
 use granary_placement::id::{DiskId, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::moves::{moves, replica_moves};
 use granary_placement::place::PlaceError;
 use granary_placement::settings::Setting;
 use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
+use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a shard may take to tell its feature level.
-const LEVEL: Duration = Duration::from_secs(5);
 /// How long a new disk's node may take to tell which disk it serves.
 const NEW_DISK: Duration = Duration::from_secs(5);
 
@@ -46,6 +47,7 @@ pub(super) fn changes() -> Router<Shared> {
     let router = Router::new();
     let router = on(router, replace_disk);
     let router = on(router, drain_disk);
+    let router = on(router, out_disk);
     let router = on(router, weigh_disk);
     let router = on(router, set_config);
     let router = on(router, raise_feature_level);
@@ -111,18 +113,8 @@ async fn feature_levels(context: Arc<AdminContext>, _: GetFeatureLevels) -> Resu
 async fn raise_feature_level(context: Arc<AdminContext>, _: RaiseFeatureLevel) -> Result<FeatureLevelRaised, ApiError> {
     let (map, known) = levels_known(&context).await?;
     let plan = levels::plan(&map, &known).map_err(|why| ApiError::new(ErrorCode::Conflict, why))?;
-    let mut raised = Vec::new();
-    for (shard, from) in &plan.raise {
-        for level in *from + 1..=plan.level {
-            let done = context.shards.command(*shard, Command::SetFeatureLevel { level }).await;
-            tracing::info!(shard = shard.0, level, result = ?done, "admin request to raise a feature level");
-            if let Err(error) = done {
-                let why = format!("shard {shard} was not raised to feature level {level}: {error}; try again");
-                return Err(ApiError::new(ErrorCode::Unavailable, why));
-            }
-        }
-        raised.push(*shard);
-    }
+    let raised = levels::raise(&context.shards, &plan).await;
+    let raised = raised.map_err(|why| ApiError::new(ErrorCode::Unavailable, why))?;
     Ok(FeatureLevelRaised { level: plan.level, raised })
 }
 
@@ -134,13 +126,7 @@ fn shard_ids(map: &ClusterMap) -> Vec<ShardId> {
 /// The map, the level of every shard that answers, and what the builds of all disk nodes that answer know.
 async fn levels_known(context: &AdminContext) -> Result<(Arc<ClusterMap>, levels::Known), ApiError> {
     let map = context.shards.current_map().ok_or_else(no_map)?;
-    let ask = shard_ids(&map).into_iter().map(|shard| async move {
-        match tokio::time::timeout(LEVEL, context.shards.query(shard, Query::FeatureLevel)).await {
-            Ok(Ok(Answer::FeatureLevel(level))) => Some((shard, level)),
-            _ => None,
-        }
-    });
-    let shards = futures::future::join_all(ask).await.into_iter().flatten().collect();
+    let shards = levels::of_shards(&context.shards, &map).await;
     // What a node that does not answer said last may be another build's word.
     let views = context.disks.view().into_iter().filter(|view| view.health == DiskHealth::Up);
     let disks = views.filter_map(|view| Some((view.id, view.status?.feature_level))).collect();
@@ -184,12 +170,21 @@ async fn weigh_disk(context: Arc<AdminContext>, call: WeighDisk) -> Result<DiskC
     change(&context, call.disk, DiskAct::Weight, |map| ops::set_weight(map, call.disk, call.weight)).await
 }
 
+async fn out_disk(context: Arc<AdminContext>, call: OutDisk) -> Result<DiskChanged, ApiError> {
+    let ceiling_percent = context.values.borrow().number("heal.fill_ceiling");
+    change(&context, call.disk, DiskAct::Away, |map| {
+        let is_down = context.disks.health(call.disk) == DiskHealth::Down;
+        take_out_now(map, call.disk, &takers(map, &context.disks.view(), ceiling_percent), is_down)
+    })
+    .await
+}
+
 /// Commits a change of the cluster map; shard leaders and the healer do the rest.
-async fn change(
+async fn change<E: Error + Refusal + 'static>(
     context: &AdminContext,
     disk: DiskId,
     act: DiskAct,
-    change: impl Fn(&ClusterMap) -> Result<ClusterMap, ChangeError>,
+    change: impl Fn(&ClusterMap) -> Result<ClusterMap, E>,
 ) -> Result<DiskChanged, ApiError> {
     let result = ops::commit(&context.shards, change).await;
     let said = result.as_ref().map(|committed| committed.after.epoch);
@@ -208,11 +203,26 @@ async fn change(
     }
 }
 
-fn refused(why: ChangeError) -> ApiError {
-    let code = match &why {
-        ChangeError::Place(PlaceError::NoSuchDisk(_)) => ErrorCode::NotFound,
-        _ => ErrorCode::Conflict,
-    };
+/// Why a change of the cluster map is refused.
+trait Refusal {
+    /// There is no such disk.
+    fn is_unknown_disk(&self) -> bool;
+}
+
+impl Refusal for ChangeError {
+    fn is_unknown_disk(&self) -> bool {
+        matches!(self, ChangeError::Place(PlaceError::NoSuchDisk(_)))
+    }
+}
+
+impl Refusal for AwayError {
+    fn is_unknown_disk(&self) -> bool {
+        matches!(self, AwayError::Place(PlaceError::NoSuchDisk(_)))
+    }
+}
+
+fn refused<E: Error + Refusal>(why: E) -> ApiError {
+    let code = if why.is_unknown_disk() { ErrorCode::NotFound } else { ErrorCode::Conflict };
     ApiError::new(code, why)
 }
 

@@ -83,6 +83,10 @@ pub fn verdict(status: &Status, facts: &Facts) -> Readiness {
             bytes(disk.free_bytes.unwrap_or_default())
         ));
     }
+    for dead in status.heal.iter().flat_map(|heal| &heal.dead_disks).take(16) {
+        warnings
+            .extend(dead.stays.as_ref().map(|why| format!("disk {} is dead and stays in service: {why}", dead.disk)));
+    }
     if status.repair_queue.count > 0 {
         let more = if status.repair_queue.more { " or more" } else { "" };
         warnings.push(format!("{}{more} chunks wait for repair", status.repair_queue.count));

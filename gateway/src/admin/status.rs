@@ -142,7 +142,10 @@ pub async fn collect(sources: Sources, collector: Collector, stop: CancellationT
             found.repair_queue = slow.repair_queue;
             found.buckets = slow.buckets.clone();
             found.more_buckets = slow.more_buckets;
-            found.heal = slow.heal.clone().or_else(|| sources.healer.get().map(Healer::status));
+            // The gateway that heals knows more than it has published.
+            let healer = sources.healer.get();
+            let own = healer.filter(|healer| healer.heals() || slow.heal.is_none()).map(Healer::status);
+            found.heal = own.or_else(|| slow.heal.clone());
             set_gauges(&sources.metrics, &found);
             collector.found.send_replace(Some((Instant::now(), Arc::new(found))));
         }
@@ -187,6 +190,15 @@ async fn quick(shards: &Shards, disks: &Disks, map: &ClusterMap) -> Status {
     for group in map.groups.values().filter(|group| group.scheme == map.default_scheme) {
         *groups_by_disks_up.entry(group.slots.iter().filter(|slot| up(&slot.current)).count()).or_default() += 1;
     }
+    let mut groups_by_failures_left: BTreeMap<i32, usize> = BTreeMap::new();
+    for group in map.groups.values() {
+        let answers = |disk: DiskId| Health::from(disks.health(disk)) != Health::Down;
+        // While a slot moves, its chunks are where they come from.
+        let lacking = group.slots.iter().filter(|slot| !answers(slot.previous.unwrap_or(slot.current))).count();
+        let m = map.schemes.get(&group.scheme).map_or(0, |scheme| i32::from(scheme.m));
+        let left = m - i32::try_from(lacking).unwrap_or(i32::MAX);
+        *groups_by_failures_left.entry(left).or_default() += 1;
+    }
     let metadata: Vec<DiskId> = serving().filter(|disk| disk.roles.metadata).map(|disk| disk.id).collect();
     let replicas: Vec<(DiskId, Vec<ShardStatus>)> = stream::iter(metadata)
         .map(|disk| async move {
@@ -205,6 +217,7 @@ async fn quick(shards: &Shards, disks: &Disks, map: &ClusterMap) -> Status {
         default_scheme: map.default_scheme.clone(),
         groups: map.groups.len(),
         groups_by_disks_up,
+        groups_by_failures_left,
         disks: rows.collect(),
         shards: shard_rows(map, &replicas),
         ..Status::default()
@@ -315,6 +328,12 @@ fn set_gauges(metrics: &Metrics, status: &Status) {
     metrics.repair_queue.set(i64::try_from(status.repair_queue.count).unwrap_or(i64::MAX));
     let moving: usize = status.disks.iter().map(|row| row.slots_leaving).sum::<usize>();
     metrics.slots_moving.set(i64::try_from(moving).unwrap_or(i64::MAX));
+    let away = status.disks.iter().filter(|row| row.state == DiskState::Away).count();
+    metrics.disks_away.set(i64::try_from(away).unwrap_or(i64::MAX));
+    let stay = status.heal.iter().flat_map(|heal| &heal.dead_disks).filter(|dead| dead.stays.is_some()).count();
+    metrics.disks_dead_in_service.set(i64::try_from(stay).unwrap_or(i64::MAX));
+    let least = status.groups_by_failures_left.keys().next().copied().unwrap_or_default();
+    metrics.least_failures_left.set(i64::from(least));
     metrics.map_epoch.set(i64::try_from(status.epoch.0).unwrap_or(i64::MAX));
 }
 

@@ -3,7 +3,7 @@
 use super::http::call;
 use super::output::{print, print_json};
 use crate::admin::api::{
-    Call, Census, DiskAct, DiskRow, DrainDisk, FeatureLevels, GetFeatureLevels, GetMap, GetStatus, Health,
+    Call, Census, DiskAct, DiskRow, DrainDisk, FeatureLevels, GetFeatureLevels, GetMap, GetStatus, Health, OutDisk,
     RaiseFeatureLevel, ReplaceDisk, RunCensus, ShardLevelRow, StartDisk, Status, StopDisk, WeighDisk,
 };
 use crate::admin::page::bytes;
@@ -12,6 +12,7 @@ use crate::dev::report::ClusterJson;
 use crate::settings::{read_token, SettingsError};
 use clap::{Args, Subcommand};
 use granary_placement::id::{DiskId, DiskUuid};
+use granary_placement::map::DiskState;
 use std::error::Error;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -104,6 +105,13 @@ pub(crate) enum DiskVerb {
     },
     /// Take a disk out of service: its data moves to other disks. Repeat it to see how far that is, and to end it.
     Drain {
+        /// Number of the disk.
+        id: DiskId,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Take a dead disk out of service now: the others take over what it held. It is let back in when it answers again.
+    Out {
         /// Number of the disk.
         id: DiskId,
         #[command(flatten)]
@@ -210,6 +218,17 @@ pub(crate) async fn run(verb: AdminVerb) -> Done {
                 ),
             })?;
         }
+        AdminVerb::Disk(DiskVerb::Out { id, target }) => {
+            let changed = target.ask(&OutDisk { disk: id }, QUICK).await?;
+            let (slots, replicas) = (changed.slots_moving, changed.replicas_moving);
+            print(|out| {
+                writeln!(
+                    out,
+                    "disk {id} is out of service; {slots} slots and {replicas} shard replicas are taken over by other \
+                     disks, see `granary status`"
+                )
+            })?;
+        }
         AdminVerb::Disk(DiskVerb::Weight { id, weight, target }) => {
             let changed = target.ask(&WeighDisk { disk: id, weight }, QUICK).await?;
             let (slots, replicas) = (changed.slots_moving, changed.replicas_moving);
@@ -287,9 +306,7 @@ fn write_status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     for disk in status.disks.iter().filter(|disk| disk.health != Health::Up) {
         writeln!(out, "disk {} is {}: {}", disk.disk, disk.health, disk.last_error.as_deref().unwrap_or("-"))?;
     }
-    for disk in status.disks.iter().filter(|disk| disk.slots_leaving > 0) {
-        writeln!(out, "disk {} gives {} slots to other disks", disk.disk, disk.slots_leaving)?;
-    }
+    write_healing(out, status)?;
     let led = status.shards.iter().filter(|shard| shard.leader.is_some()).count();
     writeln!(out, "shards with a leader: {led} of {}", status.shards.len())?;
     let more = if status.repair_queue.more { " or more" } else { "" };
@@ -297,6 +314,42 @@ fn write_status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
         writeln!(out, "healing is done by the gateway at {at}")?;
     }
     writeln!(out, "chunks waiting for repair: {}{more}", status.repair_queue.count)
+}
+
+/// What is dead, what has gone out, what is moving and how long that will take, and how much more may fail.
+fn write_healing(out: &mut dyn Write, status: &Status) -> io::Result<()> {
+    let heal = status.heal.clone().unwrap_or_default();
+    let state = |id: DiskId| status.disks.iter().find(|disk| disk.disk == id).map(|disk| disk.state);
+    // What is published of the healing may be a little older than the map.
+    for dead in heal.dead_disks.iter().filter(|dead| state(dead.disk) != Some(DiskState::Away)) {
+        match &dead.stays {
+            Some(why) => writeln!(out, "disk {} is dead and stays in service: {why}", dead.disk)?,
+            None => {
+                let (disk, s, after) = (dead.disk, dead.dead_s, heal.out_after_s);
+                writeln!(out, "disk {disk} has been dead for {s} s, and goes out of service after {after} s")?;
+            }
+        }
+    }
+    for away in heal.away_disks.iter().filter(|away| state(away.disk) == Some(DiskState::Away)) {
+        let s = away.out_s;
+        writeln!(
+            out,
+            "disk {} was dead and went out of service {s} s ago: the others take over what it held",
+            away.disk
+        )?;
+    }
+    for disk in status.disks.iter().filter(|disk| disk.slots_leaving > 0) {
+        writeln!(out, "{} slots of disk {} move to other disks", disk.slots_leaving, disk.disk)?;
+    }
+    if status.disks.iter().any(|disk| disk.slots_leaving > 0) {
+        let (left, rate) = (heal.move_bytes_left, heal.bytes_per_s_now);
+        let time =
+            left.checked_div(rate).map_or_else(String::new, |s| format!(", {}/s, about {} s", bytes(rate), s + 1));
+        writeln!(out, "about {} to be brought to their new disks{time}", bytes(left))?;
+    }
+    let groups = status.groups_by_failures_left.iter().rev();
+    let groups: Vec<String> = groups.map(|(left, groups)| format!("{left} more: {groups}")).collect();
+    writeln!(out, "placement groups by how many disks they can lose: {}", groups.join(", "))
 }
 
 fn write_disks(out: &mut dyn Write, disks: &[DiskRow]) -> io::Result<()> {

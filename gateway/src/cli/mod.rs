@@ -59,7 +59,7 @@ struct DevArgs {
     /// Directory of the cluster; made at the first start.
     #[arg(long)]
     dir: PathBuf,
-    /// Disks [first start: 6].
+    /// Disks [first start: 8].
     #[arg(long)]
     disks: Option<u16>,
     /// Redundancy as K+M [first start: 4+2].
@@ -68,6 +68,9 @@ struct DevArgs {
     /// Metadata shards for objects [first start: 16].
     #[arg(long)]
     shards: Option<u16>,
+    /// Play so many servers, with the disks dealt out to them [first start: 1]. Later starts do not look at it.
+    #[arg(long)]
+    servers: Option<u16>,
     /// HOST:PORT of S3.
     #[arg(long, default_value = "127.0.0.1:9000")]
     s3: String,
@@ -176,7 +179,7 @@ impl DevArgs {
         let values = self.settings.load(Program::Dev)?;
         Ok(DevOptions {
             dir: self.dir,
-            shape: Shape { disks: self.disks, scheme: self.scheme, shards: self.shards },
+            shape: Shape { disks: self.disks, scheme: self.scheme, shards: self.shards, servers: self.servers },
             s3: self.s3,
             admin: self.admin,
             restart: !self.no_restart,

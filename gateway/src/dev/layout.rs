@@ -35,7 +35,7 @@ use std::path::{Path, PathBuf};
 /// incarnations.
 pub const DATA_VERSION: u32 = 3;
 /// Disk directories of the default cluster.
-pub const DEFAULT_DISKS: u16 = 6;
+pub const DEFAULT_DISKS: u16 = 8;
 /// Most disks of a `granary dev` cluster: each is a process with threads of its own.
 pub const MAX_DISKS: u16 = 64;
 /// Object shards of the default cluster.
@@ -135,6 +135,8 @@ pub struct Shape {
     pub scheme: Option<String>,
     /// `--shards`.
     pub shards: Option<u16>,
+    /// `--servers`: so many are played on this one machine. Only the first start asks for it.
+    pub servers: Option<u16>,
 }
 
 impl Layout {
@@ -313,6 +315,14 @@ impl Shape {
             let why = format!("scheme {scheme} needs at least {} disks, {count} were asked for", scheme.width());
             return Err(bad("--disks", why));
         }
+        let servers = self.servers.unwrap_or(1);
+        if servers == 0 || servers > count {
+            return Err(bad("--servers", format!("must be 1 to the number of disks, it is {servers}")));
+        }
+        let server = |at: usize| match (servers, at % usize::from(servers) + 1) {
+            (1, _) => "localhost".to_owned(),
+            (_, number) => format!("server-{number}"),
+        };
         let replicas = default_replicas(parts.m, count.into());
         let addresses = free_addresses(count.into())
             .map_err(|error| bad("--disks", format!("no free port on 127.0.0.1: {error}")))?;
@@ -320,7 +330,7 @@ impl Shape {
             Ok(NewDisk {
                 uuid: DiskUuid(random16()?),
                 address: address.clone(),
-                location: Location { zone: "local".into(), rack: "local".into(), server: "localhost".into() },
+                location: Location { zone: "local".into(), rack: "local".into(), server: server(at) },
                 weight: 100,
                 roles: Roles { storage: true, metadata: at < replicas },
             })
@@ -449,7 +459,8 @@ mod tests {
     fn the_shape_is_decided_once_and_a_differing_option_is_refused_by_name() {
         let directory = tempfile::tempdir().unwrap();
         let layout = Layout::open(directory.path()).unwrap();
-        let (plan, map) = layout.plan(&Shape { disks: Some(7), scheme: Some("4+2".into()), shards: Some(3) }).unwrap();
+        let (plan, map) =
+            layout.plan(&Shape { disks: Some(7), scheme: Some("4+2".into()), shards: Some(3), servers: None }).unwrap();
         assert_eq!((plan.disks.len(), map.disks.len(), map.shards.len()), (7, 7, 4));
         assert_eq!(map.disks.values().filter(|disk| disk.roles.metadata).count(), 5);
         assert!(map.shards.iter().all(|shard| shard.members.len() == 5));
@@ -476,8 +487,10 @@ mod tests {
             (None, Some("0+2"), None, "--scheme"),
             (None, None, Some(0), "--shards"),
         ] {
-            let error =
-                layout.plan(&Shape { disks, scheme: scheme.map(str::to_owned), shards }).unwrap_err().to_string();
+            let error = layout
+                .plan(&Shape { disks, scheme: scheme.map(str::to_owned), shards, servers: None })
+                .unwrap_err()
+                .to_string();
             assert!(error.starts_with(option), "{error}");
         }
         assert!(layout.read_plan().unwrap().is_none());

@@ -38,6 +38,11 @@ use tokio_util::task::TaskTracker;
 /// Environment variable of the disk node's executable.
 pub const DISK_NODE_VAR: &str = "GRANARY_DISK_NODE";
 
+/// Settings of a new cluster of `granary dev` that differ from those elsewhere. Its disk nodes start again within
+/// seconds, or not at all, and whoever breaks one wants to see what happens. All its disks lie on one file system,
+/// which may be full of other things.
+const AT_FIRST: [(&str, &str); 2] = [("heal.out_after", "30s"), ("heal.fill_ceiling", "100%")];
+
 /// What `granary dev` is told.
 #[derive(Debug, Clone)]
 pub struct DevOptions {
@@ -103,7 +108,7 @@ pub enum DevError {
 /// It cannot start; whatever was started has been stopped again.
 pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), DevError> {
     let mut values = options.values;
-    let for_cluster = values.take_cluster();
+    let mut for_cluster = values.take_cluster();
     // All that can stand in the way is looked at before anything is written.
     look::look(&Layout::at(&options.dir)?, &options.shape)?;
     let program = disk_node_program()?;
@@ -115,6 +120,11 @@ pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), Dev
     let layout = Layout::open(&options.dir)?;
     let _lock = layout.lock()?;
     let (plan, map) = layout.plan(&options.shape)?;
+    for (name, value) in AT_FIRST.into_iter().filter(|_| !plan.formed) {
+        if !for_cluster.iter().any(|(given, _)| *given == name) {
+            for_cluster.push((name, value.to_owned()));
+        }
+    }
     let (root, credentials_file, fresh) = root_credentials(&layout)?;
     layout.make_addresses()?;
     let secret_file = layout.file("cluster-secret");
@@ -232,7 +242,7 @@ async fn set_cluster(shards: &Shards, given: &[(&'static str, String)]) -> Resul
 async fn format_all(layout: &Layout, mut plan: Plan, readier: &Readier) -> Result<Plan, DevError> {
     if !plan.formatted {
         let dirs: Vec<PathBuf> = plan.disks.iter().map(|slot| layout.disk(&slot.name)).collect();
-        try_join_all(plan.disks.iter().zip(&dirs).map(|(slot, dir)| readier.make_ready(slot, dir))).await?;
+        try_join_all(plan.disks.iter().zip(&dirs).map(|(slot, dir)| readier.make_ready(slot, dir, false))).await?;
         plan.formatted = true;
         layout.write_plan(&plan)?;
         readier.set_formatted();

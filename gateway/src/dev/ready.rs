@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | the disk at this address | any | start |
 //! | none | first start | format as the map says |
-//! | none | any later start | the disk was lost: a new disk takes its slots |
+//! | none | any later start | the disk was lost: a new disk takes its slots, if nobody else can or it is ordered |
 //! | a disk the map has never heard of | any | a replacement was broken off: finish it |
 //! | of another cluster, or a disk that is out | any | leave alone, say so |
 //!
@@ -15,10 +15,11 @@
 
 use super::layout::{disk_at, free_addresses, is_free, random16, write_json, Layout, LayoutError, Slot};
 use crate::metrics::Metrics;
+use crate::ops::away::{take_out, Takers};
 use crate::ops::{self, CommitError, Replacement};
 use crate::shards::Shards;
 use granary_placement::id::{ClusterId, DiskId, DiskUuid};
-use granary_placement::map::ClusterMap;
+use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::place::{replace_disk, PlaceError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,6 +53,15 @@ pub enum ReadyError {
     /// The map names no disk for this directory.
     #[error("the cluster map has no disk in service at {0}")]
     NoDisk(String),
+    /// The disk was lost, and nobody has ordered another.
+    #[error(
+        "disk {disk} is gone: the others take over what it held, see `granary status`; `granary disk replace {disk} --yes` \
+         puts a new disk there"
+    )]
+    Left {
+        /// The disk that was here.
+        disk: DiskId,
+    },
     /// The label is of something else.
     #[error("{dir} {why}", dir = dir.display())]
     Foreign {
@@ -133,6 +143,12 @@ pub fn decide(label: Option<Label>, map: &ClusterMap, map_address: &str, formatt
     }
 }
 
+/// Are there other disks for what a lost one held, or have they got it already?
+fn others_take_over(map: &ClusterMap, lost: DiskId) -> bool {
+    let any = Takers { ceiling_percent: 100, ..Takers::default() };
+    map.disk(lost).is_some_and(|disk| disk.state == DiskState::Away) || take_out(map, lost, &any).is_ok()
+}
+
 /// Makes directories ready. One for all directories: replacements go one after the other.
 pub struct Readier {
     layout: Layout,
@@ -169,9 +185,11 @@ impl Readier {
 
     /// Does what [`decide`] says until the directory's node can be started.
     ///
+    /// `ordered`: somebody has asked for it; else no new disk is put where the others can take over.
+    ///
     /// # Errors
     /// Why not yet; trying again later is right for all but [`ReadyError::Foreign`].
-    pub async fn make_ready(&self, slot: &Slot, dir: &Path) -> Result<Identity, ReadyError> {
+    pub async fn make_ready(&self, slot: &Slot, dir: &Path, ordered: bool) -> Result<Identity, ReadyError> {
         let step =
             |map: &ClusterMap, label| decide(label, map, &slot.map_address, self.formatted.load(Ordering::Acquire));
         let no_map = || ReadyError::Root("no cluster map".to_owned());
@@ -194,6 +212,9 @@ impl Readier {
             match step(&map, self.read_label(dir)?) {
                 Step::Start(..) | Step::Format(..) => {}
                 Step::SetAside => self.set_aside(dir).await?,
+                Step::Replace(lost) if !ordered && others_take_over(&map, lost) => {
+                    return Err(ReadyError::Left { disk: lost });
+                }
                 Step::Replace(lost) => self.replace(dir, &map, lost).await?,
                 Step::Finish(lost, label) => {
                     self.install(dir, &map, lost, label.uuid).await?;
@@ -349,6 +370,21 @@ mod tests {
     }
 
     #[test]
+    fn a_lost_disk_is_left_to_the_others_where_they_can_take_over() {
+        let directory = tempfile::tempdir().unwrap();
+        for (disks, left) in [(6, false), (7, true), (8, true)] {
+            let layout = Layout::open(&directory.path().join(disks.to_string())).unwrap();
+            let shape = Shape { disks: Some(disks), shards: Some(1), ..Shape::default() };
+            let (_, map) = layout.plan(&shape).unwrap();
+            assert_eq!(others_take_over(&map, DiskId(2)), left, "{disks} disks");
+            if left {
+                let any = Takers { ceiling_percent: 100, ..Takers::default() };
+                assert!(others_take_over(&take_out(&map, DiskId(2), &any).unwrap(), DiskId(2)), "it has gone out");
+            }
+        }
+    }
+
+    #[test]
     fn every_disk_keeps_one_address_through_replacements() {
         let directory = tempfile::tempdir().unwrap();
         let layout = Layout::open(directory.path()).unwrap();
@@ -359,7 +395,7 @@ mod tests {
             (map, _) = replace_disk(&map, lost, DiskUuid([100 + round; 16]), None).unwrap();
             map.validate().unwrap();
             for slot in &plan.disks {
-                let here = map.disks.values().filter(|disk| disk.state != granary_placement::map::DiskState::Out);
+                let here = map.disks.values().filter(|disk| disk.state != DiskState::Out);
                 assert_eq!(here.filter(|disk| disk.address == slot.map_address).count(), 1);
             }
         }

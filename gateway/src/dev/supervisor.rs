@@ -255,7 +255,11 @@ impl SlotTask {
                     why
                 }
             };
-            tracing::warn!(disk = %self.slot.name, %trouble, restart = wanted, "disk node does not run");
+            if self.state.borrow().detail.as_ref() == Some(&trouble) {
+                tracing::debug!(disk = %self.slot.name, %trouble, restart = wanted, "disk node still does not run");
+            } else {
+                tracing::warn!(disk = %self.slot.name, %trouble, restart = wanted, "disk node does not run");
+            }
             self.state.send_modify(|state| {
                 state.detail = Some(trouble);
                 (state.phase, state.pid) = (Phase::Waiting, None);
@@ -309,8 +313,10 @@ impl SlotTask {
     }
 
     async fn start(&mut self) -> Result<Child, String> {
+        // Who waits has ordered it.
+        let ordered = !self.waiting.is_empty();
         let Identity { disk, uuid, address } =
-            self.readier.make_ready(&self.slot, &self.dir).await.map_err(|error| error.to_string())?;
+            self.readier.make_ready(&self.slot, &self.dir, ordered).await.map_err(|error| error.to_string())?;
         let mut args: Vec<OsString> = vec!["serve".into()];
         let settings = &self.settings;
         for (name, value) in [

@@ -70,6 +70,14 @@ counters! {
     garbage_extents_alive,
     /// Chunks that a walk over a disk's groups found absent and queued.
     chunks_found_absent,
+    /// Dead disks taken out of service.
+    disks_taken_out,
+    /// Disks let back into service, because they answer again.
+    disks_let_in,
+    /// Leftover chunks deleted on disks that came back after having been out.
+    leftovers_deleted,
+    /// Chunks copied to their disk from one that does not serve their slot any more.
+    strays_brought_home,
 }
 
 /// Adds to a counter.

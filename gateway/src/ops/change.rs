@@ -31,8 +31,8 @@ pub enum ChangeError {
     /// It is out of service.
     #[error("disk {0} is out of service already")]
     Out(DiskId),
-    /// It is draining, and not empty yet.
-    #[error("disk {disk} is draining: {slots} slots and {replicas} shard replicas are still on it")]
+    /// It is draining or away, and not empty yet.
+    #[error("disk {disk} is not empty yet: {slots} slots and {replicas} shard replicas are still on it")]
     StillHolds {
         /// Which disk.
         disk: DiskId,
@@ -95,8 +95,8 @@ pub fn replace(map: &ClusterMap, new: &Replacement) -> Result<ClusterMap, Change
 }
 
 /// Takes a disk out of service in order. Of one in service, all slots and replicas go to other disks, which get its
-/// chunks; it serves what it has until they have them. A disk that is draining and holds nothing any more goes out for
-/// good.
+/// chunks; it serves what it has until they have them. A disk that is draining or away and holds nothing any more goes
+/// out for good.
 ///
 /// # Errors
 /// [`ChangeError::MovesUnderWay`]; [`ChangeError::StillHolds`] while it is not empty; [`ChangeError::Out`];
@@ -118,13 +118,15 @@ pub fn drain(map: &ClusterMap, disk: DiskId) -> Result<ClusterMap, ChangeError> 
                 (_, _) => Err(needed(map, disk, too_few_for_replicas(map))),
             }
         }
-        (DiskState::Draining, (0, 0)) => {
+        (DiskState::Draining | DiskState::Away, (0, 0)) => {
             entry.state = DiskState::Out;
             next.epoch = next_epoch(map)?;
             next.validate().map_err(PlaceError::from)?;
             Ok(next)
         }
-        (DiskState::Draining, (slots, replicas)) => Err(ChangeError::StillHolds { disk, slots, replicas }),
+        (DiskState::Draining | DiskState::Away, (slots, replicas)) => {
+            Err(ChangeError::StillHolds { disk, slots, replicas })
+        }
     }
 }
 
@@ -139,8 +141,10 @@ pub fn set_weight(map: &ClusterMap, disk: DiskId, weight: u32) -> Result<Cluster
     match entry.state {
         DiskState::Out => return Err(ChangeError::Out(disk)),
         DiskState::Draining => return Err(ChangeError::Draining(disk)),
-        DiskState::In if entry.weight == weight => return Err(ChangeError::SameWeight { disk, weight }),
-        DiskState::In => entry.weight = weight,
+        DiskState::In | DiskState::Away if entry.weight == weight => {
+            return Err(ChangeError::SameWeight { disk, weight })
+        }
+        DiskState::In | DiskState::Away => entry.weight = weight,
     }
     none_moving(map)?;
     Ok(rebalance(&next)?)

@@ -95,7 +95,7 @@ pub fn first_map(config: ClusterConfig) -> Result<ClusterMap, ConfigError> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
     use granary_placement::id::DiskId;
@@ -116,7 +116,7 @@ pub(super) mod tests {
     }
 
     /// A cluster of that many disks, each in a server of its own, 4+2.
-    pub(in crate::ops) fn cluster(disks: u8) -> ClusterMap {
+    pub(crate) fn cluster(disks: u8) -> ClusterMap {
         first_map(serde_json::from_str(&config(disks, "4+2", "disk")).unwrap()).unwrap()
     }
 

@@ -1,11 +1,17 @@
-//! Pure: to which feature level the shards can be raised, or why not.
+//! To which feature level the shards can be raised, or why not: [`plan`], which is pure. [`raise`] does it.
 //!
-//! A replica whose build does not know the level of its shard stops. So a level is raised only when every disk node
-//! that may hold a replica has said that it knows it: one that is silent may run an older release.
+//! A replica whose build does not know the level of its shard stops, and a disk node whose build does not know what a
+//! map of that level says can read none any more. So a level is raised only when every disk node has said that it knows
+//! it: one that is silent may run an older release. Gateways are for the operator to know: disk nodes refuse older ones
+//! from then on.
 
+use crate::shards::buckets::odd_reply;
+use crate::shards::{ShardError, Shards};
+use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 /// What the shards and the disk nodes said.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -30,7 +36,7 @@ pub struct Plan {
 /// Why no shard can be raised. Nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LevelError {
-    /// Disk nodes that may hold a replica do not answer.
+    /// Disk nodes do not answer.
     #[error("it is not known which release runs on disks {}: start their nodes, or drain or replace them", list(.0))]
     SilentDisks(Vec<DiskId>),
     /// Shards do not answer.
@@ -42,18 +48,18 @@ fn list<T: std::fmt::Display>(items: &[T]) -> String {
     items.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// The shards that can be raised to the highest level that all builds know: those of the gateway and of all disks in
-/// service that have the metadata role or are members of a shard. A plan without shards: there is nothing to raise.
+/// The shards that can be raised to the highest level that all builds know: those of the gateway, of all disks that are
+/// not out for good, and of members of a shard. A plan without shards: there is nothing to raise.
 ///
 /// # Errors
 /// [`LevelError`] when a disk or a shard that counts is silent.
 pub fn plan(map: &ClusterMap, known: &Known) -> Result<Plan, LevelError> {
     let members: BTreeSet<DiskId> = map.shards.iter().flat_map(|shard| shard.members.iter().copied()).collect();
-    let holders = (map.disks.values())
-        .filter(|disk| members.contains(&disk.id) || (disk.roles.metadata && disk.state != DiskState::Out))
+    let readers = (map.disks.values())
+        .filter(|disk| members.contains(&disk.id) || disk.state != DiskState::Out)
         .map(|disk| disk.id);
     let (mut level, mut silent) = (known.gateway, Vec::new());
-    for disk in holders {
+    for disk in readers {
         match known.disks.get(&disk) {
             Some(knows) => level = level.min(*knows),
             None => silent.push(disk),
@@ -76,6 +82,48 @@ pub fn plan(map: &ClusterMap, known: &Known) -> Result<Plan, LevelError> {
     } else {
         Err(LevelError::SilentShards(silent))
     }
+}
+
+/// How long a shard may take to tell its feature level.
+const ASK: Duration = Duration::from_secs(5);
+
+/// A shard that was not raised. Those before it in the plan were.
+#[derive(Debug, thiserror::Error)]
+#[error("shard {shard} was not raised to feature level {level}: {source}; try again")]
+pub struct NotRaised {
+    shard: ShardId,
+    level: u32,
+    source: ShardError,
+}
+
+/// The level of every shard that answers.
+pub async fn of_shards(shards: &Shards, map: &ClusterMap) -> BTreeMap<ShardId, u32> {
+    let ask = (0u16..).zip(&map.shards).map(|(number, _)| ShardId(number)).map(|shard| async move {
+        match tokio::time::timeout(ASK, shards.query(shard, Query::FeatureLevel)).await {
+            Ok(Ok(Answer::FeatureLevel(level))) => Some((shard, level)),
+            _ => None,
+        }
+    });
+    futures::future::join_all(ask).await.into_iter().flatten().collect()
+}
+
+/// Raises the shards of a plan, level by level; answers which.
+///
+/// # Errors
+/// [`NotRaised`]: the plan is to be made anew.
+pub async fn raise(shards: &Shards, plan: &Plan) -> Result<Vec<ShardId>, NotRaised> {
+    for (shard, from) in &plan.raise {
+        for level in *from + 1..=plan.level {
+            let done = shards.command(*shard, Command::SetFeatureLevel { level }).await;
+            tracing::info!(shard = shard.0, level, result = ?done, "a feature level is raised");
+            let reply = done.and_then(|reply| match reply {
+                Reply::Done => Ok(()),
+                other => Err(odd_reply(*shard, &other)),
+            });
+            reply.map_err(|source| NotRaised { shard: *shard, level, source })?;
+        }
+    }
+    Ok(plan.raise.iter().map(|(shard, _)| *shard).collect())
 }
 
 #[cfg(test)]
@@ -119,12 +167,22 @@ mod tests {
     }
 
     #[test]
-    fn whoever_may_hold_a_replica_and_is_silent_stops_it() {
+    fn whoever_reads_maps_and_is_silent_stops_it() {
         let map = cluster(8);
         let disk = map.shards[0].members[0];
         let mut silent = known(&map, 1, 2, 2);
         silent.disks.remove(&disk);
         assert_eq!(plan(&map, &silent), Err(LevelError::SilentDisks(vec![disk])));
+        // So does one that holds chunks only: it is told the map all the same.
+        let storage = DiskId(6);
+        let mut chunks_only = map.clone();
+        chunks_only.disks.get_mut(&storage).unwrap().roles.metadata = false;
+        chunks_only.shards.iter_mut().for_each(|shard| shard.members = (1..=5).map(DiskId).collect());
+        let mut quiet = known(&map, 1, 2, 2);
+        quiet.disks.remove(&storage);
+        assert_eq!(plan(&chunks_only, &quiet), Err(LevelError::SilentDisks(vec![storage])));
+        quiet.disks.insert(storage, 1);
+        assert_eq!(plan(&chunks_only, &quiet).unwrap(), Plan { level: 1, raise: Vec::new() });
         // A disk that is draining holds replicas until others have them.
         let draining = drain(&map, disk).unwrap();
         assert_eq!(plan(&draining, &silent), Err(LevelError::SilentDisks(vec![disk])));

@@ -1,6 +1,7 @@
 //! What operators and the healer do to the cluster map, and what operators set for the whole cluster.
 //!
 //! - [`change`]: pure functions from a map to the next one: replace, drain, weigh, end a move;
+//! - [`away`]: pure functions, too: take a dead disk out, let it back in, give empty disks their share;
 //! - [`form`]: the description of a new cluster becomes its first map;
 //! - [`levels`]: pure: which shards may write what a newer release writes;
 //! - [`settings`]: the settings of the whole cluster, set and followed;
@@ -8,6 +9,7 @@
 //!
 //! Nothing here moves data. A map whose slots name a `previous` disk is what the healer works from.
 
+pub mod away;
 pub mod change;
 pub mod commit;
 pub mod form;

@@ -6,12 +6,13 @@
 //! - [`peers`]: the metadata shards, in memory; [`meta`]: what tests do in them behind the gateways' backs;
 //! - [`heal`]: what repair and garbage collection promise; [`healers`]: several healers at once; [`takeover`]: gateways
 //!   that are paused and killed while they heal; [`moves`]: slots that get another disk; [`census`]: the count;
-//!   [`sweep`]: what becomes of chunks that nobody owns.
+//!   [`sweep`]: what becomes of chunks that nobody owns; [`away`]: disks that go out of service and come back.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../../../disk-node/tests/answers/rows.rs"]
 mod answers;
+mod away;
 mod census;
 mod cluster;
 mod heal;

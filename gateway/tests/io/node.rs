@@ -73,6 +73,8 @@ pub struct Disk {
     pub refused_stale: AtomicU64,
     /// Chunks of which a request took a good block away.
     pub spoiled: Mutex<BTreeSet<ChunkId>>,
+    /// Other disks that it says it does not reach.
+    pub unreached: Mutex<BTreeSet<DiskId>>,
     /// Called with the name of each step of each request, before it.
     pub at_step: Mutex<Option<AtStep>>,
     server: Mutex<Option<(JoinHandle<()>, CancellationToken)>>,
@@ -98,6 +100,7 @@ impl Disk {
             leases: Mutex::default(),
             refused_stale: AtomicU64::new(0),
             spoiled: Mutex::default(),
+            unreached: Mutex::default(),
             at_step: Mutex::default(),
             server: Mutex::new(None),
         })
@@ -243,6 +246,10 @@ impl Disk {
             ControlRequest::VerifyChunks(ids) => {
                 at_most(ids.len(), MAX_VERIFY)?;
                 ControlResponse::Health(ids.iter().map(|id| self.health(id)).collect())
+            }
+            ControlRequest::Reach(disks) => {
+                let unreached = self.unreached.lock().unwrap();
+                ControlResponse::Reached(disks.iter().map(|disk| !unreached.contains(disk)).collect())
             }
             _ => return Err(ControlError::BadRequest("not in this test".to_owned())),
         })

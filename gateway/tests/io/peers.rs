@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use granary_gateway::shards::peers::Peers;
-use granary_meta::memory::MemoryShards;
+use granary_meta::memory::{MemoryError, MemoryShards};
 use granary_meta::{Answer, Command, MetaRequest, Query, Reply, ShardRequest};
 use granary_placement::id::{DiskId, DiskUuid, Epoch, ShardId};
 use granary_placement::map::ClusterMap;
@@ -203,7 +203,14 @@ impl State {
                 false
             }
         };
-        let answer = self.shards.serve(shard, &request.encode().unwrap()).unwrap();
+        let answer = match self.shards.serve(shard, &request.encode().unwrap()) {
+            Ok(answer) => answer,
+            // As the host of the leader does.
+            Err(MemoryError::BadBytes(why)) => {
+                return Ok(ControlResponse::Error(ControlError::BadRequest(why.to_string())))
+            }
+            Err(error) => panic!("{error}"),
+        };
         match self.garbled_reply.clone().filter(|_| is_command) {
             _ if self.lose_answers || fault == Some(Fault::LoseAnswer) => lost("the answer"),
             Some(garbled) => Ok(ControlResponse::Shard(garbled)),

@@ -1,11 +1,14 @@
 use crate::cluster::{payload, seed, Cluster, UNIT};
-use crate::heal::{fill, now_ms, settings, small};
+use crate::heal::{fill, now_ms, objects_of, settings, small};
 use crate::meta::Meta;
 use crate::moves::give_slot_to;
+use crate::node::Damage;
 use granary_gateway::background::heal::{HealSettings, Healer};
-use granary_gateway::object::Placement;
+use granary_gateway::object::{chunk_id, Placement};
+use granary_meta::record::ExtentRef;
 use granary_placement::id::{DiskId, Epoch, PlacementGroupId, ShardId};
 use granary_placement::map::GroupSlot;
+use granary_wire::chunk::ChunkId;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,13 +119,73 @@ async fn a_disk_full_of_orphans_waits_for_an_operator_and_a_silent_shard_condemn
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_others_have_deleted_meanwhile_waits_for_no_operator() {
+    let mut draw = seed("what_the_others_have_deleted_meanwhile_waits_for_no_operator");
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
+    // More than the limit of either kind: as wide as the group, and narrower, with chunk 3 in slot 4.
+    let mut wide = Vec::new();
+    for _ in 0..17 {
+        wide.push(cluster.put(&payload(UNIT, &mut draw), &mut draw).await.extents()[0].clone());
+    }
+    cluster.kill(3).await;
+    cluster.kill(5).await;
+    let mut narrow = Vec::new();
+    for _ in 0..17 {
+        let staged = cluster.stage(&payload(UNIT, &mut draw), &mut draw).await.unwrap();
+        narrow.push(staged.data.extents()[0].clone());
+        staged.committed();
+    }
+    assert!(narrow.iter().all(|extent| extent.slots == [0, 1, 2, 4]), "{:?}", narrow[0]);
+    cluster.revive(3).await;
+    cluster.revive(5).await;
+    all(&cluster, 49 * 3600 * 1000);
+    // All of them are gone, but on one disk.
+    let kept = cluster.disks[2].chunks.lock().unwrap().clone();
+    cluster.disks.iter().for_each(|disk| disk.chunks.lock().unwrap().clear());
+    *cluster.disks[2].chunks.lock().unwrap() = kept.clone();
+    let copy = |extent: &ExtentRef, index: u8| (chunk_id(extent, index), kept[&chunk_id(extent, 2)].clone());
+    // A disk of the group that is silent may have the rest of everything.
+    cluster.kill(1).await;
+    let (settings, stop) = (watch::channel(sweeping()).1, CancellationToken::new());
+    let healer = Healer::start(cluster.store.clone(), meta.shards.clone(), settings, String::new(), stop.clone());
+    let _stop = stop.drop_guard();
+    sweeps(&cluster, &healer, 3).await;
+    let beyond = |disks: &[u32]| {
+        let beyond = healer.status().disks_beyond_orphan_limit;
+        beyond.iter().map(|disk| disk.0).eq(disks.iter().copied())
+    };
+    assert!(beyond(&[3]) && quarantined(&cluster) == 0, "{:?}", healer.status());
+    cluster.revive(1).await;
+    cluster.until("they are in quarantine", || quarantined(&cluster) == 34).await;
+    sweeps(&cluster, &healer, 2).await;
+    assert!(beyond(&[]), "{:?}", healer.status());
+    // Where another disk has more of them, they count again.
+    for (extents, index, place) in [(&wide, 5, 5), (&narrow, 3, 4)] {
+        let there = extents.iter().map(|extent| copy(extent, index)).collect();
+        *cluster.disks[place].chunks.lock().unwrap() = there;
+        let both = [3, cluster.disks[place].id.0];
+        cluster.until("they count", || beyond(&both)).await;
+        cluster.disks[place].chunks.lock().unwrap().clear();
+        cluster.until("they count no more", || beyond(&[])).await;
+    }
+    // Their time in quarantine is over.
+    cluster.disks[2].quarantine.lock().unwrap().values_mut().for_each(|ms| *ms = DAY.as_millis() as u64 * 7);
+    cluster.until("they are gone", || cluster.chunks() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_disk_keeps_of_a_slot_it_left_goes_only_when_it_lies_at_home() {
     let mut draw = seed("what_a_disk_keeps_of_a_slot_it_left_goes_only_when_it_lies_at_home");
     let cluster = Cluster::with_disks(4, 2, 7, small()).await;
     let meta = Meta::of(&cluster);
-    let objects = fill(&cluster, &meta, &mut draw).await;
+    let mut objects = fill(&cluster, &meta, &mut draw).await;
+    // More than the limit, which does not matter: it is known where they are.
+    let more: Vec<u64> = (9000..9015).collect();
+    objects.extend(objects_of(&cluster, &meta, &mut draw, &more).await);
     let left: Vec<_> =
         cluster.disks[2].chunks.lock().unwrap().iter().map(|(id, stored)| (*id, stored.clone())).collect();
+    assert!(left.len() > 17, "{}", left.len());
     all(&cluster, 49 * 3600 * 1000);
     let stop = CancellationToken::new();
     let healer = Healer::start(
@@ -144,17 +207,24 @@ async fn what_a_disk_keeps_of_a_slot_it_left_goes_only_when_it_lies_at_home() {
     // A disk of the group that has it where no reader looks is not its home.
     cluster.disks[0].chunks.lock().unwrap().insert(lost, left[0].1.clone());
     cluster.disks[6].chunks.lock().unwrap().remove(&lost);
+    // Another one lies at home and is rotten.
+    cluster.disks[6].damage.lock().unwrap().insert((left[1].0, 0), Damage::Noticed);
     cluster.until("it is out of quarantine again", || quarantined(&cluster) == left.len() - 1).await;
     cluster.disks[2].quarantine.lock().unwrap().values_mut().for_each(|ms| *ms = DAY.as_millis() as u64 * 8);
-    cluster.until("the other strays are gone", || cluster.disks[2].count() == 1).await;
+    cluster.until("the other strays are gone", || cluster.disks[2].count() == 2).await;
     sweeps(&cluster, &healer, 3).await;
-    let has = |disk: usize| cluster.disks[disk].chunks.lock().unwrap().contains_key(&lost);
-    assert!(has(2) && meta.missing() == 1, "the only copy stays, and its shard knows that it is missing at home");
+    let has_it = |disk: usize, id: &ChunkId| cluster.disks[disk].chunks.lock().unwrap().contains_key(id);
+    let has = |disk: usize| has_it(disk, &lost);
+    assert!(has(2) && has_it(2, &left[1].0), "the only good copies stay");
+    assert_eq!(meta.missing(), 2, "and their shards know that they are missing at home");
     healer.pace().pause(Duration::ZERO);
     cluster.until("it is rebuilt at home", || has(6)).await;
-    cluster.until("the last stray is in quarantine", || quarantined(&cluster) == 1).await;
-    cluster.disks[2].quarantine.lock().unwrap().values_mut().for_each(|ms| *ms = DAY.as_millis() as u64 * 8);
-    cluster.until("it is gone", || cluster.disks[2].count() == 0).await;
+    // And so do the last strays, the one in the wrong slot among them, when their time in quarantine is over.
+    let end_quarantine = |disk: usize| {
+        cluster.disks[disk].quarantine.lock().unwrap().values_mut().for_each(|ms| *ms = DAY.as_millis() as u64 * 8);
+    };
+    let gone = || cluster.disks[2].count() == 0 && !has(0);
+    cluster.until("they are gone", || [0, 2].map(end_quarantine).len() == 2 && gone()).await;
     assert!(healer.census(|_| {}).await.unwrap().is_complete());
     for (data, payload) in &objects {
         cluster.check(data, payload, 0..payload.len() as u64).await;

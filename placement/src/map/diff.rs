@@ -4,7 +4,7 @@
 //! the difference. It names what it was made from, so it can only be applied to that, and what comes out is validated
 //! like any map.
 
-use super::{ClusterMap, Disk, GroupSlot, MapError, PlacementGroup, ShardReplicas, SlotRange};
+use super::{ClusterMap, Disk, DiskState, GroupSlot, MapError, PlacementGroup, ShardReplicas, SlotRange};
 use crate::id::{ClusterId, DiskId, Epoch, PlacementGroupId, ShardId, HASH_SLOTS};
 use crate::scheme::Scheme;
 use serde::{Deserialize, Serialize};
@@ -57,6 +57,13 @@ pub struct MapDiff {
     pub shards: BTreeMap<ShardId, ShardReplicas>,
     /// Which shard owns which hash slots, if that changed.
     pub slot_shards: Option<Vec<SlotRange>>,
+}
+
+impl MapDiff {
+    /// Does it say of a disk that it is away? Releases that do not know this state cannot read such a difference.
+    pub fn has_away(&self) -> bool {
+        self.disks.set.values().any(|disk| disk.state == DiskState::Away)
+    }
 }
 
 /// What `new` has that `old` has not. `apply_diff(old, &diff(old, new))` gives `new`, if it is valid.

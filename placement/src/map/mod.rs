@@ -44,6 +44,16 @@ pub enum DiskState {
     Draining,
     /// Out of service for good; it holds no slots. Kept so that its id is never used again.
     Out,
+    /// Taken out of service by the healer, because it did not answer for long. It holds no slots, but may still be the
+    /// `previous` of some; when it answers again it is let back in.
+    Away,
+}
+
+impl DiskState {
+    /// May slots have a disk of this state as their current one?
+    pub fn holds_slots(self) -> bool {
+        matches!(self, DiskState::In | DiskState::Draining)
+    }
 }
 
 /// One disk.
@@ -101,6 +111,14 @@ impl GroupSlot {
         }
     }
 
+    /// Gives a slot that is on its way back to the disk that it comes from. The other one stays as its `previous`: it
+    /// may hold what was written since the move began.
+    pub fn turn_back(&mut self) {
+        if let Some(previous) = self.previous {
+            *self = GroupSlot { current: previous, previous: Some(self.current) };
+        }
+    }
+
     /// `current`, then `previous` if there is one: where a chunk of this slot may lie.
     pub fn disks(&self) -> impl Iterator<Item = DiskId> {
         std::iter::once(self.current).chain(self.previous)
@@ -151,6 +169,11 @@ impl ClusterMap {
     /// The disk of that id.
     pub fn disk(&self, id: DiskId) -> Option<&Disk> {
         self.disks.get(&id)
+    }
+
+    /// Does it say of a disk that it is away? Releases that do not know this state cannot read such a map.
+    pub fn has_away(&self) -> bool {
+        self.disks.values().any(|disk| disk.state == DiskState::Away)
     }
 
     /// The group of that id.

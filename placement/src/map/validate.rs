@@ -106,8 +106,10 @@ pub enum MapError {
         /// The id it names.
         disk: DiskId,
     },
-    /// A slot on a disk that is out.
-    #[error("slot {slot} of placement group {group} names disk {disk}, which is out; rebalance or replace the disk")]
+    /// A slot on a disk that is out or away.
+    #[error(
+        "slot {slot} of placement group {group} names disk {disk}, which is out or away; rebalance or replace the disk"
+    )]
     SlotOnOutDisk {
         /// The placement group in which it was found.
         group: PlacementGroupId,
@@ -244,7 +246,8 @@ impl ClusterMap {
     /// Checks every rule; docs/formats/cluster-map.md lists them. A map passes here before it is committed and after it
     /// is read. How evenly slots are shared is no rule: rebalancing sees to it.
     ///
-    /// A replica may be on a disk that is out, when no other disk could take it over; the shard lives on its majority.
+    /// A replica may be on a disk that is out or away, when no other disk could take it over; the shard lives on its
+    /// majority.
     ///
     /// # Errors
     /// The first rule that is broken.
@@ -400,7 +403,7 @@ impl ClusterMap {
         let mut disks: Vec<&Disk> = Vec::with_capacity(slots.len());
         for (slot, id) in slots.iter().map(|slot| &slot.current).enumerate() {
             let disk = self.disk(*id).ok_or(MapError::SlotWithoutDisk { group, slot, disk: *id })?;
-            if disk.state == DiskState::Out {
+            if !disk.state.holds_slots() {
                 return Err(MapError::SlotOnOutDisk { group, slot, disk: *id });
             }
             if !disk.roles.storage {

@@ -30,7 +30,7 @@ use crate::scheme::{FailureDomain, Scheme};
 use board::{Band, Board};
 use deal::Dealer;
 use settle::Allowance;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tree::{Caps, Item, Tree};
 
 /// Slots of placement groups per disk, unless a cluster is made with another number: fine enough to share a disk's data
@@ -77,7 +77,26 @@ pub fn lay_out(map: &ClusterMap, scheme_name: &str, groups_per_disk: u32) -> Res
 /// still moving away from may not take other slots of the same groups. [`PlaceError::Map`] when the map breaks a rule
 /// that moving slots does not repair.
 pub fn rebalance(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
-    settle_all(map, Allowance::Few)
+    settle_all(map, Allowance::Few, &BTreeSet::new())
+}
+
+/// Like [`rebalance`], but disks in `barred` take no further slots and no further shard replicas.
+///
+/// # Errors
+/// Those of [`rebalance`]; [`PlaceError::MovesUnderWay`] also when there are only barred disks left to take a slot.
+pub fn rebalance_around(map: &ClusterMap, barred: &BTreeSet<DiskId>) -> Result<ClusterMap, PlaceError> {
+    settle_all(map, Allowance::Few, barred)
+}
+
+/// The map at the next epoch with other disks for the slots whose disk may hold none any more, and no other slot moved:
+/// for disks that died, perhaps in the middle of moves. What a living disk took in since a move began is on no other
+/// disk, so its slot is not taken from it to even out shares. Disks in `barred` take no further slots and
+/// no further shard replicas. Replicas on living disks stay where they are, too.
+///
+/// # Errors
+/// Those of [`rebalance`]; [`PlaceError::MovesUnderWay`] also when there are only barred disks left to take a slot.
+pub fn substitute(map: &ClusterMap, barred: &BTreeSet<DiskId>) -> Result<ClusterMap, PlaceError> {
+    settle_all(map, Allowance::Vacant, barred)
 }
 
 /// Like [`rebalance`], but moves as many slots as it takes to have as few chunks of a group in one zone, rack and
@@ -86,10 +105,10 @@ pub fn rebalance(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
 /// # Errors
 /// Those of [`rebalance`].
 pub fn spread(map: &ClusterMap) -> Result<ClusterMap, PlaceError> {
-    settle_all(map, Allowance::All)
+    settle_all(map, Allowance::All, &BTreeSet::new())
 }
 
-fn settle_all(map: &ClusterMap, allowance: Allowance) -> Result<ClusterMap, PlaceError> {
+fn settle_all(map: &ClusterMap, allowance: Allowance, barred: &BTreeSet<DiskId>) -> Result<ClusterMap, PlaceError> {
     map.validate_structure()?;
     let mut next = map.clone();
     let mut by_scheme: BTreeMap<&str, Vec<PlacementGroupId>> = BTreeMap::new();
@@ -99,11 +118,12 @@ fn settle_all(map: &ClusterMap, allowance: Allowance) -> Result<ClusterMap, Plac
     for (name, ids) in by_scheme {
         let scheme = scheme_of(map, name)?;
         let tree = storage_tree(map, name, scheme)?;
-        if !settle_groups(&mut next, &ids, &tree, scheme.width(), allowance) {
+        if !settle_groups(&mut next, &ids, &tree, (scheme.width(), allowance), barred) {
             return Err(PlaceError::MovesUnderWay { scheme: name.to_owned() });
         }
     }
-    replicas::settle(&mut next);
+    let replicas = if allowance == Allowance::Vacant { Allowance::Vacant } else { Allowance::All };
+    replicas::settle(&mut next, replicas, barred);
     next.epoch = next_epoch(map)?;
     next.validate()?;
     Ok(next)
@@ -182,14 +202,14 @@ fn settle_groups(
     map: &mut ClusterMap,
     ids: &[PlacementGroupId],
     tree: &Tree,
-    width: usize,
-    allowance: Allowance,
+    (width, allowance): (usize, Allowance),
+    barred: &BTreeSet<DiskId>,
 ) -> bool {
     let shares = tree.shares(width, ids.len());
     let mut board = Board::new(tree, &shares, tree.caps.clone(), ids.len(), width, Band::FivePercent);
     for (group, id) in ids.iter().enumerate() {
         let Some(existing) = map.groups.get(id) else { continue };
-        for disk in existing.slots.iter().filter_map(|slot| slot.previous) {
+        for disk in existing.slots.iter().filter_map(|slot| slot.previous).chain(barred.iter().copied()) {
             if let Some(leaf) = tree.leaf(disk) {
                 board.bar(group, leaf);
             }

@@ -11,7 +11,7 @@ use super::tree::{mix, Caps, Item, Tree};
 use super::PlaceError;
 use crate::id::DiskId;
 use crate::map::{ClusterMap, DiskState, ShardReplicas};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Replicas of a shard for a scheme with `m` coding chunks: 2M+1, so that metadata survives what data survives, at most
 /// 5 and at most what `metadata_disks` disks can hold. 1, 3 or 5.
@@ -55,18 +55,26 @@ pub fn choose_shard_replicas(map: &ClusterMap, shards: u16, members: usize) -> R
     Ok(chosen)
 }
 
-/// Replaces members on disks that can no longer hold replicas, and evens replicas out over new metadata disks.
-pub(super) fn settle(map: &mut ClusterMap) {
+/// Replaces members on disks that can no longer hold replicas, and unless only the vacant places are to be filled evens
+/// replicas out over new metadata disks. Disks in `barred` keep what they have and get no more: where nobody else can
+/// take over, the member that is gone stays named.
+pub(super) fn settle(map: &mut ClusterMap, allowance: Allowance, barred: &BTreeSet<DiskId>) {
     let mut by_size: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
     for (number, shard) in map.shards.iter().enumerate() {
         by_size.entry(shard.members.len()).or_default().push(number);
     }
     for (members, numbers) in by_size {
-        settle_size(map, members, &numbers);
+        settle_size(map, members, &numbers, allowance, barred);
     }
 }
 
-fn settle_size(map: &mut ClusterMap, members: usize, numbers: &[usize]) {
+fn settle_size(
+    map: &mut ClusterMap,
+    members: usize,
+    numbers: &[usize],
+    allowance: Allowance,
+    barred: &BTreeSet<DiskId>,
+) {
     // With fewer disks than members some dead members stay; the live ones that are left take over what they can.
     let width = members.min(items(map).len());
     if width == 0 {
@@ -76,6 +84,7 @@ fn settle_size(map: &mut ClusterMap, members: usize, numbers: &[usize]) {
     let shares = tree.shares(width, numbers.len());
     let mut board = Board::new(&tree, &shares, hard_caps(&tree), numbers.len(), width, Band::Whole);
     for (row, number) in numbers.iter().enumerate() {
+        barred.iter().filter_map(|disk| tree.leaf(*disk)).for_each(|leaf| board.bar(row, leaf));
         let old = map.shards.get(*number).map(|shard| shard.members.clone()).unwrap_or_default();
         let alive: Vec<usize> = old.iter().filter_map(|disk| tree.leaf(*disk)).collect();
         for (slot, leaf) in board.slots_of(row).zip(alive) {
@@ -83,7 +92,8 @@ fn settle_size(map: &mut ClusterMap, members: usize, numbers: &[usize]) {
         }
     }
     board.remember_origin();
-    board.settle(Allowance::All);
+    // Where only barred disks are left, a place stays vacant.
+    board.settle(allowance);
     for (row, number) in numbers.iter().enumerate() {
         let Some(shard) = map.shards.get_mut(*number) else { continue };
         let chosen: Vec<DiskId> = board.slots_of(row).filter_map(|slot| board.disk_at(slot)).collect();

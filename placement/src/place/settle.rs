@@ -25,6 +25,8 @@ const SLACK_PERCENT: usize = 5;
 /// How many moves may go into spreading alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Allowance {
+    /// None, and nothing moves for the shares either: only slots without a disk get one.
+    Vacant,
     /// A few per hundred of the others.
     Few,
     /// As many as it takes.
@@ -64,16 +66,23 @@ struct Step {
 }
 
 impl Board<'_> {
-    /// Makes every rule hold. Returns false when slots stay vacant, which only a tree without room for a group causes.
+    /// Makes every rule hold. Returns false when slots stay vacant, which only a tree without room for a group causes,
+    /// or disks that may not take a slot of it.
     pub fn settle(&mut self, allowance: Allowance) -> bool {
-        self.vacate_excess();
+        if allowance != Allowance::Vacant {
+            self.vacate_excess();
+        }
         let Some(filled) = self.fill() else { return false };
         let mut purse = Purse { checks: CHAIN_CHECKS, extra: 0 };
         self.rearrange_moved(&mut purse);
+        if allowance == Allowance::Vacant {
+            return true;
+        }
         self.aim(SLACK_PERCENT);
         let needy = self.needy_disks();
         let lacking: usize = needy.iter().map(|leaf| self.low(*leaf).saturating_sub(self.load(*leaf))).sum();
         purse.extra = match allowance {
+            Allowance::Vacant => 0,
             Allowance::Few => (filled + lacking) * SPREAD_PERCENT / 100,
             Allowance::All => usize::MAX,
         };
@@ -98,17 +107,20 @@ impl Board<'_> {
         }
     }
 
-    /// Returns how many slots were vacant; None when one stays so.
+    /// Returns how many slots were vacant; None when one stays so. All that can be filled are.
     fn fill(&mut self) -> Option<usize> {
         let vacant: Vec<usize> =
             (0..self.groups()).flat_map(|group| self.slots_of(group)).filter(|slot| self.at(*slot).is_none()).collect();
+        let mut all = true;
         for &slot in &vacant {
             let any = |_| true;
             let found = self.best_disk(slot, Limits::Spread, &any, &any);
-            let leaf = found.or_else(|| self.best_disk(slot, Limits::Caps, &any, &any))?;
-            self.place(slot, leaf);
+            match found.or_else(|| self.best_disk(slot, Limits::Caps, &any, &any)) {
+                Some(leaf) => self.place(slot, leaf),
+                None => all = false,
+            }
         }
-        Some(vacant.len())
+        all.then_some(vacant.len())
     }
 
     /// Slots are filled one after the other, so the last ones may find only full disks open to them: lets the slots

@@ -7,6 +7,9 @@ use tokio::io::{duplex, DuplexStream};
 
 const SECRET: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
+/// What the release of these bytes spoke.
+const VERSION_2: VersionRange = VersionRange { min: 2, max: 2 };
+
 // Computed with another implementation of HMAC from the description at the top of `auth.rs`: secret and cluster id as
 // in `known`, disk meant 33 33 .., client's disk 44 44 .., gateway 55 55 .., client nonce 11 11 .., server nonce
 // 22 22 .. .
@@ -15,6 +18,19 @@ const CLIENT_HELLO: &str =
 const SERVER_HELLO: &str = "6772616e6172790000020000222222222222222222222222222222222222222222222222222222222222222271f4f9730c2663d65f01b306f3ffd1cf3ea668cc95f3ad8642db0374419e6954";
 const CLIENT_PROOF: &str = "bc9436aee2ad80cecd64528d91a38671b00fa45fa41a1e1c77cfa31312f444c8";
 const ACCEPTED: &str = "00ba94a4a32b7ab8b4d5a5d2e5c6c6794e07b8c8e5b058edcdb7cd3b99f2caa0fb";
+
+// The same of ends that speak versions 2 and 3.
+const CLIENT_HELLO_3: &str =
+    "6772616e6172790000030201070707070707070707070707070707073333333333333333333333333333333344444444444444444444444444444444555555555555555555555555555555551111111111111111111111111111111111111111111111111111111111111111";
+const SERVER_HELLO_3: &str = "6772616e61727900000300012222222222222222222222222222222222222222222222222222222222222222ee13270a6bae91595af48e90d634c557ffaf0d8e70a7ba2c2060758d596c8921";
+const CLIENT_PROOF_3: &str = "ba7872d9e1977528207e62470708a6f511d480b134a84a84e1417605e1ed45f9";
+const ACCEPTED_3: &str = "0059466ef6da57ecb961435408ceabf0570e86415e9e4c984e17b831f78ff7b119";
+
+/// What ends of these versions say to each other, and the version they use.
+const GOLDEN: [(VersionRange, [&str; 4], u16); 2] = [
+    (VERSION_2, [CLIENT_HELLO, SERVER_HELLO, CLIENT_PROOF, ACCEPTED], 2),
+    (PROTOCOL_VERSIONS, [CLIENT_HELLO_3, SERVER_HELLO_3, CLIENT_PROOF_3, ACCEPTED_3], 3),
+];
 
 fn known() -> Credentials {
     Credentials { cluster: ClusterId([7; 16]), secret: ClusterSecret::from_hex(SECRET).unwrap() }
@@ -49,37 +65,41 @@ async fn expect(stream: &mut DuplexStream, golden: &str) {
 
 #[tokio::test]
 async fn a_client_says_the_golden_bytes() {
-    let (mut ours, mut theirs) = duplex(1024);
-    let server = tokio::spawn(async move {
-        expect(&mut theirs, CLIENT_HELLO).await;
-        theirs.write_all(&hex::decode(SERVER_HELLO).unwrap()).await.unwrap();
-        expect(&mut theirs, CLIENT_PROOF).await;
-        theirs.write_all(&hex::decode(ACCEPTED).unwrap()).await.unwrap();
-    });
-    let session =
-        client_handshake(&mut ours, &known(), (Purpose::Control, known_ends()), PROTOCOL_VERSIONS, [0x11; 32])
-            .await
-            .unwrap();
-    server.await.unwrap();
-    assert_eq!(session.to_server.mac(&[b"x"]), known_session().to_server.mac(&[b"x"]));
-    assert_ne!(session.to_server.mac(&[b"x"]), session.to_client.mac(&[b"x"]));
+    for (versions, [client_hello, server_hello, client_proof, accepted], version) in GOLDEN {
+        let (mut ours, mut theirs) = duplex(1024);
+        let server = tokio::spawn(async move {
+            expect(&mut theirs, client_hello).await;
+            theirs.write_all(&hex::decode(server_hello).unwrap()).await.unwrap();
+            expect(&mut theirs, client_proof).await;
+            theirs.write_all(&hex::decode(accepted).unwrap()).await.unwrap();
+        });
+        let purpose = (Purpose::Control, known_ends());
+        let session = client_handshake(&mut ours, &known(), purpose, versions, [0x11; 32]).await.unwrap();
+        server.await.unwrap();
+        assert_eq!(session.version, version);
+        let is_known = session.to_server.mac(&[b"x"]) == known_session().to_server.mac(&[b"x"]);
+        assert_eq!(is_known, versions == VERSION_2, "other hellos, other keys");
+        assert_ne!(session.to_server.mac(&[b"x"]), session.to_client.mac(&[b"x"]));
+    }
 }
 
 #[tokio::test]
 async fn a_server_says_the_golden_bytes() {
-    let (mut ours, mut theirs) = duplex(1024);
-    let client = tokio::spawn(async move {
-        theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();
-        expect(&mut theirs, SERVER_HELLO).await;
-        theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
-        expect(&mut theirs, ACCEPTED).await;
-    });
-    let caller =
-        server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true).await.unwrap();
-    client.await.unwrap();
-    assert_eq!((caller.purpose, caller.disk), (Purpose::Control, known_ends().from));
-    assert_eq!(caller.gateway, known_ends().gateway);
-    assert_eq!(caller.session.to_client.mac(&[b"x"]), known_session().to_client.mac(&[b"x"]));
+    for (versions, [client_hello, server_hello, client_proof, accepted], version) in GOLDEN {
+        let (mut ours, mut theirs) = duplex(1024);
+        let client = tokio::spawn(async move {
+            theirs.write_all(&hex::decode(client_hello).unwrap()).await.unwrap();
+            expect(&mut theirs, server_hello).await;
+            theirs.write_all(&hex::decode(client_proof).unwrap()).await.unwrap();
+            expect(&mut theirs, accepted).await;
+        });
+        let caller = server_handshake(&mut ours, &known(), ME, versions, [0x22; 32], stays(), |_| true).await.unwrap();
+        client.await.unwrap();
+        assert_eq!((caller.purpose, caller.disk), (Purpose::Control, known_ends().from));
+        assert_eq!((caller.gateway, caller.session.version), (known_ends().gateway, version));
+        let is_known = caller.session.to_client.mac(&[b"x"]) == known_session().to_client.mac(&[b"x"]);
+        assert_eq!(is_known, versions == VERSION_2, "other hellos, other keys");
+    }
 }
 
 /// Runs both ends against each other.
@@ -87,12 +107,9 @@ async fn meet(client: Credentials, server: Credentials) -> (Result<Session, Link
     let (mut ours, mut theirs) = duplex(1024);
     tokio::join!(
         async move {
-            client_handshake(&mut ours, &client, (Purpose::Data, known_ends()), PROTOCOL_VERSIONS, nonce().unwrap())
-                .await
+            client_handshake(&mut ours, &client, (Purpose::Data, known_ends()), VERSION_2, nonce().unwrap()).await
         },
-        async move {
-            server_handshake(&mut theirs, &server, ME, PROTOCOL_VERSIONS, nonce().unwrap(), stays(), |_| true).await
-        }
+        async move { server_handshake(&mut theirs, &server, ME, VERSION_2, nonce().unwrap(), stays(), |_| true).await }
     )
 }
 
@@ -120,8 +137,8 @@ async fn meet_for(
     let (mut ours, mut theirs) = duplex(1024);
     let (credentials, ends) = (known(), Ends { to, from, gateway: None });
     let (client, server) = tokio::join!(
-        client_handshake(&mut ours, &credentials, (Purpose::Data, ends), PROTOCOL_VERSIONS, [0x11; 32]),
-        server_handshake(&mut theirs, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true)
+        client_handshake(&mut ours, &credentials, (Purpose::Data, ends), VERSION_2, [0x11; 32]),
+        server_handshake(&mut theirs, &credentials, ME, VERSION_2, [0x22; 32], stays(), |_| true)
     );
     (client.map(|_| ()), server.map(|caller| caller.disk))
 }
@@ -151,7 +168,7 @@ async fn a_client_that_skips_the_proof_of_the_server_gains_nothing() {
         let credentials = known();
         let (verdict, server) = tokio::join!(
             attacker,
-            server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true)
+            server_handshake(&mut ours, &credentials, ME, VERSION_2, [0x22; 32], stays(), |_| true)
         );
         assert_eq!(verdict, 3);
         assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
@@ -168,10 +185,8 @@ async fn the_servers_own_proof_is_not_a_proof_of_the_client() {
         theirs.write_all(&hello[44..]).await.unwrap();
     };
     let credentials = known();
-    let (_, server) = tokio::join!(
-        attacker,
-        server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true)
-    );
+    let (_, server) =
+        tokio::join!(attacker, server_handshake(&mut ours, &credentials, ME, VERSION_2, [0x22; 32], stays(), |_| true));
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
 }
 
@@ -200,7 +215,7 @@ async fn a_client_whose_place_is_needed_hears_that_the_node_is_busy_wherever_it_
         };
         let credentials = known();
         let serving =
-            server_handshake(&mut ours, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], turned_out.clone(), |_| true);
+            server_handshake(&mut ours, &credentials, ME, VERSION_2, [0x22; 32], turned_out.clone(), |_| true);
         let (verdict, server) = tokio::join!(client, serving);
         assert_eq!((verdict, server.unwrap_err()), (Verdict::Busy.number(), LinkError::Busy), "after {sent} bytes");
     }
@@ -210,9 +225,9 @@ async fn a_client_whose_place_is_needed_hears_that_the_node_is_busy_wherever_it_
 async fn a_verdict_about_disks_is_not_believed_before_a_proof() {
     for verdict in [Verdict::Secret, Verdict::Disk] {
         let (mut ours, mut theirs) = duplex(1024);
-        theirs.write_all(&prefix(PROTOCOL_VERSIONS, verdict.number())).await.unwrap();
+        theirs.write_all(&prefix(VERSION_2, verdict.number())).await.unwrap();
         let purpose = (Purpose::Control, known_ends());
-        let answer = client_handshake(&mut ours, &known(), purpose, PROTOCOL_VERSIONS, [0x11; 32]).await;
+        let answer = client_handshake(&mut ours, &known(), purpose, VERSION_2, [0x11; 32]).await;
         assert!(matches!(answer, Err(LinkError::Protocol(_))), "{:?}", answer.err());
     }
 }
@@ -242,10 +257,10 @@ async fn meet_through(
     let ((mut ours, before_client), (before_server, mut theirs)) = (duplex(1024), duplex(1024));
     let credentials = known();
     let purpose = (Purpose::Control, known_ends());
-    let client = client_handshake(&mut ours, &credentials, purpose, PROTOCOL_VERSIONS, [0x11; 32]);
+    let client = client_handshake(&mut ours, &credentials, purpose, VERSION_2, [0x11; 32]);
     let server = async {
         let served =
-            server_handshake(&mut theirs, &credentials, ME, PROTOCOL_VERSIONS, [0x22; 32], turned_out, |_| place).await;
+            server_handshake(&mut theirs, &credentials, ME, VERSION_2, [0x22; 32], turned_out, |_| place).await;
         // Nobody hangs up before the client has made up its mind.
         std::future::pending::<()>().await;
         served
@@ -344,7 +359,7 @@ async fn a_client_hears_that_a_node_is_busy_at_each_step_of_the_handshake() {
     let (mut ours, mut theirs) = duplex(1024);
     refuse_busy(&mut theirs).await;
     let purpose = (Purpose::Control, known_ends());
-    let heard = client_handshake(&mut ours, &known(), purpose, PROTOCOL_VERSIONS, [0x11; 32]).await;
+    let heard = client_handshake(&mut ours, &known(), purpose, VERSION_2, [0x11; 32]).await;
     assert_eq!(heard.err(), Some(LinkError::Busy), "at its arrival");
 }
 
@@ -353,8 +368,7 @@ async fn a_recorded_handshake_is_not_good_for_a_second_connection() {
     let (mut ours, mut theirs) = duplex(1024);
     theirs.write_all(&hex::decode(CLIENT_HELLO).unwrap()).await.unwrap();
     theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
-    let server =
-        server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, nonce().unwrap(), stays(), |_| true).await;
+    let server = server_handshake(&mut ours, &known(), ME, VERSION_2, nonce().unwrap(), stays(), |_| true).await;
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Secret));
 }
 
@@ -368,7 +382,7 @@ async fn every_altered_byte_of_a_handshake_is_noticed() {
         theirs.write_all(&hello).await.unwrap();
         theirs.write_all(&hex::decode(CLIENT_PROOF).unwrap()).await.unwrap();
         assert!(
-            server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true).await.is_err(),
+            server_handshake(&mut ours, &known(), ME, VERSION_2, [0x22; 32], stays(), |_| true).await.is_err(),
             "byte {at}"
         );
     }
@@ -379,7 +393,7 @@ async fn every_altered_byte_of_a_handshake_is_noticed() {
         theirs.write_all(&hello).await.unwrap();
         theirs.write_all(&hex::decode(ACCEPTED).unwrap()).await.unwrap();
         assert!(
-            client_handshake(&mut ours, &known(), (Purpose::Control, known_ends()), PROTOCOL_VERSIONS, [0x11; 32])
+            client_handshake(&mut ours, &known(), (Purpose::Control, known_ends()), VERSION_2, [0x11; 32])
                 .await
                 .is_err(),
             "byte {at}"
@@ -435,7 +449,7 @@ async fn a_refusal_for_the_version_is_the_golden_bytes() {
     let mut hello = hex::decode(CLIENT_HELLO).unwrap();
     hello[9] = 3;
     theirs.write_all(&hello).await.unwrap();
-    let server = server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true).await;
+    let server = server_handshake(&mut ours, &known(), ME, VERSION_2, [0x22; 32], stays(), |_| true).await;
     let (two, three) = (versions(2, 2), versions(3, 3));
     assert_eq!(server.unwrap_err(), LinkError::Auth(AuthError::Version { ours: two, theirs: three }));
     expect(&mut theirs, "6772616e6172790000020100").await;
@@ -446,7 +460,7 @@ async fn a_stranger_is_told_apart_from_a_peer() {
     let (mut ours, mut theirs) = duplex(1024);
     theirs.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     assert_eq!(
-        server_handshake(&mut ours, &known(), ME, PROTOCOL_VERSIONS, [0x22; 32], stays(), |_| true).await.unwrap_err(),
+        server_handshake(&mut ours, &known(), ME, VERSION_2, [0x22; 32], stays(), |_| true).await.unwrap_err(),
         LinkError::Auth(AuthError::Magic)
     );
 }

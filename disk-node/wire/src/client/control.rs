@@ -1,9 +1,9 @@
 //! The control connection: many requests at once, answers in any order, made again on demand.
 
 use super::{connect, Probe, Target};
-use crate::auth::Purpose;
+use crate::auth::{Purpose, VersionRange, PROTOCOL_VERSIONS};
 use crate::control::{ControlRequest, ControlResponse};
-use crate::error::LinkError;
+use crate::error::{AuthError, LinkError};
 use crate::frame::{decode, encode, Frame, FrameReader, FrameWriter, Kind};
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt, Shared};
@@ -49,6 +49,8 @@ struct Outgoing {
 }
 
 struct Connection {
+    /// The protocol version that both ends use.
+    version: u16,
     outgoing: mpsc::Sender<Outgoing>,
     waiters: Arc<Mutex<Waiters>>,
     next_id: AtomicU64,
@@ -110,26 +112,32 @@ impl ControlLink {
     }
 
     pub(super) async fn call(&self, request: ControlRequest, deadline: Duration) -> Result<ControlResponse, LinkError> {
-        let body = encode(&request)?;
+        let (since, body) = (request.since(), encode(&request)?);
         drop(request);
-        let answer = tokio::time::timeout(deadline, self.send(body)).await.map_err(|_| LinkError::Timeout)??;
+        let answer = tokio::time::timeout(deadline, self.send(since, body)).await.map_err(|_| LinkError::Timeout)??;
         decode(&answer)
     }
 
-    async fn send(&self, body: Bytes) -> Result<Bytes, LinkError> {
+    /// `since`: the oldest version that can read it.
+    async fn send(&self, since: u16, body: Bytes) -> Result<Bytes, LinkError> {
         let _place = self.in_flight.try_acquire().map_err(|_| LinkError::Busy)?;
-        match self.try_send(body.clone()).await {
+        match self.try_send(since, body.clone()).await {
             // The connection was dead before the request went out: that is not the caller's concern.
             Err(Lost { sent: false, error: LinkError::Closed(_) }) => {
-                self.try_send(body).await.map_err(|lost| lost.error)
+                self.try_send(since, body).await.map_err(|lost| lost.error)
             }
             result => result.map_err(|lost| lost.error),
         }
     }
 
-    async fn try_send(&self, body: Bytes) -> Result<Bytes, Lost> {
+    async fn try_send(&self, since: u16, body: Bytes) -> Result<Bytes, Lost> {
         let unsent = |error| Lost { sent: false, error };
         let connection = self.connection().await.map_err(unsent)?;
+        if connection.version < since {
+            let needs = VersionRange { min: since, ..PROTOCOL_VERSIONS };
+            let speaks = VersionRange { min: connection.version, max: connection.version };
+            return Err(unsent(AuthError::Version { ours: needs, theirs: speaks }.into()));
+        }
         let units = u32::try_from(body.len().div_ceil(QUEUE_UNIT_BYTES).max(1)).unwrap_or(u32::MAX);
         let units = units.min(
             u32::try_from(self.target.limits.max_control_queue_bytes / QUEUE_UNIT_BYTES).unwrap_or(u32::MAX).max(1),
@@ -248,7 +256,14 @@ impl Connection {
             }
         });
         let tasks = [reading.abort_handle(), writing.abort_handle()];
-        Ok(Arc::new(Connection { outgoing, waiters, next_id: AtomicU64::new(1), probe, tasks }))
+        Ok(Arc::new(Connection {
+            version: session.version,
+            outgoing,
+            waiters,
+            next_id: AtomicU64::new(1),
+            probe,
+            tasks,
+        }))
     }
 }
 

@@ -199,8 +199,9 @@ impl NodeClient {
     /// node's places that an answer to Status tells holds for chunk requests from then on.
     ///
     /// # Errors
-    /// [`LinkError::Connect`], [`LinkError::Busy`] and [`LinkError::TooLarge`] mean that nothing was sent; after any
-    /// other the request may have been carried out.
+    /// [`LinkError::Connect`], [`LinkError::Busy`] and [`LinkError::TooLarge`] mean that nothing was sent, and so does
+    /// [`AuthError::Version`](crate::error::AuthError::Version), also where the node speaks a version that cannot read
+    /// this very request; after any other the request may have been carried out.
     pub async fn control(&self, request: ControlRequest, deadline: Duration) -> Result<ControlResponse, LinkError> {
         let answer = self.shared.control.call(request, deadline).await;
         if let Ok(ControlResponse::Status(status)) = &answer {

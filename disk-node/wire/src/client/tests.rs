@@ -4,9 +4,11 @@
 use super::*;
 use crate::auth::{server_handshake, Caller, Ends, VersionRange, PROTOCOL_VERSIONS};
 use crate::error::AuthError;
-use crate::frame::{encode, Frame, FrameReader, FrameWriter, Kind};
+use crate::frame::{decode, encode, Frame, FrameReader, FrameWriter, Kind};
 use crate::head;
-use crate::test_support::{chunk_id, credentials, payload, spec, start, DEADLINE, ME};
+use crate::test_support::{chunk_id, credentials, map, payload, spec, start, DEADLINE, ME};
+use granary_placement::id::{DiskId, Epoch};
+use granary_placement::map::{diff, MapDiff};
 use http::StatusCode;
 use std::future::Future;
 use std::time::Instant;
@@ -79,16 +81,61 @@ async fn a_server_that_never_shakes_hands_fails_in_time() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_of_another_version_is_named_as_such() {
     let client = against(quick(), |mut stream| async move {
-        let _ = stream.write_all(b"granary\0\x00\x03\x01\x00").await;
+        let _ = stream.write_all(b"granary\0\x00\x04\x01\x00").await;
         hang().await;
     })
     .await;
     for error in ask_all(&client).await {
         assert_eq!(
             error,
-            LinkError::Auth(AuthError::Version { ours: PROTOCOL_VERSIONS, theirs: VersionRange { min: 3, max: 3 } })
+            LinkError::Auth(AuthError::Version { ours: PROTOCOL_VERSIONS, theirs: VersionRange { min: 4, max: 4 } })
         );
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_of_the_release_before_is_not_sent_what_it_cannot_read() {
+    let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    let client = against(quick(), move |mut stream| {
+        let told = told.clone();
+        async move {
+            let (stays, older) = (CancellationToken::new(), VersionRange { min: 2, max: 2 });
+            let met = server_handshake(&mut stream, &credentials(), ME, older, [1; 32], stays, |_| true).await;
+            let session = met.unwrap().session;
+            let (read, write) = stream.into_split();
+            let mut reader = FrameReader::new(read, session.to_server);
+            let mut writer = FrameWriter::new(write, session.to_client);
+            while let Ok(Some(frame)) = reader.next(DEADLINE).await {
+                if frame.kind == Kind::Request {
+                    told.send(decode::<ControlRequest>(&frame.body).unwrap()).unwrap();
+                    let answer = Frame { kind: Kind::Response, body: encode(&ControlResponse::Done).unwrap(), ..frame };
+                    writer.write(&answer, DEADLINE).await.unwrap();
+                    writer.flush(DEADLINE).await.unwrap();
+                }
+            }
+        }
+    })
+    .await;
+    let to_away = diff(&map(false), &map(true));
+    let from_away = MapDiff { to: Epoch(3), ..diff(&map(true), &map(false)) };
+    // (what, can it be read)
+    for (request, readable) in [
+        (ControlRequest::Status, true),
+        (ControlRequest::Reach(vec![DiskId(1)]), false),
+        (ControlRequest::OfferMap(Box::new(map(false))), true),
+        (ControlRequest::OfferMap(Box::new(map(true))), false),
+        (ControlRequest::OfferMapDiff(Box::new(to_away)), false),
+        (ControlRequest::OfferMapDiff(Box::new(from_away)), true),
+    ] {
+        let answer = client.control(request.clone(), DEADLINE).await;
+        if readable {
+            assert_eq!((answer, heard.recv().await), (Ok(ControlResponse::Done), Some(request)));
+        } else {
+            let (ours, theirs) = (VersionRange { min: 3, max: 3 }, VersionRange { min: 2, max: 2 });
+            assert_eq!(answer, Err(LinkError::Auth(AuthError::Version { ours, theirs })), "{request:?}");
+        }
+    }
+    assert!(heard.try_recv().is_err(), "nothing else was sent");
 }
 
 #[tokio::test(flavor = "multi_thread")]

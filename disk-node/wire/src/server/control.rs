@@ -1,9 +1,9 @@
 //! Control frames of one connection: each request in a task of its own, answers as they come.
 
 use super::Server;
-use crate::auth::{Caller, GatewayId};
+use crate::auth::{Caller, GatewayId, VersionRange, PROTOCOL_VERSIONS};
 use crate::control::{ControlError, ControlRequest, ControlResponse};
-use crate::error::LinkError;
+use crate::error::{AuthError, LinkError};
 use crate::frame::{decode, encode, Frame, FrameReader, FrameWriter, Kind};
 use bytes::Bytes;
 use futures::FutureExt;
@@ -31,6 +31,7 @@ pub(super) fn units(bytes: usize) -> u32 {
 /// Serves one connection to its end.
 pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, caller: Caller, peer: SocketAddr) {
     let Caller { disk, gateway, session, .. } = caller;
+    let version = session.version;
     let (read, write) = stream.into_split();
     let reader = FrameReader::new(read, session.to_server);
     let writer = FrameWriter::new(write, session.to_client);
@@ -40,7 +41,7 @@ pub(super) async fn serve(server: &Arc<Server>, stream: TcpStream, caller: Calle
     let _abort = AbortOnDrop(writing.abort_handle());
 
     let ended = tokio::select! {
-        ended = read_loop((server, (disk, gateway)), reader, &mut tasks, &answers) => ended,
+        ended = read_loop((server, (disk, gateway, version)), reader, &mut tasks, &answers) => ended,
         written = &mut writing => written.unwrap_or_else(|error| Err(LinkError::Closed(error.to_string()))),
         () = server.stop.cancelled() => {
             // What was asked is still answered: a command that is already in the log had better not look lost.
@@ -68,8 +69,8 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// The client's disk, if it is a disk node, and the gateway that it is part of.
-type From = (Option<DiskUuid>, Option<GatewayId>);
+/// The client's disk, if it is a disk node, the gateway that it is part of, and the version that both ends use.
+type From = (Option<DiskUuid>, Option<GatewayId>, u16);
 
 async fn read_loop(
     (server, from): (&Arc<Server>, From),
@@ -95,6 +96,12 @@ async fn read_loop(
             }
             kind => return Err(LinkError::Protocol(format!("a {kind:?} from a client"))),
         }
+        // Made again, it is refused with the versions that are needed now.
+        let version = from.2;
+        if version < PROTOCOL_VERSIONS.max && version < server.versions().min {
+            let (ours, theirs) = (server.versions(), VersionRange { min: version, max: version });
+            return Err(AuthError::Version { ours, theirs }.into());
+        }
         let units = units(body.len()).min(units(server.limits.max_control_bytes));
         let room = Arc::clone(&server.control_units).try_acquire_many_owned(units);
         let (Ok(room), true) = (room, tasks.len() < server.limits.max_control_in_flight) else {
@@ -114,8 +121,8 @@ async fn read_loop(
 }
 
 /// The encoded answer to an encoded request.
-async fn answer(server: &Server, (disk, gateway): From, body: &[u8]) -> Bytes {
-    let response = match decode::<ControlRequest>(body) {
+async fn answer(server: &Server, (disk, gateway, version): From, body: &[u8]) -> Bytes {
+    let mut response = match decode::<ControlRequest>(body) {
         Ok(request) => {
             AssertUnwindSafe(server.service.control(server.asker(disk, gateway), request))
                 .catch_unwind()
@@ -128,6 +135,11 @@ async fn answer(server: &Server, (disk, gateway): From, body: &[u8]) -> Bytes {
         // Authenticated, so not an attack: another build, or a defect.
         Err(error) => ControlResponse::Error(ControlError::BadRequest(error.to_string())),
     };
+    // Also what is only bytes here may tell of what came about while it was asked.
+    if version < PROTOCOL_VERSIONS.max && version < response.since().max(server.versions().min) {
+        let why = format!("the answer cannot be read by version {version} of the node protocol: upgrade this end");
+        response = ControlResponse::Error(ControlError::BadRequest(why));
+    }
     encode(&response)
         .or_else(|error| {
             encode(&ControlResponse::Error(ControlError::BadRequest(format!("the answer cannot be sent: {error}"))))

@@ -17,7 +17,9 @@ mod stall;
 #[cfg(test)]
 mod tests;
 
-use crate::auth::{nonce, refuse_busy, server_handshake, Caller, Credentials, GatewayId, Purpose, PROTOCOL_VERSIONS};
+use crate::auth::{
+    nonce, refuse_busy, server_handshake, Caller, Credentials, GatewayId, Purpose, VersionRange, PROTOCOL_VERSIONS,
+};
 use crate::chunk::{ChunkId, ChunkSpec};
 use crate::control::{ControlRequest, ControlResponse};
 use crate::error::{AuthError, ChunkError, LinkError};
@@ -63,6 +65,12 @@ pub trait NodeService: Send + Sync + 'static {
 
     /// Notes that so many gateways have connections here from now on.
     fn note_gateways(&self, count: usize);
+
+    /// The oldest protocol version whose speakers can read what this node has to tell now. It may rise at any time;
+    /// others are refused from then on, and connections of theirs end.
+    fn oldest_version(&self) -> u16 {
+        PROTOCOL_VERSIONS.min
+    }
 }
 
 /// Who asks something over a control connection.
@@ -257,6 +265,11 @@ impl Server {
         Asker { disk, data_connections: gateway.map_or(0, |_| self.share.load(Ordering::Relaxed)) }
     }
 
+    /// What it speaks now.
+    fn versions(&self) -> VersionRange {
+        VersionRange { min: self.service.oldest_version().max(PROTOCOL_VERSIONS.min), ..PROTOCOL_VERSIONS }
+    }
+
     fn count_gateway(&self, change: impl FnOnce(&mut Gateways)) {
         // Told under the lock, so that the last count told is the last one.
         let mut gateways = self.gateways.lock().unwrap_or_else(PoisonError::into_inner);
@@ -337,9 +350,9 @@ impl Guest {
 
     async fn handshake(&self, stream: &mut TcpStream, close: &CancellationToken) -> Result<Caller, LinkError> {
         let server = &self.server;
+        let versions = server.versions();
         let admit = |purpose| server.places().admit(self.number, purpose == Purpose::Control, Instant::now());
-        server_handshake(stream, &server.credentials, server.me, PROTOCOL_VERSIONS, nonce()?, close.clone(), admit)
-            .await
+        server_handshake(stream, &server.credentials, server.me, versions, nonce()?, close.clone(), admit).await
     }
 }
 

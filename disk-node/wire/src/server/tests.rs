@@ -4,10 +4,13 @@
 use super::*;
 use crate::auth::{client_handshake, Ends, Session};
 use crate::client::{ClientLimits, NodeClient};
+use crate::control::ControlError;
 use crate::error::AuthError;
-use crate::frame::{encode, Frame, FrameReader, FrameWriter, Kind};
+use crate::frame::{decode, encode, Frame, FrameReader, FrameWriter, Kind};
 use crate::head;
-use crate::test_support::{chunk_id, credentials, payload, reaches, spec, start, start_with, Running, DEADLINE};
+use crate::test_support::{chunk_id, credentials, map, payload, reaches, spec, start, start_with, Running, DEADLINE};
+use granary_placement::id::ShardId;
+use granary_placement::map::{diff, ClusterMap};
 use std::future::Future;
 use std::sync::atomic::Ordering;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -21,6 +24,14 @@ async fn enter_as(server: &Running, purpose: Purpose, ends: Ends) -> (TcpStream,
     let session =
         client_handshake(&mut stream, &credentials(), (purpose, ends), PROTOCOL_VERSIONS, nonce().unwrap()).await;
     (stream, session.unwrap())
+}
+
+/// A control connection of a client that speaks these versions.
+async fn enter_with(server: &Running, versions: VersionRange) -> Result<(TcpStream, Session), LinkError> {
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    let purpose = (Purpose::Control, Ends::default());
+    let session = client_handshake(&mut stream, &credentials(), purpose, versions, nonce().unwrap()).await?;
+    Ok((stream, session))
 }
 
 /// The head of a request with the code that belongs to it.
@@ -84,6 +95,47 @@ async fn an_altered_request_is_refused_and_the_connection_closed() {
         let answer = rest(&mut stream).await;
         assert!(answer.starts_with("HTTP/1.1 401"), "{what}: {answer}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_of_the_release_before_is_told_nothing_that_it_cannot_read_and_is_refused_when_all_is_new() {
+    let older = VersionRange { min: 2, max: 2 };
+    let server = start().await;
+    let (stream, session) = enter_with(&server, older).await.unwrap();
+    let (read, write) = stream.into_split();
+    let (mut reader, mut writer) =
+        (FrameReader::new(read, session.to_client), FrameWriter::new(write, session.to_server));
+    let mut ask = async |request: &ControlRequest| -> Option<ControlResponse> {
+        let frame = Frame { id: 1, kind: Kind::Request, body: encode(request).unwrap() };
+        writer.write(&frame, DEADLINE).await.ok()?;
+        writer.flush(DEADLINE).await.ok()?;
+        let answer = reader.next(DEADLINE).await.ok()??;
+        Some(decode::<ControlResponse>(&answer.body).unwrap())
+    };
+    let refused = |answer: &Option<ControlResponse>| matches!(answer, Some(ControlResponse::Error(ControlError::BadRequest(why))) if why.contains("version 2"));
+    let offers = |answer: ControlResponse| *server.node.answer.lock().unwrap() = Some(answer);
+    let (plain, away) = (map(false), map(true));
+    let diffs = |from: &ClusterMap, to: &ClusterMap| ControlResponse::MapDiffs(vec![diff(from, to)]);
+    for (answer, readable) in [
+        (ControlResponse::Map(Some(Box::new(plain.clone()))), true),
+        (ControlResponse::Map(Some(Box::new(away.clone()))), false),
+        (diffs(&plain, &away), false),
+        (diffs(&away, &plain), true),
+        (ControlResponse::Reached(vec![true]), false),
+    ] {
+        offers(answer.clone());
+        let told = ask(&ControlRequest::GetMap).await;
+        assert!(if readable { told == Some(answer) } else { refused(&told) }, "{told:?}");
+    }
+    // While a shard is asked it comes about that there is what this client cannot read: it may be in the answer.
+    let shard = ControlRequest::Shard { shard: ShardId(0), request: Bytes::new() };
+    assert_eq!(ask(&shard).await, Some(ControlResponse::Shard(Bytes::from_static(b"answer"))));
+    server.node.oldest_next.store(3, Ordering::SeqCst);
+    assert!(refused(&ask(&shard).await));
+    assert_eq!(ask(&ControlRequest::Status).await, None, "its connection ends");
+    let error = AuthError::Version { ours: older, theirs: VersionRange { min: 3, max: PROTOCOL_VERSIONS.max } };
+    assert_eq!(enter_with(&server, older).await.err(), Some(LinkError::Auth(error)));
+    enter_with(&server, PROTOCOL_VERSIONS).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,8 +4,9 @@
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
-use granary_placement::id::{ClusterId, DiskUuid, Epoch, ExtentId, HashSlot, PlacementGroupId};
+use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ExtentId, HashSlot, PlacementGroupId};
 use granary_placement::lease::LeaseStamp;
+use granary_placement::map::{ClusterMap, Disk, DiskState, Location, Roles};
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{block_count, block_crc, ChunkId, ChunkSpec, BLOCK_BYTES};
 use granary_wire::control::{ControlRequest, ControlResponse, NodeStatus};
@@ -16,7 +17,7 @@ use granary_wire::{
 };
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -52,6 +53,12 @@ pub struct MemoryNode {
     pub reading: AtomicUsize,
     /// Gateways by the server's count.
     pub gateways: AtomicUsize,
+    /// The answer to GetMap and Shard, instead of Done.
+    pub answer: Mutex<Option<ControlResponse>>,
+    /// The oldest protocol version whose speakers can read what the node has to tell; zero: any.
+    pub oldest: AtomicU16,
+    /// `oldest` from the next answer to Shard on.
+    pub oldest_next: AtomicU16,
     /// The lease of each chunk begun.
     pub leases: Mutex<Vec<Option<LeaseStamp>>>,
 }
@@ -124,6 +131,11 @@ impl NodeService for Service {
                     let told = |status| NodeStatus { data_connections: from.data_connections, ..status };
                     status.map_or(ControlResponse::Done, |status| ControlResponse::Status(told(status)))
                 }
+                ControlRequest::GetMap => self.0.answer.lock().unwrap().clone().unwrap_or(ControlResponse::Done),
+                ControlRequest::Shard { .. } => {
+                    self.0.oldest.fetch_max(self.0.oldest_next.load(Ordering::SeqCst), Ordering::SeqCst);
+                    ControlResponse::Shard(Bytes::from_static(b"answer"))
+                }
                 _ => ControlResponse::Done,
             }
         }
@@ -191,6 +203,10 @@ impl NodeService for Service {
     fn note_gateways(&self, count: usize) {
         self.0.gateways.store(count, Ordering::SeqCst);
     }
+
+    fn oldest_version(&self) -> u16 {
+        self.0.oldest.load(Ordering::SeqCst)
+    }
 }
 
 pub fn credentials() -> Credentials {
@@ -254,6 +270,30 @@ pub fn spec(len_bytes: u64) -> ChunkSpec {
         len_bytes,
         owner: HashSlot(1),
         created_ms: 1_700_000_000_000,
+    }
+}
+
+/// A map that says of a disk that it is away, or of none.
+pub fn map(away: bool) -> ClusterMap {
+    let disk = Disk {
+        id: DiskId(1),
+        uuid: ME,
+        address: "d:1".to_owned(),
+        location: Location { zone: "z".to_owned(), rack: "r".to_owned(), server: "s".to_owned() },
+        weight: 1,
+        roles: Roles::default(),
+        state: if away { DiskState::Away } else { DiskState::In },
+    };
+    ClusterMap {
+        cluster_id: ClusterId([7; 16]),
+        epoch: Epoch(if away { 2 } else { 1 }),
+        next_disk_id: 2,
+        disks: [(disk.id, disk)].into(),
+        schemes: [].into(),
+        default_scheme: String::new(),
+        groups: [].into(),
+        shards: Vec::new(),
+        slot_shards: Vec::new(),
     }
 }
 

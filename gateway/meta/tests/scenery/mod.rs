@@ -4,8 +4,8 @@
 use bytes::Bytes;
 use granary_meta::record::{AccountId, BucketId, ExtentRef, ObjectData, ObjectMeta, ObjectRecord, VersionSeq};
 use granary_meta::{Command, Conditions, MetaRequest};
-use granary_placement::id::{ClusterId, DiskId, Epoch, ExtentId, PlacementGroupId};
-use granary_placement::map::{ClusterMap, ShardReplicas};
+use granary_placement::id::{ClusterId, DiskId, DiskUuid, Epoch, ExtentId, PlacementGroupId};
+use granary_placement::map::{ClusterMap, Disk, DiskState, Location, Roles, ShardReplicas};
 use granary_placement::scheme::CodecId;
 use std::collections::BTreeMap;
 
@@ -115,6 +115,23 @@ pub fn map() -> ClusterMap {
 }
 
 /// The map of the next epoch: the second shard has one member.
+/// The map after that one, in which a disk is away.
+pub fn away_map(map: &ClusterMap) -> ClusterMap {
+    let mut next = map.clone();
+    next.epoch = Epoch(map.epoch.0 + 1);
+    let disk = Disk {
+        id: DiskId(3),
+        uuid: DiskUuid([0xd3; 16]),
+        address: "d3:7".into(),
+        location: Location { zone: "z".into(), rack: "r".into(), server: "s".into() },
+        weight: 300,
+        roles: Roles { storage: true, metadata: false },
+        state: DiskState::Away,
+    };
+    next.disks.insert(disk.id, disk);
+    next
+}
+
 pub fn next_map(map: &ClusterMap) -> ClusterMap {
     let mut next = map.clone();
     next.epoch = Epoch(map.epoch.0 + 1);

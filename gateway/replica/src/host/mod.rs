@@ -41,7 +41,8 @@ use granary_meta::answer::answer;
 use granary_meta::apply::is_kept;
 use granary_meta::check::check_level;
 use granary_meta::kv::StateError;
-use granary_meta::{Answer, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
+use granary_meta::level::{level_of, FIRST_FEATURE_LEVEL};
+use granary_meta::{Answer, Command, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_wire::control::{ControlError, ShardStatus};
@@ -386,7 +387,11 @@ impl MetaHost {
     /// # Errors
     /// [`ControlError`]. After Unavailable the command may have been applied: retry it under the same request id.
     pub async fn command(&self, shard: ShardId, request: MetaRequest) -> Result<Reply, ControlError> {
-        check_level(&request.command).map_err(ControlError::BadRequest)?;
+        let level = match &request.command {
+            Command::SetMap { .. } => self.level(shard)?,
+            _ => FIRST_FEATURE_LEVEL,
+        };
+        check_level(&request.command, level).map_err(ControlError::BadRequest)?;
         let batcher = self.batcher(shard)?;
         if self.inner.room.any_full() && request.command.nature().grows && batcher.replica.is_leader() {
             let voters = batcher.replica.status().voters;
@@ -396,6 +401,14 @@ impl MetaHost {
             }
         }
         batcher.command(request).await
+    }
+
+    /// The feature level of a shard as far as it was applied here; the first one when there is no replica of it.
+    ///
+    /// # Errors
+    /// [`ControlError::Disk`] when it cannot be read.
+    pub fn level(&self, shard: ShardId) -> Result<u32, ControlError> {
+        level_of(&self.inner.state.view(), shard).map_err(|error| ControlError::Disk(error.to_string()))
     }
 
     /// Answers a query from a state that includes every command acknowledged before this call.

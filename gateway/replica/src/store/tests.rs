@@ -63,6 +63,7 @@ fn work_that_is_long_is_not_done_where_it_may_not_wait() {
     // Some work after another is as long as both together.
     let now = state.now(Wait::Never);
     assert_eq!(keys(&now).map(|keys| keys.len() as u32), Ok(half));
+    assert!(now.get(&at(0)).is_ok());
     assert_eq!(keys(&now), Err(StateError::WouldWait));
     let now = state.now(Wait::Never);
     for i in 0..READS_AT_ONCE {

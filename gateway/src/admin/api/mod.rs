@@ -11,7 +11,7 @@
 //! | [`GetMap`] | `GET /v1/map` | the [`ClusterMap`] |
 //! | [`RunCensus`] | `POST /v1/census` | [`Census`] |
 //! | [`ReplaceDisk`] | `POST /v1/disks/{disk}/replace` | [`DiskChanged`] |
-//! | [`DrainDisk`], [`WeighDisk`] | `POST /v1/disks/{disk}/drain`, `.../weight` | [`DiskChanged`] |
+//! | [`DrainDisk`], [`WeighDisk`], [`OutDisk`] | `POST /v1/disks/{disk}/drain`, `.../weight`, `.../out` | [`DiskChanged`] |
 //! | [`GetConfig`] | `GET /v1/config` | [`Config`] |
 //! | [`SetConfig`] | `POST /v1/config` | [`ConfigChanged`] |
 //! | [`GetFeatureLevels`] | `GET /v1/feature-level` | [`FeatureLevels`] |
@@ -153,6 +153,8 @@ disk_calls! {
         /// The new weight, relative to the other disks.
         pub weight: u32,
     } -> DiskChanged;
+    /// Take a dead disk out of service now, without waiting for `heal.out_after`, and however many went out lately.
+    "/v1/disks/{disk}/out" OutDisk {} -> DiskChanged;
     /// Start the node of a disk; `granary dev` only.
     "/v1/disks/{disk}/start" StartDisk {} -> DiskChanged;
     /// Stop the node of a disk; `granary dev` only.
@@ -219,6 +221,8 @@ pub enum DiskAct {
     Out,
     /// It has another share of the data.
     Weight,
+    /// It was dead, and others take over what it held.
+    Away,
     /// A word of a later release.
     #[serde(other)]
     Unknown,

@@ -34,7 +34,11 @@ pub struct Status {
     pub groups: usize,
     /// Groups of the default scheme by how many of their disks are up.
     pub groups_by_disks_up: BTreeMap<usize, usize>,
-    /// Disks in service.
+    /// Groups of all schemes by how many more disks each can lose: M, less the slots whose chunks no disk that answers
+    /// has all of. Negative: more than M are lacking.
+    #[serde(default)]
+    pub groups_by_failures_left: BTreeMap<i32, usize>,
+    /// Disks in service, and those that are away.
     pub disks: Vec<DiskRow>,
     /// Shards.
     pub shards: Vec<ShardRow>,
@@ -143,7 +147,7 @@ pub struct DiskRow {
     pub address: String,
     /// zone/rack/server.
     pub location: String,
-    /// in or draining.
+    /// in, draining or away.
     pub state: DiskState,
     /// Share of the data it is to hold.
     #[serde(default)]

@@ -282,7 +282,7 @@ async fn verify_all(store: &ObjectStore, by_disk: ByDisk, deadline: Duration) ->
 }
 
 /// Has chunks read by one disk, in requests of bounded size. What it does not answer is left out.
-async fn verify_on(
+pub(super) async fn verify_on(
     store: &ObjectStore,
     disk: DiskId,
     chunks: Vec<(ChunkId, u64)>,

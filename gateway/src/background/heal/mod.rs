@@ -4,12 +4,16 @@
 //! - this file: settings, status, the tasks and how they stop;
 //! - [`look`]: what is missing? Reports of readers, and walks over the groups of a disk that is new or was away, into
 //!   the durable repair queues of the shards;
+//! - [`judge`]: pure; which disks are dead, and which of them go out of service; [`away`]: looks, asks others, and has
+//!   it done, and lets disks back in that answer again;
 //! - [`slots`]: slots that got another disk: everything in them is brought there, before the old disk is forgotten;
+//!   [`flow`]: how fast that goes;
 //! - [`plan`]: pure; what to rebuild first;
 //! - [`rebuild`]: one extent: read K, decode, write, verify; [`pace`]: how much of that at a time; [`rest`]: how
 //!   long nobody looks;
 //! - [`garbage`]: chunks of extents that their shard says are dead;
-//! - [`sweep`]: chunks on disks that no shard knows;
+//! - [`sweep`]: chunks on disks that no shard knows; [`remnants`]: those that the other disks have deleted long ago;
+//!   [`home`]: chunks on disks that do not serve their slot;
 //! - [`census`]: counts chunks by reading their bytes, never by trusting a job's word.
 //!
 //! One gateway at a time heals, and one collects garbage (see [`leases`](super::leases)); reports of readers go out
@@ -19,16 +23,22 @@
 //! **Invariant:** a chunk leaves the repair queue only after its bytes were read back from its disk and verified.
 //! **Invariant:** nothing of an extent that its shard owns is ever deleted; a corrupt chunk is replaced in one step.
 
+mod away;
 pub mod census;
+mod flow;
 mod garbage;
+mod home;
+pub mod judge;
 mod look;
 pub mod pace;
 pub mod plan;
 mod rebuild;
+mod remnants;
 mod rest;
 mod slots;
 mod sweep;
 
+pub(crate) use away::takers;
 pub use census::{Census, CensusProgress};
 
 use super::leases::{Held, Holder, LeaseSettings};
@@ -46,8 +56,9 @@ use plan::Retries;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{watch, Notify};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -87,6 +98,14 @@ pub struct HealSettings {
     pub orphan_limit_percent: u64,
     /// How long a slot that got another disk is left alone: by then every gateway writes to the new one.
     pub move_settle: Duration,
+    /// A disk that is dead for so long goes out.
+    pub out_after: Duration,
+    /// No more disks go out within an hour than this part of all; zero: none. None: than the largest server has.
+    pub out_limit_percent: Option<u64>,
+    /// A disk is well again once it has answered for so long.
+    pub well_after: Duration,
+    /// A disk that would be fuller than this takes over nothing, in percent.
+    pub fill_ceiling_percent: u64,
     /// How long a control request without disk reads may take.
     pub control_deadline: Duration,
     /// How long the verification of a batch of chunks may take.
@@ -117,6 +136,10 @@ impl HealSettings {
             quarantine: values.time("heal.quarantine"),
             orphan_limit_percent: values.number("heal.orphan_limit"),
             move_settle: values.time("heal.move_settle"),
+            out_after: values.time("heal.out_after"),
+            out_limit_percent: values.number_or_auto("heal.out_limit"),
+            well_after: values.time("heal.well_after"),
+            fill_ceiling_percent: values.number("heal.fill_ceiling"),
             lease: LeaseSettings { ttl: values.time("heal.lease_ttl") },
         }
     }
@@ -160,10 +183,40 @@ pub struct HealStatus {
     pub disks_beyond_orphan_limit: Vec<DiskId>,
     /// Sweeps that came to their end since the start.
     pub sweeps_done: u64,
+    /// Disks in service that do not answer, and have not been well since.
+    pub dead_disks: Vec<DeadDisk>,
+    /// After so many seconds they go out, if they may.
+    pub out_after_s: u64,
+    /// Disks that went out of service and are away, or went out within the hour.
+    pub away_disks: Vec<AwayDisk>,
+    /// About so many bytes are still to be brought to slots that move.
+    pub move_bytes_left: u64,
+    /// Bytes per second that were rebuilt or copied lately.
+    pub bytes_per_s_now: u64,
     /// Bytes per second allowed; 0 for no ceiling.
     pub bytes_per_s: u64,
     /// Healing is paused.
     pub paused: bool,
+}
+
+/// A disk in service that does not answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeadDisk {
+    /// Which.
+    pub disk: DiskId,
+    /// For how long it was seen dead since it was well, in seconds.
+    pub dead_s: u64,
+    /// It has been dead for long enough to go out, and stays for this reason.
+    pub stays: Option<String>,
+}
+
+/// A disk that went out of service because it was dead.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AwayDisk {
+    /// Which.
+    pub disk: DiskId,
+    /// How long ago, in seconds.
+    pub out_s: u64,
 }
 
 /// Heals in the background. Cheap to clone.
@@ -186,6 +239,8 @@ struct Inner {
     walked: Mutex<HashMap<DiskId, Walked>>,
     /// Where the next look at a repair queue that is longer than one pass goes on.
     cursors: Mutex<HashMap<ShardId, granary_meta::ChunkRef>>,
+    heals: AtomicBool,
+    flow: Mutex<flow::Flow>,
     status: Mutex<HealStatus>,
 }
 
@@ -213,13 +268,23 @@ impl Healer {
             backoff: Mutex::default(),
             walked: Mutex::default(),
             cursors: Mutex::default(),
+            heals: AtomicBool::new(false),
+            flow: Mutex::default(),
             status: Mutex::default(),
         });
         let healer = Healer { inner };
         let reports = healer.inner.clone();
         healer.spawn(async move { reports.report_loop().await });
         healer.own(HEAL_TASK, |inner, held| async move {
-            tokio::join!(inner.repair_loop(&held), inner.walk_loop(&held), inner.sweep_loop(&held));
+            let _heals = Heals::begin(&inner.heals);
+            let returned = away::Returned::default();
+            tokio::join!(
+                inner.repair_loop(&held),
+                inner.walk_loop(&held),
+                inner.sweep_loop(&held),
+                inner.away_loop(&returned, &held),
+                inner.return_loop(&returned, &held)
+            );
         });
         let (timing, reads) = (healer.inner.settings.clone(), healer.inner.store.open_reads().clone());
         let timing = move || {
@@ -263,6 +328,11 @@ impl Healer {
         self.inner.poke.notify_one();
     }
 
+    /// Does this gateway hold the lease?
+    pub fn heals(&self) -> bool {
+        self.inner.heals.load(Ordering::SeqCst)
+    }
+
     /// How it stands as far as this gateway knows, which is all there is to know only while it holds the lease.
     pub fn status(&self) -> HealStatus {
         self.inner.status()
@@ -297,6 +367,22 @@ impl Healer {
     }
 }
 
+/// Set for as long as this lives.
+struct Heals<'a>(&'a AtomicBool);
+
+impl Heals<'_> {
+    fn begin(flag: &AtomicBool) -> Heals<'_> {
+        flag.store(true, Ordering::SeqCst);
+        Heals(flag)
+    }
+}
+
+impl Drop for Heals<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}
+
 impl Inner {
     /// What is published with the lease of a task.
     fn progress(&self, task: &str) -> Bytes {
@@ -310,6 +396,8 @@ impl Inner {
         let mut status = lock(&self.status).clone();
         status.bytes_per_s = self.pace.bytes_per_s();
         status.paused = self.pace.is_paused();
+        let rebuilt = self.counters().bytes_rebuilt.load(Ordering::Relaxed);
+        (status.move_bytes_left, status.bytes_per_s_now) = lock(&self.flow).look(rebuilt, Instant::now());
         status
     }
 
@@ -344,16 +432,34 @@ impl Inner {
 /// A status as the root shard takes it. Of lists of disks that are too long, the longest is cut by half until it fits:
 /// a lease that cannot be renewed is lost.
 fn to_publish(mut status: HealStatus) -> Bytes {
+    fn length<T: Serialize>(list: &[T]) -> usize {
+        if list.is_empty() {
+            0
+        } else {
+            serde_json::to_vec(list).map_or(0, |text| text.len())
+        }
+    }
+    fn halve<T>(list: &mut Vec<T>) {
+        list.truncate(list.len() / 2);
+    }
     loop {
         let text = serde_json::to_vec(&status).unwrap_or_default();
-        let lists = [&mut status.disks_to_walk, &mut status.disks_beyond_orphan_limit];
-        let Some(longest) = lists.into_iter().max_by_key(|list| list.len()).filter(|list| !list.is_empty()) else {
-            return text.into();
-        };
-        if text.len() <= MAX_PROGRESS_BYTES {
+        let lengths = [
+            length(&status.disks_to_walk),
+            length(&status.disks_beyond_orphan_limit),
+            length(&status.dead_disks),
+            length(&status.away_disks),
+        ];
+        let (longest, length) = (0usize..).zip(lengths).max_by_key(|(_, length)| *length).unwrap_or_default();
+        if text.len() <= MAX_PROGRESS_BYTES || length == 0 {
             return text.into();
         }
-        longest.truncate(longest.len() / 2);
+        match longest {
+            0 => halve(&mut status.disks_to_walk),
+            1 => halve(&mut status.disks_beyond_orphan_limit),
+            2 => halve(&mut status.dead_disks),
+            _ => halve(&mut status.away_disks),
+        }
     }
 }
 
@@ -376,13 +482,21 @@ mod tests {
     #[test]
     fn a_status_of_many_disks_is_cut_to_what_a_lease_takes() {
         let disks = |count: u32| (1..=count).map(DiskId).collect::<Vec<_>>();
-        for (walk, beyond) in [(0, 0), (3, 2), (3000, 0), (0, 3000), (3000, 2000)] {
+        for (walk, beyond, dead) in [(0, 0, 0), (3, 2, 2), (3000, 0, 0), (0, 3000, 2000), (3000, 2000, 9), (9, 9, 3000)]
+        {
             let (disks_to_walk, disks_beyond_orphan_limit) = (disks(walk), disks(beyond));
-            let status = HealStatus { disks_to_walk, disks_beyond_orphan_limit, ..HealStatus::default() };
+            let row = |disk| DeadDisk { disk, dead_s: 1000, stays: Some("nobody can take over".to_owned()) };
+            let status = HealStatus {
+                disks_to_walk,
+                disks_beyond_orphan_limit,
+                dead_disks: disks(dead).into_iter().map(row).collect(),
+                away_disks: disks(dead).into_iter().map(|disk| AwayDisk { disk, out_s: 4000 }).collect(),
+                ..HealStatus::default()
+            };
             let published = to_publish(status.clone());
             assert!(published.len() <= MAX_PROGRESS_BYTES, "{} bytes", published.len());
             let read: HealStatus = serde_json::from_slice(&published).unwrap();
-            assert!(walk + beyond > 100 || read == status, "short lists are whole");
+            assert!(walk + beyond + dead > 100 || read == status, "short lists are whole");
         }
     }
 }

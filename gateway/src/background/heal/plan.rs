@@ -7,7 +7,8 @@
 use crate::backoff::Backoff;
 use granary_meta::record::{ExtentRecord, ExtentRef, MissingRecord};
 use granary_meta::ChunkRef;
-use granary_placement::id::{ExtentId, HashSlot, ShardId};
+use granary_placement::id::{DiskId, ExtentId, HashSlot, PlacementGroupId, ShardId};
+use granary_placement::map::ClusterMap;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
@@ -180,12 +181,20 @@ impl Retries {
     }
 }
 
+/// So many slots of a group have no disk that answers and holds their chunks: in how much danger its extents are. Of a
+/// slot that moves the current disk has not all of them, so that its previous one counts.
+pub(super) fn absent_slots(map: &ClusterMap, group: PlacementGroupId, answers: impl Fn(DiskId) -> bool) -> usize {
+    let slots = map.group(group).map(|group| group.slots.as_slice()).unwrap_or_default();
+    slots.iter().filter(|slot| !answers(slot.previous.unwrap_or(slot.current))).count()
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
+    use crate::ops::away::{take_out, Takers};
+    use crate::ops::form::tests::cluster;
     use granary_meta::record::BucketId;
-    use granary_placement::id::PlacementGroupId;
     use granary_placement::scheme::CodecId;
     use std::time::Duration;
 
@@ -263,5 +272,28 @@ mod tests {
         }
         backoff.done(extent);
         assert!(backoff.is_ready(extent, start));
+    }
+
+    #[test]
+    fn groups_with_more_slots_that_no_disk_holds_come_first() {
+        let mut map = cluster(9);
+        let dead = [DiskId(2), DiskId(3)];
+        let lost: BTreeMap<PlacementGroupId, usize> = (map.groups.iter())
+            .map(|(id, group)| (*id, group.slots.iter().filter(|slot| dead.contains(&slot.current)).count()))
+            .collect();
+        assert!((0..=2).all(|count| lost.values().any(|lost| *lost == count)));
+        let answers = |disk| !dead.contains(&disk);
+        // Before they go out, and while what they held is on its way to others.
+        for step in 0..=2 {
+            for (group, lost) in &lost {
+                assert_eq!(absent_slots(&map, *group, answers), *lost, "{step} of them are out");
+            }
+            if let Some(disk) = dead.get(step) {
+                map = take_out(&map, *disk, &Takers { ceiling_percent: 90, ..Takers::default() }).unwrap();
+            }
+        }
+        // From a disk that answers again can be read.
+        let least = lost.keys().map(|group| absent_slots(&map, *group, |_| true)).max();
+        assert_eq!(least, Some(0));
     }
 }

@@ -21,7 +21,7 @@ use futures::stream::{self, StreamExt};
 use granary_meta::record::ExtentRef;
 use granary_meta::{Answer, ChunkRef, Command, Query};
 use granary_placement::codec::{ChunkSet, Codec};
-use granary_placement::id::DiskId;
+use granary_placement::id::{DiskId, HashSlot};
 use granary_wire::chunk::{block_count, ChunkHealth, ChunkId, ChunkSpec, BLOCK_BYTES};
 use granary_wire::client::{ChunkWriter, NodeClient};
 use granary_wire::control::{ControlRequest, ControlResponse};
@@ -51,13 +51,13 @@ pub(super) enum RebuildError {
 }
 
 /// A chunk to be rebuilt and the disk it goes to.
-struct Lost {
-    index: u8,
-    disk: DiskId,
-    client: NodeClient,
-    id: ChunkId,
+pub(super) struct Lost {
+    pub(super) index: u8,
+    pub(super) disk: DiskId,
+    pub(super) client: NodeClient,
+    pub(super) id: ChunkId,
     /// It lies there and some of its blocks are bad; the others serve.
-    corrupt: bool,
+    pub(super) corrupt: bool,
 }
 
 /// After so many passes that rebuilt chunks, slots have their turn.
@@ -232,16 +232,7 @@ impl Inner {
         crate::object::check_extent(extent).map_err(RebuildError::Record)?;
         let codec = self.store.codec(extent.k, extent.m).map_err(ReadError::Codec)?;
         let chunk_len = extent.layout().chunk_len();
-        let spec = ChunkSpec {
-            codec: extent.codec,
-            k: extent.k,
-            m: extent.m,
-            unit_bytes: extent.unit_bytes,
-            extent_len_bytes: extent.len_bytes,
-            len_bytes: chunk_len,
-            owner: task.owner,
-            created_ms: now_ms(),
-        };
+        let spec = spec_of(extent, task.owner);
         let mut sinks: Vec<(&Lost, ChunkWriter)> = Vec::with_capacity(lost.len());
         let mut trouble = None;
         for lost in lost {
@@ -323,7 +314,7 @@ impl Inner {
 
     /// Makes a rebuilt chunk durable, has it read back on its disk, and holds one of its blocks against what was
     /// decoded.
-    async fn finish(
+    pub(super) async fn finish(
         &self,
         lost: &Lost,
         sink: ChunkWriter,
@@ -358,7 +349,7 @@ impl Inner {
         Err(RebuildError::Disk { disk, error })
     }
 
-    fn disk_failed(&self, lost: &Lost, error: ChunkError, held: &Held) -> RebuildError {
+    pub(super) fn disk_failed(&self, lost: &Lost, error: ChunkError, held: &Held) -> RebuildError {
         if let ChunkError::StaleLease { current } = error {
             held.refused(current);
         }
@@ -367,7 +358,21 @@ impl Inner {
     }
 }
 
-async fn within<T>(work: impl std::future::Future<Output = Result<T, ChunkError>>) -> Result<T, ChunkError> {
+/// The header of a chunk of this extent that is written now.
+pub(super) fn spec_of(extent: &ExtentRef, owner: HashSlot) -> ChunkSpec {
+    ChunkSpec {
+        codec: extent.codec,
+        k: extent.k,
+        m: extent.m,
+        unit_bytes: extent.unit_bytes,
+        extent_len_bytes: extent.len_bytes,
+        len_bytes: extent.layout().chunk_len(),
+        owner,
+        created_ms: now_ms(),
+    }
+}
+
+pub(super) async fn within<T>(work: impl std::future::Future<Output = Result<T, ChunkError>>) -> Result<T, ChunkError> {
     tokio::time::timeout(WRITE_DEADLINE, work).await.unwrap_or(Err(ChunkError::Link(LinkError::Timeout)))
 }
 

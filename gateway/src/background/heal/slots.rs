@@ -18,12 +18,13 @@
 //! made on.
 
 use super::look::BATCH;
-use super::plan::Task;
+use super::plan::{absent_slots, Task};
 use super::rest::Looked;
 use super::{lock, Inner};
 use crate::background::command_under;
 use crate::background::leases::Held;
 use crate::backoff::Backoff;
+use crate::disks::DiskHealth;
 use crate::object::{add, chunk_id};
 use crate::ops::change::FinishedMove;
 use crate::ops::{commit, finish_moves, ChangeError, CommitError};
@@ -38,6 +39,7 @@ use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
 use granary_wire::chunk::ChunkId;
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// Extents looked at between two notes of the cursor.
@@ -129,6 +131,9 @@ impl Inner {
         // Gateways that have not heard of the map yet may still write to the disks that it took slots from. They are
         // given time to hear of it, and refused from then on: what comes late is seen below, or is placed anew.
         if moves.epoch.is_none_or(|(_, since)| since.elapsed() < self.settings().move_settle) {
+            self.tell_flow(map, moving.len(), moving.len());
+            // They are waited for as the others are.
+            lock(&self.status).queued_slots = u64::try_from(moving.len()).unwrap_or(u64::MAX);
             return Ok(Looked::NOT);
         }
         let (mut progress, mut left) = (0, BTreeSet::new());
@@ -148,6 +153,7 @@ impl Inner {
         }
         lock(&self.status).queued_slots = u64::try_from(left.len()).unwrap_or(u64::MAX);
         let open = moves_wait || !left.is_empty() || !all_looked_at;
+        self.tell_flow(map, moving.len(), left.len());
         let mut done = moving;
         done.retain(|id, _| !left.contains(id));
         if all_looked_at && !done.is_empty() && self.clear_previous(map, &mut done, held).await? {
@@ -168,6 +174,17 @@ impl Inner {
             }
         }
         Ok(Looked { done: progress, open })
+    }
+
+    /// Notes for status pages how much is still to be brought, and how fast that goes.
+    fn tell_flow(&self, map: &ClusterMap, slots: usize, left: usize) {
+        let views = self.store.disks().view();
+        let held: HashMap<DiskId, u64> =
+            views.iter().filter_map(|view| Some((view.id, view.status.as_ref()?.chunk_bytes))).collect();
+        let known = map.groups.values().flat_map(|group| &group.slots).filter(|slot| held.contains_key(&slot.current));
+        let per_slot = held.values().sum::<u64>() / u64::try_from(known.count()).unwrap_or(u64::MAX).max(1);
+        let rebuilt = self.counters().bytes_rebuilt.load(Ordering::Relaxed);
+        lock(&self.flow).pass((slots, left), per_slot, rebuilt);
     }
 
     /// Queues in a shard what moves and what it was not told yet. At first, what an earlier holder of the lease had
@@ -229,7 +246,18 @@ impl Inner {
         left: &mut BTreeSet<SlotId>,
     ) -> Result<usize, ShardError> {
         let mut progress = 0;
-        for (group, slot, record) in self.queued_slots(shard).await? {
+        let mut queued = self.queued_slots(shard).await?;
+        let answers = |disk| self.store.disks().health(disk) == DiskHealth::Up;
+        queued.sort_by_key(|(group, slot, _)| (std::cmp::Reverse(absent_slots(map, *group, answers)), *group, *slot));
+        let mut most = None;
+        for (group, slot, record) in queued {
+            // The rest waits while something of those in the most danger can be brought.
+            let absent = absent_slots(map, group, answers);
+            if progress > 0 && most.is_some_and(|most| absent < most) {
+                left.insert((group, slot));
+                continue;
+            }
+            most = Some(absent);
             match self.look_at_slot(map, shard, (group, slot), &record, moves, held).await? {
                 Look::Done => progress += 1,
                 Look::Further => {
@@ -368,7 +396,7 @@ impl Inner {
 
     /// Has a disk refuse earlier holders of the lease from now on, by a deletion of nothing. False when it does not
     /// answer.
-    async fn tell_of_lease(&self, disk: DiskId, held: &Held) -> bool {
+    pub(super) async fn tell_of_lease(&self, disk: DiskId, held: &Held) -> bool {
         let Some(client) = self.store.disks().client(disk) else { return false };
         let request = ControlRequest::DeleteChunks { chunks: Vec::new(), lease: Some(held.stamp().clone()) };
         match client.control(request, self.settings().control_deadline).await {
@@ -390,14 +418,20 @@ impl Inner {
 
     /// Looks once more that the current disks have every chunk of these slots, and deletes what they have on the
     /// previous ones, which nobody would ask for it again. A slot where one is lacking is queued again. A slot whose
-    /// previous disk does not answer stays as it is until it does or is out. False when none is left.
+    /// previous disk does not answer stays as it is until it does, or is out or away. False when none is left.
     async fn clear_previous(
         &self,
         map: &ClusterMap,
         done: &mut BTreeMap<SlotId, GroupSlot>,
         held: &Held,
     ) -> Result<bool, ShardError> {
-        let serves = |disk: DiskId| map.disk(disk).is_some_and(|disk| disk.state != DiskState::Out);
+        // One that is away takes its chunks along, unless it answers again: its leftovers are cleared when it comes
+        // back.
+        let serves = |disk: DiskId| match map.disk(disk).map(|disk| disk.state) {
+            None | Some(DiskState::Out) => false,
+            Some(DiskState::Away) => self.store.disks().health(disk) == DiskHealth::Up,
+            Some(DiskState::In | DiskState::Draining) => true,
+        };
         for ((group, slot), entry) in done.clone() {
             let previous = entry.previous.filter(|disk| serves(*disk));
             if !self.tell_of_lease(entry.current, held).await {

@@ -5,22 +5,28 @@
 //! names is asked for each by a linearizable read. A chunk is an orphan when
 //!
 //! - its shard does not know its extent, not even as garbage, or
-//! - its disk serves no slot of its group, and the disk of the slot that it belongs into has it.
+//! - its disk does not serve the slot that it belongs into, and the disk of that slot has it (see
+//!   [`home`](super::home)).
 //!
 //! An orphan older than the longest upload goes into quarantine, which is a mark on its disk and nothing else. What is
 //! still an orphan when its time in quarantine is over is deleted; what turns out to be owned is taken out of it. To
 //! list a disk takes long, and slots may move meanwhile: right before a page of chunks is deleted, it is asked again
 //! whether they are orphans, by the newest map.
 //!
-//! **Invariant:** a disk with more orphans than the limit is left alone until an operator raises the limit: so many are
-//! rather a fault of the metadata than leftovers.
+//! So many orphans that they are rather a fault of the metadata than leftovers wait for an operator. But what is known
+//! not to be needed does not: a chunk that its shard owns and that was found at home, and one of an extent of which no
+//! other disk of the group has a chunk ([`remnants`](super::remnants)). A disk that was out of service has many of
+//! both. These go into quarantine and out of it like all orphans, but count for no limit.
+//!
+//! **Invariant:** of a disk with more other orphans than the limit these are left alone until an operator raises the
+//! limit.
 
+use super::home::Stray;
 use super::Inner;
 use crate::background::leases::Held;
 use crate::disks::DiskHealth;
 use crate::object::add;
 use crate::shards::ShardError;
-use granary_meta::ChunkRef;
 use granary_placement::id::{DiskId, ExtentId, PlacementGroupId, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_wire::chunk::{ChunkId, ChunkInfo};
@@ -29,11 +35,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 /// Chunks per page of a listing, and per request.
-const PAGE: u32 = 1000;
+pub(super) const PAGE: u32 = 1000;
 /// So many orphans on a disk are no reason to wait for an operator, however few chunks it has.
 const ALWAYS_ALLOWED: u64 = 16;
+/// Most chunks that nobody needs which one sweep of a disk marks, and deletes: bounds its memory.
+const SURE_AT_ONCE: usize = 250_000;
 /// Pause between two pages: a sweep is in no hurry, clients are.
-const PAGE_PAUSE: Duration = Duration::from_millis(5);
+pub(super) const PAGE_PAUSE: Duration = Duration::from_millis(5);
 /// The first sweep of a new holder of the lease waits so long: gateways that start have other things to do.
 const FIRST: Duration = Duration::from_secs(60);
 
@@ -46,16 +54,39 @@ pub(super) struct Swept {
     pub(super) orphans: u64,
     /// Of these, in quarantine.
     pub(super) quarantined: u64,
-    /// Orphans that are old enough to be judged.
+    /// Orphans that are old enough to be judged, and of which it is not known that nobody needs them.
     old: u64,
-    /// Of the old ones, those without the mark; empty when there are more than the limit.
-    to_mark: Vec<ChunkId>,
-    /// Those whose time in quarantine is over; empty when there are more than the limit.
-    to_delete: Vec<ChunkInfo>,
+    /// What is to be done with these; nothing when there are more than the limit.
+    doubtful: Acts,
+    /// What is to be done with old orphans that nobody needs; no more of each kind than [`SURE_AT_ONCE`].
+    sure: Acts,
     /// Chunks in quarantine that are owned after all.
     to_release: Vec<ChunkId>,
-    /// Owned chunks that no disk of their group has: their shards are told.
-    missing_at_home: Vec<(ShardId, ChunkRef)>,
+    /// Owned chunks that the disk of their slot lacks: their shards are told, and they are brought there.
+    pub(super) missing_at_home: Vec<Stray>,
+    /// Owned chunks that the disk of their slot could not be asked for.
+    pub(super) unasked: usize,
+}
+
+/// What a sweep does to orphans of a disk.
+#[derive(Debug, Default)]
+struct Acts {
+    /// Those without the mark.
+    to_mark: Vec<ChunkId>,
+    /// Those whose time in quarantine is over.
+    to_delete: Vec<ChunkInfo>,
+}
+
+impl Acts {
+    fn take(&mut self, chunk: &ChunkInfo, quarantine: Duration, at_most: usize) {
+        match chunk.quarantined_ms {
+            None if self.to_mark.len() < at_most => self.to_mark.push(chunk.id),
+            Some(ms) if Duration::from_millis(ms) >= quarantine && self.to_delete.len() < at_most => {
+                self.to_delete.push(*chunk);
+            }
+            _ => {}
+        }
+    }
 }
 
 /// So many old orphans may be on a disk with so many chunks.
@@ -68,23 +99,22 @@ impl Swept {
         self.old > allowed(self.chunks, limit_percent)
     }
 
-    /// Takes in an orphan. `at_most`: so many are remembered by name.
-    fn orphan(&mut self, chunk: &ChunkInfo, age: Duration, quarantine: Duration, at_most: u64) {
+    /// Takes in an orphan. `needless`: it is known that nobody needs it. `at_most`: of others so many are remembered by
+    /// name.
+    fn orphan(&mut self, chunk: &ChunkInfo, needless: bool, age: Duration, quarantine: Duration, at_most: u64) {
         self.orphans += 1;
         self.quarantined += u64::from(chunk.quarantined_ms.is_some());
         if Duration::from_millis(chunk.age_ms) < age {
             return;
         }
+        if needless {
+            return self.sure.take(chunk, quarantine, SURE_AT_ONCE);
+        }
         self.old += 1;
         if self.old > at_most {
-            self.to_mark.clear();
-            self.to_delete.clear();
-            return;
-        }
-        match chunk.quarantined_ms {
-            None => self.to_mark.push(chunk.id),
-            Some(ms) if Duration::from_millis(ms) >= quarantine => self.to_delete.push(*chunk),
-            Some(_) => {}
+            self.doubtful = Acts::default();
+        } else {
+            self.doubtful.take(chunk, quarantine, usize::MAX);
         }
     }
 }
@@ -169,15 +199,28 @@ impl Inner {
             after = chunks.last().map(|chunk| chunk.id);
             swept.chunks += u64::try_from(chunks.len()).unwrap_or(0);
             let owned = self.owned(&map, &chunks).await?;
-            let strays = self.strays(&map, disk, &chunks, &owned, &mut swept).await?;
+            let strays = self.strays(&map, disk, &chunks, &owned).await?;
+            let at_home: HashSet<ChunkId> = strays.at_home.iter().map(|stray| stray.id).collect();
+            swept.missing_at_home.extend(strays.absent);
+            swept.unasked += strays.unasked.len();
+            let is_unknown = |chunk: &&ChunkInfo| {
+                let owned = owned.get(&(chunk.id.group, chunk.id.extent)).map(|(_, owned)| *owned);
+                owned == Some(false) && Duration::from_millis(chunk.age_ms) >= settings.orphan_age
+            };
+            let unknown: Vec<ChunkInfo> = chunks.iter().filter(is_unknown).copied().collect();
+            let remnants = self.remnants(&map, disk, &unknown).await;
             for chunk in &chunks {
                 match owned.get(&(chunk.id.group, chunk.id.extent)) {
                     // Its shard cannot be named by this map: nobody was asked.
                     None => {}
-                    Some((_, true)) if !strays.contains(&chunk.id) => {
+                    Some((_, true)) if !at_home.contains(&chunk.id) => {
                         swept.to_release.extend(chunk.quarantined_ms.map(|_| chunk.id));
                     }
-                    Some(_) => swept.orphan(chunk, settings.orphan_age, settings.quarantine, at_most),
+                    Some((_, is_owned)) => {
+                        // One that is owned is a stray here: its home has it.
+                        let needless = *is_owned || remnants.contains(&(chunk.id.group, chunk.id.extent));
+                        swept.orphan(chunk, needless, settings.orphan_age, settings.quarantine, at_most);
+                    }
                 }
             }
             if !more || after.is_none() {
@@ -188,7 +231,7 @@ impl Inner {
     }
 
     /// Which extents of a page their shards own, with the shards.
-    async fn owned(&self, map: &ClusterMap, chunks: &[ChunkInfo]) -> Result<Owned, ShardError> {
+    pub(super) async fn owned(&self, map: &ClusterMap, chunks: &[ChunkInfo]) -> Result<Owned, ShardError> {
         let mut by_shard: BTreeMap<ShardId, HashSet<(PlacementGroupId, ExtentId)>> = BTreeMap::new();
         for chunk in chunks {
             if let Some(shard) = map.shard_of_slot(chunk.spec.owner) {
@@ -205,74 +248,16 @@ impl Inner {
         Ok(owned)
     }
 
-    /// Owned chunks of a page that lie here for nothing: the disk serves no slot of their group, and the disk of their
-    /// own slot has them. Where it has not, it is noted in `swept` what their shards are to be told. That another disk
-    /// of the group has such a chunk means nothing: it may be left there from another slot, where no reader looks.
-    async fn strays(
-        &self,
-        map: &ClusterMap,
-        disk: DiskId,
-        chunks: &[ChunkInfo],
-        owned: &Owned,
-        swept: &mut Swept,
-    ) -> Result<HashSet<ChunkId>, ShardError> {
-        let mut by_home: BTreeMap<DiskId, Vec<(ChunkId, ChunkRef, ShardId)>> = BTreeMap::new();
-        for chunk in chunks {
-            let id = chunk.id;
-            let Some((shard, true)) = owned.get(&(id.group, id.extent)).copied() else { continue };
-            let Some(group) = map.group(id.group) else { continue };
-            if group.slots.iter().any(|slot| slot.disks().any(|serving| serving == disk)) {
-                continue;
-            }
-            let Some(slot) = self.slot_of_chunk(shard, chunk, group.slots.len()).await? else { continue };
-            if let Some(home) = group.slots.get(usize::from(slot)) {
-                let named = ChunkRef { group: id.group, extent: id.extent, index: id.index };
-                by_home.entry(home.current).or_default().push((id, named, shard));
-            }
-        }
-        let mut strays = HashSet::new();
-        for (home, chunks) in by_home {
-            let asked: Vec<(ChunkId, ChunkRef)> = chunks.iter().map(|(id, named, _)| (*id, *named)).collect();
-            let Some(absent) = self.absent(home, &asked).await else { continue };
-            let absent: HashSet<ChunkRef> = absent.into_iter().collect();
-            for (id, named, shard) in chunks {
-                if absent.contains(&named) {
-                    swept.missing_at_home.push((shard, named));
-                } else {
-                    strays.insert(id);
-                }
-            }
-        }
-        Ok(strays)
-    }
-
-    /// The slot that a chunk belongs into. An extent as wide as its group has chunk i in slot i; of a narrower one only
-    /// its shard knows.
-    async fn slot_of_chunk(&self, shard: ShardId, chunk: &ChunkInfo, width: usize) -> Result<Option<u8>, ShardError> {
-        if usize::from(chunk.spec.k) + usize::from(chunk.spec.m) == width {
-            return Ok(Some(chunk.id.index));
-        }
-        let (group, extent) = (chunk.id.group, chunk.id.extent);
-        let before = u128::from_be_bytes(extent.0).checked_sub(1).map(|id| (group, ExtentId(id.to_be_bytes())));
-        let (found, _) = self.extents_of(shard, group, before, 1).await?;
-        let found = found.first().filter(|record| record.extent.extent == extent);
-        Ok(found.and_then(|record| record.extent.slots.get(usize::from(chunk.id.index)).copied()))
-    }
-
     async fn act(&self, disk: DiskId, swept: &Swept, held: &Held) {
-        let mut told: HashMap<ShardId, Vec<ChunkRef>> = HashMap::new();
-        swept.missing_at_home.iter().for_each(|(shard, chunk)| told.entry(*shard).or_default().push(*chunk));
-        for (shard, chunks) in told {
-            for part in chunks.chunks(super::look::BATCH) {
-                if let Err(error) = self.report(shard, part.to_vec()).await {
-                    tracing::debug!(%error, "chunks found by a sweep could not be reported as missing");
-                }
-            }
-        }
+        self.tell_missing(&swept.missing_at_home).await;
+        self.bring_home(disk, swept.missing_at_home.clone(), held).await;
         self.mark(disk, &swept.to_release, false, held).await;
-        self.mark(disk, &swept.to_mark, true, held).await;
+        let acts = [&swept.sure, &swept.doubtful];
+        for acts in acts {
+            self.mark(disk, &acts.to_mark, true, held).await;
+        }
         let mut deleted = 0;
-        for page in swept.to_delete.chunks(usize::try_from(PAGE).unwrap_or(1)) {
+        for page in acts.iter().flat_map(|acts| acts.to_delete.chunks(usize::try_from(PAGE).unwrap_or(1))) {
             let orphans = match self.still_orphans(disk, page).await {
                 Ok(orphans) => orphans,
                 Err(error) => {
@@ -293,13 +278,17 @@ impl Inner {
         }
     }
 
-    /// Which of these chunks on a disk are orphans by the newest map.
+    /// Which of these chunks on a disk are orphans by the newest map. Of those that their shards own, only what the
+    /// disk of their slot has read just now and found good.
     async fn still_orphans(&self, disk: DiskId, chunks: &[ChunkInfo]) -> Result<Vec<ChunkId>, ShardError> {
         let Some(map) = self.store.disks().map() else { return Ok(Vec::new()) };
         let owned = self.owned(&map, chunks).await?;
-        let strays = self.strays(&map, disk, chunks, &owned, &mut Swept::default()).await?;
+        let strays = self.strays(&map, disk, chunks, &owned).await?;
+        let (good, bad) = self.verified(strays.at_home).await;
+        self.tell_missing(&bad).await;
+        let good: HashSet<ChunkId> = good.iter().map(|stray| stray.id).collect();
         let is_orphan = |id: &ChunkId| match owned.get(&(id.group, id.extent)) {
-            Some((_, is_owned)) => !is_owned || strays.contains(id),
+            Some((_, is_owned)) => !is_owned || good.contains(id),
             None => false,
         };
         // A map that came while the answers did is another matter: the next sweep asks by that one.
@@ -328,7 +317,7 @@ impl Inner {
 }
 
 /// Extents with the shards that were asked for them, and whether these own them.
-type Owned = HashMap<(PlacementGroupId, ExtentId), (ShardId, bool)>;
+pub(super) type Owned = HashMap<(PlacementGroupId, ExtentId), (ShardId, bool)>;
 
 #[cfg(test)]
 mod tests {
@@ -354,17 +343,24 @@ mod tests {
         };
         let (age, quarantine) = (Duration::from_secs(100), Duration::from_secs(1000));
         let mut swept = Swept { chunks: 60, ..Swept::default() };
-        swept.orphan(&chunk(1, 99, None), age, quarantine, 3);
-        swept.orphan(&chunk(2, 100, None), age, quarantine, 3);
-        swept.orphan(&chunk(3, 100, Some(999)), age, quarantine, 3);
-        swept.orphan(&chunk(4, 100, Some(1000)), age, quarantine, 3);
+        swept.orphan(&chunk(1, 99, None), false, age, quarantine, 3);
+        swept.orphan(&chunk(2, 100, None), false, age, quarantine, 3);
+        swept.orphan(&chunk(3, 100, Some(999)), false, age, quarantine, 3);
+        swept.orphan(&chunk(4, 100, Some(1000)), false, age, quarantine, 3);
         assert_eq!((swept.orphans, swept.old, swept.quarantined), (4, 3, 2));
-        assert_eq!((swept.to_mark.len(), swept.to_delete.len()), (1, 1));
+        assert_eq!((swept.doubtful.to_mark.len(), swept.doubtful.to_delete.len()), (1, 1));
         for more in 5..20 {
-            swept.orphan(&chunk(more, 100, None), age, quarantine, 3);
+            swept.orphan(&chunk(more, 100, None), false, age, quarantine, 3);
         }
-        assert!(swept.to_mark.is_empty() && swept.to_delete.is_empty(), "beyond the limit nothing is touched");
-        assert_eq!(swept.old, 18);
+        let nothing = |acts: &Acts| acts.to_mark.is_empty() && acts.to_delete.is_empty();
+        assert!(nothing(&swept.doubtful), "beyond the limit nothing is touched");
+        // What nobody needs is dealt with all the same, when it is old enough, and counts for no limit.
+        swept.orphan(&chunk(20, 99, None), true, age, quarantine, 3);
+        swept.orphan(&chunk(21, 100, None), true, age, quarantine, 3);
+        swept.orphan(&chunk(22, 100, Some(1000)), true, age, quarantine, 3);
+        assert_eq!((swept.sure.to_mark.len(), swept.sure.to_delete.len()), (1, 1));
+        assert!(nothing(&swept.doubtful));
+        assert_eq!((swept.orphans, swept.old), (22, 18));
         assert!(swept.is_beyond(1) && !swept.is_beyond(50));
     }
 }

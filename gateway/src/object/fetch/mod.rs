@@ -35,6 +35,8 @@ use std::time::{Duration, Instant};
 
 /// A chunk with more corrupt blocks than this in one window is read directly no further, only to make up K.
 const CORRUPT_BLOCKS_WORTH_SKIPPING: u32 = 2;
+/// The rank of a chunk whose disk does not answer.
+const RANK_DOWN: u8 = 3;
 
 /// Blocks of one chunk that are wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -191,13 +193,13 @@ impl Fetch<'_> {
     }
 
     /// How little is to be expected of a chunk's disk: 0 it answers, 1 doubtful, 2 it does not answer or was trouble
-    /// just now.
+    /// just now, [`RANK_DOWN`] it is down.
     fn rank(&self, chunk: u8) -> u8 {
-        let Some(disk) = self.disk_of(chunk) else { return 3 };
+        let Some(disk) = self.disk_of(chunk) else { return RANK_DOWN };
         let trouble =
             self.avoid.contains(disk) || self.corrupt.get(usize::from(chunk)).is_some_and(|blocks| *blocks > 0);
         match self.store.disks().health(disk) {
-            DiskHealth::Down => 3,
+            DiskHealth::Down => RANK_DOWN,
             _ if trouble => 2,
             DiskHealth::Suspect => 1,
             DiskHealth::Up => 0,
@@ -328,6 +330,10 @@ impl Fetch<'_> {
 
     fn read_again(&mut self, chunk: u8, blocks: Range<u32>) {
         self.grid.set(chunk, blocks.clone(), || Cell::Untried);
+        // One that is down is asked only when the others do not suffice.
+        if self.rank(chunk) >= RANK_DOWN {
+            return;
+        }
         let again: Vec<u32> = blocks.collect();
         self.launch(chunk, &again, false);
     }
