@@ -18,6 +18,7 @@ pub use granary_replica::{MetaCounters, MetaError}; // for metrics and the error
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
 use granary_wire::{AuthError, LinkError};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::OnceCell;
@@ -46,6 +47,8 @@ pub struct Roles {
     reserve_bytes: u64,
     on_fatal: OnFatal,
     host: OnceCell<MetaHost>,
+    /// The root shard was seen here at a level at which disks may be away. Levels only rise.
+    has_away_level: AtomicBool,
     /// Why the host could not be opened at the last attempt.
     why_closed: Mutex<Option<String>>,
     tasks: TaskTracker,
@@ -160,9 +163,15 @@ impl Roles {
     /// May a disk be away in the map of the root shard, by the feature level that it has here? False when it is not
     /// here.
     pub fn root_may_have_away(&self) -> bool {
+        // Asked for each stranger's handshake: read from the database only until it is so.
+        if self.has_away_level.load(Ordering::Relaxed) {
+            return true;
+        }
         // One that cannot be read cannot answer either.
         let level = self.host.get().and_then(|host| host.level(ShardId::ROOT).ok());
-        level.is_some_and(|level| level >= AWAY_LEVEL)
+        let has = level.is_some_and(|level| level >= AWAY_LEVEL);
+        self.has_away_level.store(has, Ordering::Relaxed);
+        has
     }
 
     /// A gateway asked this disk something.
@@ -196,6 +205,7 @@ impl Roles {
             reserve_bytes,
             on_fatal,
             host: OnceCell::new(),
+            has_away_level: AtomicBool::new(false),
             why_closed: Mutex::default(),
             tasks: TaskTracker::new(),
             stop,

@@ -20,7 +20,7 @@ use axum::Router;
 use futures::future::BoxFuture;
 use granary_meta::level::MAX_FEATURE_LEVEL;
 
-use granary_placement::id::{DiskId, Epoch, ShardId};
+use granary_placement::id::{DiskId, DiskUuid, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::moves::{moves, replica_moves};
 use granary_placement::place::PlaceError;
@@ -256,20 +256,13 @@ async fn number_of_new(context: &AdminContext, map: &ClusterMap, new: &Replaceme
             return Err(conflict(format!("the address of disk {} is not known; name the new disk's", new.old)))
         }
     };
-    let (address, uuid) = (client.address(), new.uuid);
+    let address = client.address();
     let format = format!("granary-disk-node format --dir DIR --cluster {} --disk {next}", map.cluster_id);
     match client.control(ControlRequest::Status, NEW_DISK).await {
-        Ok(ControlResponse::Status(NodeStatus { disk: Some(disk), uuid: found, .. }))
-            if found == uuid && disk == next =>
-        {
-            Ok(disk)
-        }
         Ok(ControlResponse::Status(status)) => {
-            let number = status.disk.map_or_else(|| "without a number".to_owned(), |disk| disk.to_string());
-            let found = status.uuid;
-            Err(conflict(format!(
-                "the node at {address} serves disk {number} ({found}), but the new one must be disk {next} ({uuid}): `{format}`"
-            )))
+            let level = levels::of_shards(&context.shards, map).await.into_values().max().unwrap_or_default();
+            let wrong = unfit(&status, new.uuid, next, level);
+            wrong.map_or(Ok(next), |why| Err(conflict(format!("the node at {address} {why}: `{format}`"))))
         }
         Ok(other) => Err(conflict(format!("the node at {address} does not tell which disk it serves: {other:?}"))),
         Err(error) => Err(conflict(format!(
@@ -278,6 +271,54 @@ async fn number_of_new(context: &AdminContext, map: &ClusterMap, new: &Replaceme
     }
 }
 
+/// Why a node cannot take the place of a disk, when the new one must have this identity and the shards are at this
+/// feature level; None when it can.
+fn unfit(status: &NodeStatus, uuid: DiskUuid, next: DiskId, level: u32) -> Option<String> {
+    if status.uuid != uuid || status.disk != Some(next) {
+        let number = status.disk.map_or_else(|| "without a number".to_owned(), |disk| disk.to_string());
+        let found = status.uuid;
+        return Some(format!("serves disk {number} ({found}), but the new one must be disk {next} ({uuid})"));
+    }
+    let knows = status.feature_level;
+    (knows < level).then(|| {
+        format!(
+            "runs an older release: it knows feature level {knows}, and the cluster is at {level}. Upgrade it first"
+        )
+    })
+}
+
 fn no_map() -> ApiError {
     ApiError::new(ErrorCode::Unavailable, "the root shard has not told the cluster map yet")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_disk_that_was_named_by_a_node_that_knows_the_clusters_level_takes_a_place() {
+        let (uuid, next) = (DiskUuid([7; 16]), DiskId(9));
+        let status = |uuid, disk, feature_level| NodeStatus {
+            disk,
+            uuid,
+            epoch: Epoch(1),
+            capacity_bytes: 0,
+            free_bytes: 0,
+            chunks: 0,
+            chunk_bytes: 0,
+            feature_level,
+            data_connections: 0,
+        };
+        assert_eq!(unfit(&status(uuid, Some(next), 2), uuid, next, 2), None);
+        assert_eq!(unfit(&status(uuid, Some(next), 3), uuid, next, 2), None);
+        for (wrong, says) in [
+            (status(DiskUuid([8; 16]), Some(next), 2), "serves disk 9"),
+            (status(uuid, Some(DiskId(8)), 2), "serves disk 8"),
+            (status(uuid, None, 2), "without a number"),
+            (status(uuid, Some(next), 1), "feature level 1"),
+        ] {
+            let why = unfit(&wrong, uuid, next, 2);
+            assert!(why.as_ref().is_some_and(|why| why.contains(says)), "{why:?}");
+        }
+    }
 }

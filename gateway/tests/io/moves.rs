@@ -3,6 +3,7 @@
 use crate::cluster::{body, payload, seed, Cluster, UNIT};
 use crate::heal::{chunk, contents, counter, fill, heal, heal_by, key_in, now_ms, objects_of, settings, small};
 use crate::meta::Meta;
+use crate::node::Damage;
 use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use granary_gateway::background::heal::HealSettings;
@@ -67,6 +68,33 @@ async fn a_move_that_takes_long_to_settle_goes_on_as_soon_as_it_has() {
     give_slot_to(&cluster, 7);
     cluster.until("the move is done", || slot(&cluster) == GroupSlot::new(DiskId(7))).await;
     assert!(contents(&cluster.disks[6]) == before);
+}
+
+/// A disk that was away gets back a slot whose chunks it still has by name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_lay_on_the_new_disk_before_the_slot_came_is_read_before_the_previous_one_loses_its_own() {
+    let mut draw = seed("what_lay_on_the_new_disk_before_the_slot_came_is_read_before_the_previous_one_loses_its_own");
+    let cluster = Cluster::with_disks(4, 2, 7, small()).await;
+    let meta = Meta::of(&cluster);
+    meta.page(2);
+    let objects = fill(&cluster, &meta, &mut draw).await;
+    let before = contents(&cluster.disks[2]);
+    let old: Vec<_> =
+        cluster.disks[2].chunks.lock().unwrap().iter().map(|(id, stored)| (*id, stored.clone())).collect();
+    let rotten = old[1].0;
+    cluster.disks[6].chunks.lock().unwrap().extend(old);
+    cluster.disks[6].damage.lock().unwrap().insert((rotten, 0), Damage::Noticed);
+    give_slot_to(&cluster, 7);
+    let (_healer, _stop) = heal(&cluster, &meta);
+    cluster.until("the move is done", || slot(&cluster) == GroupSlot::new(DiskId(7))).await;
+    assert!(cluster.disks[6].damage.lock().unwrap().is_empty(), "the good one is gone, and this one is rotten");
+    assert!(contents(&cluster.disks[6]) == before);
+    // The others that are not needed may die now.
+    cluster.kill(0).await;
+    cluster.kill(1).await;
+    for (data, payload) in &objects {
+        cluster.check(data, payload, 0..payload.len() as u64).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -150,9 +150,12 @@ impl Inner {
                 why.insert(disk, limit.to_string());
                 continue;
             }
-            // What was seen may be long ago, if this process slept; and it was seen by an older map.
-            let may =
-                |newest: &ClusterMap| !held.is_lost() && memory.may_go(disk, (&map, newest), began.elapsed(), &rules);
+            // What was seen may be long ago, if this process slept; and it was seen by an older map. And the disk may
+            // have come back while others went out.
+            let may = |newest: &ClusterMap| {
+                let is_down = self.store.disks().health(disk) == DiskHealth::Down;
+                is_down && !held.is_lost() && memory.may_go(disk, (&map, newest), began.elapsed(), &rules)
+            };
             let made = commit(&self.meta, |newest| match may(newest) {
                 true => take_out(newest, disk, &takers(newest, &views, settings.fill_ceiling_percent)),
                 false => Err(AwayError::Changed),

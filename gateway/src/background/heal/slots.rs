@@ -17,6 +17,7 @@
 //! disk, under this very pair of disks, whatever the cursors say: the last look is made by the map that the change is
 //! made on.
 
+use super::census::verify_on;
 use super::look::BATCH;
 use super::plan::{absent_slots, Task};
 use super::rest::Looked;
@@ -36,7 +37,7 @@ use granary_meta::record::{ExtentRecord, RepairSlotRecord};
 use granary_meta::{Answer, ChunkRef, Command, Query};
 use granary_placement::id::{DiskId, Epoch, ExtentId, HashSlot, PlacementGroupId, ShardId};
 use granary_placement::map::{ClusterMap, DiskState, GroupSlot};
-use granary_wire::chunk::ChunkId;
+use granary_wire::chunk::{ChunkHealth, ChunkId};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::atomic::Ordering;
@@ -320,7 +321,13 @@ impl Inner {
         let asked: Vec<(ChunkId, ChunkRef)> = chunks.iter().map(|(id, chunk, _)| (*id, *chunk)).collect();
         let Some(absent) = self.absent(entry.current, &asked).await else { return Ok(Look::Waits) };
         add(&self.counters().chunks_found_absent, u64::try_from(absent.len()).unwrap_or(0));
-        let tasks = chunks.iter().filter(|(_, chunk, _)| absent.contains(chunk)).map(|(_, chunk, record)| Task {
+        let absent: HashSet<ChunkRef> = absent.into_iter().collect();
+        // What lay there before the slot came may be rotten, and the copy on the previous disk is deleted for it. What
+        // this move brings is read back when it is brought.
+        let present = chunks.iter().filter(|(_, chunk, _)| !absent.contains(chunk));
+        let Some(bad) = self.bad_on(entry.current, present).await else { return Ok(Look::Waits) };
+        let lost = |(id, chunk, _): &&(ChunkId, ChunkRef, &ExtentRecord)| absent.contains(chunk) || bad.contains(id);
+        let tasks = chunks.iter().filter(lost).map(|(_, chunk, record)| Task {
             shard,
             owner: HashSlot::of(record.bucket.0, &record.key),
             extent: record.extent.clone(),
@@ -378,6 +385,21 @@ impl Inner {
                 Ok(Look::Done)
             }
         }
+    }
+
+    /// Has a disk read these chunks; answers those that are not good. None when it does not say so of all of them.
+    async fn bad_on<'a>(
+        &self,
+        disk: DiskId,
+        chunks: impl Iterator<Item = &'a (ChunkId, ChunkRef, &'a ExtentRecord)>,
+    ) -> Option<HashSet<ChunkId>> {
+        let chunks: Vec<(ChunkId, u64)> =
+            chunks.map(|(id, _, record)| (*id, record.extent.layout().chunk_len())).collect();
+        let count = chunks.len();
+        self.pace.take(chunks.iter().map(|(_, len_bytes)| *len_bytes).sum()).await;
+        let healths = verify_on(&self.store, disk, chunks, self.settings().verify_deadline).await;
+        let bad = healths.iter().filter(|(_, health)| *health != ChunkHealth::Good).map(|(id, _)| *id);
+        (healths.len() == count).then(|| bad.collect())
     }
 
     pub(super) async fn extents_of(
@@ -455,6 +477,13 @@ impl Inner {
                         break 'shards;
                     }
                     let chunks: Vec<ChunkId> = chunks.into_iter().map(|(id, _)| id).collect();
+                    // Another map may have given the slot to a third disk meanwhile, which is filled from this one.
+                    let newest = self.store.disks().map();
+                    let of_newest = newest.as_ref().and_then(|map| map.group(group)?.slots.get(usize::from(slot)));
+                    if of_newest != Some(&entry) {
+                        done.remove(&(group, slot));
+                        break 'shards;
+                    }
                     if let Some(previous) = previous {
                         if !self.delete_on(previous, chunks, held).await.is_empty() {
                             done.remove(&(group, slot));
