@@ -136,7 +136,14 @@ pub async fn form(shards: &Shards, map: &ClusterMap) -> Result<(), FormError> {
     stream::iter(begins).buffer_unordered(AT_ONCE).try_collect::<Vec<()>>().await?;
 
     commit_first(shards, map).await?;
-    raise(shards, map).await
+    // A disk node or a shard may be silent for a moment.
+    loop {
+        match raise(shards, map).await {
+            Err(error) if Instant::now() + PAUSE < deadline => tracing::debug!(%error, "not yet"),
+            raised => return raised,
+        }
+        tokio::time::sleep(jitter(PAUSE)).await;
+    }
 }
 
 /// Gives all shards of a new cluster the highest feature level that its disk nodes and this build know.
@@ -177,5 +184,63 @@ async fn insist(
         }
         tracing::debug!(disk = disk.0, %what, %detail, "not yet");
         tokio::time::sleep(jitter(PAUSE)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::metrics::Metrics;
+    use crate::ops::form::tests::cluster;
+    use crate::shards::memory::MemoryPeers;
+    use crate::shards::peers::Peers;
+    use futures::future::BoxFuture;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::Arc;
+    use tokio::sync::watch;
+
+    /// Disk nodes that begin shards and know the highest feature level; one does not tell its status at first.
+    struct SilentAtFirst {
+        peers: Arc<MemoryPeers>,
+        silent: AtomicUsize,
+    }
+
+    impl Peers for SilentAtFirst {
+        fn control(
+            &self,
+            disk: DiskId,
+            request: ControlRequest,
+            deadline: Duration,
+        ) -> BoxFuture<'_, Result<ControlResponse, LinkError>> {
+            Box::pin(async move {
+                if let ControlRequest::InitShard { .. } = request {
+                    return Ok(ControlResponse::Done);
+                }
+                if disk == DiskId(3) && matches!(request, ControlRequest::Status) {
+                    let fewer = |left: usize| left.checked_sub(1);
+                    if self.silent.fetch_update(Ordering::SeqCst, Ordering::SeqCst, fewer).is_ok() {
+                        return Err(LinkError::Connect("not yet".to_owned()));
+                    }
+                }
+                let mut answer = self.peers.control(disk, request, deadline).await;
+                if let Ok(ControlResponse::Status(status)) = &mut answer {
+                    status.feature_level = MAX_FEATURE_LEVEL;
+                }
+                answer
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_disk_node_that_is_silent_for_a_moment_does_not_spoil_the_forming() {
+        let map = cluster(8);
+        let peers = SilentAtFirst { peers: MemoryPeers::new(&map), silent: AtomicUsize::new(3) };
+        let known = watch::Sender::new(Some(Arc::new(map.clone())));
+        let shards = Shards::new(Arc::new(peers), known, Metrics::new().unwrap());
+        form(&shards, &map).await.unwrap();
+        let levels = levels::of_shards(&shards, &map).await;
+        assert_eq!(levels.len(), map.shards.len());
+        assert!(levels.into_values().all(|level| level == MAX_FEATURE_LEVEL));
     }
 }

@@ -78,8 +78,9 @@ pub struct Shared {
     pub disks_away: IntGauge,
     /// Dead disks that stay in service, because nobody can take over or the limit is reached.
     pub disks_dead_in_service: IntGauge,
-    /// How many more disks the placement group in most danger can lose.
-    pub least_failures_left: IntGauge,
+    /// How many more disks the placement group in most danger can lose. Without labels, and without a value as long as
+    /// that is not known: 0 would be an alarm.
+    pub least_failures_left: IntGaugeVec,
     /// Disk nodes started by `granary dev`, first start included, by `disk`.
     pub disk_node_starts: IntCounterVec,
 }
@@ -162,10 +163,11 @@ impl Metrics {
                 "granary_disks_dead_in_service",
                 "Dead disks that stay in service because nobody can take over or the limit is reached",
             )?,
-            least_failures_left: gauge(
+            least_failures_left: gauge_vec(
                 &registry,
                 "granary_least_failures_left",
                 "How many more disks the placement group in most danger can lose",
+                &[],
             )?,
             disk_node_starts: counter_vec(&registry, "granary_disk_node_starts_total", "Disk node starts", &["disk"])?,
             registry,

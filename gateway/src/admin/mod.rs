@@ -5,7 +5,7 @@
 //! - [`routes`]: which path leads where, and the limits around all of them;
 //! - [`status`]: what is known of the cluster, collected when somebody asks;
 //! - [`ready`]: whether this gateway should get traffic, and why not;
-//! - [`page`]: the status page;
+//! - [`page`]: the status page; [`healing`]: how healing stands, in words;
 //! - [`listener`]: accepts connections.
 //!
 //! | request | token | answer |
@@ -18,6 +18,7 @@
 
 mod acts;
 pub mod api;
+pub mod healing;
 mod listener;
 pub mod page;
 pub mod ready;

@@ -332,8 +332,10 @@ fn set_gauges(metrics: &Metrics, status: &Status) {
     metrics.disks_away.set(i64::try_from(away).unwrap_or(i64::MAX));
     let stay = status.heal.iter().flat_map(|heal| &heal.dead_disks).filter(|dead| dead.stays.is_some()).count();
     metrics.disks_dead_in_service.set(i64::try_from(stay).unwrap_or(i64::MAX));
-    let least = status.groups_by_failures_left.keys().next().copied().unwrap_or_default();
-    metrics.least_failures_left.set(i64::from(least));
+    match status.groups_by_failures_left.keys().next() {
+        Some(least) => metrics.least_failures_left.with_label_values::<&str>(&[]).set(i64::from(*least)),
+        None => metrics.least_failures_left.reset(),
+    }
     metrics.map_epoch.set(i64::try_from(status.epoch.0).unwrap_or(i64::MAX));
 }
 
@@ -344,7 +346,24 @@ pub fn leaderless(status: &Status) -> Vec<ShardId> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn how_much_more_may_fail_is_told_only_when_it_is_known() {
+        let metrics = Metrics::new().unwrap();
+        let told = || {
+            let text = String::from_utf8(metrics.text().unwrap()).unwrap();
+            text.lines().find_map(|line| Some(line.strip_prefix("granary_least_failures_left ")?.to_owned()))
+        };
+        assert_eq!(told(), None, "nothing was collected yet");
+        for (groups, value) in [(&[][..], None), (&[(0, 3), (2, 9)], Some("0")), (&[(-1, 1)], Some("-1")), (&[], None)]
+        {
+            let groups_by_failures_left = groups.iter().copied().collect();
+            set_gauges(&metrics, &Status { groups_by_failures_left, ..Status::default() });
+            assert_eq!(told().as_deref(), value, "{groups:?}");
+        }
+    }
 
     #[tokio::test]
     async fn a_status_is_collected_when_somebody_asks_and_serves_all_who_ask_within_a_second() {

@@ -6,13 +6,13 @@ use crate::admin::api::{
     Call, Census, DiskAct, DiskRow, DrainDisk, FeatureLevels, GetFeatureLevels, GetMap, GetStatus, Health, OutDisk,
     RaiseFeatureLevel, ReplaceDisk, RunCensus, ShardLevelRow, StartDisk, Status, StopDisk, WeighDisk,
 };
+use crate::admin::healing;
 use crate::admin::page::bytes;
 use crate::dev::layout::read_json;
 use crate::dev::report::ClusterJson;
 use crate::settings::{read_token, SettingsError};
 use clap::{Args, Subcommand};
 use granary_placement::id::{DiskId, DiskUuid};
-use granary_placement::map::DiskState;
 use std::error::Error;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -306,7 +306,9 @@ fn write_status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     for disk in status.disks.iter().filter(|disk| disk.health != Health::Up) {
         writeln!(out, "disk {} is {}: {}", disk.disk, disk.health, disk.last_error.as_deref().unwrap_or("-"))?;
     }
-    write_healing(out, status)?;
+    for line in healing::lines(status) {
+        writeln!(out, "{line}")?;
+    }
     let led = status.shards.iter().filter(|shard| shard.leader.is_some()).count();
     writeln!(out, "shards with a leader: {led} of {}", status.shards.len())?;
     let more = if status.repair_queue.more { " or more" } else { "" };
@@ -314,42 +316,6 @@ fn write_status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
         writeln!(out, "healing is done by the gateway at {at}")?;
     }
     writeln!(out, "chunks waiting for repair: {}{more}", status.repair_queue.count)
-}
-
-/// What is dead, what has gone out, what is moving and how long that will take, and how much more may fail.
-fn write_healing(out: &mut dyn Write, status: &Status) -> io::Result<()> {
-    let heal = status.heal.clone().unwrap_or_default();
-    let state = |id: DiskId| status.disks.iter().find(|disk| disk.disk == id).map(|disk| disk.state);
-    // What is published of the healing may be a little older than the map.
-    for dead in heal.dead_disks.iter().filter(|dead| state(dead.disk) != Some(DiskState::Away)) {
-        match &dead.stays {
-            Some(why) => writeln!(out, "disk {} is dead and stays in service: {why}", dead.disk)?,
-            None => {
-                let (disk, s, after) = (dead.disk, dead.dead_s, heal.out_after_s);
-                writeln!(out, "disk {disk} has been dead for {s} s, and goes out of service after {after} s")?;
-            }
-        }
-    }
-    for away in heal.away_disks.iter().filter(|away| state(away.disk) == Some(DiskState::Away)) {
-        let s = away.out_s;
-        writeln!(
-            out,
-            "disk {} was dead and went out of service {s} s ago: the others take over what it held",
-            away.disk
-        )?;
-    }
-    for disk in status.disks.iter().filter(|disk| disk.slots_leaving > 0) {
-        writeln!(out, "{} slots of disk {} move to other disks", disk.slots_leaving, disk.disk)?;
-    }
-    if status.disks.iter().any(|disk| disk.slots_leaving > 0) {
-        let (left, rate) = (heal.move_bytes_left, heal.bytes_per_s_now);
-        let time =
-            left.checked_div(rate).map_or_else(String::new, |s| format!(", {}/s, about {} s", bytes(rate), s + 1));
-        writeln!(out, "about {} to be brought to their new disks{time}", bytes(left))?;
-    }
-    let groups = status.groups_by_failures_left.iter().rev();
-    let groups: Vec<String> = groups.map(|(left, groups)| format!("{left} more: {groups}")).collect();
-    writeln!(out, "placement groups by how many disks they can lose: {}", groups.join(", "))
 }
 
 fn write_disks(out: &mut dyn Write, disks: &[DiskRow]) -> io::Result<()> {

@@ -2,7 +2,8 @@
 //!
 //! - [`look`]: what stands in the way, said before anything is written;
 //! - [`layout`]: the directory, and what is decided at the first start;
-//! - [`ready`] and [`label`]: a disk directory becomes a disk the cluster knows;
+//! - [`ready`] and [`label`]: a disk directory becomes a disk the cluster knows; [`others`]: unless the other disks take
+//!   over what a lost one held;
 //! - [`child`] and [`supervisor`]: disk-node processes, kept running;
 //! - [`report`]: `cluster.json` and what is printed;
 //! - this file: start and stop, in order.
@@ -11,6 +12,7 @@ pub mod child;
 pub mod label;
 pub mod layout;
 mod look;
+pub mod others;
 pub mod ready;
 pub mod report;
 pub mod supervisor;
@@ -142,9 +144,7 @@ pub async fn run(options: DevOptions, stop: CancellationToken) -> Result<(), Dev
         admin: admin_address,
         values: values.clone(),
     })?;
-    let readier =
-        Readier::new(layout.clone(), program.clone(), gateway.shards.clone(), gateway.metrics.clone(), plan.formatted);
-    let readier = Arc::new(readier);
+    let readier = Arc::new(Readier::new(layout.clone(), program.clone(), &gateway, &plan));
     let plan = format_all(&layout, plan, &readier).await?;
 
     let settings = NodeSettings {

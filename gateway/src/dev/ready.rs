@@ -13,17 +13,25 @@
 //! A new disk is formatted before the map names it, so a crash between the two leaves a label that says what was meant.
 //! The node of a disk that the map does not name is never started, so such a label never has data behind it.
 
-use super::layout::{disk_at, free_addresses, is_free, random16, write_json, Layout, LayoutError, Slot};
+use super::layout::{disk_at, free_addresses, is_free, random16, write_json, Layout, LayoutError, Plan, Slot};
+use super::others::{take_over, Rules};
+use crate::background::heal::{takers, HealSettings};
+use crate::disks::Disks;
+use crate::gateway::Gateway;
 use crate::metrics::Metrics;
-use crate::ops::away::{take_out, Takers};
-use crate::ops::{self, CommitError, Replacement};
-use crate::shards::Shards;
-use granary_placement::id::{ClusterId, DiskId, DiskUuid};
+use crate::ops::away::Takers;
+use crate::ops::{self, levels, settings, CommitError, Replacement};
+use crate::shards::{ShardError, Shards};
+use granary_placement::id::{ClusterId, DiskId, DiskUuid, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::place::{replace_disk, PlaceError};
+use granary_placement::settings::Values;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// How long a directory waits for the root shard's word at a time.
 const ROOT_WAIT: Duration = Duration::from_secs(60);
@@ -31,6 +39,8 @@ const ROOT_WAIT: Duration = Duration::from_secs(60);
 const CONFLICTS: usize = 10;
 /// How long to wait for the address of a node that has just ended.
 const ADDRESS_WAIT: Duration = Duration::from_secs(1);
+/// How long others that could take over have to answer: they may just be starting.
+const OTHERS_WAIT: Duration = Duration::from_secs(10);
 
 /// Why a directory is not ready.
 #[derive(Debug, thiserror::Error)]
@@ -143,32 +153,36 @@ pub fn decide(label: Option<Label>, map: &ClusterMap, map_address: &str, formatt
     }
 }
 
-/// Are there other disks for what a lost one held, or have they got it already?
-fn others_take_over(map: &ClusterMap, lost: DiskId) -> bool {
-    let any = Takers { ceiling_percent: 100, ..Takers::default() };
-    map.disk(lost).is_some_and(|disk| disk.state == DiskState::Away) || take_out(map, lost, &any).is_ok()
-}
-
 /// Makes directories ready. One for all directories: replacements go one after the other.
 pub struct Readier {
     layout: Layout,
     program: PathBuf,
     shards: Shards,
+    disks: Disks,
+    values: watch::Receiver<Arc<Values>>,
     metrics: Metrics,
+    /// All disk directories.
+    slots: Vec<Slot>,
     formatted: AtomicBool,
+    /// [`OTHERS_WAIT`]; tests are in more of a hurry.
+    others_wait: Duration,
     /// Held while a replacement is made, and while the addresses file is changed.
     turn: tokio::sync::Mutex<()>,
 }
 
 impl Readier {
     /// `program`: the `granary-disk-node` executable.
-    pub fn new(layout: Layout, program: PathBuf, shards: Shards, metrics: Metrics, formatted: bool) -> Readier {
+    pub fn new(layout: Layout, program: PathBuf, gateway: &Gateway, plan: &Plan) -> Readier {
         Readier {
             layout,
             program,
-            shards,
-            metrics,
-            formatted: AtomicBool::new(formatted),
+            shards: gateway.shards.clone(),
+            disks: gateway.disks.clone(),
+            values: gateway.values.subscribe(),
+            metrics: gateway.metrics.clone(),
+            slots: plan.disks.clone(),
+            formatted: AtomicBool::new(plan.formatted),
+            others_wait: OTHERS_WAIT,
             turn: tokio::sync::Mutex::new(()),
         }
     }
@@ -185,7 +199,7 @@ impl Readier {
 
     /// Does what [`decide`] says until the directory's node can be started.
     ///
-    /// `ordered`: somebody has asked for it; else no new disk is put where the others can take over.
+    /// `ordered`: somebody has asked for a new disk; else none is put where the others can take over.
     ///
     /// # Errors
     /// Why not yet; trying again later is right for all but [`ReadyError::Foreign`].
@@ -212,7 +226,7 @@ impl Readier {
             match step(&map, self.read_label(dir)?) {
                 Step::Start(..) | Step::Format(..) => {}
                 Step::SetAside => self.set_aside(dir).await?,
-                Step::Replace(lost) if !ordered && others_take_over(&map, lost) => {
+                Step::Replace(lost) if !ordered && self.others_take_over(&map, lost).await? => {
                     return Err(ReadyError::Left { disk: lost });
                 }
                 Step::Replace(lost) => self.replace(dir, &map, lost).await?,
@@ -224,6 +238,47 @@ impl Readier {
             }
         }
         Err(ReadyError::Root("the cluster map changes all the time".to_owned()))
+    }
+
+    /// Has a lost disk gone out of service, or will it, by the rules of the gateway that heals? All that are lost count
+    /// together: each alone might be taken over where all are not.
+    async fn others_take_over(&self, map: &ClusterMap, disk: DiskId) -> Result<bool, ReadyError> {
+        if map.disk(disk).is_some_and(|disk| disk.state == DiskState::Away) {
+            return Ok(true);
+        }
+        let (rules, ceiling_percent) =
+            self.rules().await.map_err(|error: ShardError| ReadyError::Root(error.to_string()))?;
+        let deadline = tokio::time::Instant::now() + self.others_wait;
+        loop {
+            let mut lost = self.lost(map);
+            lost.insert(disk);
+            let mut now = takers(map, &self.disks.view(), ceiling_percent);
+            // The gateway may not have noticed yet that they are gone.
+            now.unwell.extend(&lost);
+            if take_over(map, &lost, &now, &rules) {
+                return Ok(true);
+            }
+            let all_answer = Takers { unwell: lost.clone(), ..now };
+            if !take_over(map, &lost, &all_answer, &rules) || tokio::time::Instant::now() >= deadline {
+                return Ok(false);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// By what the others take over, and how full they may become: as the root shard says now.
+    async fn rules(&self) -> Result<(Rules, u64), ShardError> {
+        let level = levels::of_shard(&self.shards, ShardId::ROOT).await?;
+        let (_, cluster) = settings::fetch(&self.shards, 0).await?.unwrap_or_default();
+        let heal = HealSettings::from_settings(&self.values.borrow().with_cluster(&cluster).0);
+        Ok((Rules { level, limit_percent: heal.out_limit_percent }, heal.fill_ceiling_percent))
+    }
+
+    /// Disks in service whose directories have no label any more.
+    fn lost(&self, map: &ClusterMap) -> BTreeSet<DiskId> {
+        let empty = |slot: &&Slot| matches!(super::label::read(&self.layout.disk(&slot.name)), Ok(None));
+        let here = self.slots.iter().filter(empty).filter_map(|slot| disk_at(map, &slot.map_address));
+        here.filter(|disk| disk.state.holds_slots()).map(|disk| disk.id).collect()
     }
 
     async fn wait_for_root(&self) -> Result<(), ReadyError> {
@@ -335,10 +390,77 @@ impl Readier {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
     use crate::dev::layout::Shape;
+    use crate::disks::DiskSettings;
+    use crate::ops::away::take_out;
+    use crate::shards::memory::MemoryPeers;
+    use granary_meta::{Command, Reply};
+    use granary_wire::auth::{ClusterSecret, Credentials};
+
+    /// A cluster of eight disks in which every directory is a lost disk, no disk node answers, and the root shard does.
+    pub(in crate::dev) async fn all_lost(dir: &Path) -> (Readier, Arc<MemoryPeers>, ClusterMap) {
+        let layout = Layout::open(dir).unwrap();
+        let (plan, map) = layout.plan(&Shape { shards: Some(1), ..Shape::default() }).unwrap();
+        let (peers, metrics) = (MemoryPeers::new(&map), Metrics::new().unwrap());
+        let known = watch::Sender::new(Some(Arc::new(map.clone())));
+        let credentials = Credentials { cluster: plan.cluster_id, secret: ClusterSecret::generate().unwrap() };
+        let readier = Readier {
+            layout,
+            // Nothing is forked for it: a child would hold the locks of other tests for a moment.
+            program: "no-such-program\0".into(),
+            disks: Disks::new(known.subscribe(), credentials, None, DiskSettings::default()),
+            shards: Shards::new(peers.clone(), known, metrics.clone()),
+            values: watch::Sender::new(Arc::default()).subscribe(),
+            metrics,
+            slots: plan.disks.clone(),
+            formatted: AtomicBool::new(true),
+            others_wait: Duration::from_millis(1),
+            turn: tokio::sync::Mutex::new(()),
+        };
+        readier.shards.refresh_map().await.unwrap();
+        (readier, peers, map)
+    }
+
+    /// The disk goes out of service.
+    pub(in crate::dev) fn take_away(peers: &MemoryPeers, map: &ClusterMap, disk: DiskId) -> ClusterMap {
+        let _ = peers.command(ShardId::ROOT, Command::SetFeatureLevel { level: 2 });
+        let out = take_out(map, disk, &Takers { ceiling_percent: 100, ..Takers::default() }).unwrap();
+        let reply = peers.command(ShardId::ROOT, Command::SetMap { map: Box::new(out.clone()) });
+        assert_eq!(reply, Reply::Done);
+        out
+    }
+
+    #[tokio::test]
+    async fn a_lost_disk_is_left_alone_by_what_the_root_shard_says_and_what_the_directories_show() {
+        let directory = tempfile::tempdir().unwrap();
+        let (readier, peers, map) = all_lost(directory.path()).await;
+        for slot in readier.slots.iter().filter(|slot| !["disk-3", "disk-7"].contains(&slot.name.as_str())) {
+            let disk = disk_at(&map, &slot.map_address).unwrap();
+            let dir = readier.layout.disk(&slot.name);
+            std::fs::create_dir_all(&dir).unwrap();
+            let label = serde_json::json!({
+                "version": 1, "cluster": map.cluster_id, "disk": disk.id, "uuid": disk.uuid,
+            });
+            std::fs::write(dir.join("label.json"), label.to_string()).unwrap();
+        }
+        assert_eq!(readier.lost(&map), BTreeSet::from([DiskId(3), DiskId(7)]));
+        assert_eq!(readier.rules().await.unwrap(), (Rules { level: 1, limit_percent: None }, 90));
+        assert!(!readier.others_take_over(&map, DiskId(3)).await.unwrap(), "the root shard takes no such map");
+
+        let _ = peers.command(ShardId::ROOT, Command::SetFeatureLevel { level: 2 });
+        assert!(!readier.others_take_over(&map, DiskId(3)).await.unwrap(), "no disk answers");
+        for (name, value) in [("heal.out_limit", "0%"), ("heal.fill_ceiling", "70%")] {
+            settings::set(&readier.shards, name, Some(value)).await.unwrap();
+        }
+        assert_eq!(readier.rules().await.unwrap(), (Rules { level: 2, limit_percent: Some(0) }, 70));
+
+        let out = take_away(&peers, &map, DiskId(3));
+        assert_eq!(readier.lost(&out), BTreeSet::from([DiskId(7)]));
+        assert!(readier.others_take_over(&out, DiskId(3)).await.unwrap(), "it has gone out");
+    }
 
     #[test]
     fn a_directory_becomes_what_its_label_and_the_map_say() {
@@ -367,21 +489,6 @@ mod tests {
         // Another replacement took the number first.
         let late = Label { uuid: DiskUuid([8; 16]), ..new };
         assert_eq!(decide(Some(late), &next, address, true), Step::SetAside);
-    }
-
-    #[test]
-    fn a_lost_disk_is_left_to_the_others_where_they_can_take_over() {
-        let directory = tempfile::tempdir().unwrap();
-        for (disks, left) in [(6, false), (7, true), (8, true)] {
-            let layout = Layout::open(&directory.path().join(disks.to_string())).unwrap();
-            let shape = Shape { disks: Some(disks), shards: Some(1), ..Shape::default() };
-            let (_, map) = layout.plan(&shape).unwrap();
-            assert_eq!(others_take_over(&map, DiskId(2)), left, "{disks} disks");
-            if left {
-                let any = Takers { ceiling_percent: 100, ..Takers::default() };
-                assert!(others_take_over(&take_out(&map, DiskId(2), &any).unwrap(), DiskId(2)), "it has gone out");
-            }
-        }
     }
 
     #[test]

@@ -123,7 +123,8 @@ impl SlotHandle {
         self.state.clone()
     }
 
-    /// Starts the node unless it runs; an empty directory becomes a new disk first.
+    /// Starts the node unless it runs. An empty directory becomes a new disk first, but not where the others can take
+    /// over what the lost one held: that is for [`SlotHandle::replace`].
     ///
     /// # Errors
     /// Why it does not run, in words for the operator.
@@ -174,6 +175,8 @@ pub struct SlotTask {
     state: watch::Sender<SlotState>,
     /// Who waits for the node to run.
     waiting: Vec<oneshot::Sender<Result<(), String>>>,
+    /// One of them has ordered a new disk.
+    replaces: bool,
 }
 
 enum Ended {
@@ -211,7 +214,21 @@ impl SlotTask {
             orders: orders_in,
             state: state.subscribe(),
         };
-        (SlotTask { slot, dir, log, settings, spawner, readier, orders, state, waiting: Vec::new() }, handle)
+        (
+            SlotTask {
+                slot,
+                dir,
+                log,
+                settings,
+                spawner,
+                readier,
+                orders,
+                state,
+                waiting: Vec::new(),
+                replaces: false,
+            },
+            handle,
+        )
     }
 
     /// Runs until `stop`; the node has ended when this returns.
@@ -249,9 +266,7 @@ impl SlotTask {
                     }
                 },
                 Err(why) => {
-                    for waiting in self.waiting.drain(..) {
-                        let _ = waiting.send(Err(why.clone()));
-                    }
+                    self.answer(&Err(why.clone()));
                     why
                 }
             };
@@ -293,15 +308,14 @@ impl SlotTask {
                 true
             }
             Order::Stop(reply) => {
-                for waiting in self.waiting.drain(..) {
-                    let _ = waiting.send(Err("stopped by another order".to_owned()));
-                }
+                self.answer(&Err("stopped by another order".to_owned()));
                 let _ = reply.send(Ok(()));
                 false
             }
             Order::Replace(_, reply) => match self.readier.set_aside(&self.dir).await {
                 Ok(()) => {
                     self.waiting.push(reply);
+                    self.replaces = true;
                     true
                 }
                 Err(error) => {
@@ -313,10 +327,8 @@ impl SlotTask {
     }
 
     async fn start(&mut self) -> Result<Child, String> {
-        // Who waits has ordered it.
-        let ordered = !self.waiting.is_empty();
-        let Identity { disk, uuid, address } =
-            self.readier.make_ready(&self.slot, &self.dir, ordered).await.map_err(|error| error.to_string())?;
+        let ready = self.readier.make_ready(&self.slot, &self.dir, self.replaces).await;
+        let Identity { disk, uuid, address } = ready.map_err(|error| error.to_string())?;
         let mut args: Vec<OsString> = vec!["serve".into()];
         let settings = &self.settings;
         for (name, value) in [
@@ -340,10 +352,16 @@ impl SlotTask {
             (state.phase, state.pid, state.starts) = (Phase::Running, pid, state.starts + 1);
             (state.disk, state.uuid, state.address, state.detail) = (Some(disk), Some(uuid), address, None);
         });
-        for waiting in self.waiting.drain(..) {
-            let _ = waiting.send(Ok(()));
-        }
+        self.answer(&Ok(()));
         Ok(child)
+    }
+
+    /// Answers all who wait.
+    fn answer(&mut self, result: &Result<(), String>) {
+        self.replaces = false;
+        for waiting in self.waiting.drain(..) {
+            let _ = waiting.send(result.clone());
+        }
     }
 
     async fn watch_child(&mut self, child: &mut Child, stop: &CancellationToken) -> Ended {
@@ -423,6 +441,7 @@ async fn stop_child(child: &mut Child, name: &str) {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::super::ready::tests::{all_lost, take_away};
     use super::*;
 
     #[test]
@@ -439,5 +458,37 @@ mod tests {
         }
         let (reply, _answer) = oneshot::channel();
         assert!(meant(Order::Stop(reply), Some(DiskId(8))).is_some());
+    }
+
+    #[tokio::test]
+    async fn only_an_order_to_replace_puts_a_new_disk_where_the_others_take_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let (readier, peers, map) = all_lost(directory.path()).await;
+        let disk = map.disk(DiskId(3)).unwrap();
+        take_away(&peers, &map, disk.id);
+        let slot = Slot { name: "disk-3".to_owned(), map_address: disk.address.clone() };
+        let settings = NodeSettings {
+            program: "no-such-program".into(),
+            secret_file: "none".into(),
+            addresses_file: "none".into(),
+            set: Vec::new(),
+            restart: true,
+        };
+        let dir = directory.path().join("disks/disk-3");
+        let spawner = Spawner::new().unwrap();
+        let (mut task, _handle) = SlotTask::new(slot, dir, "none".into(), settings, spawner, Arc::new(readier));
+        let left = "disk 3 is gone: the others take over what it held";
+        for (order, said) in [("none", left), ("start", left), ("replace", "no-such-program"), ("start", left)] {
+            let (reply, mut answer) = oneshot::channel();
+            match order {
+                "start" => assert!(task.take_idle(Order::Start(reply)).await),
+                "replace" => assert!(task.take_idle(Order::Replace(DiskId(3), reply)).await),
+                _ => drop(reply),
+            }
+            let why = task.start().await.unwrap_err();
+            assert!(why.contains(said), "{order}: {why}");
+            task.answer(&Err(why));
+            assert_eq!(answer.try_recv().is_ok(), order != "none", "{order}");
+        }
     }
 }

@@ -5,7 +5,7 @@
 //! it: one that is silent may run an older release. Gateways are for the operator to know: disk nodes refuse older ones
 //! from then on.
 
-use crate::shards::buckets::odd_reply;
+use crate::shards::buckets::{odd_answer, odd_reply};
 use crate::shards::{ShardError, Shards};
 use granary_meta::{Answer, Command, Query, Reply};
 use granary_placement::id::{DiskId, ShardId};
@@ -96,13 +96,22 @@ pub struct NotRaised {
     source: ShardError,
 }
 
+/// The level of a shard.
+///
+/// # Errors
+/// It does not answer.
+pub async fn of_shard(shards: &Shards, shard: ShardId) -> Result<u32, ShardError> {
+    match shards.query(shard, Query::FeatureLevel).await? {
+        Answer::FeatureLevel(level) => Ok(level),
+        other => Err(odd_answer(shard, &other)),
+    }
+}
+
 /// The level of every shard that answers.
 pub async fn of_shards(shards: &Shards, map: &ClusterMap) -> BTreeMap<ShardId, u32> {
     let ask = (0u16..).zip(&map.shards).map(|(number, _)| ShardId(number)).map(|shard| async move {
-        match tokio::time::timeout(ASK, shards.query(shard, Query::FeatureLevel)).await {
-            Ok(Ok(Answer::FeatureLevel(level))) => Some((shard, level)),
-            _ => None,
-        }
+        let level = tokio::time::timeout(ASK, of_shard(shards, shard)).await.ok()?.ok()?;
+        Some((shard, level))
     });
     futures::future::join_all(ask).await.into_iter().flatten().collect()
 }
