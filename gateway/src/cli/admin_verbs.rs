@@ -337,6 +337,9 @@ fn write_healing(out: &mut dyn Write, status: &Status) -> io::Result<()> {
             "disk {} was dead and went out of service {s} s ago: the others take over what it held",
             away.disk
         )?;
+        if let Some(why) = &away.waits {
+            writeln!(out, "disk {} answers again and is let back in later: {why}", away.disk)?;
+        }
     }
     for disk in status.disks.iter().filter(|disk| disk.slots_leaving > 0) {
         writeln!(out, "{} slots of disk {} move to other disks", disk.slots_leaving, disk.disk)?;
