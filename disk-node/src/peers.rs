@@ -4,9 +4,10 @@ use crate::label::Label;
 use crate::maps::Maps;
 use crate::store::shared::lock;
 use granary_placement::id::{DiskId, DiskUuid, ShardId};
-use granary_wire::control::{ControlRequest, ControlResponse};
-use granary_wire::{ClientLimits, Credentials, Ends, LinkError, NodeClient};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse, Reach};
+use granary_wire::{AuthError, ClientLimits, Credentials, Ends, LinkError, NodeClient};
 use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -29,6 +30,8 @@ const POLL: Duration = Duration::from_secs(5);
 const POLL_DEADLINE: Duration = Duration::from_secs(2);
 /// A disk that does not tell its status within this time is not reached.
 const REACH: Duration = Duration::from_secs(2);
+/// Without an answer by then, this node was late itself: its own clock should have ended the wait long before.
+const OWN_STALL: Duration = Duration::from_secs(3);
 
 /// Addresses from a file, which override those of the map.
 struct Book {
@@ -191,19 +194,31 @@ impl Peers {
         Some(NodeClient::new(address, ends, self.credentials.clone(), ClientLimits::default()))
     }
 
-    /// Which of these disks answer this one right now, each asked for its status. Whoever answers has proved to be the
-    /// disk that the newest map means.
-    pub async fn reaches(&self, disks: &[DiskId]) -> Vec<bool> {
-        let asked = disks.iter().map(|disk| async move {
-            if *disk == self.me {
-                return true;
-            }
-            let Some(client) = self.client(*disk) else { return false };
-            let answer = tokio::time::timeout(REACH, client.control(ControlRequest::Status, REACH)).await;
-            let meant = self.uuid_of(*disk);
-            matches!(answer, Ok(Ok(ControlResponse::Status(status))) if Some(status.uuid) == meant)
+    /// Which of these disks answer this one right now, each asked for its status.
+    pub async fn reaches(&self, disks: &[DiskId]) -> Vec<Reach> {
+        futures::future::join_all(disks.iter().map(|disk| self.reach(*disk))).await
+    }
+
+    async fn reach(&self, disk: DiskId) -> Reach {
+        if disk == self.me {
+            return Reach::Reached;
+        }
+        let Some(kept) = self.client(disk) else { return Reach::Unknown };
+        let began = Instant::now();
+        let asked = ask_now(|again| {
+            let client = match again {
+                false => kept.clone(),
+                true => NodeClient::new(
+                    kept.address().to_owned(),
+                    kept.ends(),
+                    self.credentials.clone(),
+                    ClientLimits::default(),
+                ),
+            };
+            async move { client.control(ControlRequest::Status, REACH).await }
         });
-        futures::future::join_all(asked).await
+        let answer = tokio::time::timeout(REACH, asked).await.unwrap_or(Err(LinkError::Timeout));
+        judge(&answer, kept.ends().to, began.elapsed())
     }
 
     /// Asks members of the root shard for a newer map, one after the other, until told to stop.
@@ -246,6 +261,33 @@ impl Peers {
     }
 }
 
+/// Asks over the kept connection. That none can be made may be the answer of an attempt before, and a connection that
+/// is lost may have been old: then a new one is made at once. `ask(true)`: over a new one.
+async fn ask_now<F>(ask: impl Fn(bool) -> F) -> Result<ControlResponse, LinkError>
+where
+    F: Future<Output = Result<ControlResponse, LinkError>>,
+{
+    match ask(false).await {
+        Err(LinkError::Connect(_) | LinkError::Closed(_)) => ask(true).await,
+        answer => answer,
+    }
+}
+
+/// What the answer to a question for the status says of a disk. Only what speaks against the disk or the way to it is a
+/// vote for its death: that this node is busy, late or of another version says nothing.
+fn judge(answer: &Result<ControlResponse, LinkError>, meant: Option<DiskUuid>, took: Duration) -> Reach {
+    match answer {
+        Ok(ControlResponse::Status(status)) if Some(status.uuid) == meant => Reach::Reached,
+        Ok(ControlResponse::Error(ControlError::Disk(_))) => Reach::Unreached,
+        Ok(_) => Reach::Unknown,
+        Err(_) if took >= OWN_STALL => Reach::Unknown,
+        Err(LinkError::Connect(_) | LinkError::Closed(_) | LinkError::Timeout) => Reach::Unreached,
+        // Proved: another disk is where this one should be.
+        Err(LinkError::Auth(AuthError::Disk)) => Reach::Unreached,
+        Err(LinkError::Auth(_) | LinkError::TooLarge | LinkError::Busy | LinkError::Protocol(_)) => Reach::Unknown,
+    }
+}
+
 fn random_u16() -> u16 {
     let mut bytes = [0u8; 2];
     // Without random bytes nodes poll in step, which is only less kind.
@@ -257,7 +299,9 @@ fn random_u16() -> u16 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use granary_placement::id::ClusterId;
+    use granary_placement::id::{ClusterId, Epoch};
+    use granary_wire::auth::PROTOCOL_VERSIONS;
+    use granary_wire::control::NodeStatus;
     use granary_wire::ClusterSecret;
 
     #[test]
@@ -279,6 +323,67 @@ mod tests {
     }
 
     #[test]
+    fn only_what_speaks_against_a_disk_is_a_vote_that_it_is_not_reached() {
+        let meant = DiskUuid([3; 16]);
+        let status = |uuid| {
+            Ok(ControlResponse::Status(NodeStatus {
+                disk: Some(DiskId(5)),
+                uuid,
+                epoch: Epoch(1),
+                capacity_bytes: 1,
+                free_bytes: 1,
+                chunks: 0,
+                chunk_bytes: 0,
+                feature_level: 1,
+                data_connections: 0,
+            }))
+        };
+        let text = || "x".to_owned();
+        let version = AuthError::Version { ours: PROTOCOL_VERSIONS, theirs: PROTOCOL_VERSIONS };
+        for (answer, expected) in [
+            (status(meant), Reach::Reached),
+            (status(DiskUuid([4; 16])), Reach::Unknown),
+            (Ok(ControlResponse::Error(ControlError::Disk(text()))), Reach::Unreached),
+            (Ok(ControlResponse::Error(ControlError::Overloaded)), Reach::Unknown),
+            (Ok(ControlResponse::Done), Reach::Unknown),
+            (Err(LinkError::Connect(text())), Reach::Unreached),
+            (Err(LinkError::Closed(text())), Reach::Unreached),
+            (Err(LinkError::Timeout), Reach::Unreached),
+            (Err(AuthError::Disk.into()), Reach::Unreached),
+            (Err(AuthError::Secret.into()), Reach::Unknown),
+            (Err(AuthError::Cluster.into()), Reach::Unknown),
+            (Err(AuthError::Message.into()), Reach::Unknown),
+            (Err(version.into()), Reach::Unknown),
+            (Err(LinkError::Busy), Reach::Unknown),
+            (Err(LinkError::TooLarge), Reach::Unknown),
+            (Err(LinkError::Protocol(text())), Reach::Unknown),
+        ] {
+            assert_eq!(judge(&answer, Some(meant), REACH), expected, "{answer:?}");
+            // This node was late itself.
+            let late = if answer.is_err() { Reach::Unknown } else { expected };
+            assert_eq!(judge(&answer, Some(meant), REACH * 2), late, "{answer:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_an_attempt_before_met_is_no_answer() {
+        let (connect, closed) = (LinkError::Connect(String::new()), LinkError::Closed(String::new()));
+        let done = || Ok(ControlResponse::Done);
+        // (over the kept connection, over a new one, what counts)
+        for (kept, new, counts) in [
+            (done(), Err(connect.clone()), done()),
+            (Err(connect.clone()), done(), done()),
+            (Err(closed), done(), done()),
+            (Err(connect.clone()), Err(LinkError::Timeout), Err(LinkError::Timeout)),
+            (Err(LinkError::Busy), done(), Err(LinkError::Busy)),
+            (Err(LinkError::Timeout), done(), Err(LinkError::Timeout)),
+        ] {
+            let answer = ask_now(|again| std::future::ready(if again { new.clone() } else { kept.clone() })).await;
+            assert_eq!(answer, counts, "{kept:?} {new:?}");
+        }
+    }
+
+    #[test]
     fn a_disk_looks_for_itself_where_others_do_and_calls_itself_by_its_uuid() {
         let folder = tempfile::tempdir().unwrap();
         let label = crate::label::format(&folder.path().join("disk"), ClusterId([7; 16]), DiskId(4), DiskUuid([3; 16]));
@@ -289,6 +394,9 @@ mod tests {
         let book = folder.path().join("addresses.json");
         let peers = Peers::new(&label, maps, credentials, Some(book.clone()));
         assert!(peers.client_of_own().is_none(), "nobody says where it is");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let reaches = runtime.block_on(peers.reaches(&[DiskId(4), DiskId(5)]));
+        assert_eq!(reaches, [Reach::Reached, Reach::Unknown], "no map says which disk 5 is");
         std::fs::write(&book, r#"{"4": "here:1", "5": "there:1"}"#).unwrap();
         lock(&peers.book).looked = None;
         let own = peers.client_of_own().unwrap();

@@ -15,7 +15,7 @@ use granary_placement::id::{DiskId, ShardId};
 use granary_placement::settings::Values;
 use granary_replica::{HostConfig, MetaHost, PeerTransport, Space, Timing, TransportError, WallClock, AWAY_LEVEL};
 pub use granary_replica::{MetaCounters, MetaError}; // for metrics and the errors of `serve`
-use granary_wire::control::{ControlError, ControlRequest, ControlResponse, ShardStatus};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse, Reach, ShardStatus};
 use granary_wire::{AuthError, LinkError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -180,7 +180,7 @@ impl Roles {
     }
 
     /// Which of these disks answer this one right now.
-    pub async fn reaches(&self, disks: &[DiskId]) -> Vec<bool> {
+    pub async fn reaches(&self, disks: &[DiskId]) -> Vec<Reach> {
         self.peers.reaches(disks).await
     }
 

@@ -168,7 +168,18 @@ pub enum ControlResponse {
     /// Differences that lead from the map asked about to the newest one, in order.
     MapDiffs(Vec<MapDiff>),
     /// In the order asked: whether the very disk that the newest map means by that number answered this node.
-    Reached(Vec<bool>),
+    Reached(Vec<Reach>),
+}
+
+/// What a node found out about another disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reach {
+    /// It answered.
+    Reached,
+    /// It was tried just now and does not answer, or says that it cannot use its disk, or another is at its address.
+    Unreached,
+    /// This node could not try it, or what came back says nothing of the disk.
+    Unknown,
 }
 
 /// Why a request could not be done.

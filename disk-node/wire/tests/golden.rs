@@ -11,7 +11,7 @@ use granary_placement::map::{
 };
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkInfo, ChunkSpec};
-use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus, ShardStatus};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus, Reach, ShardStatus};
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -170,7 +170,7 @@ fn responses() -> Vec<ControlResponse> {
         ControlResponse::RaftBatch(vec![Ok(Bytes::from_static(b"raft")), Err(ControlError::NoSuchShard(ShardId(3)))]),
         ControlResponse::LinkBeat(Bytes::from_static(b"beat")),
         ControlResponse::MapDiffs(vec![map_diff()]),
-        ControlResponse::Reached(vec![true, false]),
+        ControlResponse::Reached(vec![Reach::Reached, Reach::Unreached, Reach::Unknown]),
         ControlResponse::Map(Some(Box::new(map_with_away()))),
         ControlResponse::MapDiffs(vec![map_diff(), diff(&map(), &map_with_away())]),
     ]

@@ -23,6 +23,9 @@ pub fn lines(status: &Status) -> Vec<String> {
         let (disk, s) = (away.disk, away.out_s);
         lines
             .push(format!("disk {disk} was dead and went out of service {s} s ago: the others take over what it held"));
+        if let Some(why) = &away.waits {
+            lines.push(format!("disk {disk} answers again and is let back in later: {why}"));
+        }
     }
     let leaving = || status.disks.iter().filter(|disk| disk.slots_leaving > 0);
     lines.extend(

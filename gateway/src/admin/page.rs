@@ -151,7 +151,13 @@ mod tests {
             dead_disks: vec![dead(1, None), dead(2, Some("nobody can")), dead(3, None)],
             out_after_s: 30,
             // Disk 4 is back already.
-            away_disks: [3, 4].map(|disk| AwayDisk { disk: DiskId(disk), out_s: 12 }).to_vec(),
+            away_disks: [3, 4]
+                .map(|disk| AwayDisk {
+                    disk: DiskId(disk),
+                    out_s: 12,
+                    waits: (disk == 3).then(|| "its chunks come home".to_owned()),
+                })
+                .to_vec(),
             move_bytes_left: 40 << 20,
             bytes_per_s_now: 8 << 20,
             ..HealStatus::default()
@@ -172,6 +178,7 @@ mod tests {
             "disk 1 has been dead for 7 s, and goes out of service after 30 s",
             "disk 2 is dead and stays in service: nobody can",
             "disk 3 was dead and went out of service 12 s ago: the others take over what it held",
+            "disk 3 answers again and is let back in later: its chunks come home",
             "50 slots of disk 3 move to other disks",
             "about 40.0 MiB to be brought to their new disks, 8.0 MiB/s, about 6 s",
             "placement groups by how many disks they can lose: 2 more: 9, 0 more: 4, beyond repair: 3",

@@ -50,19 +50,31 @@ pub enum AwayError {
     #[error("disk {0} is out of service already")]
     NotInService(DiskId),
     /// Half of the disks in service or more do not answer.
-    #[error(
-        "{silent} of {of} disks in service do not answer this gateway, which looks like the network or the power rather \
-         than disks: none goes out until more than half answer"
-    )]
-    Half {
-        /// So many do not answer.
-        silent: usize,
-        /// So many are in service.
-        of: usize,
-    },
+    #[error(transparent)]
+    Half(#[from] Half),
     /// A rule of the map.
     #[error(transparent)]
     Place(#[from] PlaceError),
+}
+
+/// Half of the disks in service or more do not answer this gateway as they should.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{silent} of {of} disks in service do not answer this gateway, which looks like the network or the power rather than \
+     disks: none goes out until more than half answer"
+)]
+pub struct Half {
+    /// So many do not.
+    pub silent: usize,
+    /// So many are in service.
+    pub of: usize,
+}
+
+/// Are half of the disks in service or more silent? One that is draining counts like any other.
+pub fn half_silent(map: &ClusterMap, answers: impl Fn(DiskId) -> bool) -> Option<Half> {
+    let serving = || map.disks.values().filter(|disk| disk.state.holds_slots());
+    let (silent, of) = (serving().filter(|disk| !answers(disk.id)).count(), serving().count());
+    (silent * 2 >= of).then_some(Half { silent, of })
 }
 
 /// How full a disk is.
@@ -138,10 +150,8 @@ pub fn take_out_now(map: &ClusterMap, disk: DiskId, takers: &Takers, is_down: bo
     if !is_down {
         return Err(AwayError::Answers(disk));
     }
-    let serving = || map.disks.values().filter(|disk| disk.state.holds_slots());
-    let (silent, of) = (serving().filter(|disk| takers.unwell.contains(&disk.id)).count(), serving().count());
-    if silent * 2 >= of {
-        return Err(AwayError::Half { silent, of });
+    if let Some(half) = half_silent(map, |disk| !takers.unwell.contains(&disk)) {
+        return Err(half.into());
     }
     take_out(map, disk, takers)
 }
@@ -232,15 +242,17 @@ fn too_full<'a>(
     })
 }
 
-/// About how much lies in a slot: the fullest that is known of the dead disk and of all disks together.
+/// About how much lies in a slot: of the dead disk, or of the disk in the middle if that is more. No disk holds more
+/// than its capacity, and one that says something absurd of itself must not make all others look full.
 fn bytes_per_slot(map: &ClusterMap, dead: Option<DiskId>, rooms: &BTreeMap<DiskId, Room>) -> u64 {
     let mut slots: BTreeMap<DiskId, u64> = BTreeMap::new();
     map.groups.values().flat_map(|group| &group.slots).for_each(|slot| *slots.entry(slot.current).or_default() += 1);
-    let known = || rooms.iter().filter_map(|(disk, room)| Some((*disk, room.chunk_bytes, *slots.get(disk)?)));
-    let (bytes, count) =
-        known().fold((0u64, 0u64), |sum, (_, bytes, slots)| (sum.0.saturating_add(bytes), sum.1 + slots));
-    let of_dead = known().find(|(disk, ..)| Some(*disk) == dead).map_or(0, |(_, bytes, slots)| bytes / slots.max(1));
-    of_dead.max(bytes / count.max(1))
+    let per_slot = |room: &Room, slots: u64| room.chunk_bytes.min(room.capacity_bytes) / slots.max(1);
+    let known = rooms.iter().filter_map(|(disk, room)| Some((*disk, per_slot(room, *slots.get(disk)?))));
+    let mut known: Vec<(DiskId, u64)> = known.collect();
+    let of_dead = known.iter().find(|(disk, _)| Some(*disk) == dead).map_or(0, |(_, bytes)| *bytes);
+    known.sort_unstable_by_key(|(_, bytes)| *bytes);
+    of_dead.max(known.get(known.len() / 2).map_or(0, |(_, bytes)| *bytes))
 }
 
 /// What keeps the others from taking over, in words.
@@ -343,7 +355,7 @@ mod tests {
             ("so are others", &map, disk, silent(&[3, 4, 5]), true, Ok(())),
             ("it answers", &map, disk, silent(&[]), false, Err(AwayError::Answers(disk))),
             ("it is out", &out, disk, silent(&[3]), true, Err(AwayError::NotInService(disk))),
-            ("half are", &map, disk, silent(&[1, 2, 3, 4, 5]), true, Err(AwayError::Half { silent: 5, of: 9 })),
+            ("half are", &map, disk, silent(&[1, 2, 3, 4, 5]), true, Err(Half { silent: 5, of: 9 }.into())),
             ("no such disk", &map, DiskId(99), silent(&[]), true, Err(PlaceError::NoSuchDisk(DiskId(99)).into())),
         ] {
             let made = take_out_now(map, disk, &takers, is_down);
@@ -403,6 +415,19 @@ mod tests {
             }
             let out = out.unwrap();
             assert!(moves(&map, &out).iter().all(|one| !full.contains(&one.to.0)), "{full:?} {used} %");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_says_something_absurd_of_itself_makes_no_others_look_full() {
+        let map = cluster(10);
+        let room = Room { capacity_bytes: 100 * GIB, free_bytes: 50 * GIB, chunk_bytes: 10 * GIB };
+        // (who says something absurd, what; each is to cost at most what a disk that is as full as it is large costs)
+        for (absurd, capacity_bytes) in [(3, 100 * GIB), (3, u64::MAX), (7, 100 * GIB)] {
+            let mut rooms: BTreeMap<DiskId, Room> = (1..=10).map(|disk| (DiskId(disk), room)).collect();
+            rooms.insert(DiskId(absurd), Room { capacity_bytes, chunk_bytes: u64::MAX, ..room });
+            let out = take_out(&map, DiskId(7), &Takers { rooms, ..takers() });
+            assert!(out.is_ok(), "{absurd} {capacity_bytes}: {out:?}");
         }
     }
 

@@ -11,7 +11,7 @@ use granary_placement::lease::LeaseStamp;
 use granary_wire::chunk::{
     block_count, block_crc, ChunkHealth, ChunkId, ChunkInfo, ChunkSpec, BLOCK_BYTES, MAX_CHUNK_BYTES,
 };
-use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus};
+use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus, Reach};
 use granary_wire::error::ChunkError;
 use granary_wire::server::{serve, Asker, ChunkBlocks, ChunkSink, NodeService, ServerLimits};
 use granary_wire::Credentials;
@@ -249,7 +249,8 @@ impl Disk {
             }
             ControlRequest::Reach(disks) => {
                 let unreached = self.unreached.lock().unwrap();
-                ControlResponse::Reached(disks.iter().map(|disk| !unreached.contains(disk)).collect())
+                let of = |disk| if unreached.contains(disk) { Reach::Unreached } else { Reach::Reached };
+                ControlResponse::Reached(disks.iter().map(of).collect())
             }
             _ => return Err(ControlError::BadRequest("not in this test".to_owned())),
         })

@@ -4,7 +4,7 @@
 use super::*;
 use crate::auth::{client_handshake, Ends, Session};
 use crate::client::{ClientLimits, NodeClient};
-use crate::control::ControlError;
+use crate::control::{ControlError, Reach};
 use crate::error::AuthError;
 use crate::frame::{decode, encode, Frame, FrameReader, FrameWriter, Kind};
 use crate::head;
@@ -121,7 +121,7 @@ async fn a_client_of_the_release_before_is_told_nothing_that_it_cannot_read_and_
         (ControlResponse::Map(Some(Box::new(away.clone()))), false),
         (diffs(&plain, &away), false),
         (diffs(&away, &plain), true),
-        (ControlResponse::Reached(vec![true]), false),
+        (ControlResponse::Reached(vec![Reach::Reached]), false),
     ] {
         offers(answer.clone());
         let told = ask(&ControlRequest::GetMap).await;

@@ -9,7 +9,7 @@
 //! holder goes on counting.
 
 use super::home::Cleared;
-use super::judge::{holds, judge, observers, sight_of_down, Clocks, Rules, Sight, Verdict, LIMIT_WINDOW};
+use super::judge::{holds, judge, observers, sight_of_down, Clocks, Rules, Sight, Stays, Verdict, LIMIT_WINDOW};
 use super::{lock, AwayDisk, DeadDisk, HealSettings, HealStatus, Inner};
 use crate::background::leases::Held;
 use crate::backoff::Backoff;
@@ -17,11 +17,13 @@ use crate::disks::{DiskHealth, DiskView};
 use crate::object::add;
 use crate::ops::away::{empty_disks, fill_empty, let_in, take_out, AwayError, Room, Takers};
 use crate::ops::{commit, slots_moving, CommitError};
-use futures::stream::{self, StreamExt};
+use futures::future::join_all;
 use granary_placement::id::DiskId;
 use granary_placement::map::{ClusterMap, DiskState};
-use granary_wire::control::{ControlRequest, ControlResponse};
+use granary_wire::control::{ControlRequest, ControlResponse, Reach};
 use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::mem::Discriminant;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -31,18 +33,31 @@ const ASKED: usize = 64;
 const ASK: Duration = Duration::from_secs(5);
 /// What observers said longer ago is not acted on.
 const STALE: Duration = Duration::from_secs(20);
-/// Questions under way at once.
-const QUESTIONS_AT_ONCE: usize = 16;
 /// The pause between two looks.
 const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(5)];
 
 /// Disks that are away, answer again, and may be let back in: what the looks under this lease found. Under the next one
 /// they are looked at anew.
-pub(super) type Returned = Mutex<BTreeSet<DiskId>>;
+/// With why one waits, where it was tried and may not come in yet.
+pub(super) type Returned = Mutex<BTreeMap<DiskId, Option<String>>>;
 
-/// Disks in service that still hold chunks of which the disks of their slots took no copy: how often it was tried, and
-/// when it is tried again.
-type Rests = BTreeMap<DiskId, (u32, Instant)>;
+/// Disks for which something was not done yet: how often it was tried, and when it is tried again.
+#[derive(Debug, Default)]
+struct Tries(BTreeMap<DiskId, (u32, Instant)>);
+
+impl Tries {
+    /// It has failed once more.
+    fn failed(&mut self, disk: DiskId, now: Instant, backoff: &Backoff) {
+        let (tries, not_before) = self.0.entry(disk).or_insert((0, now));
+        *tries = tries.saturating_add(1);
+        *not_before = now + backoff.base(*tries);
+    }
+
+    /// Is it tried now?
+    fn is_due(&self, disk: DiskId, now: Instant) -> bool {
+        self.0.get(&disk).is_none_or(|(_, not_before)| now >= *not_before)
+    }
+}
 
 /// What the holder of the lease remembers from look to look.
 struct Memory {
@@ -51,9 +66,38 @@ struct Memory {
     out: BTreeMap<DiskId, OutAt>,
     begun: Instant,
     /// Why a dead disk stays in service, as it was logged.
-    told: BTreeMap<DiskId, String>,
+    told: BTreeMap<DiskId, Kind>,
+    /// That nobody looked for long was logged, and no time has counted since.
+    told_of_gap: bool,
     /// Why disks that hold nothing get no share, as it was logged.
     told_of_share: Option<String>,
+}
+
+/// Why a dead disk stays in service.
+struct Reason {
+    kind: Kind,
+    text: String,
+}
+
+/// The kind of a reason: a line is logged when it changes, not whenever a number in the text does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Judged(Discriminant<Stays>),
+    Refused(Discriminant<AwayError>),
+    /// The root shard takes no such map.
+    Root,
+}
+
+impl From<Stays> for Reason {
+    fn from(stays: Stays) -> Reason {
+        Reason { kind: Kind::Judged(std::mem::discriminant(&stays)), text: stays.to_string() }
+    }
+}
+
+impl From<AwayError> for Reason {
+    fn from(error: AwayError) -> Reason {
+        Reason { kind: Kind::Refused(std::mem::discriminant(&error)), text: error.to_string() }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -72,8 +116,14 @@ impl Memory {
         let before = |s| OutAt { before: Duration::from_secs(s), at: None };
         let out: BTreeMap<DiskId, OutAt> = status.away_disks.iter().map(|row| (row.disk, before(row.out_s))).collect();
         let begun = Instant::now();
-        let mut memory =
-            Memory { clocks: Clocks::inherit(dead), out, begun, told: BTreeMap::new(), told_of_share: None };
+        let mut memory = Memory {
+            clocks: Clocks::inherit(dead),
+            out,
+            begun,
+            told: BTreeMap::new(),
+            told_of_gap: false,
+            told_of_share: None,
+        };
         map.into_iter().for_each(|map| memory.note_away(map, begun));
         memory
     }
@@ -84,6 +134,28 @@ impl Memory {
         for disk in map.disks.values().filter(|disk| disk.state == DiskState::Away) {
             self.out.entry(disk.id).or_insert(OutAt { before: Duration::ZERO, at: Some(now) });
         }
+    }
+
+    /// Takes in one look. Answers how long nobody had looked, if that is to be logged: the time does not count.
+    fn look(
+        &mut self,
+        sights: &BTreeMap<DiskId, Sight>,
+        looked: Instant,
+        pause: Duration,
+        well_after: Duration,
+    ) -> Option<Duration> {
+        let dropped = self.clocks.look(sights, looked, pause, well_after);
+        let news = dropped.filter(|_| !self.told_of_gap && sights.values().any(|sight| *sight == Sight::Dead));
+        self.told_of_gap = dropped.is_some() && (self.told_of_gap || news.is_some());
+        news
+    }
+
+    /// Of which disks it is to be logged that they stay, since they do so for another kind of reason than before.
+    fn news(&mut self, why: &BTreeMap<DiskId, Reason>) -> Vec<DiskId> {
+        let news = why.iter().filter(|(disk, why)| self.told.get(disk) != Some(&why.kind)).map(|(disk, _)| *disk);
+        let news = news.collect();
+        self.told = why.iter().map(|(disk, why)| (*disk, why.kind)).collect();
+        news
     }
 
     /// Disks that went out within the hour: those written down, and those that are away by this map and are not.
@@ -136,7 +208,13 @@ impl Inner {
         let began = Instant::now();
         let sights = self.sights(&map, &views).await;
         let looked = Instant::now();
-        memory.clocks.look(&sights, looked, pause, settings.well_after);
+        if let Some(gap) = memory.look(&sights, looked, pause, settings.well_after) {
+            tracing::warn!(
+                gap_s = gap.as_secs(),
+                look_ms = (looked - began).as_millis() as u64,
+                "nobody looked at the disks for so long that the time does not count for those that are dead"
+            );
+        }
         memory.note_away(&map, looked);
         let rules = Rules {
             out_after: settings.out_after,
@@ -144,10 +222,10 @@ impl Inner {
             well_after: settings.well_after,
         };
         let Verdict { mut out, stays, back } = judge(&map, &memory.clocks, memory.recent(&map, looked), &rules);
-        let mut why: BTreeMap<DiskId, String> = stays.iter().map(|(disk, why)| (*disk, why.to_string())).collect();
+        let mut why: BTreeMap<DiskId, Reason> = stays.into_iter().map(|(disk, why)| (disk, why.into())).collect();
         while let Some((disk, limit)) = out.take() {
             if let Some(limit) = limit {
-                why.insert(disk, limit.to_string());
+                why.insert(disk, limit.into());
                 continue;
             }
             // What was seen may be long ago, if this process slept; and it was seen by an older map. And the disk may
@@ -173,10 +251,10 @@ impl Inner {
                     self.poke.notify_one();
                 }
                 Err(CommitError::Refused(AwayError::Changed)) => {}
-                Err(CommitError::Refused(error)) => drop(why.insert(disk, error.to_string())),
+                Err(CommitError::Refused(error)) => drop(why.insert(disk, error.into())),
                 // Not only this disk: below its feature level the root shard takes no map in which a disk is away.
                 Err(CommitError::Root(error)) if !error.outcome_unknown() => {
-                    why.insert(disk, error.to_string());
+                    why.insert(disk, Reason { kind: Kind::Root, text: error.to_string() });
                     break;
                 }
                 Err(error) => {
@@ -189,9 +267,9 @@ impl Inner {
         if held.is_lost() {
             return;
         }
-        *lock(returned) = back.into_iter().collect();
+        note_returned(returned, back);
         self.give_share(&map, (&views, &sights), memory, began, settings.fill_ceiling_percent, held).await;
-        self.tell_of_disks(&map, memory, why);
+        self.tell_of_disks(&map, (memory, returned), why);
         lock(&self.status).out_after_s = settings.out_after.as_secs();
     }
 
@@ -206,16 +284,8 @@ impl Inner {
         let down = views.iter().filter(|view| view.health == DiskHealth::Down).map(|view| view.id);
         let down: Vec<DiskId> = down.filter(serves).collect();
         let observers: Vec<DiskId> = observers(map).collect();
-        let answers: Vec<Vec<(DiskId, bool)>> = stream::iter(questions(&observers, &down))
-            .map(|(observer, disks)| async move {
-                let reached = self.reached_by(observer, &disks).await.unwrap_or_default();
-                disks.into_iter().zip(reached).collect()
-            })
-            .buffer_unordered(QUESTIONS_AT_ONCE)
-            .collect()
-            .await;
-        let mut said: BTreeMap<DiskId, Vec<bool>> = BTreeMap::new();
-        answers.into_iter().flatten().for_each(|(disk, reached)| said.entry(disk).or_default().push(reached));
+        let ask = |observer, disks: Vec<DiskId>| async move { self.reached_by(observer, &disks).await };
+        let mut said = ask_all(&observers, &down, ask).await;
         for disk in &down {
             let said = said.remove(disk).unwrap_or_default();
             // It may have come back while the others were asked.
@@ -229,7 +299,7 @@ impl Inner {
     }
 
     /// Which of these disks an observer reaches; None: it does not answer, and says nothing.
-    async fn reached_by(&self, observer: DiskId, disks: &[DiskId]) -> Option<Vec<bool>> {
+    async fn reached_by(&self, observer: DiskId, disks: &[DiskId]) -> Option<Vec<Reach>> {
         if self.store.disks().health(observer) == DiskHealth::Down {
             return None;
         }
@@ -288,13 +358,16 @@ impl Inner {
     }
 
     /// Notes what is dead and what went out, for status pages and the next holder of the lease.
-    fn tell_of_disks(&self, map: &ClusterMap, memory: &mut Memory, mut why: BTreeMap<DiskId, String>) {
-        for (disk, why) in &why {
-            if memory.told.get(disk) != Some(why) {
-                tracing::error!(%disk, %why, "disk is dead and stays in service: what it held has a chunk less");
-            }
+    fn tell_of_disks(
+        &self,
+        map: &ClusterMap,
+        (memory, returned): (&mut Memory, &Returned),
+        mut why: BTreeMap<DiskId, Reason>,
+    ) {
+        for disk in memory.news(&why) {
+            let why = why.get(&disk).map_or("", |why| &why.text);
+            tracing::error!(%disk, why, "disk is dead and stays in service: what it held has a chunk less");
         }
-        memory.told.clone_from(&why);
         let now = Instant::now();
         let is_away = |disk: &DiskId| map.disk(*disk).is_some_and(|disk| disk.state == DiskState::Away);
         let recent: BTreeSet<DiskId> =
@@ -305,10 +378,20 @@ impl Inner {
             .clocks
             .unwell()
             .filter(|(disk, dead, sight)| serving(disk) && (*sight == Sight::Dead || *dead > Duration::ZERO));
-        let dead_disks: Vec<DeadDisk> =
-            dead.map(|(disk, dead, _)| DeadDisk { disk, dead_s: dead.as_secs(), stays: why.remove(&disk) }).collect();
+        let dead_disks: Vec<DeadDisk> = dead
+            .map(|(disk, dead, _)| DeadDisk {
+                disk,
+                dead_s: dead.as_secs(),
+                stays: why.remove(&disk).map(|why| why.text),
+            })
+            .collect();
+        let waits = lock(returned).clone();
         let mut away_disks: Vec<AwayDisk> = (memory.out.iter())
-            .map(|(disk, out)| AwayDisk { disk: *disk, out_s: memory.ago(out, now).as_secs() })
+            .map(|(disk, out)| AwayDisk {
+                disk: *disk,
+                out_s: memory.ago(out, now).as_secs(),
+                waits: waits.get(disk).cloned().flatten(),
+            })
             .collect();
         // What counts for the limit is not to be cut off.
         away_disks.sort_by_key(|row| (row.out_s, row.disk));
@@ -319,18 +402,36 @@ impl Inner {
     /// Lets disks back in that answer again, once what only they hold was brought to others, and they are rid of the
     /// rest.
     pub(super) async fn return_loop(&self, returned: &Returned, held: &Held) {
-        let mut rests = Rests::default();
+        // Disks in service that still hold chunks of which the disks of their slots took no copy.
+        let mut rests = Tries::default();
+        let mut waits = Tries::default();
         loop {
-            let answering: Vec<DiskId> = lock(returned).iter().copied().collect();
+            let answering: Vec<DiskId> = lock(returned).keys().copied().collect();
+            waits.0.retain(|disk, _| answering.contains(disk));
             for disk in answering {
-                match self.clear_leftovers(disk, held).await {
-                    Ok(Some(cleared)) if cleared.waits > 0 => tracing::info!(
-                        %disk, chunks = cleared.waits,
-                        "disk answers again, and waits: chunks that it holds could not be copied to their disks yet"
-                    ),
+                // One that is known to wait for copies gets none while healing is paused.
+                let is_held_up = self.pace.is_paused() && waits.0.contains_key(&disk);
+                if is_held_up || !waits.is_due(disk, Instant::now()) {
+                    continue;
+                }
+                let why = match self.clear_leftovers(disk, held).await {
+                    Ok(Some(cleared)) if cleared.waits > 0 => {
+                        let paused = if self.pace.is_paused() { ", for healing is paused" } else { "" };
+                        let chunks = cleared.waits;
+                        Some(format!("{chunks} chunks that it holds are not on the disks of their slots yet{paused}"))
+                    }
                     Ok(Some(cleared)) => self.let_back_in(disk, &cleared, (returned, &mut rests), held).await,
-                    Ok(None) => tracing::debug!(%disk, "a disk that is back cannot be looked through yet"),
-                    Err(error) => tracing::debug!(%disk, %error, "a disk that is back cannot be looked through yet"),
+                    Ok(None) => Some("it could not be looked through yet".to_owned()),
+                    Err(error) => Some(format!("it could not be looked through yet: {error}")),
+                };
+                let Some(why) = why else {
+                    waits.0.remove(&disk);
+                    continue;
+                };
+                waits.failed(disk, Instant::now(), &self.backoff());
+                if let Some(told) = lock(returned).get_mut(&disk).filter(|told| told.as_ref() != Some(&why)) {
+                    tracing::info!(%disk, why, "disk answers again, and waits before it is let back in");
+                    *told = Some(why);
                 }
             }
             self.go_on_with(&mut rests, held).await;
@@ -338,17 +439,24 @@ impl Inner {
         }
     }
 
+    fn backoff(&self) -> Backoff {
+        let settings = self.settings();
+        Backoff { first: settings.first_backoff, longest: settings.longest_backoff }
+    }
+
+    /// Answers why it was not let in, if it may be.
+
     async fn let_back_in(
         &self,
         disk: DiskId,
         cleared: &Cleared,
-        (returned, rests): (&Returned, &mut Rests),
+        (returned, rests): (&Returned, &mut Tries),
         held: &Held,
-    ) {
+    ) -> Option<String> {
         // It may have gone again meanwhile.
-        let may = || !held.is_lost() && lock(returned).contains(&disk);
+        let may = || !held.is_lost() && lock(returned).contains_key(&disk);
         if cleared.left > 0 {
-            rests.insert(disk, (0, Instant::now()));
+            rests.0.insert(disk, (0, Instant::now()));
         }
         let made = commit(&self.meta, |newest| match may() {
             true => let_in(newest, disk),
@@ -362,38 +470,58 @@ impl Inner {
                     %disk, epoch = made.after.epoch.0, chunks_deleted = cleared.deleted, chunks_to_copy = cleared.left,
                     "disk answers again and is back in service, without slots"
                 );
+                None
             }
-            Err(CommitError::Refused(AwayError::Changed)) => {}
-            Err(error) => tracing::warn!(%disk, %error, "disk could not be let back in"),
+            Err(CommitError::Refused(AwayError::Changed)) => None,
+            Err(error) => Some(format!("the cluster map could not be changed: {error}")),
         }
     }
 
     /// Goes on copying from disks that were let in while the disks of some of their chunks took none. After a change of
     /// the lease the first sweep does.
-    async fn go_on_with(&self, rests: &mut Rests, held: &Held) {
+    async fn go_on_with(&self, rests: &mut Tries, held: &Held) {
         let Some(map) = self.store.disks().map() else { return };
-        rests.retain(|disk, _| map.disk(*disk).is_some_and(|disk| disk.state != DiskState::Out));
-        let settings = self.settings();
-        let backoff = Backoff { first: settings.first_backoff, longest: settings.longest_backoff };
-        let due: Vec<DiskId> =
-            rests.iter().filter(|(_, (_, not_before))| Instant::now() >= *not_before).map(|(disk, _)| *disk).collect();
+        rests.0.retain(|disk, _| map.disk(*disk).is_some_and(|disk| disk.state != DiskState::Out));
+        let now = Instant::now();
+        let due: Vec<DiskId> = rests.0.keys().copied().filter(|disk| rests.is_due(*disk, now)).collect();
         for disk in due {
             match self.bring_rest(disk, held).await {
-                Ok(true) => drop(rests.remove(&disk)),
-                Ok(false) | Err(_) => {
-                    let (tries, not_before) = rests.entry(disk).or_insert((0, Instant::now()));
-                    *tries = tries.saturating_add(1);
-                    *not_before = Instant::now() + backoff.base(*tries);
-                }
+                Ok(true) => drop(rests.0.remove(&disk)),
+                Ok(false) | Err(_) => rests.failed(disk, Instant::now(), &self.backoff()),
             }
         }
     }
+}
+
+/// Asks every observer for every disk that is down, all at the same time: a look takes as long as one answer, however
+/// many metadata disks there are. Answers what was said of each disk.
+async fn ask_all<F: Future<Output = Option<Vec<Reach>>>>(
+    observers: &[DiskId],
+    down: &[DiskId],
+    ask: impl Fn(DiskId, Vec<DiskId>) -> F,
+) -> BTreeMap<DiskId, Vec<Reach>> {
+    let asked = questions(observers, down).into_iter().map(|(observer, disks)| {
+        let answer = ask(observer, disks.clone());
+        async move { (disks, answer.await.unwrap_or_default()) }
+    });
+    let mut said: BTreeMap<DiskId, Vec<Reach>> = BTreeMap::new();
+    for (disks, answers) in join_all(asked).await {
+        disks.into_iter().zip(answers).for_each(|(disk, answer)| said.entry(disk).or_default().push(answer));
+    }
+    said
 }
 
 /// What is asked whom: each observer for all disks that are down, so many at a time.
 fn questions(observers: &[DiskId], down: &[DiskId]) -> Vec<(DiskId, Vec<DiskId>)> {
     let parts = down.chunks(ASKED).flat_map(|part| observers.iter().map(move |observer| (*observer, part.to_vec())));
     parts.collect()
+}
+
+/// Takes in which disks may be let back in by now. Why one waits that has gone on answering stays known.
+fn note_returned(returned: &Returned, back: Vec<DiskId>) {
+    let mut returned = lock(returned);
+    let mut before = std::mem::take(&mut *returned);
+    *returned = back.into_iter().map(|disk| (disk, before.remove(&disk).flatten())).collect();
 }
 
 /// Who may take over slots, by what is known of the disks.
@@ -426,7 +554,7 @@ mod tests {
         }
         let status = HealStatus {
             dead_disks: vec![DeadDisk { disk: DiskId(5), dead_s: 77, stays: None }],
-            away_disks: vec![AwayDisk { disk: DiskId(2), out_s: 4000 }],
+            away_disks: vec![AwayDisk { disk: DiskId(2), out_s: 4000, waits: None }],
             ..HealStatus::default()
         };
         let memory = Memory::inherit(&serde_json::to_vec(&status).unwrap(), Some(&map));
@@ -449,6 +577,80 @@ mod tests {
             assert_eq!(of.collect::<Vec<_>>(), down);
         }
         assert!(questions(&observers, &[]).is_empty());
+    }
+
+    #[tokio::test]
+    async fn all_observers_are_asked_at_the_same_time_and_a_slow_one_keeps_nobody_else_waiting() {
+        let observers: Vec<DiskId> = (1..=200).map(DiskId).collect();
+        let down: Vec<DiskId> = (300..450).map(DiskId).collect();
+        let (asked, answers) = (std::cell::Cell::new(0usize), tokio::sync::Semaphore::new(0));
+        let ask = |observer: DiskId, disks: Vec<DiskId>| {
+            let (asked, answers) = (&asked, &answers);
+            async move {
+                asked.set(asked.get() + 1);
+                drop(answers.acquire().await.unwrap());
+                // Every fourth does not answer.
+                (observer.0 % 4 > 0).then(|| vec![Reach::Unreached; disks.len()])
+            }
+        };
+        let mut looking = std::pin::pin!(ask_all(&observers, &down, ask));
+        assert!(futures::poll!(&mut looking).is_pending());
+        assert_eq!(asked.get(), 600, "nobody has answered yet");
+        answers.add_permits(1);
+        let said = looking.await;
+        assert_eq!(said.keys().copied().collect::<Vec<_>>(), down);
+        assert!(said.values().all(|said| *said == [Reach::Unreached; 150]));
+    }
+
+    #[test]
+    fn time_that_does_not_count_is_told_once_and_only_while_something_is_dead() {
+        let (mut memory, begun, second) = (Memory::inherit(b"", None), Instant::now(), Duration::from_secs(1));
+        let dead = |sight| BTreeMap::from([(DiskId(1), Sight::Up), (DiskId(2), sight)]);
+        // (when, is it dead, what is told)
+        for (at, sight, told) in [
+            (0, Sight::Dead, None),
+            (5, Sight::Dead, None),
+            (30, Sight::Up, None),
+            (60, Sight::Dead, Some(30)),
+            (90, Sight::Dead, None),
+            (95, Sight::Dead, None),
+            (120, Sight::Dead, Some(25)),
+        ] {
+            let news = memory.look(&dead(sight), begun + second * at, PAUSES[1], PAUSES[1]);
+            assert_eq!(news.map(|gap| gap.as_secs()), told, "{at}");
+        }
+    }
+
+    #[test]
+    fn a_number_in_a_reason_that_changes_is_no_news() {
+        let mut memory = Memory::inherit(b"", None);
+        let limit = |recent| Stays::Limit { limit: 4, recent };
+        let half = |silent| Stays::from(crate::ops::away::Half { silent, of: 9 });
+        let mut news = |why: Stays| memory.news(&BTreeMap::from([(DiskId(3), why.into())])).len();
+        let told = [limit(4), limit(5), half(5), half(6), limit(4)].map(&mut news);
+        assert_eq!(told, [1, 0, 1, 0, 1]);
+        assert!(memory.news(&BTreeMap::new()).is_empty());
+        assert_eq!(memory.news(&BTreeMap::from([(DiskId(3), limit(4).into())])), [DiskId(3)], "it was well meanwhile");
+    }
+
+    #[test]
+    fn what_fails_is_tried_less_and_less_often_and_why_a_disk_waits_stays_known() {
+        let (mut tries, now, second) = (Tries::default(), Instant::now(), Duration::from_secs(1));
+        let backoff = Backoff { first: second * 5, longest: second * 15 };
+        assert!(tries.is_due(DiskId(3), now));
+        for (fails_at, again_at) in [(0, 5), (5, 15), (15, 30), (30, 45)] {
+            tries.failed(DiskId(3), now + second * fails_at, &backoff);
+            let due = |at: u32, tries: &Tries| tries.is_due(DiskId(3), now + second * at);
+            assert!(!due(again_at - 1, &tries) && due(again_at, &tries), "{fails_at}");
+        }
+        let returned = Returned::default();
+        note_returned(&returned, vec![DiskId(3), DiskId(4)]);
+        lock(&returned).insert(DiskId(3), Some("why".to_owned()));
+        note_returned(&returned, vec![DiskId(3)]);
+        assert_eq!(*lock(&returned), BTreeMap::from([(DiskId(3), Some("why".to_owned()))]));
+        note_returned(&returned, vec![]);
+        note_returned(&returned, vec![DiskId(3)]);
+        assert_eq!(*lock(&returned), BTreeMap::from([(DiskId(3), None)]), "it has gone meanwhile");
     }
 
     #[test]

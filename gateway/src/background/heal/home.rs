@@ -30,7 +30,9 @@ use granary_wire::chunk::{block_count, ChunkHealth, ChunkId, ChunkInfo, ChunkSpe
 use granary_wire::client::NodeClient;
 use granary_wire::control::{ControlRequest, ControlResponse};
 use granary_wire::error::ChunkError;
+use granary_wire::LogPace;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::time::Instant;
 
 /// Records of extents per request, when the slots of narrow ones are looked up.
 const RECORDS: u32 = 100;
@@ -187,7 +189,7 @@ impl Inner {
 
     /// Copies strays from a disk to their homes. While healing is paused they wait.
     pub(super) async fn bring_home(&self, from: DiskId, strays: Vec<Stray>, held: &Held) -> Brought {
-        let mut brought = Brought::default();
+        let (mut brought, complaints) = (Brought::default(), LogPace::default());
         let Some(client) = self.store.disks().client(from) else {
             brought.waits = strays.len();
             return brought;
@@ -219,17 +221,16 @@ impl Inner {
                     continue;
                 }
             };
-            tracing::warn!(
-                %from, home = %stray.home, extent = %stray.id.extent, chunk = stray.id.index, %error,
-                "a chunk could not be copied to the disk of its slot"
-            );
-            match error {
-                // There is nothing to be copied.
-                RebuildError::Disk { disk, error: ChunkError::NotFound | ChunkError::Corrupt { .. } }
-                    if disk == from => {}
-                RebuildError::Disk { error: ChunkError::DiskFull, .. } => brought.left += 1,
-                _ if self.store.disks().repairable(stray.home) => brought.waits += 1,
-                _ => brought.left += 1,
+            if let Some(left_out) = complaints.turn(Instant::now()) {
+                tracing::warn!(
+                    %from, home = %stray.home, extent = %stray.id.extent, chunk = stray.id.index, %error, left_out,
+                    "a chunk could not be copied to the disk of its slot"
+                );
+            }
+            match after_failure(&error, from, self.store.disks().repairable(stray.home)) {
+                Failed::Nothing => {}
+                Failed::Waits => brought.waits += 1,
+                Failed::Left => brought.left += 1,
             }
         }
         brought
@@ -364,6 +365,30 @@ impl Inner {
     }
 }
 
+/// What becomes of a stray that could not be brought home.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Failed {
+    /// There is nothing to be copied.
+    Nothing,
+    /// It is to be tried again before its disk is let in.
+    Waits,
+    /// Its disk is let in without that.
+    Left,
+}
+
+/// A stray on `from` met an error. `home_takes`: its home takes chunks.
+fn after_failure(error: &RebuildError, from: DiskId, home_takes: bool) -> Failed {
+    match error {
+        RebuildError::Disk { disk, error: ChunkError::NotFound | ChunkError::Corrupt { .. } } if *disk == from => {
+            Failed::Nothing
+        }
+        // No other attempt finds another record: for this a disk would wait for ever.
+        RebuildError::Record(_) | RebuildError::Disk { error: ChunkError::DiskFull, .. } => Failed::Left,
+        _ if home_takes => Failed::Waits,
+        _ => Failed::Left,
+    }
+}
+
 /// Is the extent of a chunk as wide as its group?
 fn is_wide(chunk: &ChunkInfo, map: &ClusterMap) -> bool {
     let width = map.group(chunk.id.group).map(|group| group.slots.len());
@@ -383,4 +408,28 @@ fn is_same(one: &ChunkSpec, other: &ChunkSpec) -> bool {
 /// It is not tried now.
 fn brought_later(stray: Stray) -> (Stray, Option<Result<bool, RebuildError>>) {
     (stray, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_another_attempt_may_bring_home_keeps_a_returned_disk_out() {
+        let (from, home) = (DiskId(3), DiskId(7));
+        let disk = |disk, error| RebuildError::Disk { disk, error };
+        // (what was met, when the home takes chunks, when it does not)
+        for (error, takes, takes_none) in [
+            (disk(from, ChunkError::NotFound), Failed::Nothing, Failed::Nothing),
+            (disk(from, ChunkError::Corrupt { block: 1 }), Failed::Nothing, Failed::Nothing),
+            (disk(from, ChunkError::Overloaded), Failed::Waits, Failed::Left),
+            (disk(home, ChunkError::Overloaded), Failed::Waits, Failed::Left),
+            (disk(home, ChunkError::DiskFull), Failed::Left, Failed::Left),
+            (RebuildError::Refuted { index: 1, block: 2 }, Failed::Waits, Failed::Left),
+            (RebuildError::Record("2 slots for 4+2".to_owned()), Failed::Left, Failed::Left),
+        ] {
+            let found = [true, false].map(|home_takes| after_failure(&error, from, home_takes));
+            assert_eq!(found, [takes, takes_none], "{error}");
+        }
+    }
 }

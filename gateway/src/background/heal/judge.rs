@@ -11,8 +11,10 @@
 //! disks, or another part of all disks that an operator has set: a fault that looks like many dead disks must not start
 //! a storm of rebuilding. Only what went out counts, not what had to stay because nobody could take over.
 
+use crate::ops::away::{half_silent, Half};
 use granary_placement::id::DiskId;
 use granary_placement::map::{ClusterMap, DiskState};
+use granary_wire::control::Reach;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -32,9 +34,9 @@ pub enum Sight {
     Dead,
 }
 
-/// What the observers said of a disk that this gateway does not reach. `reached`: of each observer that answered.
-pub fn sight_of_down(reached: impl IntoIterator<Item = bool>, observers: usize) -> Sight {
-    let unreached = reached.into_iter().filter(|reached| !reached).count();
+/// What the observers said of a disk that this gateway does not reach. One that does not know has no vote.
+pub fn sight_of_down(said: impl IntoIterator<Item = Reach>, observers: usize) -> Sight {
+    let unreached = said.into_iter().filter(|said| *said == Reach::Unreached).count();
     if observers > 0 && unreached * 2 > observers {
         Sight::Dead
     } else {
@@ -73,12 +75,19 @@ impl Clocks {
         Clocks { looked: None, disks: dead.into_iter().map(|(disk, dead)| (disk, clock(dead))).collect() }
     }
 
-    /// Takes in one look at all disks. `pause`: the usual time between two.
-    pub fn look(&mut self, sights: &BTreeMap<DiskId, Sight>, now: Instant, pause: Duration, well_after: Duration) {
+    /// Takes in one look at all disks. `pause`: the usual time between two. Answers the time since the last look if it
+    /// was too long to count.
+    pub fn look(
+        &mut self,
+        sights: &BTreeMap<DiskId, Sight>,
+        now: Instant,
+        pause: Duration,
+        well_after: Duration,
+    ) -> Option<Duration> {
         let longest = LONGEST_GAP.max(pause * 4);
-        let gap = self.looked.map_or(Duration::ZERO, |looked| now.saturating_duration_since(looked));
+        let passed = self.looked.map_or(Duration::ZERO, |looked| now.saturating_duration_since(looked));
         // Nobody looked for long: this process slept, perhaps with all others.
-        let gap = if gap > longest { Duration::ZERO } else { gap };
+        let gap = if passed > longest { Duration::ZERO } else { passed };
         self.looked = Some(now);
         self.disks.retain(|disk, _| sights.contains_key(disk));
         for (disk, sight) in sights {
@@ -100,6 +109,7 @@ impl Clocks {
             }
             clock.last = *sight;
         }
+        (passed > longest).then_some(passed)
     }
 
     /// Disks that are not well: for how long each was seen dead, and how it was seen last.
@@ -140,16 +150,8 @@ pub enum Stays {
         recent: usize,
     },
     /// Half of the disks in service or more do not answer as they should.
-    #[error(
-        "{silent} of {of} disks in service do not answer, which looks like the network or the power rather than disks: none \
-         goes out until more than half answer"
-    )]
-    Half {
-        /// So many do not.
-        silent: usize,
-        /// So many are in service.
-        of: usize,
-    },
+    #[error(transparent)]
+    Half(#[from] Half),
 }
 
 /// What is to be done.
@@ -200,26 +202,22 @@ pub fn limit(map: &ClusterMap, percent: Option<u64>) -> usize {
 /// Judges by the map and the clocks. `recent`: disks that went out within the hour.
 pub fn judge(map: &ClusterMap, clocks: &Clocks, recent: usize, rules: &Rules) -> Verdict {
     let disks = |is: fn(DiskState) -> bool| map.disks.values().filter(move |disk| is(disk.state)).map(|disk| disk.id);
-    // One that is draining is no other matter: its chunks are to go elsewhere, and when it is dead they are rebuilt.
-    let of = disks(DiskState::holds_slots).count();
     let dead = || {
         let clocks = disks(DiskState::holds_slots).filter_map(|disk| Some((disk, clocks.get(disk)?)));
         clocks.filter(|(_, clock)| clock.last == Sight::Dead)
     };
     // Whatever is not up: while nobody can say of many disks how they are, it is as little known that others are dead
     // alone.
-    let is_up = |disk: &DiskId| clocks.get(*disk).is_some_and(|clock| clock.last == Sight::Up);
-    let silent = disks(DiskState::holds_slots).filter(|disk| !is_up(disk)).count();
+    let half = half_silent(map, |disk| clocks.get(disk).is_some_and(|clock| clock.last == Sight::Up));
     let mut due: Vec<(Duration, DiskId)> =
         dead().filter(|(_, clock)| clock.dead >= rules.out_after).map(|(disk, clock)| (clock.dead, disk)).collect();
     due.sort_by_key(|(dead, disk)| (std::cmp::Reverse(*dead), *disk));
     let mut verdict = Verdict::default();
     (verdict.out.limit, verdict.out.recent) = (limit(map, rules.limit_percent), recent);
     for (_, disk) in due {
-        if silent * 2 >= of {
-            verdict.stays.push((disk, Stays::Half { silent, of }));
-        } else {
-            verdict.out.waiting.push_back(disk);
+        match half {
+            Some(half) => verdict.stays.push((disk, half.into())),
+            None => verdict.out.waiting.push_back(disk),
         }
     }
     let well =
@@ -308,18 +306,22 @@ mod tests {
 
     #[test]
     fn dead_is_what_this_gateway_and_more_than_half_of_all_observers_do_not_reach() {
+        use Reach::{Reached as R, Unknown as X, Unreached as U};
         use Sight::{Dead, Doubtful};
-        // (what the observers that answered say: reached or not; how many observers there are; how it is seen)
+        // (what the observers that answered say; how many observers there are; how it is seen)
         for (said, of, sight) in [
-            (&[false, false, false, false][..], 5, Dead),
-            (&[false, false, false], 5, Dead),
-            (&[false, false], 5, Doubtful),
-            (&[false, false, true, true, true], 5, Doubtful),
-            (&[false, false, false, true, true], 5, Dead),
+            (&[U, U, U, U][..], 5, Dead),
+            (&[U, U, U], 5, Dead),
+            (&[U, U], 5, Doubtful),
+            (&[U, U, R, R, R], 5, Doubtful),
+            (&[U, U, U, R, R], 5, Dead),
+            (&[U, U, X, X, X], 5, Doubtful),
+            (&[U, U, U, X, X], 5, Dead),
+            (&[X, X, X, X, X], 5, Doubtful),
             (&[], 5, Doubtful),
-            (&[true, true, true], 5, Doubtful),
-            (&[false, false], 4, Doubtful),
-            (&[false], 1, Dead),
+            (&[R, R, R], 5, Doubtful),
+            (&[U, U], 4, Doubtful),
+            (&[U], 1, Dead),
             (&[], 0, Doubtful),
         ] {
             assert_eq!(sight_of_down(said.iter().copied(), of), sight, "{said:?} of {of}");
@@ -523,12 +525,20 @@ mod tests {
         };
         assert_eq!(go(&judge(&map, &dead(&[7]), 0, &RULES), |_| true), (ids(&[7]), ids(&[])));
         // It counts among those in service, too.
-        assert_eq!(judge(&map, &dead(&[1, 2, 3, 4, 7]), 0, &RULES).stays[0].1, Stays::Half { silent: 5, of: 9 });
+        assert_eq!(judge(&map, &dead(&[1, 2, 3, 4, 7]), 0, &RULES).stays[0].1, Stays::Half(Half { silent: 5, of: 9 }));
     }
 
     #[test]
     fn time_in_which_nobody_looked_counts_for_nothing() {
         let map = map(8, 1);
+        let (start, usual) = (Instant::now(), SECOND * 5);
+        for (pause, passed, counts) in [(5, 5, true), (5, 20, true), (5, 21, false), (1, 15, true), (1, 16, false)] {
+            let all_dead = sights(&map, |_| Sight::Dead);
+            let mut clocks = Clocks::default();
+            assert_eq!(clocks.look(&all_dead, start, usual, usual), None);
+            let dropped = clocks.look(&all_dead, start + SECOND * passed, SECOND * pause, usual);
+            assert_eq!(dropped, (!counts).then_some(SECOND * passed), "{pause} {passed}");
+        }
         // Looked at 16 s apart: longer than any pause between two looks.
         let clocks = seen(&map, 21, 500, |_, disk| if disk == 3 { Sight::Dead } else { Sight::Up });
         assert_eq!(go(&judge(&map, &clocks, 0, &RULES), |_| true), (ids(&[]), ids(&[])));

@@ -217,6 +217,9 @@ pub struct AwayDisk {
     pub disk: DiskId,
     /// How long ago, in seconds.
     pub out_s: u64,
+    /// It answers again, and is not let back in yet for this reason.
+    #[serde(default)]
+    pub waits: Option<String>,
 }
 
 /// Heals in the background. Cheap to clone.
@@ -450,6 +453,11 @@ fn to_publish(mut status: HealStatus) -> Bytes {
             length(&status.dead_disks),
             length(&status.away_disks),
         ];
+        // Which disks went out counts for the next holder, and why they wait does not.
+        if text.len() > MAX_PROGRESS_BYTES && status.away_disks.iter().any(|away| away.waits.is_some()) {
+            status.away_disks.iter_mut().for_each(|away| away.waits = None);
+            continue;
+        }
         let (longest, length) = (0usize..).zip(lengths).max_by_key(|(_, length)| *length).unwrap_or_default();
         if text.len() <= MAX_PROGRESS_BYTES || length == 0 {
             return text.into();
@@ -490,7 +498,7 @@ mod tests {
                 disks_to_walk,
                 disks_beyond_orphan_limit,
                 dead_disks: disks(dead).into_iter().map(row).collect(),
-                away_disks: disks(dead).into_iter().map(|disk| AwayDisk { disk, out_s: 4000 }).collect(),
+                away_disks: disks(dead).into_iter().map(|disk| AwayDisk { disk, out_s: 4000, waits: None }).collect(),
                 ..HealStatus::default()
             };
             let published = to_publish(status.clone());
@@ -498,5 +506,11 @@ mod tests {
             let read: HealStatus = serde_json::from_slice(&published).unwrap();
             assert!(walk + beyond + dead > 100 || read == status, "short lists are whole");
         }
+        // Why disks wait goes before any of them does.
+        let row = |disk| AwayDisk { disk, out_s: 4000, waits: Some("chunks are not on their disks".repeat(3)) };
+        let away_disks: Vec<AwayDisk> = disks(60).into_iter().map(row).collect();
+        let published = to_publish(HealStatus { away_disks, ..HealStatus::default() });
+        let read: HealStatus = serde_json::from_slice(&published).unwrap();
+        assert_eq!(read.away_disks.iter().map(|row| row.disk).collect::<Vec<_>>(), disks(60));
     }
 }
