@@ -124,8 +124,8 @@ async fn a_silent_home_keeps_no_returned_disk_out_and_gets_what_is_its_later() {
     check_all(&cluster, &new).await;
 }
 
-/// Disk 3 died, and what it held was rebuilt on disk 7. Then one extent loses two chunks, and the one on disk 7 is there,
-/// but rotten: nobody can rebuild it without what disk 3 holds. No healer runs.
+/// Disk 3 died, and what it held was rebuilt on disk 7. Then one extent loses two chunks, and the one on disk 7 is
+/// there, but rotten: nobody can rebuild it without what disk 3 holds. No healer runs.
 async fn rotten_at_home(cluster: &Cluster, meta: &Meta, draw: &mut Draw) -> Objects {
     let objects = fill(cluster, meta, draw).await;
     let left = cluster.disks[2].count();

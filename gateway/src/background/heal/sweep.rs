@@ -11,8 +11,8 @@
 //! An orphan older than the longest upload goes into quarantine, which is a mark on its disk and nothing else. What is
 //! still an orphan when its time in quarantine is over is deleted; what turns out to be owned is taken out of it. To
 //! list a disk takes long, and slots may move meanwhile: right before a page of chunks is deleted, it is asked again
-//! whether they are orphans, by the newest map. A chunk that its shard owns, and that the disk of its slot has with a bad
-//! block, is brought there then, and stays for the next sweep.
+//! whether they are orphans, by the newest map. A chunk that its shard owns, and that the disk of its slot has with a
+//! bad block, is brought there then, and stays for the next sweep.
 //!
 //! So many orphans that they are rather a fault of the metadata than leftovers wait for an operator. But what is known
 //! not to be needed does not: a chunk that its shard owns and that was found at home, and one of an extent of which no
@@ -167,9 +167,9 @@ impl Inner {
         status.sweeps_done += 1;
     }
 
-    /// Lists a disk and asks the shards for what lies there. None: the disk does not answer. Under a lease, what is owned
-    /// is looked after page by page: the shards are told of what the disks of their slots lack, it is brought there, and
-    /// what was in quarantine is taken out.
+    /// Lists a disk and asks the shards for what lies there. None: the disk does not answer. Under a lease, what is
+    /// owned is looked after page by page: what was in quarantine is taken out, and the shards are told of what the
+    /// disks of their slots lack, and it is brought there.
     pub(super) async fn look_for_orphans(
         &self,
         disk: DiskId,
