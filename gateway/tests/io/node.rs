@@ -17,7 +17,7 @@ use granary_wire::server::{serve, Asker, ChunkBlocks, ChunkSink, NodeService, Se
 use granary_wire::Credentials;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -60,6 +60,12 @@ pub struct Disk {
     /// The server is gone after so many bytes written from now on.
     pub die_after_bytes: AtomicU64,
     pub full: AtomicBool,
+    /// Control requests of these names, as steps have them, are refused.
+    pub refuses: Mutex<BTreeSet<&'static str>>,
+    /// How many control requests of each name came.
+    asked: Mutex<BTreeMap<&'static str, u64>>,
+    /// No page of a listing is longer.
+    pub longest_page: AtomicUsize,
     /// All its chunks are that old, in milliseconds.
     pub age_ms: AtomicU64,
     pub reads_begun: AtomicU64,
@@ -92,6 +98,9 @@ impl Disk {
             read_delay_ms: AtomicU64::new(0),
             die_after_bytes: AtomicU64::new(u64::MAX),
             full: AtomicBool::new(false),
+            refuses: Mutex::default(),
+            asked: Mutex::default(),
+            longest_page: AtomicUsize::new(MAX_CHUNKS),
             age_ms: AtomicU64::new(0),
             reads_begun: AtomicU64::new(0),
             reads_ended: AtomicU64::new(0),
@@ -122,6 +131,11 @@ impl Disk {
             killed.cancel();
             server.abort();
         }
+    }
+
+    /// How many control requests of this name came.
+    pub fn asked(&self, name: &'static str) -> u64 {
+        self.asked.lock().unwrap().get(name).copied().unwrap_or_default()
     }
 
     pub fn count(&self) -> usize {
@@ -213,7 +227,7 @@ impl Disk {
                 ControlResponse::Have(ids.iter().map(|id| chunks.contains_key(id)).collect())
             }
             ControlRequest::ListChunks { after, limit } => {
-                let limit = (limit as usize).clamp(1, MAX_CHUNKS);
+                let limit = (limit as usize).clamp(1, self.longest_page.load(Ordering::SeqCst));
                 let (chunks, quarantine) = (self.chunks.lock().unwrap(), self.quarantine.lock().unwrap());
                 let mut listed: Vec<ChunkInfo> = chunks
                     .iter()
@@ -346,6 +360,8 @@ fn name_of(request: &ControlRequest) -> &'static str {
     match request {
         ControlRequest::HaveChunks(_) => "have",
         ControlRequest::ListChunks { .. } => "list",
+        ControlRequest::VerifyChunks(_) => "verify",
+        ControlRequest::DeleteChunks { .. } => "delete",
         _ => "control",
     }
 }
@@ -374,7 +390,12 @@ impl NodeService for Service {
 
     fn control(&self, asker: Asker, request: ControlRequest) -> BoxFuture<'_, ControlResponse> {
         Box::pin(until_killed(&self.killed, async move {
-            self.disk.step(name_of(&request)).await;
+            let name = name_of(&request);
+            self.disk.step(name).await;
+            *self.disk.asked.lock().unwrap().entry(name).or_default() += 1;
+            if self.disk.refuses.lock().unwrap().contains(name) {
+                return ControlResponse::Error(ControlError::BadRequest("refused by this test".to_owned()));
+            }
             self.disk.answer(asker, request).unwrap_or_else(ControlResponse::Error)
         }))
     }

@@ -8,7 +8,8 @@
 //! - [`Inner::strays`]: which chunks of a page are strays, and whether their homes have them;
 //! - [`Inner::bring_home`]: copies what a home lacks;
 //! - [`Inner::verified`]: which strays their homes have read and found good;
-//! - [`Inner::clear_leftovers`]: all of that, and the deletion, for a disk that is to be let back in.
+//! - [`Inner::clear_leftovers`]: all of that, and the deletion, for a disk that is to be let back in;
+//! - [`Inner::bring_rest`]: all of that but the deletion, for a disk that was let in with something left.
 //!
 //! **Invariant:** no stray is deleted before its home was asked to read its own copy and found every block good.
 
@@ -32,6 +33,7 @@ use granary_wire::control::{ControlRequest, ControlResponse};
 use granary_wire::error::ChunkError;
 use granary_wire::LogPace;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Mutex;
 use std::time::Instant;
 
 /// Records of extents per request, when the slots of narrow ones are looked up.
@@ -75,6 +77,17 @@ pub(super) struct Strays {
     pub(super) unasked: Vec<Stray>,
 }
 
+/// Strays by what their homes found when they read what they have of them.
+#[derive(Debug, Default)]
+pub(super) struct Verified {
+    /// Every block is good.
+    pub(super) good: Vec<Stray>,
+    /// They are gone or have a bad block.
+    pub(super) bad: Vec<Stray>,
+    /// Their homes did not answer.
+    pub(super) unread: Vec<Stray>,
+}
+
 /// What came of bringing strays home.
 #[derive(Debug, Default)]
 pub(super) struct Brought {
@@ -86,14 +99,33 @@ pub(super) struct Brought {
     pub(super) left: usize,
 }
 
+/// What came of a page of strays.
+#[derive(Debug)]
+struct Settled {
+    /// Their homes have read them just now, and found them good.
+    good: Vec<Stray>,
+    /// They were copied there.
+    brought: Vec<Stray>,
+    /// So many are not good at home, though their homes take chunks or answer others.
+    waits: usize,
+    /// The homes of so many do not answer, or take no chunks now.
+    left: usize,
+    /// Homes that did not answer, or had a bad block.
+    unsettled: BTreeSet<DiskId>,
+}
+
+/// Of each disk that was let in with chunks left to be copied: homes that have read all that they have of its strays,
+/// and found it good.
+pub(super) type SettledHomes = Mutex<BTreeMap<DiskId, BTreeSet<DiskId>>>;
+
 /// What came of clearing a disk that is to be let back in.
 #[derive(Debug, Default)]
 pub(super) struct Cleared {
     /// Chunks deleted.
     pub(super) deleted: usize,
-    /// So many are not at home yet, though their homes take chunks.
+    /// So many are not known to be good at home yet, though their homes are up and take chunks.
     pub(super) waits: usize,
-    /// So many are left, for their homes do not answer or take no chunks.
+    /// So many are left, for their homes are not up or take no chunks.
     pub(super) left: usize,
 }
 
@@ -167,9 +199,8 @@ impl Inner {
         Ok(slots)
     }
 
-    /// Has homes read what they have of strays. Answers which are good there, and which are not. A home that does not
-    /// answer says neither.
-    pub(super) async fn verified(&self, strays: Vec<Stray>) -> (Vec<Stray>, Vec<Stray>) {
+    /// Has homes read what they have of strays.
+    pub(super) async fn verified(&self, strays: Vec<Stray>) -> Verified {
         let mut by_home: BTreeMap<DiskId, Vec<(ChunkId, u64)>> = BTreeMap::new();
         for stray in &strays {
             by_home.entry(stray.home).or_default().push((stray.id, stray.len_bytes));
@@ -183,8 +214,15 @@ impl Inner {
             .collect()
             .await;
         let healths: HashMap<ChunkId, ChunkHealth> = answers.into_iter().flatten().collect();
-        let answered = strays.into_iter().filter(|stray| healths.contains_key(&stray.id));
-        answered.partition(|stray| healths.get(&stray.id) == Some(&ChunkHealth::Good))
+        let mut verified = Verified::default();
+        for stray in strays {
+            match healths.get(&stray.id) {
+                Some(ChunkHealth::Good) => verified.good.push(stray),
+                Some(_) => verified.bad.push(stray),
+                None => verified.unread.push(stray),
+            }
+        }
+        verified
     }
 
     /// Copies strays from a disk to their homes. While healing is paused they wait.
@@ -292,13 +330,9 @@ impl Inner {
     /// be looked through. What no shard knows any more stays for the sweep, and so does what is not at home in the end.
     pub(super) async fn clear_leftovers(&self, disk: DiskId, held: &Held) -> Result<Option<Cleared>, ShardError> {
         let Some(client) = self.store.disks().client(disk) else { return Ok(None) };
-        // An earlier holder of the lease, who was paused, must not delete what is found there below.
+        // What was found good there the last time says nothing of what lies here now.
+        super::lock(&self.settled).remove(&disk);
         let mut told = HashSet::new();
-        for view in self.store.disks().view().iter().filter(|view| view.health == DiskHealth::Up) {
-            if self.tell_of_lease(view.id, held).await {
-                told.insert(view.id);
-            }
-        }
         let (mut after, mut cleared) = (None, Cleared::default());
         loop {
             let Some(map) = self.store.disks().map() else { return Ok(None) };
@@ -313,17 +347,21 @@ impl Inner {
                 return Ok(None);
             };
             let owned = self.owned(&map, &chunks).await?;
-            let strays = self.strays(&map, disk, &chunks, &owned).await?;
-            let at_home = strays.at_home.into_iter().filter(|stray| told.contains(&stray.home)).collect();
-            let (mut good, mut lacking) = self.verified(at_home).await;
-            lacking.extend(strays.absent);
-            self.tell_missing(&lacking).await;
-            let brought = self.bring_home(disk, lacking, held).await;
-            good.extend(brought.home);
-            let is_up = |stray: &&Stray| self.store.disks().health(stray.home) == DiskHealth::Up;
-            let waits = strays.unasked.iter().filter(is_up).count();
-            cleared.waits += brought.waits + waits;
-            cleared.left += brought.left + strays.unasked.len() - waits;
+            let mut strays = self.strays(&map, disk, &chunks, &owned).await?;
+            // An earlier holder of the lease, who was paused, must not delete what homes are asked to read here.
+            let homes: BTreeSet<DiskId> = strays.at_home.iter().map(|stray| stray.home).collect();
+            for home in homes {
+                if !told.contains(&home) && self.tell_of_lease(home, held).await {
+                    told.insert(home);
+                }
+            }
+            let (at_home, untold) = strays.at_home.into_iter().partition(|stray| told.contains(&stray.home));
+            (strays.at_home, strays.unasked) = (at_home, [strays.unasked, untold].concat());
+            let settled = self.settle(disk, strays, held).await;
+            cleared.waits += settled.waits;
+            cleared.left += settled.left;
+            let mut good = settled.good;
+            good.extend(settled.brought);
             // By a map that came meanwhile they may have another home, or belong here.
             let Some(newest) = self.store.disks().map() else { return Ok(None) };
             let leftover: Vec<ChunkId> =
@@ -342,13 +380,55 @@ impl Inner {
         }
     }
 
+    /// Has the homes of strays read what they have, and copies to them what they lack, or have with a bad block.
+    async fn settle(&self, disk: DiskId, strays: Strays, held: &Held) -> Settled {
+        let Verified { good, bad, unread } = self.verified(strays.at_home).await;
+        let silent = [strays.unasked, unread].concat();
+        let unsettled = bad.iter().chain(&silent).map(|stray| stray.home).collect();
+        let lacking = [bad, strays.absent].concat();
+        self.tell_missing(&lacking).await;
+        let brought = self.bring_home(disk, lacking, held).await;
+        let is_up = |stray: &&Stray| self.store.disks().health(stray.home) == DiskHealth::Up;
+        let waits = silent.iter().filter(is_up).count();
+        let left = brought.left + silent.len() - waits;
+        Settled { good, brought: brought.home, waits: brought.waits + waits, left, unsettled }
+    }
+
     /// Goes on with a disk that was let back in when the homes of some of its strays took no chunks. True when there is
-    /// none left.
+    /// none left. A home that has read all that it has of the strays, and found it good, does not read it again.
     pub(super) async fn bring_rest(&self, disk: DiskId, held: &Held) -> Result<bool, ShardError> {
-        let Some(swept) = self.look_for_orphans(disk).await? else { return Ok(false) };
-        self.tell_missing(&swept.missing_at_home).await;
-        let brought = self.bring_home(disk, swept.missing_at_home, held).await;
-        Ok(swept.unasked + brought.waits + brought.left == 0)
+        let Some(client) = self.store.disks().client(disk) else { return Ok(false) };
+        let before = super::lock(&self.settled).get(&disk).cloned().unwrap_or_default();
+        let (mut homes, mut unsettled) = (BTreeSet::new(), BTreeSet::new());
+        let (mut after, mut rest) = (None, 0);
+        loop {
+            let Some(map) = self.store.disks().map() else { return Ok(false) };
+            let request = ControlRequest::ListChunks { after, limit: PAGE };
+            let Ok(ControlResponse::Chunks { chunks, more }) =
+                client.control(request, self.settings().control_deadline).await
+            else {
+                return Ok(false);
+            };
+            let owned = self.owned(&map, &chunks).await?;
+            let mut strays = self.strays(&map, disk, &chunks, &owned).await?;
+            strays.at_home.retain(|stray| !before.contains(&stray.home));
+            homes.extend(strays.at_home.iter().map(|stray| stray.home));
+            let settled = self.settle(disk, strays, held).await;
+            unsettled.extend(settled.unsettled);
+            rest += settled.waits + settled.left;
+            after = chunks.last().map(|chunk| chunk.id);
+            if !more || after.is_none() {
+                break;
+            }
+            tokio::time::sleep(PAGE_PAUSE).await;
+        }
+        let mut settled = super::lock(&self.settled);
+        if rest == 0 {
+            settled.remove(&disk);
+        } else {
+            settled.entry(disk).or_default().extend(homes.difference(&unsettled));
+        }
+        Ok(rest == 0)
     }
 
     /// Tells the shards of strays that are not good at home.

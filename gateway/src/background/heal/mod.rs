@@ -242,6 +242,7 @@ struct Inner {
     walked: Mutex<HashMap<DiskId, Walked>>,
     /// Where the next look at a repair queue that is longer than one pass goes on.
     cursors: Mutex<HashMap<ShardId, granary_meta::ChunkRef>>,
+    settled: home::SettledHomes,
     heals: AtomicBool,
     flow: Mutex<flow::Flow>,
     status: Mutex<HealStatus>,
@@ -269,6 +270,7 @@ impl Healer {
             tasks: TaskTracker::new(),
             stop: stop.clone(),
             backoff: Mutex::default(),
+            settled: Mutex::default(),
             walked: Mutex::default(),
             cursors: Mutex::default(),
             heals: AtomicBool::new(false),
@@ -356,7 +358,7 @@ impl Healer {
         let deadline = inner.settings().verify_deadline;
         let mut census = census::census(&inner.store, &inner.meta, deadline, progress).await?;
         for disk in inner.store.disks().view() {
-            if let Some(swept) = inner.look_for_orphans(disk.id).await? {
+            if let Some(swept) = inner.look_for_orphans(disk.id, None).await? {
                 census.orphans += swept.orphans;
                 census.orphans_quarantined += swept.quarantined;
             }

@@ -11,7 +11,8 @@
 //! An orphan older than the longest upload goes into quarantine, which is a mark on its disk and nothing else. What is
 //! still an orphan when its time in quarantine is over is deleted; what turns out to be owned is taken out of it. To
 //! list a disk takes long, and slots may move meanwhile: right before a page of chunks is deleted, it is asked again
-//! whether they are orphans, by the newest map.
+//! whether they are orphans, by the newest map. A chunk that its shard owns, and that the disk of its slot has with a
+//! bad block, is brought there then, and stays for the next sweep.
 //!
 //! So many orphans that they are rather a fault of the metadata than leftovers wait for an operator. But what is known
 //! not to be needed does not: a chunk that its shard owns and that was found at home, and one of an extent of which no
@@ -21,7 +22,7 @@
 //! **Invariant:** of a disk with more other orphans than the limit these are left alone until an operator raises the
 //! limit.
 
-use super::home::Stray;
+use super::home::{Stray, Verified};
 use super::Inner;
 use crate::background::leases::Held;
 use crate::disks::DiskHealth;
@@ -60,12 +61,6 @@ pub(super) struct Swept {
     doubtful: Acts,
     /// What is to be done with old orphans that nobody needs; no more of each kind than [`SURE_AT_ONCE`].
     sure: Acts,
-    /// Chunks in quarantine that are owned after all.
-    to_release: Vec<ChunkId>,
-    /// Owned chunks that the disk of their slot lacks: their shards are told, and they are brought there.
-    pub(super) missing_at_home: Vec<Stray>,
-    /// Owned chunks that the disk of their slot could not be asked for.
-    pub(super) unasked: usize,
 }
 
 /// What a sweep does to orphans of a disk.
@@ -141,8 +136,9 @@ impl Inner {
     async fn sweep(&self, held: &Held) {
         let (mut orphans, mut quarantined, mut beyond) = (0, 0, Vec::new());
         for disk in self.store.disks().view().into_iter().filter(|disk| disk.health == DiskHealth::Up) {
-            let swept = match self.look_for_orphans(disk.id).await {
+            let swept = match self.look_for_orphans(disk.id, Some(held)).await {
                 Ok(Some(swept)) => swept,
+                Ok(None) if held.is_lost() => return,
                 Ok(None) => continue,
                 Err(error) => {
                     tracing::debug!(disk = %disk.id, %error, "a sweep was broken off");
@@ -171,19 +167,24 @@ impl Inner {
         status.sweeps_done += 1;
     }
 
-    /// Lists a disk and asks the shards for what lies there. None: the disk does not answer.
-    pub(super) async fn look_for_orphans(&self, disk: DiskId) -> Result<Option<Swept>, ShardError> {
+    /// Lists a disk and asks the shards for what lies there. None: the disk does not answer. Under a lease, what is
+    /// owned is looked after page by page: what was in quarantine is taken out, and the shards are told of what the
+    /// disks of their slots lack, and it is brought there.
+    pub(super) async fn look_for_orphans(
+        &self,
+        disk: DiskId,
+        held: Option<&Held>,
+    ) -> Result<Option<Swept>, ShardError> {
         let settings = self.settings();
         let mut swept = Swept::default();
-        let (Some(map), Some(client)) = (self.store.disks().map(), self.store.disks().client(disk)) else {
-            return Ok(None);
-        };
+        let Some(client) = self.store.disks().client(disk) else { return Ok(None) };
         let at_most = match client.control(ControlRequest::Status, settings.control_deadline).await {
             Ok(ControlResponse::Status(status)) => allowed(status.chunks, settings.orphan_limit_percent),
             _ => return Ok(None),
         };
         let mut after = None;
         loop {
+            let Some(map) = self.store.disks().map() else { return Ok(None) };
             let request = ControlRequest::ListChunks { after, limit: PAGE };
             let (chunks, more) = match client.control(request, settings.control_deadline).await {
                 Ok(ControlResponse::Chunks { chunks, more }) => (chunks, more),
@@ -201,8 +202,7 @@ impl Inner {
             let owned = self.owned(&map, &chunks).await?;
             let strays = self.strays(&map, disk, &chunks, &owned).await?;
             let at_home: HashSet<ChunkId> = strays.at_home.iter().map(|stray| stray.id).collect();
-            swept.missing_at_home.extend(strays.absent);
-            swept.unasked += strays.unasked.len();
+            let mut to_release = Vec::new();
             let is_unknown = |chunk: &&ChunkInfo| {
                 let owned = owned.get(&(chunk.id.group, chunk.id.extent)).map(|(_, owned)| *owned);
                 owned == Some(false) && Duration::from_millis(chunk.age_ms) >= settings.orphan_age
@@ -214,13 +214,21 @@ impl Inner {
                     // Its shard cannot be named by this map: nobody was asked.
                     None => {}
                     Some((_, true)) if !at_home.contains(&chunk.id) => {
-                        swept.to_release.extend(chunk.quarantined_ms.map(|_| chunk.id));
+                        to_release.extend(chunk.quarantined_ms.map(|_| chunk.id));
                     }
                     Some((_, is_owned)) => {
                         // One that is owned is a stray here: its home has it.
                         let needless = *is_owned || remnants.contains(&(chunk.id.group, chunk.id.extent));
                         swept.orphan(chunk, needless, settings.orphan_age, settings.quarantine, at_most);
                     }
+                }
+            }
+            if let Some(held) = held {
+                self.mark(disk, &to_release, false, held).await;
+                self.tell_missing(&strays.absent).await;
+                self.bring_home(disk, strays.absent, held).await;
+                if held.is_lost() {
+                    return Ok(None);
                 }
             }
             if !more || after.is_none() {
@@ -249,17 +257,14 @@ impl Inner {
     }
 
     async fn act(&self, disk: DiskId, swept: &Swept, held: &Held) {
-        self.tell_missing(&swept.missing_at_home).await;
-        self.bring_home(disk, swept.missing_at_home.clone(), held).await;
-        self.mark(disk, &swept.to_release, false, held).await;
         let acts = [&swept.sure, &swept.doubtful];
         for acts in acts {
             self.mark(disk, &acts.to_mark, true, held).await;
         }
         let mut deleted = 0;
         for page in acts.iter().flat_map(|acts| acts.to_delete.chunks(usize::try_from(PAGE).unwrap_or(1))) {
-            let orphans = match self.still_orphans(disk, page).await {
-                Ok(orphans) => orphans,
+            let (orphans, bad_at_home) = match self.still_orphans(disk, page).await {
+                Ok(found) => found,
                 Err(error) => {
                     tracing::debug!(%disk, %error, "it could not be asked again for orphans, and they stay");
                     break;
@@ -268,6 +273,8 @@ impl Inner {
             let count = orphans.len();
             let left = self.delete_on(disk, orphans, held).await.len();
             deleted += count.saturating_sub(left);
+            self.tell_missing(&bad_at_home).await;
+            self.bring_home(disk, bad_at_home, held).await;
             if left > 0 {
                 break;
             }
@@ -279,13 +286,16 @@ impl Inner {
     }
 
     /// Which of these chunks on a disk are orphans by the newest map. Of those that their shards own, only what the
-    /// disk of their slot has read just now and found good.
-    async fn still_orphans(&self, disk: DiskId, chunks: &[ChunkInfo]) -> Result<Vec<ChunkId>, ShardError> {
-        let Some(map) = self.store.disks().map() else { return Ok(Vec::new()) };
+    /// disk of their slot has read just now and found good. And what that does not have, or with a bad block.
+    async fn still_orphans(
+        &self,
+        disk: DiskId,
+        chunks: &[ChunkInfo],
+    ) -> Result<(Vec<ChunkId>, Vec<Stray>), ShardError> {
+        let Some(map) = self.store.disks().map() else { return Ok(Default::default()) };
         let owned = self.owned(&map, chunks).await?;
         let strays = self.strays(&map, disk, chunks, &owned).await?;
-        let (good, bad) = self.verified(strays.at_home).await;
-        self.tell_missing(&bad).await;
+        let Verified { good, bad, .. } = self.verified(strays.at_home).await;
         let good: HashSet<ChunkId> = good.iter().map(|stray| stray.id).collect();
         let is_orphan = |id: &ChunkId| match owned.get(&(id.group, id.extent)) {
             Some((_, is_owned)) => !is_owned || good.contains(id),
@@ -293,9 +303,9 @@ impl Inner {
         };
         // A map that came while the answers did is another matter: the next sweep asks by that one.
         if self.store.disks().map().is_none_or(|newest| newest.epoch != map.epoch) {
-            return Ok(Vec::new());
+            return Ok(Default::default());
         }
-        Ok(chunks.iter().map(|chunk| chunk.id).filter(is_orphan).collect())
+        Ok((chunks.iter().map(|chunk| chunk.id).filter(is_orphan).collect(), bad))
     }
 
     /// Puts chunks into quarantine, or takes them out.
