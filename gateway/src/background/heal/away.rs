@@ -445,7 +445,6 @@ impl Inner {
     }
 
     /// Answers why it was not let in, if it may be.
-
     async fn let_back_in(
         &self,
         disk: DiskId,
