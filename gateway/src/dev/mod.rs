@@ -2,8 +2,8 @@
 //!
 //! - [`look`]: what stands in the way, said before anything is written;
 //! - [`layout`]: the directory, and what is decided at the first start;
-//! - [`ready`] and [`label`]: a disk directory becomes a disk the cluster knows; [`others`]: unless the other disks take
-//!   over what a lost one held;
+//! - [`ready`] and [`label`]: a disk directory becomes a disk the cluster knows;
+//! - [`others`]: unless the other disks take over what a lost one held;
 //! - [`child`] and [`supervisor`]: disk-node processes, kept running;
 //! - [`report`]: `cluster.json` and what is printed;
 //! - this file: start and stop, in order.

@@ -40,6 +40,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::dev::layout::{Layout, Shape};
+    use crate::ops::away::Room;
 
     const RULES: Rules = Rules { level: AWAY_LEVEL, limit_percent: None };
 
@@ -107,5 +108,17 @@ mod tests {
         let both = disks([17, 18]);
         assert!(!take_over(&out, &both, &silent(&disks([1, 17, 18])), &RULES));
         assert!(take_over(&map, &both, &silent(&both), &RULES));
+    }
+
+    #[test]
+    fn there_must_be_room_for_what_all_lost_disks_held_together() {
+        let (map, both) = (map(8, 1), disks([7, 8]));
+        // Each of the six others gets about a sixth of what a disk held: 35 % after the first, 40 % after the second.
+        let room = Room { capacity_bytes: 100 << 30, free_bytes: 70 << 30, chunk_bytes: 30 << 30 };
+        let rooms = map.disks.keys().map(|disk| (*disk, room)).collect();
+        let takers = Takers { rooms, ceiling_percent: 37, ..silent(&both) };
+        assert!(take_over(&map, &disks([8]), &takers, &RULES));
+        assert!(!take_over(&map, &both, &takers, &RULES));
+        assert!(take_over(&map, &both, &Takers { ceiling_percent: 50, ..takers }, &RULES));
     }
 }

@@ -448,7 +448,6 @@ pub(super) mod tests {
         }
         assert_eq!(readier.lost(&map), BTreeSet::from([DiskId(3), DiskId(7)]));
         assert_eq!(readier.rules().await.unwrap(), (Rules { level: 1, limit_percent: None }, 90));
-        assert!(!readier.others_take_over(&map, DiskId(3)).await.unwrap(), "the root shard takes no such map");
 
         let _ = peers.command(ShardId::ROOT, Command::SetFeatureLevel { level: 2 });
         assert!(!readier.others_take_over(&map, DiskId(3)).await.unwrap(), "no disk answers");
