@@ -37,8 +37,7 @@ const STALE: Duration = Duration::from_secs(20);
 const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(5)];
 
 /// Disks that are away, answer again, and may be let back in: what the looks under this lease found. Under the next one
-/// they are looked at anew.
-/// With why one waits, where it was tried and may not come in yet.
+/// they are looked at anew. With why one waits, where it was tried and may not come in yet.
 pub(super) type Returned = Mutex<BTreeMap<DiskId, Option<String>>>;
 
 /// Disks for which something was not done yet: how often it was tried, and when it is tried again.
@@ -442,7 +441,6 @@ impl Inner {
     }
 
     /// Answers why it was not let in, if it may be.
-
     async fn let_back_in(
         &self,
         disk: DiskId,
@@ -587,7 +585,7 @@ mod tests {
                 asked.set(asked.get() + 1);
                 drop(answers.acquire().await.unwrap());
                 // Every fourth does not answer.
-                (observer.0 % 4 > 0).then(|| vec![Reach::Unreached; disks.len()])
+                (!observer.0.is_multiple_of(4)).then(|| vec![Reach::Unreached; disks.len()])
             }
         };
         let mut looking = std::pin::pin!(ask_all(&observers, &down, ask));
