@@ -37,8 +37,7 @@ const STALE: Duration = Duration::from_secs(20);
 const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(5)];
 
 /// Disks that are away, answer again, and may be let back in: what the looks under this lease found. Under the next one
-/// they are looked at anew.
-/// With why one waits, where it was tried and may not come in yet.
+/// they are looked at anew. With why one waits, where it was tried and may not come in yet.
 pub(super) type Returned = Mutex<BTreeMap<DiskId, Option<String>>>;
 
 /// Disks for which something was not done yet: how often it was tried, and when it is tried again.
