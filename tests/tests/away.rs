@@ -412,14 +412,16 @@ fn an_operator_who_knows_that_a_disk_is_dead_takes_it_out_at_once() {
     let refused = out(disk).unwrap_err();
     assert!(refused.contains("answers") && refused.contains("granary disk drain"), "{refused}");
     let dead = lose(&cluster, 7);
-    let started = Instant::now();
-    let said = loop {
-        match out(disk) {
-            Ok(said) => break said,
-            Err(why) => assert!(why.contains("answers") && started.elapsed() < PATIENCE, "{why}"),
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    };
+    wait_for(&cluster, "the disk is down", |status| {
+        let rows = status["disks"].as_array().unwrap().iter();
+        rows.filter(|row| row["disk"] == disk && row["health"] == "down").count() == 1
+    });
+    // What was set a moment ago counts.
+    set(&cluster, "heal.fill_ceiling", "1%");
+    let refused = out(disk).unwrap_err();
+    assert!(refused.contains("fuller than 1 %"), "{refused}");
+    set(&cluster, "heal.fill_ceiling", "100%");
+    let said = out(disk).unwrap();
     assert!(said.contains("is out of service"), "{said}");
     healed_without(&cluster, &[dead.disk], 7);
     load.check();

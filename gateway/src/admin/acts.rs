@@ -171,7 +171,12 @@ async fn weigh_disk(context: Arc<AdminContext>, call: WeighDisk) -> Result<DiskC
 }
 
 async fn out_disk(context: Arc<AdminContext>, call: OutDisk) -> Result<DiskChanged, ApiError> {
-    let ceiling_percent = context.values.borrow().number("heal.fill_ceiling");
+    // As it is now: what was set a moment ago counts.
+    let cluster = settings::fetch(&context.shards, 0).await;
+    let cluster = cluster.map_err(|error| ApiError::new(ErrorCode::Unavailable, error))?;
+    let known = context.values.borrow().clone();
+    let values = cluster.map_or_else(|| known.as_ref().clone(), |(_, cluster)| known.with_cluster(&cluster).0);
+    let ceiling_percent = values.number("heal.fill_ceiling");
     change(&context, call.disk, DiskAct::Away, |map| {
         let is_down = context.disks.health(call.disk) == DiskHealth::Down;
         take_out_now(map, call.disk, &takers(map, &context.disks.view(), ceiling_percent), is_down)
