@@ -23,7 +23,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Version of the label this build writes and reads. 1: the first.
 pub const LABEL_VERSION: u32 = 1;
 
-const LABEL_FILE: &str = "label.json";
+pub(crate) const LABEL_FILE: &str = "label.json";
 const LOCK_FILE: &str = "lock";
 
 /// Longest label, in bytes: guards against being pointed at something else.

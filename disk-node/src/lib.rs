@@ -4,7 +4,7 @@
 //! 1. [`label`]: which disk of which cluster this is, and the lock on it;
 //! 2. [`store`]: the chunk store: segments, index, recovery; the bulk of this crate, with a map of its own;
 //! 3. [`maps`] and [`peers`]: the newest cluster map, and the other disk nodes;
-//! 4. [`roles`]: the shard replicas of this disk;
+//! 4. [`roles`]: the shard replicas of this disk; [`neighbours`]: who shares its file system;
 //! 5. [`chunks`]: what is answered to each request; [`serve`]: how the parts are put together and stopped;
 //! 6. [`inspect`]: reading a disk that nobody serves; [`admin`] and [`metrics`]: health and counters.
 //!
@@ -17,6 +17,7 @@ pub mod label;
 pub mod leases;
 pub mod maps;
 pub mod metrics;
+pub mod neighbours;
 pub mod peers;
 pub mod roles;
 pub mod serve;

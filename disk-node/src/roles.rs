@@ -5,6 +5,7 @@
 
 use crate::label::{self, LabelError};
 use crate::maps::Maps;
+use crate::neighbours;
 use crate::peers::Peers;
 use crate::store::file_device::sync_folder;
 use crate::store::shared::lock;
@@ -17,6 +18,7 @@ use granary_replica::{HostConfig, MetaHost, PeerTransport, Space, Timing, Transp
 pub use granary_replica::{MetaCounters, MetaError}; // for metrics and the errors of `serve`
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, Reach, ShardStatus};
 use granary_wire::{AuthError, LinkError};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -297,7 +299,16 @@ impl Roles {
                     let stat = rustix::fs::statvfs(&folder)?;
                     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
                 });
-                let space = Space { reserve_bytes: self.reserve_bytes, free_bytes };
+                let beside = tokio::task::spawn_blocking({
+                    let dir = self.dir.clone();
+                    move || neighbours::look(&dir)
+                });
+                let beside = beside.await.map_err(io::Error::other)?;
+                if beside.disks > 1 {
+                    tracing::info!(disks = beside.disks, "disks that lie side by side share the reserve for metadata");
+                }
+                let space =
+                    Space { reserve_bytes: self.reserve_bytes, nodes: beside.disks, turns: beside.above, free_bytes };
                 let config = HostConfig { dir, disk, number, timing, clock: WallClock::default(), space };
                 let host = MetaHost::open(
                     config,

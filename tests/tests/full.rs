@@ -89,8 +89,8 @@ async fn patiently(what: &str, client: &Client, key: &str, wanted: StatusCode) {
 }
 
 fn inside() {
-    let extra = ["--set", "node.reserve=300MiB", "--set", "node.segment=8MiB"].map(str::to_owned).to_vec();
-    let cluster = Cluster::start(Options { disks: 3, scheme: "2+1", shards: 2, extra, ..Options::default() });
+    let extra = ["--set", "node.reserve=128MiB", "--set", "node.segment=8MiB"].map(str::to_owned).to_vec();
+    let cluster = Cluster::start(Options { disks: 6, scheme: "4+2", shards: 2, extra, ..Options::default() });
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let client = cluster.client();
     let large = Bytes::from(vec![7; 4 << 20]);
@@ -106,7 +106,7 @@ fn inside() {
     };
     let ballast = cluster.dir().parent().unwrap().join("ballast");
     let file = std::fs::File::create(&ballast).unwrap();
-    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, free(&ballast) - (280 << 20)).unwrap();
+    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, free(&ballast) - (112 << 20)).unwrap();
     drop(file);
     runtime.block_on(async {
         // The first refusal may be a 503: gateways learn from pings which disks are full.

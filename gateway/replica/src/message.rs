@@ -314,6 +314,17 @@ impl PeerRequest {
             PeerRequest::Members | PeerRequest::Identify | PeerRequest::Rebuild => None,
         }
     }
+
+    /// Does it bring what clients and healers asked for, which has no bound in size? A blank entry or a change of
+    /// members is small.
+    pub fn carries_commands(&self) -> bool {
+        match self {
+            PeerRequest::Append { entries, .. } => {
+                entries.iter().any(|entry| matches!(entry.payload, WirePayload::Batch(_)))
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Whose a metadata directory is, as its log database keeps it.

@@ -3,12 +3,19 @@
 //! Metadata share their file system with chunks. New chunks leave a reserve; metadata, which are small and must go on,
 //! may use the first half of it. Below that nothing is taken that makes them grow, by the leader of a shard of which
 //! any voter's disk is that full: a disk without any room fails its next write, and with that its node ends. Deletes
-//! and repairs go on, and what they free brings the disk back.
+//! and repairs go on, and what they free brings the disk back. They write too, before they free anything: a disk that
+//! has no more than a quarter of the metadata's reserve takes no commands at all, for what its databases still hold in
+//! memory must find room.
+//!
+//! Several nodes may have their folders on one file system. The reserve is for all of them: each holds back in memory
+//! its part only, and they merge in turn.
 
 use granary_placement::id::DiskId;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::{File, TryLockError};
 use std::io;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,6 +28,10 @@ const COUNTS: Duration = Duration::from_secs(30);
 pub struct Space {
     /// Free space that metadata do not grow into, in bytes; 0: they grow until there is none.
     pub reserve_bytes: u64,
+    /// Disk nodes that keep their folders on it, this one included.
+    pub nodes: u64,
+    /// What those nodes lock when they take turns: a folder above theirs. None: there is nobody else.
+    pub turns: Option<PathBuf>,
     /// Asks how much is free now, in bytes.
     pub free_bytes: Arc<dyn Fn() -> io::Result<u64> + Send + Sync>,
 }
@@ -31,7 +42,34 @@ impl fmt::Debug for Space {
     }
 }
 
+/// The turn at work that takes room for a while, until it is dropped.
+#[derive(Debug)]
+pub struct Turn(#[expect(dead_code, reason = "it is held, not read")] Option<File>);
+
 impl Space {
+    /// This node's part of the reserve, in bytes; 0: there is none.
+    pub fn share_bytes(&self) -> u64 {
+        match self.reserve_bytes {
+            0 => 0,
+            reserve_bytes => (reserve_bytes / self.nodes.max(1)).max(1),
+        }
+    }
+
+    /// The turn among the nodes of the file system; None while another has it. On a file system that knows no locks
+    /// it is always this node's.
+    pub fn turn(&self) -> Option<Turn> {
+        let Some(path) = &self.turns else { return Some(Turn(None)) };
+        let locked = File::open(path).map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
+        match locked {
+            Ok(file) => Some(Turn(Some(file))),
+            Err(TryLockError::WouldBlock) => None,
+            Err(TryLockError::Error(error)) => {
+                tracing::debug!(%error, path = %path.display(), "no turns are taken");
+                Some(Turn(None))
+            }
+        }
+    }
+
     /// Are so many bytes free beyond half of the reserve? The other half is for what replicas must write in any case.
     pub fn has_room_for(&self, bytes: u64) -> bool {
         self.reserve_bytes == 0
@@ -40,7 +78,7 @@ impl Space {
 
     /// For tests: without a reserve.
     pub fn without_reserve() -> Space {
-        Space { reserve_bytes: 0, free_bytes: Arc::new(|| Ok(u64::MAX)) }
+        Space { reserve_bytes: 0, nodes: 1, turns: None, free_bytes: Arc::new(|| Ok(u64::MAX)) }
     }
 }
 
@@ -50,13 +88,20 @@ pub struct Room {
     space: Space,
     is_full: AtomicBool,
     is_near: AtomicBool,
+    is_exhausted: AtomicBool,
     others: Mutex<BTreeMap<DiskId, Instant>>,
 }
 
 impl Room {
     /// All have room, until it is looked.
     pub fn new(space: Space) -> Room {
-        Room { space, is_full: AtomicBool::new(false), is_near: AtomicBool::new(false), others: Mutex::default() }
+        Room {
+            space,
+            is_full: AtomicBool::new(false),
+            is_near: AtomicBool::new(false),
+            is_exhausted: AtomicBool::new(false),
+            others: Mutex::default(),
+        }
     }
 
     fn others(&self) -> MutexGuard<'_, BTreeMap<DiskId, Instant>> {
@@ -78,6 +123,7 @@ impl Room {
         let wanted_bytes = if was_full { reserve_bytes.saturating_add(reserve_bytes / 4) } else { reserve_bytes };
         let is_full = free_bytes < wanted_bytes;
         self.is_full.store(is_full, Ordering::Relaxed);
+        self.is_exhausted.store(free_bytes < reserve_bytes / 4, Ordering::Relaxed);
         self.is_near.store(free_bytes < reserve_bytes.saturating_mul(4), Ordering::Relaxed);
         (is_full != was_full).then_some(is_full)
     }
@@ -92,9 +138,21 @@ impl Room {
         self.is_near.load(Ordering::Relaxed)
     }
 
-    /// May the state be merged now, which needs room for as much as is left of it, and gives back the rest?
-    pub fn may_merge(&self) -> bool {
-        self.is_full() && (self.space.free_bytes)().is_ok_and(|free_bytes| free_bytes > self.space.reserve_bytes / 2)
+    /// Is what is left needed for what the databases hold in memory?
+    pub fn is_exhausted(&self) -> bool {
+        self.is_exhausted.load(Ordering::Relaxed)
+    }
+
+    /// The turn among the nodes of the file system; see [`Space::turn`].
+    pub fn turn(&self) -> Option<Turn> {
+        self.space.turn()
+    }
+
+    /// May old data be merged now, of which so many bytes are to stay? They are written anew before the old ones go.
+    /// What the databases hold in memory must find room meanwhile.
+    pub fn may_merge(&self, bytes: u64) -> bool {
+        let floor_bytes = self.space.reserve_bytes / 4;
+        self.is_full() && (self.space.free_bytes)().is_ok_and(|free| free > floor_bytes.saturating_add(bytes))
     }
 
     /// Notes what another disk said of itself.
@@ -135,17 +193,37 @@ mod tests {
         let free = Arc::new(AtomicU64::new(1_000));
         let asked = free.clone();
         let free_bytes = Arc::new(move || Ok(asked.load(Ordering::Relaxed)));
-        let room = Room::new(Space { reserve_bytes: 1_000, free_bytes });
+        let room = Room::new(Space { reserve_bytes: 1_000, nodes: 1, turns: None, free_bytes });
         let look = |bytes| {
             free.store(bytes, Ordering::Relaxed);
-            (room.look(), room.is_full(), room.may_merge())
+            (room.look(), room.is_full(), room.is_exhausted(), room.may_merge(300))
         };
-        assert_eq!(look(1_000), (None, false, false));
-        assert_eq!(look(999), (Some(true), true, true));
-        assert_eq!(look(500), (None, true, false), "merging needs room");
-        assert_eq!(look(1_249), (None, true, true));
-        assert_eq!(look(1_250), (Some(false), false, false));
-        assert_eq!(look(1_000), (None, false, false));
+        assert_eq!(look(1_000), (None, false, false, false));
+        assert_eq!(look(999), (Some(true), true, false, true));
+        assert_eq!(look(551), (None, true, false, true));
+        assert_eq!(look(550), (None, true, false, false), "what is merged needs room");
+        assert_eq!(look(249), (None, true, true, false));
+        assert!(!room.may_merge(0), "what is in memory needs room");
+        assert_eq!(look(1_249), (None, true, false, true));
+        assert_eq!(look(1_250), (Some(false), false, false, false));
+        assert_eq!(look(1_000), (None, false, false, false));
+    }
+
+    #[test]
+    fn nodes_on_one_file_system_share_the_reserve_and_take_turns() {
+        let dir = tempfile::tempdir().unwrap();
+        let turns = Some(dir.path().to_owned());
+        let space = Space { reserve_bytes: 1_000, nodes: 3, turns, ..Space::without_reserve() };
+        assert_eq!(space.share_bytes(), 333);
+        assert_eq!(Space { nodes: 5_000, ..space.clone() }.share_bytes(), 1, "0 would be no bound");
+        assert_eq!(Space { reserve_bytes: 0, ..space.clone() }.share_bytes(), 0);
+        let turn = space.turn().unwrap();
+        let beside = Space { nodes: 3, ..space.clone() };
+        assert!(beside.turn().is_none());
+        assert!(Space { turns: None, ..space.clone() }.turn().is_some(), "a node alone waits for nobody");
+        drop(turn);
+        assert!(beside.turn().is_some());
+        assert!(Space { turns: Some(dir.path().join("gone")), ..space }.turn().is_some());
     }
 
     #[test]

@@ -103,7 +103,7 @@ pub const TABLE: &[Setting] = &[
     time("disks.handshake_timeout", Process, s(5), DEADLINE, "The handshake that follows."),
     time("disks.answer_timeout", Process, s(30), DEADLINE, "From the end of a request to the head of its answer."),
     time("disks.stall_timeout", Process, s(30), DEADLINE, "Without a byte more, in a body or a frame, either way."),
-    count("disks.requests_at_once", Process, 128, AT_ONCE, "Chunk requests under way at once, per disk. Fewer when so many gateways share the node that its places (node.max_connections) divided by them, at least 8, are fewer."),
+    count("disks.requests_at_once", Process, 128, AT_ONCE, "Chunk requests under way at once, per disk. Fewer when so many gateways share the node that seven eighths of its places (node.max_connections) divided by them, at least 8, are fewer."),
     time("disks.pool_wait", Process, s(3), WAIT, "How long a chunk request waits for a place among them, and a write for one at a disk node whose places are taken, before the disk counts as overloaded. Longer than the 2 s for which a silent connection keeps its place there."),
     count("disks.idle_connections", Process, 64, [0, 100_000], "Data connections kept for the next request, per disk."),
     time("disks.idle_keep", Process, s(5), WAIT, "How long they are kept. Shorter than node.head_timeout, so that the gateway is the one who closes."),

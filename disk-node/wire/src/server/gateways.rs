@@ -10,9 +10,14 @@ use std::collections::BTreeMap;
 /// A gateway may have this many connections however many share the places; a node with fewer places gives all of them.
 const LEAST: usize = 8;
 
+/// Of so many places one is given to nobody. A gateway may close a connection and open another before the end of the
+/// first is noticed here, and one that comes may have its first before the others heard of it.
+const SPARE_ONE_OF: usize = 8;
+
 /// How many connections for chunk requests each of `gateways` may have at a node with that many places.
 pub(super) fn share(places: usize, gateways: usize) -> u32 {
-    let share = (places / gateways.max(1)).max(LEAST.min(places)).max(1);
+    let given = if gateways > 1 { places - places / SPARE_ONE_OF } else { places };
+    let share = (given / gateways.max(1)).max(LEAST.min(places)).max(1);
     u32::try_from(share).unwrap_or(u32::MAX)
 }
 
@@ -52,10 +57,12 @@ mod tests {
         for (places, gateways, each) in [
             (512, 0, 512),
             (512, 1, 512),
-            (512, 3, 170),
-            (512, 64, 8),
-            (512, 65, 8),
+            (512, 3, 149),
+            (512, 56, 8),
+            (512, 57, 8),
             (512, usize::MAX, 8),
+            (36, 3, 10),
+            (36, 4, 8),
             (24, 3, 8),
             (4, 1, 4),
             (4, 3, 4),

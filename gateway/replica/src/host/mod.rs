@@ -216,7 +216,7 @@ impl MetaHost {
         let fatal = Fatal::new(on_fatal);
         let snapshot_dir = config.dir.join("snapshots");
         let (dir, disk, on_label) = (config.dir.clone(), config.disk, config.number);
-        let buffers = Buffers::within(config.space.reserve_bytes);
+        let buffers = Buffers::within(config.space.share_bytes());
         let (opened_fatal, clean_dir) = (fatal.clone(), snapshot_dir.clone());
         let open = move || -> Result<_, MetaError> {
             std::fs::create_dir_all(&clean_dir)?;
@@ -393,6 +393,9 @@ impl MetaHost {
         };
         check_level(&request.command, level).map_err(ControlError::BadRequest)?;
         let batcher = self.batcher(shard)?;
+        if self.inner.room.is_exhausted() && batcher.replica.is_leader() {
+            return Err(ControlError::NoRoom { disk: self.inner.config.disk });
+        }
         if self.inner.room.any_full() && request.command.nature().grows && batcher.replica.is_leader() {
             let voters = batcher.replica.status().voters;
             let full = self.inner.room.full_one_of(self.inner.config.disk, voters.into_iter(), Instant::now());

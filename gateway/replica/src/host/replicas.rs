@@ -234,6 +234,10 @@ impl MetaHost {
         if message.from.disk != from {
             return Err(ControlError::BadRequest(format!("disk {from} sends a message of replica {}", message.from)));
         }
+        if self.inner.room.is_exhausted() && message.request.carries_commands() {
+            return encode_message(&PeerResponse::Failed("there is no room on this disk".to_owned()))
+                .map_err(bad_request);
+        }
         let map = self.newest_map().ok_or_else(no_map)?;
         let answer = match self.answer_of_broken(&map, shard, &message).await? {
             Some(answer) => answer,

@@ -46,17 +46,17 @@ pub struct Buffers {
 }
 
 impl Buffers {
-    /// As much as is useful, within three quarters of the reserve; 0: no reserve, no bound.
+    /// As much as is useful, within a quarter of this node's share of the reserve, which metadata leave for them: two
+    /// of each at most. The write-ahead log has what is in memory as well. 0: no reserve, no bound.
     pub fn within(reserve_bytes: u64) -> Buffers {
         let share = |most: u64, part: u64| match reserve_bytes {
             0 => most,
             _ => (reserve_bytes / part).clamp(MIN_BUFFER_BYTES, most),
         };
         Buffers {
-            // Two of each at most.
-            state_bytes: share(STATE_BUFFER_BYTES as u64, 8) as usize,
-            log_bytes: share(LOG_BUFFER_BYTES as u64, 8) as usize,
-            log_wal_bytes: share(LOG_WAL_BYTES, 4),
+            state_bytes: share(STATE_BUFFER_BYTES as u64, 16) as usize,
+            log_bytes: share(LOG_BUFFER_BYTES as u64, 16) as usize,
+            log_wal_bytes: share(LOG_WAL_BYTES, 8),
         }
     }
 }
@@ -121,6 +121,26 @@ fn common_options(cache_bytes: usize) -> Options {
     options.set_keep_log_file_num(2);
     options.set_max_log_file_size(4 * 1024 * 1024);
     options
+}
+
+/// Buffers of that size; smaller than `most_bytes`, merges are bounded in proportion to them.
+fn set_buffers(options: &mut Options, buffer_bytes: usize, most_bytes: usize) {
+    options.set_write_buffer_size(buffer_bytes);
+    options.set_max_write_buffer_number(2);
+    if buffer_bytes < most_bytes {
+        let buffer_bytes = buffer_bytes as u64;
+        options.set_target_file_size_base(buffer_bytes);
+        options.set_max_bytes_for_level_base(4 * buffer_bytes);
+        options.set_max_compaction_bytes(8 * buffer_bytes);
+    }
+}
+
+/// Lets a database merge old data by itself, or not.
+fn set_merging(db: &DB, by_itself: bool) {
+    let off = if by_itself { "false" } else { "true" };
+    if let Err(error) = db.set_options(&[("disable_auto_compactions", off)]) {
+        tracing::warn!(%error, by_itself, "whether metadata are merged by themselves cannot be changed");
+    }
 }
 
 fn bounded(end: &[u8], wait: Wait) -> ReadOptions {
@@ -250,8 +270,7 @@ impl StateDb {
     /// As there.
     pub fn open_with(dir: &Path, fatal: Fatal, buffers: &Buffers) -> Result<StateDb, StateError> {
         let mut options = common_options(STATE_CACHE_BYTES);
-        options.set_write_buffer_size(buffers.state_bytes);
-        options.set_max_write_buffer_number(2);
+        set_buffers(&mut options, buffers.state_bytes, STATE_BUFFER_BYTES);
         options.set_atomic_flush(true);
         let db = DB::open(&options, dir).map_err(database)?;
         Ok(StateDb {
@@ -341,9 +360,34 @@ impl StateDb {
         self.db.cancel_all_background_work(false);
     }
 
-    /// Merges old data, so that what was deleted gives its space back. Blocks, for long; needs some room.
+    /// Merges old data, so that what was deleted gives its space back. Blocks, for long; needs some room: see
+    /// [`StateDb::merged_bytes`].
     pub fn merge(&self) {
         self.db.compact_range(None::<&[u8]>, None::<&[u8]>);
+    }
+
+    /// About how much of what was flushed will be left after a merge, in bytes. As if all values were of one size.
+    pub fn merged_bytes(&self) -> u64 {
+        let files = match self.db.live_files() {
+            Ok(files) => files,
+            Err(error) => {
+                tracing::warn!(%error, "files of the metadata cannot be listed");
+                return u64::MAX;
+            }
+        };
+        let (mut all_bytes, mut puts, mut deletes) = (0u64, 0u64, 0u64);
+        for file in files {
+            all_bytes += file.size as u64;
+            deletes += file.num_deletions;
+            puts += file.num_entries.saturating_sub(file.num_deletions);
+        }
+        let left = puts.saturating_sub(deletes);
+        u64::try_from(u128::from(all_bytes) * u128::from(left) / u128::from(puts.max(1))).unwrap_or(u64::MAX)
+    }
+
+    /// Lets it merge old data by itself, or only by [`StateDb::merge`].
+    pub fn set_merging(&self, by_itself: bool) {
+        set_merging(&self.db, by_itself);
     }
 
     /// Tells what a shard found applied when it was opened. The first time it was read from disk, so it is durable; a
@@ -433,8 +477,7 @@ impl LogDb {
     /// As there.
     pub fn open_with(dir: &Path, buffers: &Buffers) -> Result<LogDb, StateError> {
         let mut options = common_options(LOG_CACHE_BYTES);
-        options.set_write_buffer_size(buffers.log_bytes);
-        options.set_max_write_buffer_number(2);
+        set_buffers(&mut options, buffers.log_bytes, LOG_BUFFER_BYTES);
         options.set_max_total_wal_size(buffers.log_wal_bytes);
         options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
         DB::open(&options, dir).map(|db| LogDb { db }).map_err(database)
@@ -445,9 +488,15 @@ impl LogDb {
         self.db.cancel_all_background_work(false);
     }
 
-    /// Merges old data, so that what was deleted gives its space back. Blocks, for long; needs some room.
+    /// Merges old data, so that what was deleted gives its space back. Blocks, for long; needs room for what was not
+    /// deleted.
     pub fn merge(&self) {
         self.db.compact_range(None::<&[u8]>, None::<&[u8]>);
+    }
+
+    /// Lets it merge old data by itself, or only by [`LogDb::merge`].
+    pub fn set_merging(&self, by_itself: bool) {
+        set_merging(&self.db, by_itself);
     }
 
     /// Writes a batch and syncs it. Blocks for the disk.

@@ -255,7 +255,7 @@ impl Cluster {
         let (dir, timing, clock) = (self.path(id), self.timing.clone(), self.clock(me));
         let free = self.free(me);
         let free_bytes = Arc::new(move || Ok(free.load(Ordering::Relaxed)));
-        let space = Space { reserve_bytes: RESERVE_BYTES, free_bytes };
+        let space = Space { reserve_bytes: RESERVE_BYTES, nodes: 1, turns: None, free_bytes };
         let config = HostConfig { dir, disk: me, number, timing, clock, space };
         let fatal = self.fatal.clone();
         let wire = Arc::new(Wire { me, network: self.network.clone() });
