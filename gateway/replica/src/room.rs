@@ -89,7 +89,14 @@ pub struct Room {
     is_full: AtomicBool,
     is_near: AtomicBool,
     is_exhausted: AtomicBool,
-    others: Mutex<BTreeMap<DiskId, Instant>>,
+    others: Mutex<BTreeMap<DiskId, Said>>,
+}
+
+/// What another disk said of itself.
+#[derive(Debug, Clone, Copy)]
+struct Said {
+    is_full: bool,
+    at: Instant,
 }
 
 impl Room {
@@ -104,7 +111,7 @@ impl Room {
         }
     }
 
-    fn others(&self) -> MutexGuard<'_, BTreeMap<DiskId, Instant>> {
+    fn others(&self) -> MutexGuard<'_, BTreeMap<DiskId, Said>> {
         self.others.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -157,12 +164,7 @@ impl Room {
 
     /// Notes what another disk said of itself.
     pub fn hear(&self, disk: DiskId, is_full: bool, now: Instant) {
-        let mut others = self.others();
-        if is_full {
-            others.insert(disk, now);
-        } else {
-            others.remove(&disk);
-        }
+        self.others().insert(disk, Said { is_full, at: now });
     }
 
     /// One of these disks that is full. `me` is this one.
@@ -171,14 +173,21 @@ impl Room {
         let mut disks = disks;
         disks.find(|disk| match others.get(disk) {
             _ if *disk == me => self.is_full(),
-            Some(said) => now.saturating_duration_since(*said) < COUNTS,
+            Some(said) => said.is_full && now.saturating_duration_since(said.at) < COUNTS,
             None => false,
         })
     }
 
+    /// Did one of these other disks say of late that it has room?
+    pub fn has_another_room(&self, disks: &[DiskId], now: Instant) -> bool {
+        let others = self.others();
+        let said = |disk| others.get(disk).filter(|said| now.saturating_duration_since(said.at) < COUNTS);
+        disks.iter().any(|disk| said(disk).is_some_and(|said| !said.is_full))
+    }
+
     /// Is it worth asking [`Room::full_one_of`]?
     pub fn any_full(&self) -> bool {
-        self.is_full() || !self.others().is_empty()
+        self.is_full() || self.others().values().any(|said| said.is_full)
     }
 }
 
@@ -236,6 +245,11 @@ mod tests {
         room.hear(DiskId(3), true, now);
         assert_eq!(full(now), Some(DiskId(3)));
         assert_eq!(full(now + COUNTS), None);
+        let has_room =
+            |disks: &[u32], now| room.has_another_room(&disks.iter().copied().map(DiskId).collect::<Vec<_>>(), now);
+        room.hear(DiskId(2), false, now);
+        assert!(has_room(&[1, 2, 3], now) && !has_room(&[1, 3], now), "of 1 nothing was heard, and 3 is full");
+        assert!(!has_room(&[2], now + COUNTS));
         room.hear(DiskId(3), false, now);
         assert_eq!(full(now), None);
     }

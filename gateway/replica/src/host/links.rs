@@ -142,15 +142,18 @@ pub(super) async fn look_at_home(host: MetaHost) {
     }
 }
 
-/// Hands over what is led here while the clock of this disk is off, or no gateway finds it.
+/// Hands over what is led here while the clock of this disk is off, no gateway finds it, or it has no room for
+/// commands and another voter has.
 async fn give_way(host: &MetaHost) {
     let mut off = None;
     let displaced = host.inner.links.is_displaced();
+    let exhausted = host.inner.room.is_exhausted();
     for (_, batcher) in host.running() {
         let status = batcher.replica.status();
         let ahead_ms = host.clock_off(&status);
         off = ahead_ms.or(off);
-        if (ahead_ms.is_some() || displaced) && status.leader == Some(host.inner.config.disk) {
+        let has_no_room = exhausted && host.inner.room.has_another_room(&status.voters, Instant::now());
+        if (ahead_ms.is_some() || displaced || has_no_room) && status.leader == Some(host.inner.config.disk) {
             batcher.replica.hand_over().await;
         }
     }
