@@ -9,19 +9,22 @@ use std::path::{Path, PathBuf};
 /// Most entries of the folder above that are looked at.
 const MOST: usize = 4096;
 
+/// In the name of a folder that `granary disk replace` has put aside.
+const PUT_ASIDE: &[u8] = b".aside-";
+
 /// Who shares a file system with a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Neighbours {
     /// Folders of disks, this one included.
     pub disks: u64,
-    /// The folder above them; None: this one is a mount point, and alone.
+    /// The folder above them; None: this one is alone.
     pub above: Option<PathBuf>,
 }
 
 /// Looks beside the folder `dir` of a disk. Folders that are made later are found at the next start.
 pub fn look(dir: &Path) -> Neighbours {
     look_at(dir).unwrap_or_else(|error| {
-        tracing::debug!(%error, "cannot see whether other disks lie beside this one");
+        tracing::warn!(%error, "cannot see whether other disks lie beside this one");
         Neighbours { disks: 1, above: None }
     })
 }
@@ -35,13 +38,18 @@ fn look_at(dir: &Path) -> io::Result<Neighbours> {
     };
     let mut disks = 0;
     for entry in std::fs::read_dir(&above)?.take(MOST) {
-        let path = entry?.path();
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().windows(PUT_ASIDE.len()).any(|part| part == PUT_ASIDE) {
+            continue;
+        }
+        let path = entry.path();
         // What cannot be looked at is no disk of this user's.
         let is_disk = path.symlink_metadata().is_ok_and(|found| found.is_dir() && found.dev() == device)
             && path.join(LABEL_FILE).symlink_metadata().is_ok_and(|label| label.dev() == device);
         disks += u64::from(is_disk);
     }
-    Ok(Neighbours { disks: disks.max(1), above: Some(above) })
+    // Nobody waits for a disk alone, and it waits for nobody.
+    Ok(Neighbours { disks: disks.max(1), above: (disks > 1).then_some(above) })
 }
 
 #[cfg(test)]
@@ -62,14 +70,15 @@ mod tests {
         let first = disk("disk-1");
         std::fs::create_dir(path.join("logs")).unwrap();
         std::fs::write(path.join(LABEL_FILE), "{}").unwrap();
-        let alone = Neighbours { disks: 1, above: Some(path.clone()) };
+        disk("disk-1.aside-1700000000");
+        let alone = Neighbours { disks: 1, above: None };
         assert_eq!(look(&first), alone);
         disk("disk-2");
         let link = path.join("linked");
         std::os::unix::fs::symlink(&first, &link).unwrap();
         assert_eq!(look(&path.join("disk-2")), Neighbours { disks: 2, above: Some(path.clone()) }, "a link is none");
         assert_eq!(look(&link).above, Some(path.clone()), "it is looked where the folder is");
-        assert_eq!(look(Path::new("/proc")), Neighbours { disks: 1, above: None }, "a mount point");
-        assert_eq!(look(&path.join("gone")), Neighbours { disks: 1, above: None });
+        assert_eq!(look(Path::new("/proc")), alone, "a mount point");
+        assert_eq!(look(&path.join("gone")), alone);
     }
 }

@@ -3,9 +3,9 @@
 //! Metadata share their file system with chunks. New chunks leave a reserve; metadata, which are small and must go on,
 //! may use the first half of it. Below that nothing is taken that makes them grow, by the leader of a shard of which
 //! any voter's disk is that full: a disk without any room fails its next write, and with that its node ends. Deletes
-//! and repairs go on, and what they free brings the disk back. They write too, before they free anything: a disk that
-//! has no more than a quarter of the metadata's reserve takes no commands at all, for what its databases still hold in
-//! memory must find room.
+//! and repairs go on, and what they free brings the disk back. They write too, before they free anything, and what the
+//! databases hold in memory must find room: with a quarter of the metadata's reserve left a disk takes only what the
+//! cluster does for itself, which frees chunks, and with an eighth nothing.
 //!
 //! Several nodes may have their folders on one file system. The reserve is for all of them: each holds back in memory
 //! its part only, and they merge in turn.
@@ -55,6 +55,11 @@ impl Space {
         }
     }
 
+    /// Is less than the reserve free?
+    pub fn is_full(&self) -> bool {
+        (self.free_bytes)().is_ok_and(|free_bytes| free_bytes < self.reserve_bytes)
+    }
+
     /// The turn among the nodes of the file system; None while another has it. On a file system that knows no locks
     /// it is always this node's.
     pub fn turn(&self) -> Option<Turn> {
@@ -88,7 +93,8 @@ pub struct Room {
     space: Space,
     is_full: AtomicBool,
     is_near: AtomicBool,
-    is_exhausted: AtomicBool,
+    is_low: AtomicBool,
+    is_out: AtomicBool,
     others: Mutex<BTreeMap<DiskId, Said>>,
 }
 
@@ -106,7 +112,8 @@ impl Room {
             space,
             is_full: AtomicBool::new(false),
             is_near: AtomicBool::new(false),
-            is_exhausted: AtomicBool::new(false),
+            is_low: AtomicBool::new(false),
+            is_out: AtomicBool::new(false),
             others: Mutex::default(),
         }
     }
@@ -130,7 +137,8 @@ impl Room {
         let wanted_bytes = if was_full { reserve_bytes.saturating_add(reserve_bytes / 4) } else { reserve_bytes };
         let is_full = free_bytes < wanted_bytes;
         self.is_full.store(is_full, Ordering::Relaxed);
-        self.is_exhausted.store(free_bytes < reserve_bytes / 4, Ordering::Relaxed);
+        self.is_low.store(free_bytes < reserve_bytes / 4, Ordering::Relaxed);
+        self.is_out.store(free_bytes < reserve_bytes / 8, Ordering::Relaxed);
         self.is_near.store(free_bytes < reserve_bytes.saturating_mul(4), Ordering::Relaxed);
         (is_full != was_full).then_some(is_full)
     }
@@ -145,9 +153,14 @@ impl Room {
         self.is_near.load(Ordering::Relaxed)
     }
 
+    /// Is so little left that only what the cluster does for itself is taken?
+    pub fn is_low(&self) -> bool {
+        self.is_low.load(Ordering::Relaxed)
+    }
+
     /// Is what is left needed for what the databases hold in memory?
-    pub fn is_exhausted(&self) -> bool {
-        self.is_exhausted.load(Ordering::Relaxed)
+    pub fn is_out(&self) -> bool {
+        self.is_out.load(Ordering::Relaxed)
     }
 
     /// The turn among the nodes of the file system; see [`Space::turn`].
@@ -155,11 +168,11 @@ impl Room {
         self.space.turn()
     }
 
-    /// May old data be merged now, of which so many bytes are to stay? They are written anew before the old ones go.
-    /// What the databases hold in memory must find room meanwhile.
-    pub fn may_merge(&self, bytes: u64) -> bool {
+    /// May old data be merged now, when so many bytes at most are written before the old ones go? What the databases
+    /// hold in memory must find room meanwhile.
+    pub fn may_merge(&self, step_bytes: u64) -> bool {
         let floor_bytes = self.space.reserve_bytes / 4;
-        self.is_full() && (self.space.free_bytes)().is_ok_and(|free| free > floor_bytes.saturating_add(bytes))
+        (self.space.free_bytes)().is_ok_and(|free| free > floor_bytes.saturating_add(step_bytes))
     }
 
     /// Notes what another disk said of itself.
@@ -205,17 +218,19 @@ mod tests {
         let room = Room::new(Space { reserve_bytes: 1_000, nodes: 1, turns: None, free_bytes });
         let look = |bytes| {
             free.store(bytes, Ordering::Relaxed);
-            (room.look(), room.is_full(), room.is_exhausted(), room.may_merge(300))
+            (room.look(), [room.is_full(), room.is_low(), room.is_out()], room.may_merge(300))
         };
-        assert_eq!(look(1_000), (None, false, false, false));
-        assert_eq!(look(999), (Some(true), true, false, true));
-        assert_eq!(look(551), (None, true, false, true));
-        assert_eq!(look(550), (None, true, false, false), "what is merged needs room");
-        assert_eq!(look(249), (None, true, true, false));
+        let [not, full, low, out] = [0, 1, 2, 3].map(|so_many| [1, 2, 3].map(|place| place <= so_many));
+        assert_eq!(look(1_000), (None, not, true));
+        assert_eq!(look(999), (Some(true), full, true));
+        assert_eq!(look(551), (None, full, true));
+        assert_eq!(look(550), (None, full, false), "a step of a merge needs room");
+        assert_eq!(look(249), (None, low, false));
         assert!(!room.may_merge(0), "what is in memory needs room");
-        assert_eq!(look(1_249), (None, true, false, true));
-        assert_eq!(look(1_250), (Some(false), false, false, false));
-        assert_eq!(look(1_000), (None, false, false, false));
+        assert_eq!(look(124), (None, out, false));
+        assert_eq!(look(1_249), (None, full, true));
+        assert_eq!(look(1_250), (Some(false), not, true));
+        assert_eq!(look(1_000), (None, not, true));
     }
 
     #[test]

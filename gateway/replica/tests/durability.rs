@@ -317,7 +317,7 @@ fn a_snapshot_file_carries_the_whole_shard_and_any_damage_is_seen() {
 
 /// The state and the snapshot files in a folder, opened as at a start. The memtables are as small as they can be.
 fn open_in(dir: &Path) -> StateDb {
-    let state = StateDb::open_with(&dir.join("state"), no_fatal(), &Buffers::within(1)).unwrap();
+    let state = StateDb::open_with(&dir.join("state"), no_fatal(), &Buffers::within(1), true).unwrap();
     snapshot::finish_interrupted(&state, SHARD, &dir.join("files"), &Space::without_reserve()).unwrap();
     state
 }

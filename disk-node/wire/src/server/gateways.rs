@@ -16,7 +16,7 @@ const SPARE_ONE_OF: usize = 8;
 
 /// How many connections for chunk requests each of `gateways` may have at a node with that many places.
 pub(super) fn share(places: usize, gateways: usize) -> u32 {
-    let given = if gateways > 1 { places - places / SPARE_ONE_OF } else { places };
+    let given = places - places / SPARE_ONE_OF;
     let share = (given / gateways.max(1)).max(LEAST.min(places)).max(1);
     u32::try_from(share).unwrap_or(u32::MAX)
 }
@@ -55,8 +55,8 @@ mod tests {
     #[test]
     fn places_are_divided_among_the_gateways_down_to_a_least() {
         for (places, gateways, each) in [
-            (512, 0, 512),
-            (512, 1, 512),
+            (512, 0, 448),
+            (512, 1, 448),
             (512, 3, 149),
             (512, 56, 8),
             (512, 57, 8),

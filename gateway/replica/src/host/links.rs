@@ -147,12 +147,12 @@ pub(super) async fn look_at_home(host: MetaHost) {
 async fn give_way(host: &MetaHost) {
     let mut off = None;
     let displaced = host.inner.links.is_displaced();
-    let exhausted = host.inner.room.is_exhausted();
+    let is_low = host.inner.room.is_low();
     for (_, batcher) in host.running() {
         let status = batcher.replica.status();
         let ahead_ms = host.clock_off(&status);
         off = ahead_ms.or(off);
-        let has_no_room = exhausted && host.inner.room.has_another_room(&status.voters, Instant::now());
+        let has_no_room = is_low && host.inner.room.has_another_room(&status.voters, Instant::now());
         if (ahead_ms.is_some() || displaced || has_no_room) && status.leader == Some(host.inner.config.disk) {
             batcher.replica.hand_over().await;
         }

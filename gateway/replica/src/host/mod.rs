@@ -42,6 +42,7 @@ use granary_meta::apply::is_kept;
 use granary_meta::check::check_level;
 use granary_meta::kv::StateError;
 use granary_meta::level::{level_of, FIRST_FEATURE_LEVEL};
+use granary_meta::nature::TakenBy;
 use granary_meta::{Answer, Command, MetaRequest, Query, Reply, ShardRequest, ShardResponse};
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
@@ -175,6 +176,8 @@ struct Inner {
     links: Links,
     clocks: OtherClocks,
     room: Room,
+    /// Most that a merge writes before what it replaces goes, in bytes.
+    step_bytes: u64,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -217,13 +220,15 @@ impl MetaHost {
         let snapshot_dir = config.dir.join("snapshots");
         let (dir, disk, on_label) = (config.dir.clone(), config.disk, config.number);
         let buffers = Buffers::within(config.space.share_bytes());
+        let room = Room::new(config.space.clone());
+        let by_itself = !config.space.is_full();
         let (opened_fatal, clean_dir) = (fatal.clone(), snapshot_dir.clone());
         let open = move || -> Result<_, MetaError> {
             std::fs::create_dir_all(&clean_dir)?;
             clean_snapshots(&clean_dir)?;
-            let log = Arc::new(LogDb::open_with(&dir.join("log"), &buffers)?);
+            let log = Arc::new(LogDb::open_with(&dir.join("log"), &buffers, by_itself)?);
             let identity = identify(&log, disk, on_label)?;
-            let state = Arc::new(StateDb::open_with(&dir.join("state"), opened_fatal.clone(), &buffers)?);
+            let state = Arc::new(StateDb::open_with(&dir.join("state"), opened_fatal.clone(), &buffers, by_itself)?);
             // The directories themselves must survive a power loss before anything in them is relied on.
             for path in [&dir, &clean_dir] {
                 std::fs::File::open(path)?.sync_all()?;
@@ -258,7 +263,6 @@ impl MetaHost {
             lost: config.timing.link_beat() * 2,
         };
         let clocks = OtherClocks::new(CLOCK_COUNTS);
-        let room = Room::new(config.space.clone());
         let inner = Arc::new(Inner {
             config,
             identity,
@@ -279,6 +283,7 @@ impl MetaHost {
             links: Links::new(sleep),
             clocks,
             room,
+            step_bytes: buffers.step_bytes(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -291,7 +296,7 @@ impl MetaHost {
         host.inner.tasks.spawn(reconcile::run(host.clone()));
         host.inner.tasks.spawn(links::run(host.clone()));
         host.inner.tasks.spawn(links::look_at_home(host.clone()));
-        host.inner.tasks.spawn(reclaim::run(host.clone()));
+        host.inner.tasks.spawn(reclaim::run(host.clone(), by_itself));
         Ok(host)
     }
 
@@ -393,12 +398,17 @@ impl MetaHost {
         };
         check_level(&request.command, level).map_err(ControlError::BadRequest)?;
         let batcher = self.batcher(shard)?;
-        if self.inner.room.is_exhausted() && batcher.replica.is_leader() {
+        let nature = request.command.nature();
+        let room = &self.inner.room;
+        if room.is_low()
+            && (room.is_out() || nature.taken_by == TakenBy::Objects && nature.lease.is_none())
+            && batcher.replica.is_leader()
+        {
             return Err(ControlError::NoRoom { disk: self.inner.config.disk });
         }
-        if self.inner.room.any_full() && request.command.nature().grows && batcher.replica.is_leader() {
+        if room.any_full() && nature.grows && batcher.replica.is_leader() {
             let voters = batcher.replica.status().voters;
-            let full = self.inner.room.full_one_of(self.inner.config.disk, voters.into_iter(), Instant::now());
+            let full = room.full_one_of(self.inner.config.disk, voters.into_iter(), Instant::now());
             if let Some(disk) = full {
                 return Err(ControlError::NoRoom { disk });
             }

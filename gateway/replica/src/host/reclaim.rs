@@ -2,73 +2,101 @@
 
 use super::MetaHost;
 use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
 
 /// Between two looks, and between two on a disk that is nearly full: in between it may fill by what it can write.
 const LOOK: Duration = Duration::from_secs(1);
 const LOOK_NEAR: Duration = Duration::from_millis(50);
 /// Between two merges of old data on a full disk.
 const MERGE_EVERY: Duration = Duration::from_secs(10);
+/// How long others on the same file system are given their turn; who holds it longer is stuck, or a stranger.
+const PATIENCE: Duration = Duration::from_secs(600);
 
-/// Does so until the host ends.
-pub(super) async fn run(host: MetaHost) {
+/// Does so until the host ends. `by_itself`: whether the databases were opened to merge old data by themselves.
+pub(super) async fn run(host: MetaHost, mut by_itself: bool) {
     let (room, stop) = (&host.inner.room, &host.inner.stop);
-    let mut merged: Option<Instant> = None;
+    let mut merging: Option<JoinHandle<Merged>> = None;
+    let mut last = Instant::now().checked_sub(MERGE_EVERY);
+    let mut refused: Option<Instant> = None;
     loop {
-        let looked = room.look();
-        match looked {
+        match room.look() {
             Some(true) => {
                 tracing::error!("less than node.meta_reserve is free on this disk's file system: shards with a voter here take deletes and repairs only; delete objects, or remove what else fills it")
             }
             Some(false) => tracing::info!("there is room for metadata again"),
             None => {}
         }
-        if let Some(is_full) = looked {
-            // When a database merges by itself, it does not look whether there is room.
-            host.inner.state.set_merging(!is_full);
-            host.inner.log.set_merging(!is_full);
-        }
-        if room.is_full() && merged.is_none_or(|merged| merged.elapsed() >= MERGE_EVERY) {
-            let merging = tokio::task::spawn_blocking({
-                let host = host.clone();
-                move || merge(&host)
-            });
-            let done = tokio::select! {
-                () = stop.cancelled() => {
-                    host.inner.state.end_merging();
-                    host.inner.log.end_merging();
-                    return;
+        if let Some(done) = merging.take_if(|merging| merging.is_finished()) {
+            match done.await {
+                Ok(done) => {
+                    by_itself = done.by_itself;
+                    refused = (!done.had_turn).then(|| refused.unwrap_or_else(Instant::now));
+                    last = if done.had_turn { Some(Instant::now()) } else { last };
                 }
-                done = merging => done,
-            };
-            match done {
-                Ok(true) => merged = Some(Instant::now()),
-                // It is another's turn.
-                Ok(false) => {}
                 Err(error) => {
                     tracing::warn!(%error, "old metadata could not be merged");
-                    merged = Some(Instant::now());
+                    last = Some(Instant::now());
                 }
             }
         }
+        let is_due = last.is_none_or(|last| last.elapsed() >= MERGE_EVERY);
+        // When a database merges by itself, it does not look whether there is room. Before it does so again, what has
+        // come together meanwhile is merged in turn.
+        if merging.is_none() && (room.is_full() && is_due || by_itself == room.is_full()) {
+            let impatient = refused.is_some_and(|since| since.elapsed() >= PATIENCE);
+            if impatient {
+                tracing::warn!(
+                    "the lock by which disks on one file system merge in turn is never free; not waiting for it"
+                );
+            }
+            let host = host.clone();
+            merging = Some(tokio::task::spawn_blocking(move || merge(&host, by_itself, impatient)));
+        }
         tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(if room.is_near() { LOOK_NEAR } else { LOOK }) => {}
+            () = stop.cancelled() => {
+                host.inner.state.end_merging();
+                host.inner.log.end_merging();
+                return;
+            }
+            () = tokio::time::sleep(if room.is_near() || merging.is_some() { LOOK_NEAR } else { LOOK }) => {}
         }
     }
 }
 
+/// How an attempt went.
+struct Merged {
+    /// Do the databases merge by themselves now?
+    by_itself: bool,
+    /// Was it this node's turn?
+    had_turn: bool,
+}
+
 /// Merges what there is room for, if it is this node's turn. Blocks.
-fn merge(host: &MetaHost) -> bool {
+fn merge(host: &MetaHost, by_itself: bool, impatient: bool) -> Merged {
     let inner = &host.inner;
-    let Some(_turn) = inner.room.turn() else { return false };
+    let is_full = inner.room.is_full();
+    let set = |merges| {
+        if merges != by_itself {
+            inner.log.set_merging(merges);
+            inner.state.set_merging(merges);
+        }
+    };
+    if is_full {
+        set(false);
+    }
+    let turn = inner.room.turn();
+    if turn.is_none() && !impatient {
+        return Merged { by_itself: by_itself && !is_full, had_turn: false };
+    }
     // The log first: it was purged, so little of it is written anew.
-    let log_bytes = host.running().iter().map(|(_, batcher)| batcher.replica.log_bytes()).sum();
-    if inner.room.may_merge(log_bytes) {
+    if inner.room.may_merge(inner.step_bytes) {
         inner.log.merge();
     }
-    // What was deleted counts once it is in files. A failure is told by whoever writes.
-    if !inner.room.is_exhausted() && inner.state.flush().is_ok() && inner.room.may_merge(inner.state.merged_bytes()) {
+    if inner.room.may_merge(inner.step_bytes) {
         inner.state.merge();
     }
-    true
+    if !is_full {
+        set(true);
+    }
+    Merged { by_itself: !is_full, had_turn: true }
 }

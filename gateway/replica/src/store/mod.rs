@@ -24,7 +24,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// No buffer is smaller, in bytes.
-const MIN_BUFFER_BYTES: u64 = 1024 * 1024;
+const MIN_BUFFER_BYTES: u64 = 256 * 1024;
+/// A file of merged data, in bytes.
+const FILE_BYTES: u64 = 64 * 1024 * 1024;
+/// What is merged at once with what was flushed, in bytes.
+const LEVEL_BYTES: u64 = 256 * 1024 * 1024;
+/// What is merged at once otherwise, in bytes.
+const STEP_BYTES: u64 = 25 * FILE_BYTES;
+/// The file that lists the files grows in such pieces, in bytes.
+const MANIFEST_PIECE_BYTES: usize = 64 * 1024;
 /// Memtable of the state database, in bytes; two of them at most.
 const STATE_BUFFER_BYTES: usize = 24 * 1024 * 1024;
 /// Block cache of the state database, in bytes.
@@ -36,18 +44,21 @@ const LOG_CACHE_BYTES: usize = 8 * 1024 * 1024;
 /// Most write-ahead log of the Raft log kept before memtables are flushed, in bytes.
 const LOG_WAL_BYTES: u64 = 64 * 1024 * 1024;
 
-/// How much the databases hold back before they write it to files, in bytes. On a disk with a small reserve it is less:
-/// what they hold must find room there when they write it.
+/// How much the databases hold back before they write it to files, and how much they write before what it replaces
+/// goes, in bytes. On a disk with a small reserve it is less, for both must find room there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Buffers {
     state_bytes: usize,
     log_bytes: usize,
     log_wal_bytes: u64,
+    file_bytes: u64,
+    level_bytes: u64,
+    step_bytes: u64,
 }
 
 impl Buffers {
-    /// As much as is useful, within a quarter of this node's share of the reserve, which metadata leave for them: two
-    /// of each at most. The write-ahead log has what is in memory as well. 0: no reserve, no bound.
+    /// As much as is useful, within this node's share of the reserve: a quarter of it for what is in memory (two
+    /// buffers of each at most; the write-ahead log has it as well), half of it for a merge. 0: no reserve, no bound.
     pub fn within(reserve_bytes: u64) -> Buffers {
         let share = |most: u64, part: u64| match reserve_bytes {
             0 => most,
@@ -57,7 +68,15 @@ impl Buffers {
             state_bytes: share(STATE_BUFFER_BYTES as u64, 16) as usize,
             log_bytes: share(LOG_BUFFER_BYTES as u64, 16) as usize,
             log_wal_bytes: share(LOG_WAL_BYTES, 8),
+            file_bytes: share(FILE_BYTES, 16),
+            level_bytes: share(LEVEL_BYTES, 4),
+            step_bytes: share(STEP_BYTES, 2),
         }
+    }
+
+    /// Most that a database writes in one step of a merge before what it replaces goes, in bytes.
+    pub fn step_bytes(&self) -> u64 {
+        self.step_bytes
     }
 }
 
@@ -120,18 +139,18 @@ fn common_options(cache_bytes: usize) -> Options {
     options.set_max_open_files(512);
     options.set_keep_log_file_num(2);
     options.set_max_log_file_size(4 * 1024 * 1024);
+    options.set_manifest_preallocation_size(MANIFEST_PIECE_BYTES);
     options
 }
 
-/// Buffers of that size; smaller than `most_bytes`, merges are bounded in proportion to them.
-fn set_buffers(options: &mut Options, buffer_bytes: usize, most_bytes: usize) {
-    options.set_write_buffer_size(buffer_bytes);
-    options.set_max_write_buffer_number(2);
-    if buffer_bytes < most_bytes {
-        let buffer_bytes = buffer_bytes as u64;
-        options.set_target_file_size_base(buffer_bytes);
-        options.set_max_bytes_for_level_base(4 * buffer_bytes);
-        options.set_max_compaction_bytes(8 * buffer_bytes);
+impl Buffers {
+    fn set(&self, options: &mut Options, buffer_bytes: usize, may_merge: bool) {
+        options.set_write_buffer_size(buffer_bytes);
+        options.set_max_write_buffer_number(2);
+        options.set_target_file_size_base(self.file_bytes);
+        options.set_max_bytes_for_level_base(self.level_bytes);
+        options.set_max_compaction_bytes(self.step_bytes);
+        options.set_disable_auto_compactions(!may_merge);
     }
 }
 
@@ -261,16 +280,17 @@ impl StateDb {
     /// # Errors
     /// [`StateError::Database`], also when the files are damaged.
     pub fn open(dir: &Path, fatal: Fatal) -> Result<StateDb, StateError> {
-        StateDb::open_with(dir, fatal, &Buffers::default())
+        StateDb::open_with(dir, fatal, &Buffers::default(), true)
     }
 
-    /// As [`StateDb::open`], with buffers of that size.
+    /// As [`StateDb::open`], with buffers of that size; merges old data `by_itself`, or not: see
+    /// [`StateDb::set_merging`].
     ///
     /// # Errors
     /// As there.
-    pub fn open_with(dir: &Path, fatal: Fatal, buffers: &Buffers) -> Result<StateDb, StateError> {
+    pub fn open_with(dir: &Path, fatal: Fatal, buffers: &Buffers, by_itself: bool) -> Result<StateDb, StateError> {
         let mut options = common_options(STATE_CACHE_BYTES);
-        set_buffers(&mut options, buffers.state_bytes, STATE_BUFFER_BYTES);
+        buffers.set(&mut options, buffers.state_bytes, by_itself);
         options.set_atomic_flush(true);
         let db = DB::open(&options, dir).map_err(database)?;
         Ok(StateDb {
@@ -360,29 +380,10 @@ impl StateDb {
         self.db.cancel_all_background_work(false);
     }
 
-    /// Merges old data, so that what was deleted gives its space back. Blocks, for long; needs some room: see
-    /// [`StateDb::merged_bytes`].
+    /// Merges old data, so that what was deleted gives its space back. Blocks, for long; needs room for a
+    /// step: see [`Buffers::step_bytes`].
     pub fn merge(&self) {
         self.db.compact_range(None::<&[u8]>, None::<&[u8]>);
-    }
-
-    /// About how much of what was flushed will be left after a merge, in bytes. As if all values were of one size.
-    pub fn merged_bytes(&self) -> u64 {
-        let files = match self.db.live_files() {
-            Ok(files) => files,
-            Err(error) => {
-                tracing::warn!(%error, "files of the metadata cannot be listed");
-                return u64::MAX;
-            }
-        };
-        let (mut all_bytes, mut puts, mut deletes) = (0u64, 0u64, 0u64);
-        for file in files {
-            all_bytes += file.size as u64;
-            deletes += file.num_deletions;
-            puts += file.num_entries.saturating_sub(file.num_deletions);
-        }
-        let left = puts.saturating_sub(deletes);
-        u64::try_from(u128::from(all_bytes) * u128::from(left) / u128::from(puts.max(1))).unwrap_or(u64::MAX)
     }
 
     /// Lets it merge old data by itself, or only by [`StateDb::merge`].
@@ -435,6 +436,10 @@ impl StateDb {
         let before = lock(&self.applied).clone();
         self.db.flush().map_err(|error| {
             let error = database(error);
+            // It was ended for a stop, and the disk has nothing to do with it.
+            if self.ending.load(Ordering::SeqCst) {
+                return error;
+            }
             self.fatal.raise(format!("flushing metadata state: {error}"));
             error
         })?;
@@ -468,16 +473,16 @@ impl LogDb {
     /// [`StateError::Database`], also when the files are damaged: a bad record in the middle of the write-ahead log is
     /// an error, and only an unfinished record at its very end, which was never acknowledged, is dropped.
     pub fn open(dir: &Path) -> Result<LogDb, StateError> {
-        LogDb::open_with(dir, &Buffers::default())
+        LogDb::open_with(dir, &Buffers::default(), true)
     }
 
-    /// As [`LogDb::open`], with buffers of that size.
+    /// As [`LogDb::open`], with buffers of that size; merges old data `by_itself`, or not: see [`LogDb::set_merging`].
     ///
     /// # Errors
     /// As there.
-    pub fn open_with(dir: &Path, buffers: &Buffers) -> Result<LogDb, StateError> {
+    pub fn open_with(dir: &Path, buffers: &Buffers, by_itself: bool) -> Result<LogDb, StateError> {
         let mut options = common_options(LOG_CACHE_BYTES);
-        set_buffers(&mut options, buffers.log_bytes, LOG_BUFFER_BYTES);
+        buffers.set(&mut options, buffers.log_bytes, by_itself);
         options.set_max_total_wal_size(buffers.log_wal_bytes);
         options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
         DB::open(&options, dir).map(|db| LogDb { db }).map_err(database)
@@ -488,8 +493,7 @@ impl LogDb {
         self.db.cancel_all_background_work(false);
     }
 
-    /// Merges old data, so that what was deleted gives its space back. Blocks, for long; needs room for what was not
-    /// deleted.
+    /// Merges old data, so that what was deleted gives its space back. Blocks; needs room for a step.
     pub fn merge(&self) {
         self.db.compact_range(None::<&[u8]>, None::<&[u8]>);
     }
