@@ -129,23 +129,21 @@ pub(super) fn open_again(host: MetaHost, shard: ShardId) -> BoxFuture<'static, (
 }
 
 impl MetaHost {
-    /// Lets a failed replica go that is no member of its shard any more, as [`MetaHost::let_go`] does with one that
-    /// runs: its data stays, and it begins from there should the map name this disk again. True when it did.
-    async fn let_failed_go(&self, shard: ShardId) -> bool {
-        let id = match lock(&self.inner.replicas).get(&shard) {
-            Some(ReplicaState::Failed { id, .. }) => *id,
-            _ => return false,
-        };
+    /// Lets a failed or broken replica go that is no member of its shard any more, as [`MetaHost::let_go`] does with
+    /// one that runs: its data stays, and it begins from there should the map name this disk again. True when it did.
+    pub(super) async fn let_failed_go(&self, shard: ShardId) -> bool {
+        let Some(id) = lock(&self.inner.replicas).get(&shard).and_then(ReplicaState::id) else { return false };
         let Some(map) = self.newest_map() else { return false };
         // While its leader counts on it, it is opened: its vote may be the one that is needed to change the members.
         if self.named_by(&map, shard) || !reconcile::is_no_member(self, &map, shard, id).await {
             return false;
         }
         match lock(&self.inner.replicas).get_mut(&shard) {
-            Some(replica @ ReplicaState::Failed { .. }) => *replica = ReplicaState::Removed,
+            // Another one may have been opened in its place while the leader was asked.
+            Some(replica) if replica.id() == Some(id) => *replica = ReplicaState::Removed,
             _ => return false,
         }
-        tracing::info!(%shard, "a failed metadata replica is no member any more; it stays stopped, its data stays");
+        tracing::info!(%shard, "a failed or broken metadata replica is no member any more; it stays stopped, its data stays");
         true
     }
 

@@ -152,6 +152,15 @@ impl ReplicaState {
             ReplicaState::Ending | ReplicaState::Removed => None,
         }
     }
+
+    /// Which it is, of one that does not run but should.
+    fn id(&self) -> Option<ReplicaId> {
+        match self {
+            ReplicaState::Failed { id, .. } => Some(*id),
+            ReplicaState::Broken { id, .. } => *id,
+            ReplicaState::Running(_) | ReplicaState::Ending | ReplicaState::Removed => None,
+        }
+    }
 }
 
 struct Inner {
@@ -479,6 +488,12 @@ impl MetaHost {
             _ => None,
         };
         lock(&self.inner.replicas).iter().filter_map(running).collect()
+    }
+
+    /// Shards whose replica here has data that cannot be used.
+    fn broken(&self) -> Vec<ShardId> {
+        let is_broken = |replica: &ReplicaState| matches!(replica, ReplicaState::Broken { .. });
+        lock(&self.inner.replicas).iter().filter(|(_, replica)| is_broken(replica)).map(|(shard, _)| *shard).collect()
     }
 
     fn facts(&self) -> Vec<Facts> {

@@ -47,9 +47,20 @@ pub(super) async fn run(host: MetaHost) {
                 }
             }
         });
+        // Failed ones are asked about before each attempt to open them; broken ones are not opened again.
+        let broken = if round.is_multiple_of(ASK_EVERY_ROUNDS) { host.broken() } else { Vec::new() };
+        let ask = async {
+            for shard in broken {
+                host.let_failed_go(shard).await;
+            }
+        };
         tokio::select! {
             () = stop.cancelled() => return,
             () = work => {}
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = ask => {}
         }
     }
 }

@@ -235,6 +235,16 @@ async fn a_failed_replica_is_let_go_when_it_is_no_member_any_more() {
     assert_eq!((host.counters().replicas_stopped, host.status()), (0, Vec::new()));
     // Its data stay.
     assert_eq!(host.open_replica(shard).await.unwrap().replica.me, id);
+
+    // One whose data cannot be used is not opened again, and let go by itself.
+    let broken = |id| ReplicaState::Broken { id: Some(id), why: "a read failed".to_owned() };
+    *lock(&members) = vec![id, other];
+    plant(&host, shard, broken).await;
+    assert!(!host.let_failed_go(shard).await, "a member was let go");
+    assert_eq!(host.counters().replicas_stopped, 1);
+    *lock(&members) = vec![other];
+    eventually("it stays stopped", &host, || host.counters().replicas_stopped == 0).await;
+    assert!(matches!(host.batcher(shard), Err(ControlError::NoSuchShard(_))));
     host.shutdown().await;
 }
 
