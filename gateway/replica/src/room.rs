@@ -4,8 +4,9 @@
 //! may use the first half of it. Below that nothing is taken that makes them grow, by the leader of a shard of which
 //! any voter's disk is that full: a disk without any room fails its next write, and with that its node ends. Deletes
 //! and repairs go on, and what they free brings the disk back. They write too, before they free anything, and what the
-//! databases hold in memory must find room: with a quarter of the metadata's reserve left a disk takes only what the
-//! cluster does for itself, which frees chunks, and with an eighth nothing.
+//! databases hold in memory must find room: with four times as much left, or a quarter of the reserve, a disk takes only
+//! what the cluster does for itself, which frees chunks; with half of that nothing; and what other leaders took it takes
+//! until half of that again is left.
 //!
 //! Several nodes may have their folders on one file system. The reserve is for all of them: each holds back in memory
 //! its part only, and they merge in turn.
@@ -95,6 +96,9 @@ pub struct Room {
     is_near: AtomicBool,
     is_low: AtomicBool,
     is_out: AtomicBool,
+    is_at_its_end: AtomicBool,
+    /// Below this, in bytes, it is low; below half of it it is out.
+    low_bytes: u64,
     others: Mutex<BTreeMap<DiskId, Said>>,
 }
 
@@ -106,14 +110,17 @@ struct Said {
 }
 
 impl Room {
-    /// All have room, until it is looked.
-    pub fn new(space: Space) -> Room {
+    /// All have room, until it is looked. `memory_bytes`: most that the databases of a node hold in memory.
+    pub fn new(space: Space, memory_bytes: u64) -> Room {
+        let needed_bytes = memory_bytes.saturating_mul(space.nodes).saturating_mul(4);
         Room {
+            low_bytes: (space.reserve_bytes / 4).min(needed_bytes),
             space,
             is_full: AtomicBool::new(false),
             is_near: AtomicBool::new(false),
             is_low: AtomicBool::new(false),
             is_out: AtomicBool::new(false),
+            is_at_its_end: AtomicBool::new(false),
             others: Mutex::default(),
         }
     }
@@ -137,8 +144,9 @@ impl Room {
         let wanted_bytes = if was_full { reserve_bytes.saturating_add(reserve_bytes / 4) } else { reserve_bytes };
         let is_full = free_bytes < wanted_bytes;
         self.is_full.store(is_full, Ordering::Relaxed);
-        self.is_low.store(free_bytes < reserve_bytes / 4, Ordering::Relaxed);
-        self.is_out.store(free_bytes < reserve_bytes / 8, Ordering::Relaxed);
+        self.is_low.store(free_bytes < self.low_bytes, Ordering::Relaxed);
+        self.is_out.store(free_bytes < self.low_bytes / 2, Ordering::Relaxed);
+        self.is_at_its_end.store(free_bytes < self.low_bytes / 4, Ordering::Relaxed);
         self.is_near.store(free_bytes < reserve_bytes.saturating_mul(4), Ordering::Relaxed);
         (is_full != was_full).then_some(is_full)
     }
@@ -158,9 +166,15 @@ impl Room {
         self.is_low.load(Ordering::Relaxed)
     }
 
-    /// Is what is left needed for what the databases hold in memory?
+    /// Is so little left that nothing is taken?
     pub fn is_out(&self) -> bool {
         self.is_out.load(Ordering::Relaxed)
+    }
+
+    /// Is what is left needed for what the databases hold in memory? What another leader took, for it had room then, is
+    /// taken until here: a new leader must be able to finish it.
+    pub fn is_at_its_end(&self) -> bool {
+        self.is_at_its_end.load(Ordering::Relaxed)
     }
 
     /// The turn among the nodes of the file system; see [`Space::turn`].
@@ -171,8 +185,7 @@ impl Room {
     /// May old data be merged now, when so many bytes at most are written before the old ones go? What the databases
     /// hold in memory must find room meanwhile.
     pub fn may_merge(&self, step_bytes: u64) -> bool {
-        let floor_bytes = self.space.reserve_bytes / 4;
-        (self.space.free_bytes)().is_ok_and(|free| free > floor_bytes.saturating_add(step_bytes))
+        (self.space.free_bytes)().is_ok_and(|free| free > self.low_bytes.saturating_add(step_bytes))
     }
 
     /// Notes what another disk said of itself.
@@ -215,12 +228,13 @@ mod tests {
         let free = Arc::new(AtomicU64::new(1_000));
         let asked = free.clone();
         let free_bytes = Arc::new(move || Ok(asked.load(Ordering::Relaxed)));
-        let room = Room::new(Space { reserve_bytes: 1_000, nodes: 1, turns: None, free_bytes });
+        let room =
+            Room::new(Space { reserve_bytes: 1_000, nodes: 1, turns: None, free_bytes: free_bytes.clone() }, u64::MAX);
         let look = |bytes| {
             free.store(bytes, Ordering::Relaxed);
-            (room.look(), [room.is_full(), room.is_low(), room.is_out()], room.may_merge(300))
+            (room.look(), [room.is_full(), room.is_low(), room.is_out(), room.is_at_its_end()], room.may_merge(300))
         };
-        let [not, full, low, out] = [0, 1, 2, 3].map(|so_many| [1, 2, 3].map(|place| place <= so_many));
+        let [not, full, low, out, end] = [0, 1, 2, 3, 4].map(|so_many| [1, 2, 3, 4].map(|place| place <= so_many));
         assert_eq!(look(1_000), (None, not, true));
         assert_eq!(look(999), (Some(true), full, true));
         assert_eq!(look(551), (None, full, true));
@@ -228,9 +242,17 @@ mod tests {
         assert_eq!(look(249), (None, low, false));
         assert!(!room.may_merge(0), "what is in memory needs room");
         assert_eq!(look(124), (None, out, false));
+        assert_eq!(look(61), (None, end, false));
         assert_eq!(look(1_249), (None, full, true));
         assert_eq!(look(1_250), (Some(false), not, true));
         assert_eq!(look(1_000), (None, not, true));
+        // A reserve that is larger than it need be leaves deletes alone.
+        let room = Room::new(Space { reserve_bytes: 1_000, nodes: 3, turns: None, free_bytes }, 10);
+        for (bytes, is_low) in [(120, false), (119, true)] {
+            free.store(bytes, Ordering::Relaxed);
+            room.look();
+            assert_eq!(room.is_low(), is_low);
+        }
     }
 
     #[test]
@@ -252,7 +274,7 @@ mod tests {
 
     #[test]
     fn a_full_disk_counts_for_the_shards_it_votes_in_while_it_says_so() {
-        let (room, now) = (Room::new(Space::without_reserve()), Instant::now());
+        let (room, now) = (Room::new(Space::without_reserve(), 0), Instant::now());
         let full = |now| room.full_one_of(DiskId(1), [1, 2, 3].map(DiskId).into_iter(), now);
         assert!(!room.any_full());
         room.hear(DiskId(4), true, now);

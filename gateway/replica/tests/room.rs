@@ -89,7 +89,7 @@ async fn a_disk_that_needs_what_is_left_takes_no_commands_and_leads_nobody_who_h
         conditions: Conditions::default(),
         rule_epoch: 0,
     };
-    cluster.free(exhausted).store(RESERVE_BYTES / 8 - 1, Ordering::Relaxed);
+    cluster.free(exhausted).store(RESERVE_BYTES / 16 - 1, Ordering::Relaxed);
     // The others are a majority, and lead; it gets nothing that takes room until it has some.
     let until = Instant::now() + PATIENCE;
     while cluster.leader(SHARD).await == exhausted {
@@ -107,7 +107,7 @@ async fn a_disk_that_needs_what_is_left_takes_no_commands_and_leads_nobody_who_h
     cluster.same_state(SHARD, &[1, 2, 3]).await;
     // None has room: deletes are refused as well, and in words.
     for id in all {
-        cluster.free(id).store(RESERVE_BYTES / 8 - 1, Ordering::Relaxed);
+        cluster.free(id).store(RESERVE_BYTES / 16 - 1, Ordering::Relaxed);
     }
     let until = Instant::now() + PATIENCE;
     loop {

@@ -229,7 +229,7 @@ impl MetaHost {
         let snapshot_dir = config.dir.join("snapshots");
         let (dir, disk, on_label) = (config.dir.clone(), config.disk, config.number);
         let buffers = Buffers::within(config.space.share_bytes());
-        let room = Room::new(config.space.clone());
+        let room = Room::new(config.space.clone(), buffers.memory_bytes());
         let by_itself = !config.space.is_full();
         let (opened_fatal, clean_dir) = (fatal.clone(), snapshot_dir.clone());
         let open = move || -> Result<_, MetaError> {

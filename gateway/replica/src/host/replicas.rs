@@ -234,7 +234,7 @@ impl MetaHost {
         if message.from.disk != from {
             return Err(ControlError::BadRequest(format!("disk {from} sends a message of replica {}", message.from)));
         }
-        if self.inner.room.is_out() && message.request.carries_commands() {
+        if self.inner.room.is_at_its_end() && message.request.carries_commands() {
             return encode_message(&PeerResponse::Failed("there is no room on this disk".to_owned()))
                 .map_err(bad_request);
         }

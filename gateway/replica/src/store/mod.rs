@@ -74,6 +74,11 @@ impl Buffers {
         }
     }
 
+    /// Most that both databases hold in memory, with what the log takes for its next file in advance, in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        2 * self.state_bytes as u64 + 4 * self.log_bytes as u64
+    }
+
     /// Most that a database writes in one step of a merge before what it replaces goes, in bytes.
     pub fn step_bytes(&self) -> u64 {
         self.step_bytes
