@@ -4,9 +4,9 @@
 //! may use the first half of it. Below that nothing is taken that makes them grow, by the leader of a shard of which
 //! any voter's disk is that full: a disk without any room fails its next write, and with that its node ends. Deletes
 //! and repairs go on, and what they free brings the disk back. They write too, before they free anything, and what the
-//! databases hold in memory must find room: with four times as much left, or a quarter of the reserve, a disk takes only
-//! what the cluster does for itself, which frees chunks; with half of that nothing; and what other leaders took it takes
-//! until half of that again is left.
+//! databases hold in memory must find room: with four times as much left, or a quarter of the reserve, a disk takes
+//! only what the cluster does for itself, which frees chunks; with half of that nothing; and what other leaders took it
+//! takes until half of that again is left.
 //!
 //! Several nodes may have their folders on one file system. The reserve is for all of them: each holds back in memory
 //! its part only, and they merge in turn.
