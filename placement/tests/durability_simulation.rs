@@ -70,14 +70,14 @@ fn the_chains_and_the_simulation_agree_on_disks_servers_latent_errors_and_metada
     let all = |cluster: &mut Cluster| {
         cluster.failures.server_losses_per_year = 0.2;
         cluster.latent.errors_per_disk_year = 4.0;
-        cluster.latent.scrub_hours = 200.0;
+        cluster.latent.scrub_hours = 30.0;
     };
     let settings: [(&str, u64, Change); 4] = [
         ("disks", 11, |_| ()),
         ("disks and servers", 12, |cluster| cluster.failures.server_losses_per_year = 0.3),
         ("disks and latent errors", 13, |cluster| {
             cluster.latent.errors_per_disk_year = 6.0;
-            cluster.latent.scrub_hours = 200.0;
+            cluster.latent.scrub_hours = 30.0;
         }),
         ("disks, servers and latent errors", 14, all),
     ];

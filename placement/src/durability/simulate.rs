@@ -95,8 +95,8 @@ struct Run<'c> {
     chunks: Vec<Vec<Chunk>>,
     /// Missing chunks of each group, with their disks and with their servers.
     missing: Vec<[usize; 2]>,
-    /// Groups that miss chunks.
-    open: BTreeSet<usize>,
+    /// Groups that miss more than one chunk.
+    urgent: BTreeSet<usize>,
     /// Disks and servers of which slots are missing.
     lost_disks: Vec<usize>,
     lost_servers: Vec<usize>,
@@ -129,7 +129,7 @@ impl<'c> Run<'c> {
             disks_of,
             chunks: vec![vec![Chunk::There; cluster.layout.width]; groups.groups.len()],
             missing: vec![[0, 0]; groups.groups.len()],
-            open: BTreeSet::new(),
+            urgent: BTreeSet::new(),
             lost_disks: Vec::new(),
             lost_servers: Vec::new(),
             bad: Vec::new(),
@@ -148,7 +148,7 @@ impl<'c> Run<'c> {
         let voters = cluster.metadata.voters as usize;
         let mut now = 0.0;
         loop {
-            let urgent: f64 = self.open.iter().map(|group| self.urgent_rate(*group)).sum();
+            let urgent: f64 = self.urgent.iter().map(|group| self.urgent_rate(*group)).sum();
             let shard_repairs: f64 = self.lacking.iter().map(|lacking| self.shard_rate(*lacking)).sum();
             let rates = [
                 disks as f64 * cluster.disk_rate(),
@@ -204,7 +204,9 @@ impl<'c> Run<'c> {
             if self.chunks[group][slot] == Chunk::There {
                 self.chunks[group][slot] = why;
                 self.missing[group][usize::from(why == Chunk::WithServer)] += 1;
-                self.open.insert(group);
+                if self.missing[group][0] + self.missing[group][1] > 1 {
+                    self.urgent.insert(group);
+                }
             }
         }
         let gone: BTreeSet<(usize, usize)> = slots.iter().copied().collect();
@@ -240,7 +242,7 @@ impl<'c> Run<'c> {
     fn begin_anew(&mut self, group: usize) {
         self.chunks[group].fill(Chunk::There);
         self.missing[group] = [0, 0];
-        self.open.remove(&group);
+        self.urgent.remove(&group);
         self.bad.retain(|(other, ..)| *other != group);
     }
 
@@ -248,8 +250,8 @@ impl<'c> Run<'c> {
         let kind = usize::from(self.chunks[group][slot] == Chunk::WithServer);
         self.missing[group][kind] -= 1;
         self.chunks[group][slot] = Chunk::There;
-        if self.missing[group] == [0, 0] {
-            self.open.remove(&group);
+        if self.missing[group][0] + self.missing[group][1] < 2 {
+            self.urgent.remove(&group);
         }
     }
 
@@ -292,7 +294,7 @@ impl<'c> Run<'c> {
     fn rebuild_urgent(&mut self, all: f64) {
         let mut left = self.random.unit() * all;
         let mut chosen = None;
-        for &group in &self.open {
+        for &group in &self.urgent {
             let rate = self.urgent_rate(group);
             if rate > 0.0 {
                 chosen = Some(group);
