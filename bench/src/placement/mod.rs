@@ -37,7 +37,7 @@ enum Output {
 #[derive(Debug, Parser)]
 pub struct Args {
     /// Numbers of disks, separated by commas; 10, 100, 1,000 and 10,000 if none is named
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=100_000))]
     disks: Vec<u32>,
     /// Disks in one server [default: 2 of 10, 10 of 100, else 20]
     #[arg(long)]
@@ -46,7 +46,7 @@ pub struct Args {
     #[arg(long)]
     scheme: Option<KPlusM>,
     /// Slots of placement groups per disk
-    #[arg(long, default_value_t = DEFAULT_GROUPS_PER_DISK)]
+    #[arg(long, default_value_t = DEFAULT_GROUPS_PER_DISK, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     groups_per_disk: u32,
     /// Size of a disk in TB (10^12 bytes)
     #[arg(long, default_value_t = 16.0)]
