@@ -5,6 +5,9 @@ use super::Args;
 use crate::output::line;
 use std::io;
 
+/// A row's name, and where its values are.
+type Named<T> = (&'static str, fn(&Size) -> &T);
+
 /// Prints a table of all sizes and then, for the last, what it rests on.
 ///
 /// # Errors
@@ -30,7 +33,7 @@ pub(super) fn print(args: &Args, sizes: &[Size]) -> io::Result<()> {
     row("pairs of disks that share a group", &|size| size.disk_pairs.to_string())?;
     row("  of all pairs", &|size| format!("{:.1} %", 100.0 * size.disk_pairs as f64 / size.all_pairs as f64))?;
     row("laid out in", &|size| format!("{:.1} s", size.layout_seconds))?;
-    let losses: [(&str, fn(&Size) -> &Lost); 2] =
+    let losses: [Named<Lost>; 2] =
         [("one disk lost", |size| &size.disk_lost), ("one server lost", |size| &size.server_lost)];
     for (name, of) in losses {
         row(&format!("{name}: slots to move, moved"), &|size| format!("{}, {}", of(size).must_move, of(size).moved))?;
@@ -48,7 +51,7 @@ pub(super) fn print(args: &Args, sizes: &[Size]) -> io::Result<()> {
         None => "no number".to_owned(),
     })?;
     row("  share of the rate, if all had the same", &|size| format!("{:.1} %", size.share_needed_percent))?;
-    let nines: [(&str, fn(&Size) -> &Nines); 3] = [
+    let nines: [Named<Nines>; 3] = [
         ("any object lost within a year", |size| &size.any_object),
         ("a given object lost within a year", |size| &size.given_object),
         ("a metadata shard blocked within a year", |size| &size.metadata_blocked),
