@@ -1,7 +1,7 @@
 //! Continuous-time Markov chains with a few states and rates that differ by twenty powers of ten.
 //!
-//! A chain here never ends: what would end it, the loss, leads back to state 0, and the rate of losses is how often that
-//! happens in the long run, one divided by the mean time from state 0 to a loss. The long run is found by the
+//! A chain here never ends: what would end it, the loss, leads back to state 0, and the rate of losses is how often
+//! that happens in the long run, one divided by the mean time from state 0 to a loss. The long run is found by the
 //! elimination of Grassmann, Taksar and Heyman ("Regenerative analysis and steady state distributions for Markov
 //! chains", 1985), which only adds, multiplies and divides positive numbers: nothing cancels, so even a rate of 1e-30
 //! comes out right to many digits.

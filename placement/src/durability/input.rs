@@ -44,7 +44,8 @@ pub struct Repair {
     pub grace_hours: f64,
     /// Rebuilding everything that lay on one disk, in hours.
     pub disk_hours: f64,
-    /// Rebuilding a single slot of a group, in hours, when nothing else is to be done: however urgent, it takes so long.
+    /// Rebuilding a single slot of a group, in hours, when nothing else is to be done: however urgent, it takes so
+    /// long.
     pub slot_hours: f64,
     /// Rebuilding everything that lay on one server, in hours.
     pub server_hours: f64,
