@@ -4,13 +4,15 @@
 //! - [`codec`]: the erasure codec by kernel, beside other crates, in one run;
 //! - [`floor`]: the CPU-seconds that a PUT and a GET cannot avoid, step by step;
 //! - [`idle`]: the CPU time of a cluster that nobody uses;
-//! - [`load`]: PUT and GET against an S3 endpoint, with the CPU-seconds of every process.
+//! - [`load`]: PUT and GET against an S3 endpoint, with the CPU-seconds of every process;
+//! - [`placement`]: how even layouts are, what moves, how long a rebuild takes and how many nines that gives.
 
 mod codec;
 mod floor;
 mod idle;
 mod load;
 mod output;
+mod placement;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -34,6 +36,8 @@ enum Command {
     Idle(idle::Args),
     /// PUT and GET against an S3 endpoint or a fresh embedded cluster, with CPU-seconds of every process
     Load(load::Args),
+    /// Fairness, moves, rebuild time and nines of clusters of up to 10,000 disks, by the placement code itself
+    Placement(placement::Args),
 }
 
 fn main() -> ExitCode {
@@ -42,6 +46,7 @@ fn main() -> ExitCode {
         Command::Floor(args) => floor::run(&args),
         Command::Idle(args) => idle::run(&args),
         Command::Load(args) => load::run(&args),
+        Command::Placement(args) => placement::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

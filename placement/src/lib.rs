@@ -8,9 +8,11 @@
 //! 5. [`lease`]: the mark of background work;
 //! 6. [`extent`]: the geometry of one extent: stripes, units, chunks;
 //! 7. [`codec`]: np16, the erasure code;
-//! 8. [`settings`]: the table of all settings.
+//! 8. [`durability`]: how many nines, from failure rates, repair times and the layout of groups;
+//! 9. [`settings`]: the table of all settings.
 
 pub mod codec;
+pub mod durability;
 pub mod durable;
 pub mod extent;
 pub mod id;
