@@ -72,12 +72,11 @@ impl Scene {
 
     fn put(&mut self, bucket: &str, key: &str, length: u64) {
         let body: Bytes = self.random.bytes(length as usize).into();
-        let stored = eventually(&format!("PUT {key}"), || {
+        eventually(&format!("PUT {key}"), || {
             let answer = self.runtime.block_on(self.client.put(bucket, key, body.clone())).ok()?;
             (answer.status == 200).then_some(())
         });
         self.stored.insert((bucket.to_owned(), key.to_owned()), body);
-        stored
     }
 
     fn put_many(&mut self, bucket: &str, prefix: &str, count: u64) {

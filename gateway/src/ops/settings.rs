@@ -148,6 +148,9 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
     use crate::background::heal::HealSettings;
+    use crate::metrics::Metrics;
+    use crate::shards::memory::MemoryPeers;
+    use crate::shards::tests::{map, HURRY};
 
     #[tokio::test]
     async fn a_part_follows_the_settings_it_reads_and_is_not_woken_by_others() {
@@ -166,5 +169,20 @@ mod tests {
         drop(values);
         work.await.unwrap();
         assert!(heal.changed().await.is_err(), "one change each, and then the end");
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_the_settings_goes_by_those_of_the_root_shard() {
+        let peers = MemoryPeers::new(&map(5, 2, 1));
+        let known_map = watch::Sender::new(Some(Arc::new(map(5, 2, 1))));
+        let shards = Shards::with_timing(peers.clone(), known_map, Metrics::new().unwrap(), HURRY);
+        set(&shards, "heal.paused_until", Some("1234")).await.unwrap();
+        let values = watch::Sender::new(Arc::new(Values::default()));
+        let (mut heal, work) = follow(values.subscribe(), HealSettings::from_settings);
+        let work = tokio::spawn(work);
+        assert_eq!(heal.borrow().paused_until_ms, 0);
+        known(&shards, &values, &mut heal, HealSettings::from_settings).await;
+        assert_eq!(heal.borrow().paused_until_ms, 1234);
+        work.abort();
     }
 }
