@@ -90,8 +90,8 @@ pub async fn watch(shards: Shards, values: watch::Sender<Arc<Values>>) {
     }
 }
 
-/// Returns once the root shard's settings are those of this process, and `part` goes by them. Who acts by settings waits
-/// for that: by the defaults, a gateway that was just started would not know that healing is paused.
+/// Returns once the root shard's settings are those of this process, and `part` goes by them. Who acts by settings
+/// waits for that: by the defaults, a gateway that was just started would not know that healing is paused.
 pub async fn known<T: PartialEq>(
     shards: &Shards,
     values: &watch::Sender<Arc<Values>>,

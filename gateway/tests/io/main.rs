@@ -5,8 +5,8 @@
 //! - [`write`], [`read`]: what staging and reading promise; [`reads`]: reads that last long;
 //! - [`peers`]: the metadata shards, in memory; [`meta`]: what tests do in them behind the gateways' backs;
 //! - [`heal`]: what repair and garbage collection promise; [`healers`]: several healers at once; [`takeover`]: gateways
-//!   that are paused and killed while they heal; [`moves`]: slots that get another disk; [`census`]: the count; [`lost`]:
-//!   keys that cannot be read;
+//!   that are paused and killed while they heal; [`moves`]: slots that get another disk; [`census`]: the count;
+//!   [`lost`]: keys that cannot be read;
 //!   [`sweep`]: what becomes of chunks that nobody owns; [`away`]: disks that go out of service and come back.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]

@@ -14,8 +14,8 @@ use tokio::time::Instant;
 /// The longest pause.
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// How long a pause until `until_ms` still lasts at `now_ms`, both Unix milliseconds. None: it is over, or it would last
-/// longer than any pause may, so that it is a mistake or one of the clocks is wrong.
+/// How long a pause until `until_ms` still lasts at `now_ms`, both Unix milliseconds. None: it is over, or it would
+/// last longer than any pause may, so that it is a mistake or one of the clocks is wrong.
 pub fn paused_for(until_ms: u64, now_ms: u64) -> Option<Duration> {
     let left = Duration::from_millis(until_ms.saturating_sub(now_ms));
     (!left.is_zero() && left <= LONGEST_PAUSE).then_some(left)
