@@ -173,7 +173,7 @@ impl Gateway {
         background(Box::pin(heal(
             gateway.store.clone(),
             gateway.shards.clone(),
-            settings,
+            (settings, gateway.values.clone()),
             found_at,
             healer.clone(),
             stop(),
@@ -243,12 +243,12 @@ impl Gateway {
     }
 }
 
-/// Heals from the moment the root shard has told its map: by an old one, chunks might be rebuilt where they no longer
-/// belong.
+/// Heals from the moment the root shard has told its map and its settings: by an old map, chunks might be rebuilt where
+/// they no longer belong, and without the settings it is not known whether healing is paused.
 async fn heal(
     store: ObjectStore,
     shards: Shards,
-    settings: watch::Receiver<HealSettings>,
+    (mut settings, values): (watch::Receiver<HealSettings>, watch::Sender<Arc<Values>>),
     address: String,
     place: Arc<OnceLock<Healer>>,
     stop: CancellationToken,
@@ -256,6 +256,7 @@ async fn heal(
     if shards.confirmed().wait_for(|confirmed| *confirmed).await.is_err() {
         return;
     }
+    ops::settings::known(&shards, &values, &mut settings, HealSettings::from_settings).await;
     let healer = place.get_or_init(|| Healer::start(store, shards, settings, address, stop.clone()));
     healer.stopped().await;
 }

@@ -78,6 +78,8 @@ pub struct Shared {
     pub disks_away: IntGauge,
     /// Dead disks that stay in service, because nobody can take over or the limit is reached.
     pub disks_dead_in_service: IntGauge,
+    /// Until when healing is paused, Unix seconds; 0 when it is not.
+    pub heal_paused_until: IntGauge,
     /// How many more disks the placement group in most danger can lose. Without labels, and without a value as long as
     /// that is not known: 0 would be an alarm.
     pub least_failures_left: IntGaugeVec,
@@ -162,6 +164,11 @@ impl Metrics {
                 &registry,
                 "granary_disks_dead_in_service",
                 "Dead disks that stay in service because nobody can take over or the limit is reached",
+            )?,
+            heal_paused_until: gauge(
+                &registry,
+                "granary_heal_paused_until_seconds",
+                "Until when healing is paused, in Unix time; 0 when it is not",
             )?,
             least_failures_left: gauge_vec(
                 &registry,

@@ -2,24 +2,25 @@
 
 use super::api::{
     ApiError, Census, Config, ConfigChanged, DiskAct, DiskChanged, ErrorCode, FeatureLevelRaised, FeatureLevels,
-    ShardLevelRow, Status,
+    HealingPaused, LostPage, ShardLevelRow, Status,
 };
 use super::api::{
-    DrainDisk, GetConfig, GetFeatureLevels, GetMap, GetStatus, OutDisk, RaiseFeatureLevel, ReplaceDisk, RunCensus,
-    SetConfig, StartDisk, StopDisk, WeighDisk,
+    DrainDisk, FindLost, GetConfig, GetFeatureLevels, GetMap, GetStatus, OutDisk, PauseHealing, RaiseFeatureLevel,
+    ReplaceDisk, ResumeHealing, RunCensus, SetConfig, StartDisk, StopDisk, WeighDisk,
 };
 use super::routes::{on, Shared};
 use super::{AdminContext, LocalDisks};
+use crate::background::heal::pace::LONGEST_PAUSE;
 use crate::background::heal::takers;
 use crate::disks::DiskHealth;
 use crate::ops::away::{take_out_now, AwayError};
 use crate::ops::levels;
 use crate::ops::settings::{self, SetError};
 use crate::ops::{self, ChangeError, CommitError, Committed, Replacement};
+use crate::shards::now_ms;
 use axum::Router;
 use futures::future::BoxFuture;
 use granary_meta::level::MAX_FEATURE_LEVEL;
-
 use granary_placement::id::{DiskId, DiskUuid, Epoch, ShardId};
 use granary_placement::map::{ClusterMap, DiskState};
 use granary_placement::moves::{moves, replica_moves};
@@ -50,6 +51,8 @@ pub(super) fn changes() -> Router<Shared> {
     let router = on(router, out_disk);
     let router = on(router, weigh_disk);
     let router = on(router, set_config);
+    let router = on(router, pause_healing);
+    let router = on(router, resume_healing);
     let router = on(router, raise_feature_level);
     let router = on(router, start_disk);
     on(router, stop_disk)
@@ -58,6 +61,11 @@ pub(super) fn changes() -> Router<Shared> {
 /// Requests that may take hours.
 pub(super) fn long() -> Router<Shared> {
     on(Router::new(), census)
+}
+
+/// Requests that look through everything page by page: each takes seconds, or what it takes to read chunks.
+pub(super) fn walks() -> Router<Shared> {
+    on(Router::new(), find_lost)
 }
 
 async fn status(context: Arc<AdminContext>, _: GetStatus) -> Result<Status, ApiError> {
@@ -74,6 +82,44 @@ async fn census(context: Arc<AdminContext>, _: RunCensus) -> Result<Census, ApiE
     healer.census(|_| {}).await.map_err(|error| ApiError::new(ErrorCode::Unavailable, error))
 }
 
+async fn find_lost(context: Arc<AdminContext>, call: FindLost) -> Result<LostPage, ApiError> {
+    let healer = context.healer.get().ok_or_else(no_map)?;
+    let bucket = match &call.bucket {
+        None => None,
+        Some(name) => {
+            let found = context.shards.fresh_bucket(name).await;
+            let found = found.map_err(|error| ApiError::new(ErrorCode::Unavailable, error))?;
+            let none = || ApiError::new(ErrorCode::NotFound, "there is no bucket of that name");
+            Some(found.ok_or_else(none)?)
+        }
+    };
+    Ok(healer.lost(bucket, call.from, call.read).await)
+}
+
+/// The setting that says until when healing is paused.
+const PAUSED_UNTIL: &str = "heal.paused_until";
+
+async fn pause_healing(context: Arc<AdminContext>, call: PauseHealing) -> Result<HealingPaused, ApiError> {
+    let time = Duration::from_secs(call.for_s);
+    if time.is_zero() || time > LONGEST_PAUSE {
+        let why = format!("a pause is from 1 to {} seconds long", LONGEST_PAUSE.as_secs());
+        return Err(ApiError::new(ErrorCode::BadRequest, why));
+    }
+    set_pause(&context, now_ms().saturating_add(call.for_s.saturating_mul(1000))).await
+}
+
+async fn resume_healing(context: Arc<AdminContext>, _: ResumeHealing) -> Result<HealingPaused, ApiError> {
+    set_pause(&context, 0).await
+}
+
+async fn set_pause(context: &AdminContext, paused_until_ms: u64) -> Result<HealingPaused, ApiError> {
+    let value = (paused_until_ms > 0).then(|| paused_until_ms.to_string());
+    let done = settings::set(&context.shards, PAUSED_UNTIL, value.as_deref()).await;
+    done.map_err(|error| ApiError::new(ErrorCode::Unavailable, error))?;
+    tracing::warn!(paused_until_ms, "admin request to pause healing, or to go on");
+    Ok(HealingPaused { paused_until_ms })
+}
+
 async fn config(context: Arc<AdminContext>, _: GetConfig) -> Result<Config, ApiError> {
     // Disk nodes elsewhere have settings of their own, which nobody tells us.
     let known = |setting: &Setting| !setting.is_for_disk_nodes() || context.local.is_some();
@@ -81,6 +127,10 @@ async fn config(context: Arc<AdminContext>, _: GetConfig) -> Result<Config, ApiE
 }
 
 async fn set_config(context: Arc<AdminContext>, call: SetConfig) -> Result<ConfigChanged, ApiError> {
+    if call.name == PAUSED_UNTIL && call.value.is_some() {
+        let why = "`heal.paused_until` is set by `granary heal pause`, which knows how long a pause may be";
+        return Err(ApiError::new(ErrorCode::BadRequest, why));
+    }
     let done = settings::set(&context.shards, &call.name, call.value.as_deref()).await;
     // What was asked is logged only when it is the name and the value of a setting: anything else may be any text, or a
     // secret in the wrong place.

@@ -81,6 +81,7 @@ pub(super) fn router(context: Shared, limits: &RequestLimits) -> Router {
         // What takes as long as it takes has no time limit, and places of its own: hours of counting must not keep an
         // operator from replacing a disk.
         .merge(acts::long().layer(busy(limits.long_acts)))
+        .merge(acts::walks().layer(busy(limits.long_acts)))
         .layer(from_fn_with_state(context.clone(), token));
     let around = ServiceBuilder::new()
         // Ids are ours: what a client sends is of any length and says nothing.

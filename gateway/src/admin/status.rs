@@ -247,6 +247,7 @@ fn shard_rows(map: &ClusterMap, answers: &[(DiskId, Vec<ShardStatus>)]) -> Vec<S
                     disk: *disk,
                     state: replica.state.clone(),
                     applied_index: replica.applied_index,
+                    last_log_index: replica.last_log_index,
                 })
                 .collect(),
         }
@@ -332,6 +333,8 @@ fn set_gauges(metrics: &Metrics, status: &Status) {
     metrics.disks_away.set(i64::try_from(away).unwrap_or(i64::MAX));
     let stay = status.heal.iter().flat_map(|heal| &heal.dead_disks).filter(|dead| dead.stays.is_some()).count();
     metrics.disks_dead_in_service.set(i64::try_from(stay).unwrap_or(i64::MAX));
+    let paused_until_ms = status.heal.as_ref().map_or(0, |heal| heal.paused_until_ms);
+    metrics.heal_paused_until.set(i64::try_from(paused_until_ms.div_ceil(1000)).unwrap_or(i64::MAX));
     match status.groups_by_failures_left.keys().next() {
         Some(least) => metrics.least_failures_left.with_label_values::<&str>(&[]).set(i64::from(*least)),
         None => metrics.least_failures_left.reset(),

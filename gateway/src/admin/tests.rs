@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::api::{
-    ApiError, DrainDisk, ErrorCode, GetMap, GetStatus, Readiness, RunCensus, SetConfig, StartDisk, Status, StopDisk,
+    ApiError, DrainDisk, ErrorCode, GetMap, GetStatus, PauseHealing, Readiness, RunCensus, SetConfig, StartDisk,
+    Status, StopDisk,
 };
 use super::listener::{self, ListenerLimits};
 use super::routes::{router, RequestLimits};
@@ -171,6 +172,12 @@ async fn the_verbs_client_gets_typed_answers_and_typed_errors() {
     assert_eq!(too_early, (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable));
     let no_root = refused(call(&address, TOKEN, &DrainDisk { disk: DiskId(3) }, PATIENCE).await.unwrap_err());
     assert_eq!(no_root, (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable));
+    for (for_s, refusal) in
+        [(0, ErrorCode::BadRequest), (604_801, ErrorCode::BadRequest), (604_800, ErrorCode::Unavailable)]
+    {
+        let paused = refused(call(&address, TOKEN, &PauseHealing { for_s }, PATIENCE).await.unwrap_err());
+        assert_eq!(paused.1, refusal, "{for_s} s");
+    }
     for (path, sent) in
         [("/v1/disks/three/stop", "{}"), ("/v1/disks/3/stop", "{\"now\":true}"), ("/v1/disks/3/stop", "[")]
     {

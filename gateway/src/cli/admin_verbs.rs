@@ -45,6 +45,12 @@ pub(crate) enum AdminVerb {
         #[arg(long)]
         json: bool,
     },
+    /// List the keys that cannot be read now, and what would bring them back.
+    Lost(super::lost::LostArgs),
+    /// How healing stands; pause it, let it go on, set its pace.
+    Heal(super::heal::HealArgs),
+    /// The metadata shards: leaders, replicas, and how far these are behind.
+    Shard(super::shard::ShardArgs),
     /// Print the cluster map.
     Map {
         #[command(flatten)]
@@ -243,6 +249,9 @@ pub(crate) async fn run(verb: AdminVerb) -> Done {
             target.ask(&StartDisk { disk: id }, QUICK).await?;
             print(|out| writeln!(out, "disk {id}: start done"))?;
         }
+        AdminVerb::Lost(args) => return super::lost::run(args).await,
+        AdminVerb::Heal(args) => return super::heal::run(args).await,
+        AdminVerb::Shard(args) => return super::shard::run(args).await,
         AdminVerb::Config(args) => return super::config::run(args).await,
         AdminVerb::Disk(DiskVerb::Stop { id, target }) => {
             target.ask(&StopDisk { disk: id }, QUICK).await?;

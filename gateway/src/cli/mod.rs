@@ -1,14 +1,18 @@
 //! The `granary` command: `dev` and `gateway` run something, `init` forms a cluster, the other verbs talk to the admin
 //! API.
 //!
-//! Exit codes: 0 done, 1 failed, 2 the command line makes no sense, 3 a census found chunks missing or corrupt, 141 the
-//! reader of what it prints went away.
+//! Exit codes: 0 done, 1 failed, 2 the command line makes no sense, 3 a census found chunks missing or corrupt, or
+//! keys are lost, 4 of the lost keys not everything could be asked, 141 the reader of what it prints went away.
 
 mod admin_verbs;
 mod config;
+mod form;
+mod heal;
 pub mod http;
 pub mod init;
+mod lost;
 pub mod output;
+mod shard;
 
 use crate::dev::layout::{read_map, Shape};
 use crate::dev::{self, DevOptions};

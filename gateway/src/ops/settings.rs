@@ -81,25 +81,45 @@ pub async fn set(shards: &Shards, name: &str, value: Option<&str>) -> Result<(&'
 pub async fn watch(shards: Shards, values: watch::Sender<Arc<Values>>) {
     let mut known = 0;
     loop {
-        match fetch(&shards, known).await {
-            Ok(Some((epoch, cluster))) => {
-                let (newest, unknown) = values.borrow().with_cluster(&cluster);
-                for error in unknown {
-                    tracing::warn!(%error, "a setting of the cluster is not used by this build");
-                }
-                let changed = **values.borrow() != newest;
-                if changed {
-                    tracing::info!(epoch, set = ?cluster, "the cluster's settings are in use");
-                    values.send_replace(Arc::new(newest));
-                }
-                known = epoch;
-            }
-            Ok(None) => {}
+        match refresh(&shards, &values, known).await {
+            Ok(epoch) => known = epoch,
             // The map watch says so when the root shard is lost.
             Err(error) => tracing::debug!(%error, "the cluster's settings were not asked"),
         }
         tokio::time::sleep(jitter(POLL)).await;
     }
+}
+
+/// Returns once the root shard's settings are those of this process, and `part` goes by them. Who acts by settings
+/// waits for that: by the defaults, a gateway that was just started would not know that healing is paused.
+pub async fn known<T: PartialEq>(
+    shards: &Shards,
+    values: &watch::Sender<Arc<Values>>,
+    part: &mut watch::Receiver<T>,
+    make: fn(&Values) -> T,
+) {
+    while let Err(error) = refresh(shards, values, 0).await {
+        tracing::debug!(%error, "the cluster's settings were not asked");
+        tokio::time::sleep(jitter(POLL)).await;
+    }
+    // An error: this gateway stops.
+    let _ = part.wait_for(|part| *part == make(&values.borrow())).await;
+}
+
+/// Asks the root shard once, and puts what is newer than `newer_than` over the settings of this process. Answers the
+/// epoch that is known now.
+async fn refresh(shards: &Shards, values: &watch::Sender<Arc<Values>>, newer_than: u64) -> Result<u64, ShardError> {
+    let Some((epoch, cluster)) = fetch(shards, newer_than).await? else { return Ok(newer_than) };
+    let (newest, unknown) = values.borrow().with_cluster(&cluster);
+    for error in unknown {
+        tracing::warn!(%error, "a setting of the cluster is not used by this build");
+    }
+    let changed = **values.borrow() != newest;
+    if changed {
+        tracing::info!(epoch, set = ?cluster, "the cluster's settings are in use");
+        values.send_replace(Arc::new(newest));
+    }
+    Ok(epoch)
 }
 
 /// What one part works by, kept true until the values end: a receiver for the part, and the work of keeping it.
@@ -128,6 +148,9 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
     use crate::background::heal::HealSettings;
+    use crate::metrics::Metrics;
+    use crate::shards::memory::MemoryPeers;
+    use crate::shards::tests::{map, HURRY};
 
     #[tokio::test]
     async fn a_part_follows_the_settings_it_reads_and_is_not_woken_by_others() {
@@ -146,5 +169,20 @@ mod tests {
         drop(values);
         work.await.unwrap();
         assert!(heal.changed().await.is_err(), "one change each, and then the end");
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_the_settings_goes_by_those_of_the_root_shard() {
+        let peers = MemoryPeers::new(&map(5, 2, 1));
+        let known_map = watch::Sender::new(Some(Arc::new(map(5, 2, 1))));
+        let shards = Shards::with_timing(peers.clone(), known_map, Metrics::new().unwrap(), HURRY);
+        set(&shards, "heal.paused_until", Some("1234")).await.unwrap();
+        let values = watch::Sender::new(Arc::new(Values::default()));
+        let (mut heal, work) = follow(values.subscribe(), HealSettings::from_settings);
+        let work = tokio::spawn(work);
+        assert_eq!(heal.borrow().paused_until_ms, 0);
+        known(&shards, &values, &mut heal, HealSettings::from_settings).await;
+        assert_eq!(heal.borrow().paused_until_ms, 1234);
+        work.abort();
     }
 }

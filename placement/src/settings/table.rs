@@ -89,6 +89,7 @@ pub const TABLE: &[Setting] = &[
     of("heal.out_limit", Cluster, Value::Auto, Kind::Percent(0, 100), "No more disks go out within an hour than this part of all disks, rounded up. auto: as many as the largest server has. 0: none, an operator decides."),
     time("heal.well_after", Cluster, min(1), [ms(100), min(60)], "A disk that did not answer is well again once it has answered for this long; one that went out is let back in."),
     of("heal.fill_ceiling", Cluster, Value::Number(90), Kind::Percent(1, 100), "A disk that would be fuller than this takes over nothing of a disk that went out, and gets no share of what is evened out after that."),
+    count("heal.paused_until", Cluster, 0, [0, 253_402_300_799_999], "Repair is paused until then, in Unix milliseconds; what is more than 7 days ahead does not count. Set by `granary heal pause`."),
     time("heal.lease_ttl", Cluster, s(15), [s(1), min(10)], "A lease of background work that was not renewed for this long is taken over by another gateway."),
     time("heal.control_deadline", Cluster, s(10), DEADLINE, "How long a request to a disk that reads no chunks may take."),
     time("heal.verify_deadline", Cluster, min(1), DEADLINE, "How long a disk may take to verify a batch of chunks."),

@@ -12,6 +12,8 @@
 //! | [`RunCensus`] | `POST /v1/census` | [`Census`] |
 //! | [`ReplaceDisk`] | `POST /v1/disks/{disk}/replace` | [`DiskChanged`] |
 //! | [`DrainDisk`], [`WeighDisk`], [`OutDisk`] | `POST /v1/disks/{disk}/drain`, `.../weight`, `.../out` | [`DiskChanged`] |
+//! | [`FindLost`] | `POST /v1/lost` | [`LostPage`] |
+//! | [`PauseHealing`], [`ResumeHealing`] | `POST /v1/heal/pause`, `.../resume` | [`HealingPaused`] |
 //! | [`GetConfig`] | `GET /v1/config` | [`Config`] |
 //! | [`SetConfig`] | `POST /v1/config` | [`ConfigChanged`] |
 //! | [`GetFeatureLevels`] | `GET /v1/feature-level` | [`FeatureLevels`] |
@@ -25,6 +27,7 @@
 
 mod rows;
 
+pub use crate::background::heal::lost::{LostCursor, LostKey, LostPage};
 pub use crate::background::heal::{Census, HealStatus};
 pub use granary_placement::settings::Row as SettingRow;
 pub use rows::{
@@ -117,6 +120,25 @@ calls! {
     GET "/v1/map" GetMap {} -> ClusterMap;
     /// Read every chunk and count them. Answers when all are read, which may take hours.
     POST "/v1/census" RunCensus {} -> Census;
+    /// A page of the keys that cannot be read now. Answers after some seconds, with where to go on.
+    POST "/v1/lost" FindLost {
+        /// Only keys of this bucket.
+        #[serde(default)]
+        pub bucket: Option<String>,
+        /// Where to go on; None: at the beginning.
+        #[serde(default)]
+        pub from: Option<LostCursor>,
+        /// Have every chunk read and checked by its disk, instead of asking whether it is there.
+        #[serde(default)]
+        pub read: bool,
+    } -> LostPage;
+    /// Pause healing in the whole cluster, for so many seconds from now on, at least one and at most 7 days.
+    POST "/v1/heal/pause" PauseHealing {
+        /// How long.
+        pub for_s: u64,
+    } -> HealingPaused;
+    /// End a pause of healing.
+    POST "/v1/heal/resume" ResumeHealing {} -> HealingPaused;
     /// All settings.
     GET "/v1/config" GetConfig {} -> Config;
     /// Change a setting of the whole cluster.
@@ -167,6 +189,13 @@ disk_calls! {
 pub struct Config {
     /// One row per setting.
     pub settings: Vec<SettingRow>,
+}
+
+/// Healing is paused, or goes on; gateways follow within seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealingPaused {
+    /// Until then, Unix milliseconds; 0: it is not paused.
+    pub paused_until_ms: u64,
 }
 
 /// A setting of the cluster was changed; gateways follow within seconds.

@@ -210,6 +210,9 @@ pub struct ReplicaRow {
     pub state: String,
     /// Last applied index.
     pub applied_index: u64,
+    /// Last index of its log.
+    #[serde(default)]
+    pub last_log_index: u64,
 }
 
 /// A bucket.

@@ -85,6 +85,8 @@ enum Kind {
     Refused(Discriminant<AwayError>),
     /// The root shard takes no such map.
     Root,
+    /// Healing is paused.
+    Paused,
 }
 
 impl From<Stays> for Reason {
@@ -225,6 +227,10 @@ impl Inner {
         while let Some((disk, limit)) = out.take() {
             if let Some(limit) = limit {
                 why.insert(disk, limit.into());
+                continue;
+            }
+            if self.pace.is_paused() {
+                why.insert(disk, Reason { kind: Kind::Paused, text: "healing is paused".to_owned() });
                 continue;
             }
             // What was seen may be long ago, if this process slept; and it was seen by an older map. And the disk may

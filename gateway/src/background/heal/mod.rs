@@ -14,6 +14,7 @@
 //! - [`garbage`]: chunks of extents that their shard says are dead;
 //! - [`sweep`]: chunks on disks that no shard knows; [`remnants`]: those that the other disks have deleted long ago;
 //!   [`home`]: chunks on disks that do not serve their slot;
+//! - [`lost`]: which keys cannot be read now;
 //! - [`census`]: counts chunks by reading their bytes, never by trusting a job's word.
 //!
 //! One gateway at a time heals, and one collects garbage (see [`leases`](super::leases)); reports of readers go out
@@ -30,6 +31,7 @@ mod garbage;
 mod home;
 pub mod judge;
 mod look;
+pub mod lost;
 pub mod pace;
 pub mod plan;
 mod rebuild;
@@ -47,10 +49,12 @@ use crate::object::{ObjectCounters, ObjectStore};
 use crate::shards::buckets::odd_answer;
 use crate::shards::{ShardError, Shards};
 use bytes::Bytes;
+use granary_meta::record::BucketRecord;
 use granary_meta::{Answer, Query};
 use granary_placement::id::{DiskId, ExtentId, PlacementGroupId, ShardId};
 use granary_placement::settings::Values;
 use look::Walked;
+use lost::{LostCursor, LostPage};
 use pace::Pace;
 use plan::Retries;
 use serde::{Deserialize, Serialize};
@@ -72,6 +76,8 @@ pub struct HealSettings {
     pub extents_at_once: usize,
     /// Bytes per second read and written for rebuilding; 0 for no ceiling.
     pub bytes_per_s: u64,
+    /// Repair is paused until then, Unix milliseconds; see [`pace::paused_for`].
+    pub paused_until_ms: u64,
     /// Bytes of each chunk in memory per extent that is being rebuilt.
     pub window_bytes: u64,
     /// Extents rebuilt between two looks at the queues.
@@ -121,6 +127,7 @@ impl HealSettings {
             interval: values.time("heal.interval"),
             extents_at_once: values.size("heal.extents_at_once"),
             bytes_per_s: values.number("heal.rate"),
+            paused_until_ms: values.number("heal.paused_until"),
             window_bytes: values.number("heal.window"),
             extents_per_pass: values.size("heal.extents_per_pass"),
             pages_per_pass: values.size("heal.pages_per_pass"),
@@ -197,6 +204,8 @@ pub struct HealStatus {
     pub bytes_per_s: u64,
     /// Healing is paused.
     pub paused: bool,
+    /// Until then, Unix milliseconds; 0 when it is not paused by the setting `heal.paused_until`.
+    pub paused_until_ms: u64,
 }
 
 /// A disk in service that does not answer.
@@ -259,7 +268,7 @@ impl Healer {
         address: String,
         stop: CancellationToken,
     ) -> Healer {
-        let pace = Pace::new(settings.borrow().bytes_per_s);
+        let pace = Pace::new(settings.clone());
         let inner = Arc::new(Inner {
             pace,
             store,
@@ -366,6 +375,14 @@ impl Healer {
         Ok(census)
     }
 
+    /// A page of the keys that cannot be read now; see [`lost::page`].
+    pub async fn lost(&self, bucket: Option<BucketRecord>, from: Option<LostCursor>, read: bool) -> LostPage {
+        let Inner { store, meta, .. } = &*self.inner;
+        let settings = self.inner.settings();
+        let deadlines = (settings.control_deadline, settings.verify_deadline);
+        lost::page(&lost::Sources { store, meta, deadlines, read }, bucket, from).await
+    }
+
     /// Waits until all tasks have ended after `stop`.
     pub async fn stopped(&self) {
         self.inner.tasks.wait().await;
@@ -401,6 +418,7 @@ impl Inner {
         let mut status = lock(&self.status).clone();
         status.bytes_per_s = self.pace.bytes_per_s();
         status.paused = self.pace.is_paused();
+        status.paused_until_ms = self.pace.paused_until_ms().unwrap_or_default();
         let rebuilt = self.counters().bytes_rebuilt.load(Ordering::Relaxed);
         (status.move_bytes_left, status.bytes_per_s_now) = lock(&self.flow).look(rebuilt, Instant::now());
         status

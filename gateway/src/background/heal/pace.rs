@@ -1,43 +1,63 @@
 //! How much healing at a time: a ceiling in bytes per second and a pause, both changeable while it runs.
+//!
+//! The pause of an operator lies in the root shard as the moment of its end (`heal.paused_until`), so that whichever
+//! gateway heals honours it, and that it ends by itself. It stops what moves bytes or gives disks other slots:
+//! rebuilding, moves, disks going out. Looking, counting, reporting, leases and garbage go on.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use super::HealSettings;
+use crate::shards::now_ms;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// A ceiling shared by all rebuilds of this gateway.
+/// The longest pause.
+pub const LONGEST_PAUSE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// How long a pause until `until_ms` still lasts at `now_ms`, both Unix milliseconds. None: it is over, or it would
+/// last longer than any pause may, so that it is a mistake or one of the clocks is wrong.
+pub fn paused_for(until_ms: u64, now_ms: u64) -> Option<Duration> {
+    let left = Duration::from_millis(until_ms.saturating_sub(now_ms));
+    (!left.is_zero() && left <= LONGEST_PAUSE).then_some(left)
+}
+
+/// The pace of all rebuilds of this gateway.
 #[derive(Debug)]
 pub struct Pace {
-    bytes_per_s: AtomicU64,
+    settings: watch::Receiver<HealSettings>,
     /// When the bytes handed out so far are paid for.
     paid_at: Mutex<Option<Instant>>,
+    /// A pause of this process alone.
     paused_until: Mutex<Option<Instant>>,
 }
 
 impl Pace {
-    /// At most so many bytes per second; 0 for no ceiling.
-    pub fn new(bytes_per_s: u64) -> Pace {
-        Pace { bytes_per_s: AtomicU64::new(bytes_per_s), paid_at: Mutex::new(None), paused_until: Mutex::new(None) }
+    /// By these settings, as they are whenever it is asked.
+    pub fn new(settings: watch::Receiver<HealSettings>) -> Pace {
+        Pace { settings, paid_at: Mutex::new(None), paused_until: Mutex::new(None) }
     }
 
-    /// The ceiling; 0 for none.
+    /// The ceiling in bytes per second; 0 for none.
     pub fn bytes_per_s(&self) -> u64 {
-        self.bytes_per_s.load(Ordering::Relaxed)
+        self.settings.borrow().bytes_per_s
     }
 
-    /// Another ceiling, from now on; 0 for none.
-    pub fn set_bytes_per_s(&self, bytes_per_s: u64) {
-        self.bytes_per_s.store(bytes_per_s, Ordering::Relaxed);
-    }
-
-    /// No new rebuilds for that long. A pause always ends by itself; zero ends one at once.
+    /// No new rebuilds by this process for that long. A pause always ends by itself; zero ends one at once.
     pub fn pause(&self, time: Duration) {
         *self.paused_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + time);
     }
 
     /// Whether a pause is in force.
     pub fn is_paused(&self) -> bool {
-        self.paused_until.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|until| Instant::now() < until)
+        let alone =
+            self.paused_until.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|at| Instant::now() < at);
+        alone || self.paused_until_ms().is_some()
+    }
+
+    /// When the pause of the cluster ends, Unix milliseconds; None when there is none.
+    pub fn paused_until_ms(&self) -> Option<u64> {
+        let until_ms = self.settings.borrow().paused_until_ms;
+        paused_for(until_ms, now_ms()).map(|_| until_ms)
     }
 
     /// Waits until so many bytes may be moved.
@@ -62,25 +82,52 @@ impl Pace {
 mod tests {
     use super::*;
 
+    fn pace(settings: HealSettings) -> (Pace, watch::Sender<HealSettings>) {
+        let (sender, settings) = watch::channel(settings);
+        (Pace::new(settings), sender)
+    }
+
     #[tokio::test]
-    async fn many_small_takes_keep_to_the_ceiling() {
-        let pace = Pace::new(1_000_000);
+    async fn many_small_takes_keep_to_the_ceiling_that_is_in_force() {
+        let (pace, settings) = pace(HealSettings { bytes_per_s: 1_000_000, ..HealSettings::default() });
         let begun = Instant::now();
         for _ in 0..20 {
             pace.take(10_000).await;
         }
         // The last take is let through when the ones before are paid for.
         assert!(begun.elapsed() >= Duration::from_millis(190));
-        pace.set_bytes_per_s(0);
+        settings.send_modify(|settings| settings.bytes_per_s = 0);
         pace.take(u64::MAX).await;
     }
 
     #[tokio::test]
     async fn a_pause_ends_by_itself() {
-        let pace = Pace::new(0);
+        let (pace, _settings) = pace(HealSettings::default());
         pace.pause(Duration::from_millis(30));
         assert!(pace.is_paused());
         tokio::time::sleep(Duration::from_millis(40)).await;
         assert!(!pace.is_paused());
+    }
+
+    #[test]
+    fn the_pause_of_the_cluster_lasts_until_its_end_and_is_never_longer_than_a_pause_may_be() {
+        let (now, longest) = (1_700_000_000_000, 7 * 24 * 3600 * 1000);
+        for (until, left) in [
+            (0, None),
+            (now - 1, None),
+            (now, None),
+            (now + 1, Some(1)),
+            (now + longest, Some(longest)),
+            (now + longest + 1, None),
+            (u64::MAX, None),
+        ] {
+            assert_eq!(paused_for(until, now), left.map(Duration::from_millis), "until {until}");
+        }
+        let (pace, settings) = pace(HealSettings::default());
+        let until_ms = now_ms() + 3_600_000;
+        settings.send_modify(|settings| settings.paused_until_ms = until_ms);
+        assert_eq!((pace.is_paused(), pace.paused_until_ms()), (true, Some(until_ms)));
+        settings.send_modify(|settings| settings.paused_until_ms = 0);
+        assert_eq!((pace.is_paused(), pace.paused_until_ms()), (false, None));
     }
 }

@@ -69,10 +69,12 @@ impl Inner {
         let mut busy_passes = 0u64;
         let mut rest = Rest::new(self.settings.clone(), self.store.disks().changes(), self.meta.map());
         loop {
-            self.pace.set_bytes_per_s(rest.settings().bytes_per_s);
+            // Seen from here on: a change of them ends a rest.
+            drop(rest.settings());
             // Single chunks first: an extent that lost several is in more danger than one whose slot moves. But chunks
             // that are queued without end must not keep slots from moving.
-            let mut looked = if self.pace.is_paused() { Looked::NOT } else { self.repair_pass(held).await };
+            // While healing is paused the queues are still looked at, for the status.
+            let mut looked = self.repair_pass(held).await;
             busy_passes = if looked.done == 0 { 0 } else { busy_passes + 1 };
             if busy_passes.is_multiple_of(SLOTS_TURN) {
                 looked = looked.and(self.slots_pass(&mut moves, held).await);
@@ -159,6 +161,10 @@ impl Inner {
 
     /// Repairs one extent and tells its shard; answers how many chunks left the queue.
     async fn run(&self, task: Task, held: &Held) -> usize {
+        // A pause counts for what is left of a pass, too.
+        if self.pace.is_paused() {
+            return 0;
+        }
         let extent = task.extent.extent;
         let (done, error) = self.repair(&task, held).await;
         let mut finished = done.len();

@@ -341,6 +341,9 @@ impl Inner {
         let count = tasks.len();
         let brought = stream::iter(tasks)
             .map(|task| async move {
+                if self.pace.is_paused() {
+                    return 0;
+                }
                 let (good, error) = self.repair(&task, held).await;
                 if let Some(error) = &error {
                     tracing::debug!(extent = %task.extent.extent, %error, "a chunk could not be brought to its new disk");
@@ -350,6 +353,10 @@ impl Inner {
             .buffer_unordered(self.settings().extents_at_once.max(1))
             .fold(0, |sum, one| async move { sum + one })
             .await;
+        // What a pause has left out is no failure: the page is looked at again after it.
+        if brought < count && self.pace.is_paused() {
+            return Ok(Look::Waits);
+        }
         // What cannot be brought keeps the move from ending, but not what comes behind it from being brought. What was
         // deleted meanwhile is not listed any more the next time.
         if brought < count {
