@@ -80,7 +80,7 @@ async fn load(gateways: &[NodeClient], share: usize) {
 #[tokio::test(flavor = "multi_thread")]
 async fn three_gateways_under_load_are_all_served_and_a_fourth_makes_their_shares_smaller() {
     let disk = Disk::new();
-    let node = disk.serve_with(&["node.max_connections=48"]);
+    let node = disk.serve_with(&["node.max_connections=54"]);
     let mut gateways: Vec<_> = (0..3).map(|_| gateway(&node)).collect();
     shares(&gateways).await;
     assert_eq!(shares(&gateways).await, [16; 3]);
