@@ -292,6 +292,9 @@ fn passes_begin_an_interval_apart_and_leave_what_is_written_meanwhile_to_the_nex
     let begun = 1_000_000;
     (0..20).for_each(|_| assert!(matches!(scrub.step(begun).unwrap(), Step::Read { .. })));
     carry_out(&mut world, vec![put(200, 1, 2000), put(201, 2, 2000)]);
+    // Also when a process that starts goes through the index anew.
+    scrub.save(begun).unwrap();
+    let mut scrub = Scrub::open(world.shared.clone(), INTERVAL, 1).unwrap();
     assert_eq!(pass(&mut scrub, begun + 600_000).0, 20);
     assert_eq!(scrub.step(begun + 600_000).unwrap(), Step::Rest(Duration::from_secs(400)));
     assert_eq!(scrub.step(begun + 999_999).unwrap(), Step::Rest(Duration::from_millis(1)));

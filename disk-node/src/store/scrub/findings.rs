@@ -74,12 +74,7 @@ impl Shared {
     }
 
     /// One page of the list, without what was taken off it now, and where it ended when there is more.
-    fn look_at_findings(
-        &self,
-        count: &mut u64,
-        after: Option<&ChunkId>,
-        limit: usize,
-    ) -> Result<Page, StoreError> {
+    fn look_at_findings(&self, count: &mut u64, after: Option<&ChunkId>, limit: usize) -> Result<Page, StoreError> {
         let mut found = self.index.findings(after, limit + 1).map_err(|error| self.fail_index(&error))?;
         let more = found.len() > limit;
         found.truncate(limit);
