@@ -2,13 +2,14 @@
 //!
 //! A pass goes through the chunks of the index in the order in which they lie on the disk, and reads header and blocks
 //! of each past the page cache. What fails is read a second time; what fails again goes on the list of [`findings`],
-//! which the healer reads. How far it has come is kept in the index (`index/scrubbed.rs`): a process that starts goes on
-//! there. [`budget`] says how fast it goes.
+//! which the healer reads. How far it has come is kept in the index (`index/scrubbed.rs`): a process that starts goes
+//! on there. [`budget`] says how fast it goes.
 //!
 //! [`Scrub`] has no thread and no clock of its own: each [`Scrub::step`] does one read. `crate::scrub` is the task
 //! around it.
 //!
-//! **Invariant:** a scrub changes nothing but its own entries of the index. Nothing is removed because of what it finds.
+//! **Invariant:** a scrub changes nothing but its own entries of the index. Nothing is removed because of what it
+//! finds.
 //!
 //! **Invariant:** what the disk does not give counts as damaged, never as absent.
 

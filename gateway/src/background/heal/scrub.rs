@@ -1,10 +1,10 @@
 //! What the disks find wrong by themselves: every disk node reads all of its chunks now and then, and lists those that
 //! are damaged. They are asked for these lists, and what is on them goes into the repair queues of its shards.
 //!
-//! A report says nothing but that a look is due: before a chunk is rebuilt its disk reads it once more, which takes off
-//! the list what turns out to be good. One that was rebuilt has left the list by itself. What stays on it all the same,
-//! since no shard owns it, it does not lie where its slot is, or too little of its extent is left, is told again now and
-//! then only.
+//! A report says nothing but that a look is due: before a chunk is rebuilt its disk reads it once more, which takes
+//! off the list what turns out to be good. One that was rebuilt has left the list by itself. What stays on it all the
+//! same, since no shard owns it, it does not lie where its slot is, or too little of its extent is left, is told again
+//! now and then only.
 //!
 //! **Invariant:** nothing is deleted because it is on such a list.
 
