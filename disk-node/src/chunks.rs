@@ -227,6 +227,11 @@ impl Node {
                 let (chunks, more) = self.store.list(after, limit).await.map_err(control_error)?;
                 ControlResponse::Chunks { chunks, more }
             }
+            ControlRequest::ListDamaged { after, limit } => {
+                let limit = usize::try_from(limit).unwrap_or(MAX_CHUNKS).clamp(1, MAX_CHUNKS);
+                let (chunks, more) = self.store.damaged(after, limit).await.map_err(control_error)?;
+                ControlResponse::Chunks { chunks, more }
+            }
             ControlRequest::Quarantine { chunks, into, lease } => {
                 at_most(chunks.len(), MAX_CHUNKS)?;
                 let _under_lease = self.admit(&lease).await.map_err(lease_error)?;

@@ -1,7 +1,9 @@
 //! What a disk node counts. Names begin with `granary_disk_`; quantities end in their unit.
 
+use crate::label::now_ms;
 use crate::roles::MetaCounters;
 use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntGauge, Registry, TextEncoder};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 type Count = fn(&MetaCounters) -> u64;
@@ -58,6 +60,21 @@ pub struct Metrics {
     pub deletes: IntCounter,
     /// Reads that met a bad or unreadable block.
     pub corrupt_blocks: IntCounter,
+    /// Headers and payload that the scrub read, in bytes.
+    pub scrub_bytes: IntCounter,
+    /// Chunks that the scrub found damaged.
+    pub scrub_findings: IntCounter,
+    /// Reads of the scrub that failed, and did not when they were repeated.
+    pub scrub_second_reads_good: IntCounter,
+    /// Chunks found damaged by the pass under way, or else by the last one.
+    pub scrub_pass_findings: IntGauge,
+    /// Chunks found damaged that were not repaired yet.
+    pub scrub_damaged: IntGauge,
+    /// How far the pass is, in thousandths.
+    pub scrub_position: IntGauge,
+    scrub_pass_age: IntGauge,
+    /// When the last pass ended, or the first one began, in milliseconds since 1970; zero: none did.
+    scrub_since_ms: AtomicU64,
     /// Seconds each `fdatasync` of a group took.
     pub sync_seconds: Histogram,
     /// Requests that shared one sync.
@@ -118,6 +135,17 @@ impl Metrics {
             read_bytes: counter("chunk_read_bytes_total", "Payload of reads answered, in bytes")?,
             deletes: counter("chunk_deletes_total", "Chunks deleted")?,
             corrupt_blocks: counter("corrupt_blocks_total", "Reads that met a bad or unreadable block")?,
+            scrub_bytes: counter("scrub_bytes_total", "Headers and payload read by the scrub, in bytes")?,
+            scrub_findings: counter("scrub_findings_total", "Chunks that the scrub found damaged")?,
+            scrub_second_reads_good: counter(
+                "scrub_second_reads_good_total",
+                "Reads of the scrub that failed once, and not again",
+            )?,
+            scrub_pass_findings: gauge("scrub_pass_findings", "Chunks found damaged by this pass, or the last one")?,
+            scrub_damaged: gauge("scrub_damaged", "Chunks found damaged that were not repaired yet")?,
+            scrub_position: gauge("scrub_position", "How far the pass is, in thousandths; 1000 between two")?,
+            scrub_pass_age: gauge("scrub_pass_age_seconds", "Seconds since a pass came to its end")?,
+            scrub_since_ms: AtomicU64::new(0),
             sync_seconds: histogram("sync_seconds", "Duration of each fdatasync of a group, in seconds", 0.000_25)?,
             group_requests: histogram("group_requests", "Requests that shared one sync", 1.0)?,
             recovered_records: gauge("recovered_records", "Records the last start found behind the watermarks")?,
@@ -144,8 +172,16 @@ impl Metrics {
         self.replicas_stopped.set(i64::try_from(counters.replicas_stopped).unwrap_or(i64::MAX));
     }
 
+    /// When the last pass of the scrub ended, or while none did when the first one began.
+    pub fn note_scrub(&self, since_ms: Option<u64>) {
+        self.scrub_since_ms.store(since_ms.unwrap_or(0), Ordering::Relaxed);
+    }
+
     /// All of them in Prometheus text form.
     pub fn render(&self) -> Vec<u8> {
+        let since_ms = self.scrub_since_ms.load(Ordering::Relaxed);
+        let age_ms = if since_ms == 0 { 0 } else { now_ms().saturating_sub(since_ms) };
+        self.scrub_pass_age.set(i64::try_from(age_ms / 1000).unwrap_or(i64::MAX));
         let mut text = Vec::new();
         if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
             tracing::warn!(%error, "cannot render metrics");

@@ -12,8 +12,9 @@ use crate::store::file_device::FileDevice;
 use crate::store::handle::Store;
 use crate::store::index::IndexError;
 use crate::store::index_rocksdb::RocksEngine;
+use crate::store::scrub::budget::ScrubSettings;
 use crate::store::{OpenError, StoreSettings};
-use crate::{admin, label::Label};
+use crate::{admin, label::Label, scrub};
 use granary_placement::id::ClusterId;
 use granary_placement::settings::Values;
 use granary_wire::auth::SecretError;
@@ -136,6 +137,8 @@ pub async fn serve(options: ServeOptions, stop: CancellationToken) -> Result<(),
         let (peers, stop) = (peers.clone(), background.clone());
         tasks.spawn(async move { peers.poll_maps(stop).await });
     }
+    let scrubbed = ScrubSettings::from_settings(&options.values);
+    tasks.spawn(scrub::run(store.clone(), scrubbed, background.clone()));
     let node = Arc::new(Node {
         label: label.clone(),
         store: store.clone(),

@@ -4,9 +4,10 @@
 
 mod scenery;
 
+use bytes::Bytes;
 use granary_placement::id::{ClusterId, DiskUuid};
 use granary_placement::lease::LeaseStamp;
-use granary_wire::chunk::ChunkHealth;
+use granary_wire::chunk::{ChunkHealth, ChunkId};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse};
 use granary_wire::error::{AuthError, LinkError};
 use granary_wire::{ChunkError, Ends, NodeClient};
@@ -238,6 +239,72 @@ async fn a_node_takes_nothing_that_is_meant_for_another_disk() {
     assert_eq!(ask(&right, ControlRequest::HaveChunks(vec![chunk(1), chunk(2)])).await, {
         ControlResponse::Have(vec![true, false])
     });
+}
+
+/// Chunks rot on a disk that nobody reads: the node finds them by itself, says so, and takes off its list what is
+/// written again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_finds_what_rots_by_itself_and_tells_of_it_until_it_is_replaced() {
+    let disk = Disk::new();
+    let scrubs = ["node.scrub_interval=1s", "node.scrub_ceiling=1GiB/s", "node.scrub_floor=1GiB/s"];
+    let mut node = disk.serve_with(&scrubs);
+    let client = node.client();
+    // Its first page is no other chunk's.
+    let data = |number: u8| Bytes::from([vec![number; 4096], payload(number, 200_000 - 4096).to_vec()].concat());
+    let put = async |client: &NodeClient, number: u8| {
+        client.put_chunk(chunk(number), spec(200_000), vec![data(number)]).await.unwrap();
+    };
+    for number in 1..=5 {
+        put(&client, number).await;
+    }
+    let damaged = async |client: &NodeClient, after: Option<u8>, limit: u32| {
+        let request = ControlRequest::ListDamaged { after: after.map(chunk), limit };
+        let answer = ask(client, request).await;
+        let ControlResponse::Chunks { chunks, more } = answer else { panic!("{answer:?}") };
+        assert!(chunks.iter().all(|chunk| chunk.spec.len_bytes == 200_000 && chunk.quarantined_ms.is_none()));
+        (chunks.into_iter().map(|chunk| chunk.id).collect::<Vec<_>>(), more)
+    };
+    let until_listed = async |client: &NodeClient, expected: &[ChunkId]| {
+        let begun = Instant::now();
+        while damaged(client, None, 1000).await.0 != expected {
+            assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", damaged(client, None, 1000).await);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    assert_eq!(damaged(&client, None, 10).await, (vec![], false));
+    let flip = |number: u8| {
+        use std::os::unix::fs::FileExt;
+        let wanted = vec![number; 4096];
+        for entry in std::fs::read_dir(disk.dir().join("segments")).unwrap() {
+            let file = std::fs::OpenOptions::new().read(true).write(true).open(entry.unwrap().path()).unwrap();
+            let mut page = vec![0; 4096];
+            for at in (0..4 << 20).step_by(4096) {
+                if file.read_exact_at(&mut page, at).is_ok() && page == wanted {
+                    return file.write_all_at(&[!page[77]], at + 77).unwrap();
+                }
+            }
+        }
+        panic!("chunk {number} is not on the disk");
+    };
+    flip(2);
+    flip(4);
+    until_listed(&client, &[chunk(2), chunk(4)]).await;
+    assert_eq!(damaged(&client, None, 1).await, (vec![chunk(2)], true));
+    assert_eq!(damaged(&client, Some(2), 1).await, (vec![chunk(4)], false));
+    let all = (1..=5).map(chunk).collect();
+    assert_eq!(ask(&client, ControlRequest::HaveChunks(all)).await, ControlResponse::Have(vec![true; 5]));
+    put(&client, 4).await;
+    until_listed(&client, &[chunk(2)]).await;
+    node.signal("TERM");
+    assert!(node.wait().success());
+
+    // The list outlives the process.
+    let node = disk.serve_with(&["node.scrub_interval=0ms"]);
+    let client = node.client();
+    assert_eq!(damaged(&client, None, 10).await, (vec![chunk(2)], false));
+    put(&client, 2).await;
+    assert_eq!(damaged(&client, None, 10).await, (vec![], false));
+    assert!(disk.log().contains("node.scrub_interval is 0"), "{}", disk.log());
 }
 
 /// The kernel refuses one sync; the process must end without an answer, and a fresh one must hold what was acknowledged

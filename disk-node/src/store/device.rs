@@ -73,6 +73,15 @@ pub trait SegmentFile: Send + Sync {
     /// `UnexpectedEof` when the file ends earlier; what the disk says when it cannot be read.
     fn pread(&self, offset: u64, len_bytes: usize, buffer: &mut Vec<u8>) -> io::Result<()>;
 
+    /// As [`SegmentFile::pread`], past the page cache where the device can do that: shows what the disk holds now, and
+    /// takes no page from those that others read often.
+    ///
+    /// # Errors
+    /// As there.
+    fn pread_from_disk(&self, offset: u64, len_bytes: usize, buffer: &mut Vec<u8>) -> io::Result<()> {
+        self.pread(offset, len_bytes, buffer)
+    }
+
     /// Writes all of `data` at `offset`.
     ///
     /// # Errors

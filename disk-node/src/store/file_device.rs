@@ -1,6 +1,7 @@
 //! The real device: a folder of files. The only file of the store that makes system calls.
 
 use super::device::{Device, SegmentFile, Space};
+use super::format::{page_up, PAGE_BYTES};
 use rustix::fs::{Advice, FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
 use std::fs::File;
@@ -156,6 +157,20 @@ impl SegmentFile for OpenSegment {
             }
         }
         Ok(())
+    }
+
+    fn pread_from_disk(&self, offset: u64, len_bytes: usize, buffer: &mut Vec<u8>) -> io::Result<()> {
+        // Whole pages: what is cut off is not dropped.
+        let begin = offset / PAGE_BYTES * PAGE_BYTES;
+        let len = NonZeroU64::new(page_up(offset + len_bytes as u64) - begin);
+        let drop_pages = || rustix::fs::fadvise(&self.0, begin, len, Advice::DontNeed);
+        // One page at a time from the disk is slow; these are wanted all at once.
+        // Advice that is not taken makes no read fail.
+        let _ = drop_pages();
+        let _ = rustix::fs::fadvise(&self.0, begin, len, Advice::WillNeed);
+        let read = self.pread(offset, len_bytes, buffer);
+        let _ = drop_pages();
+        read
     }
 
     fn pwrite(&self, mut offset: u64, mut data: &[u8]) -> io::Result<()> {

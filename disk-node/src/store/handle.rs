@@ -121,6 +121,10 @@ impl Store {
         let (core, recovered) = recover(shared.clone())?;
         shared.metrics.recovered_records.set(recovered.records_indexed as i64);
         shared.metrics.torn_records.set(recovered.records_torn as i64);
+        shared.count_findings().map_err(|error| OpenError::Device {
+            what: "list damaged chunks".to_owned(),
+            source: std::io::Error::other(error),
+        })?;
         let threads = |source| OpenError::Device { what: "start threads".to_owned(), source };
         let readers = Readers::start(&shared).map_err(threads)?;
         let (queue, thread) = writer::start(core, shared.clone()).map_err(threads)?;
@@ -241,6 +245,25 @@ impl Store {
             Ok((chunks.collect::<Result<_, _>>()?, more))
         };
         self.0.readers.run(look).await
+    }
+
+    /// Chunks that the scrub found damaged, in order of their ids, after that one; whether there are more.
+    ///
+    /// # Errors
+    /// [`StoreError::Overloaded`], [`StoreError::Failed`].
+    pub async fn damaged(&self, after: Option<ChunkId>, limit: usize) -> Result<(Vec<ChunkInfo>, bool), StoreError> {
+        self.0.readers.run(move |shared| shared.damaged_chunks(after, limit)).await
+    }
+
+    /// What readers and the writer share, for the scrub.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.0.shared
+    }
+
+    /// Whether somebody reads or writes, or waits to.
+    pub fn is_busy(&self) -> bool {
+        let Inner { shared, queue, readers, .. } = &*self.0;
+        readers.room.available_permits() < shared.settings.read_queue.max(1) || queue.is_busy()
     }
 
     /// Puts chunks into quarantine, or takes them out. The mark lies in the index alone: when that is lost, or written

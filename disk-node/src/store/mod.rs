@@ -8,8 +8,8 @@
 //!    crash tests, which loses what was not flushed;
 //! 4. [`core`]: every decision of the one writer: where a record goes, what is synced before what, when space is freed;
 //! 5. [`recover`]: what happens at start-up, after a clean stop or a crash;
-//! 6. [`read`]: verified reads; [`writer`]: the thread around the core, its bounded queue, uploads; [`handle`]: the
-//!    store as the daemon sees it.
+//! 6. [`read`]: verified reads; [`scrub`]: reads everything now and then; [`writer`]: the thread around the core, its
+//!    bounded queue, uploads; [`handle`]: the store as the daemon sees it.
 //!
 //! **Invariant:** a put is acknowledged only after its record was synced and its index entry written; a deletion only
 //! after the index entry's removal was synced; a hole is punched only after that.
@@ -28,6 +28,7 @@ pub mod index_rocksdb;
 mod open_files;
 pub mod read;
 pub mod recover;
+pub mod scrub;
 pub mod shared;
 pub mod writer;
 

@@ -133,17 +133,24 @@ impl Shared {
         Ok(Blocks { spec: at.spec, first_block, crcs, data })
     }
 
-    /// Reads a whole chunk and checks every block. Blocking.
+    /// Reads a whole chunk and checks every block. Blocking. One that is good is damaged no more, whatever the scrub
+    /// found.
     ///
     /// # Errors
     /// [`StoreError::Failed`] when the store has failed; a bad chunk is an answer.
     pub fn verify(&self, id: &ChunkId) -> Result<ChunkHealth, StoreError> {
         let mut block = 0;
+        let sequence = match self.locate(id) {
+            Ok(at) => at.sequence,
+            Err(StoreError::NotFound) => return Ok(ChunkHealth::Missing),
+            Err(other) => return Err(other),
+        };
         loop {
             match self.read_blocks(id, block, VERIFY_BLOCKS) {
                 Ok(blocks) => {
                     block += blocks.data.len() as u32;
                     if u64::from(block) >= block_count(blocks.spec.len_bytes) {
+                        self.drop_finding(id, sequence)?;
                         return Ok(ChunkHealth::Good);
                     }
                 }

@@ -42,6 +42,8 @@ pub struct Shared {
     pub(super) buffers: Arc<BufferPool>,
     /// Its segment files.
     pub(super) files: OpenFiles,
+    /// How many chunks the scrub has found damaged; held while their list is changed.
+    pub(super) findings: Mutex<u64>,
     failed: OnceLock<String>,
     on_fatal: OnFatal,
 }
@@ -77,6 +79,7 @@ impl Shared {
             headers: Cache::with_weighter(HEADERS_EXPECTED, HEADER_CACHE_BYTES, HeaderWeight),
             buffers: Arc::new(BufferPool::default()),
             files,
+            findings: Mutex::new(0),
             failed: OnceLock::new(),
             on_fatal,
         }

@@ -52,6 +52,7 @@ pub(super) struct Queue {
     requests: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     queue_bytes: u64,
+    queue_requests: usize,
 }
 
 /// A reservation; dropped without [`Reserved::commit`] its space is freed, also when the caller has gone.
@@ -84,6 +85,11 @@ impl Queue {
         // One message is always let in, however small the queue was set.
         let permits = u32::try_from(len_bytes.min(self.queue_bytes)).unwrap_or(u32::MAX);
         self.bytes.clone().acquire_many_owned(permits).await.map_err(|_| stopped())
+    }
+
+    /// Whether a request waits for the writer or is being carried out.
+    pub(super) fn is_busy(&self) -> bool {
+        self.requests.available_permits() < self.queue_requests
     }
 
     fn send(&self, message: Message) -> Result<(), StoreError> {
@@ -154,6 +160,7 @@ pub(super) fn start(core: Core, shared: Arc<Shared>) -> std::io::Result<(Queue, 
         requests: Arc::new(Semaphore::new(settings.queue_requests)),
         bytes: Arc::new(Semaphore::new(usize::try_from(queue_bytes).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS))),
         queue_bytes,
+        queue_requests: settings.queue_requests,
     };
     // The thread holds a sending end too, for the reservations it hands out: it is ended by Stop, which the handle
     // sends when dropped.

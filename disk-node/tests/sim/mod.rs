@@ -152,6 +152,13 @@ impl SimDevice {
         state.inodes.get_mut(&inode).unwrap().corrupt(offset, change);
     }
 
+    /// Cuts the file of a segment off behind the store's back.
+    pub fn truncate(&self, segment: u32, length: u64) {
+        let mut state = self.state();
+        let inode = state.names[&segment];
+        state.inodes.get_mut(&inode).unwrap().length = length;
+    }
+
     /// Bytes that files take, holes left out.
     pub fn used(&self) -> u64 {
         used(&self.state())

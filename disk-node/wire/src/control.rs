@@ -1,6 +1,6 @@
 //! Everything said over the one multiplexed control connection of a peer: chunk housekeeping, metadata, Raft, status.
 
-use crate::auth::{AWAY_VERSION, PROTOCOL_VERSIONS};
+use crate::auth::{AWAY_VERSION, DAMAGED_VERSION, PROTOCOL_VERSIONS};
 use crate::chunk::{ChunkHealth, ChunkId, ChunkInfo};
 use bytes::Bytes;
 use granary_placement::id::{DiskId, DiskUuid, Epoch, ShardId};
@@ -95,12 +95,21 @@ pub enum ControlRequest {
     GetMapSince(Epoch),
     /// Does this node reach these disks (at most 64) right now? It asks each for its status. Answers Reached.
     Reach(Vec<DiskId>),
+    /// Chunks that the node's scrub found damaged, in order of their ids. One leaves the list when it is replaced,
+    /// deleted, or verified and found good. Answers Chunks, without marks of quarantine.
+    ListDamaged {
+        /// After this one.
+        after: Option<ChunkId>,
+        /// At most this many, 1 to 1,000.
+        limit: u32,
+    },
 }
 
 impl ControlRequest {
     /// The oldest protocol version whose speakers can read it. It is sent to no others.
     pub fn since(&self) -> u16 {
         let away = match self {
+            ControlRequest::ListDamaged { .. } => return DAMAGED_VERSION,
             ControlRequest::Reach(_) => true,
             ControlRequest::OfferMap(map) => map.has_away(),
             ControlRequest::OfferMapDiff(diff) => diff.has_away(),

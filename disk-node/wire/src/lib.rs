@@ -27,7 +27,9 @@ extern crate self as granary_wire;
 #[path = "../tests/support/mod.rs"]
 mod test_support;
 
-pub use auth::{ClusterSecret, Credentials, Ends, GatewayId, VersionRange, AWAY_VERSION, PROTOCOL_VERSIONS};
+pub use auth::{
+    ClusterSecret, Credentials, Ends, GatewayId, VersionRange, AWAY_VERSION, DAMAGED_VERSION, PROTOCOL_VERSIONS,
+};
 pub use client::{ChunkWriter, ClientLimits, NodeClient};
 pub use error::{AuthError, ChunkError, LinkError};
 pub use log_pace::LogPace;

@@ -12,6 +12,7 @@ use granary_placement::map::{
 use granary_placement::scheme::CodecId;
 use granary_wire::chunk::{ChunkHealth, ChunkId, ChunkInfo, ChunkSpec};
 use granary_wire::control::{ControlError, ControlRequest, ControlResponse, NodeStatus, Reach, ShardStatus};
+use granary_wire::PROTOCOL_VERSIONS;
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -20,9 +21,10 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 /// Written anew when GRANARY_WRITE_GOLDEN is set: for a new version, never for an old one.
-const FIXTURE_PATH: &str = "tests/fixtures/messages-v3.txt";
-/// What the version before could say.
-const FIXTURE_BEFORE: &str = "tests/fixtures/messages-v2.txt";
+const FIXTURE_PATH: &str = "tests/fixtures/messages-v4.txt";
+/// What the versions before could say, the oldest first.
+const FIXTURES_BEFORE: [(u16, &str); 2] =
+    [(2, "tests/fixtures/messages-v2.txt"), (3, "tests/fixtures/messages-v3.txt")];
 
 /// Every value's line; checks on the way that it comes back.
 struct Lines(String);
@@ -137,6 +139,7 @@ fn requests() -> Vec<ControlRequest> {
         ControlRequest::Reach(vec![DiskId(2), DiskId(300)]),
         ControlRequest::OfferMap(Box::new(map_with_away())),
         ControlRequest::OfferMapDiff(Box::new(diff(&map(), &map_with_away()))),
+        ControlRequest::ListDamaged { after: Some(chunk()), limit: 1000 },
     ]
 }
 
@@ -214,20 +217,24 @@ fn messages_are_the_golden_bytes() {
 }
 
 #[test]
-fn what_the_version_before_cannot_say_is_known_as_such_and_all_else_is_as_it_was() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(FIXTURE_BEFORE);
-    let before = std::fs::read_to_string(path).unwrap();
+fn what_the_versions_before_cannot_say_is_known_as_such_and_all_else_is_as_it_was() {
+    let before = FIXTURES_BEFORE.map(|(version, path)| {
+        (version, std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap())
+    });
     let mut lines = Lines(String::new());
     lines.add("request", requests());
     lines.add("response", responses());
     lines.add("error", errors());
-    let mut said = 0;
-    let known: Vec<&str> = before.lines().collect();
     let requests = requests().into_iter().map(|request| request.since());
     let responses = responses().into_iter().map(|response| response.since());
+    let mut since_of: BTreeMap<u16, usize> = BTreeMap::new();
     for (line, since) in lines.0.lines().zip(requests.chain(responses)) {
-        assert_eq!(since, if known.contains(&line) { 2 } else { 3 }, "{line}");
-        said += usize::from(since == 2);
+        let known = before.iter().find(|(_, said)| said.lines().any(|said| said == line));
+        assert_eq!(since, known.map_or(PROTOCOL_VERSIONS.max, |(version, _)| *version), "{line}");
+        *since_of.entry(since).or_default() += 1;
     }
-    assert_eq!(said + errors().len(), known.len(), "all that was said is said yet");
+    for (version, said) in &before {
+        let known: usize = since_of.range(..=*version).map(|(_, count)| count).sum();
+        assert_eq!(known + errors().len(), said.lines().count(), "all that version {version} said is said yet");
+    }
 }

@@ -70,6 +70,8 @@ counters! {
     garbage_extents_alive,
     /// Chunks that a walk over a disk's groups found absent and queued.
     chunks_found_absent,
+    /// Chunks that a disk's scrub found damaged, told to their shards.
+    chunks_found_damaged,
     /// Dead disks taken out of service.
     disks_taken_out,
     /// Disks let back into service, because they answer again.

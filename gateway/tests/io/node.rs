@@ -66,6 +66,8 @@ pub struct Disk {
     asked: Mutex<BTreeMap<&'static str, u64>>,
     /// No page of a listing is longer.
     pub longest_page: AtomicUsize,
+    /// It finds by itself what is corrupt, and lists it.
+    pub scrubs: AtomicBool,
     /// All its chunks are that old, in milliseconds.
     pub age_ms: AtomicU64,
     pub reads_begun: AtomicU64,
@@ -101,6 +103,7 @@ impl Disk {
             refuses: Mutex::default(),
             asked: Mutex::default(),
             longest_page: AtomicUsize::new(MAX_CHUNKS),
+            scrubs: AtomicBool::new(false),
             age_ms: AtomicU64::new(0),
             reads_begun: AtomicU64::new(0),
             reads_ended: AtomicU64::new(0),
@@ -244,6 +247,18 @@ impl Disk {
                 listed.truncate(limit);
                 ControlResponse::Chunks { chunks: listed, more }
             }
+            ControlRequest::ListDamaged { after, limit } if self.scrubs.load(Ordering::SeqCst) => {
+                let ids: Vec<ChunkId> = self.chunks.lock().unwrap().keys().copied().collect();
+                let is_next = |id: &ChunkId| after.is_none_or(|after| *id > after);
+                let bad = |id: &ChunkId| self.health(id) == ChunkHealth::Corrupt;
+                let mut listed: Vec<ChunkId> = ids.into_iter().filter(is_next).filter(bad).collect();
+                let limit = (limit as usize).clamp(1, self.longest_page.load(Ordering::SeqCst));
+                let more = listed.len() > limit;
+                listed.truncate(limit);
+                let spec = |id: &ChunkId| self.chunks.lock().unwrap()[id].spec;
+                let info = |id: ChunkId| ChunkInfo { id, spec: spec(&id), age_ms: 0, quarantined_ms: None };
+                ControlResponse::Chunks { chunks: listed.into_iter().map(info).collect(), more }
+            }
             ControlRequest::Quarantine { chunks: ids, into, lease } => {
                 at_most(ids.len(), MAX_CHUNKS)?;
                 let _under_lease = self.admit(Some(&lease))?;
@@ -362,6 +377,7 @@ fn name_of(request: &ControlRequest) -> &'static str {
         ControlRequest::ListChunks { .. } => "list",
         ControlRequest::VerifyChunks(_) => "verify",
         ControlRequest::DeleteChunks { .. } => "delete",
+        ControlRequest::ListDamaged { .. } => "damaged",
         _ => "control",
     }
 }

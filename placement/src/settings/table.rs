@@ -144,6 +144,10 @@ pub const TABLE: &[Setting] = &[
     bytes("node.flush", Process, 256 * MIB, [MIB, TIB], "The index is flushed after this much was written; bounds what recovery reads."),
     time("node.flush_interval", Process, s(30), [ms(100), min(60)], "And after this long."),
     time("node.punch_interval", Process, s(1), [ms(10), min(60)], "Space of dead chunks comes back within about this time."),
+    // Disk nodes: the scrub.
+    time("node.scrub_interval", Process, min(14 * 24 * 60), [ms(0), min(366 * 24 * 60)], "Every chunk of a disk is read and checked once in this time; 0ms: never. A shorter one than 1 s counts as 1 s."),
+    of("node.scrub_floor", Process, Value::Number(MIB), Kind::BytesPerSecond(64 * KIB, TIB), "How fast that goes at least. Faster when the interval asks for it: what is left to read, divided by the time that is left."),
+    of("node.scrub_ceiling", Process, Value::Number(64 * MIB), Kind::BytesPerSecond(64 * KIB, TIB), "How fast that goes at most, however late it is."),
     // Disk nodes: the listener.
     count("node.max_connections", Process, 512, AT_ONCE, "Connections for chunk requests at once. Each may buffer about a megabyte. One between two requests makes room for a new one. Fewer, with a warning, when the process may not open so many files."),
     count("node.max_control_connections", Process, 2048, AT_ONCE, "Connections for everything else: one for each gateway; on disks that hold the root shard one for each disk node, on other metadata disks one for each of them."),

@@ -43,11 +43,13 @@ use tokio_util::sync::CancellationToken;
 ///
 /// 1: the first. 2: the hello names the gateway, the verdict carries a code, and NodeStatus tells a gateway's share of
 /// the places; the hello's length is another, so 1 is not spoken any more. 3: Reach, Reached, and disks that are away
-/// in maps; see [`ControlRequest::since`](crate::control::ControlRequest::since).
-pub const PROTOCOL_VERSIONS: VersionRange = VersionRange { min: 2, max: 3 };
+/// in maps; see [`ControlRequest::since`](crate::control::ControlRequest::since). 4: ListDamaged.
+pub const PROTOCOL_VERSIONS: VersionRange = VersionRange { min: 2, max: 4 };
 
 /// The version in which a map can say of a disk that it is away.
 pub const AWAY_VERSION: u16 = 3;
+/// The version in which a disk can be asked for what its scrub found.
+pub const DAMAGED_VERSION: u16 = 4;
 
 /// Protocol versions that an end speaks, both ends of the range included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,6 +9,8 @@ const SECRET: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c
 
 /// What the release of these bytes spoke.
 const VERSION_2: VersionRange = VersionRange { min: 2, max: 2 };
+/// And the one after it.
+const VERSION_3: VersionRange = VersionRange { min: 2, max: 3 };
 
 // Computed with another implementation of HMAC from the description at the top of `auth.rs`: secret and cluster id as
 // in `known`, disk meant 33 33 .., client's disk 44 44 .., gateway 55 55 .., client nonce 11 11 .., server nonce
@@ -26,10 +28,18 @@ const SERVER_HELLO_3: &str = "6772616e617279000003000122222222222222222222222222
 const CLIENT_PROOF_3: &str = "ba7872d9e1977528207e62470708a6f511d480b134a84a84e1417605e1ed45f9";
 const ACCEPTED_3: &str = "0059466ef6da57ecb961435408ceabf0570e86415e9e4c984e17b831f78ff7b119";
 
+// The same of ends that speak versions 2 to 4.
+const CLIENT_HELLO_4: &str =
+    "6772616e6172790000040202070707070707070707070707070707073333333333333333333333333333333344444444444444444444444444444444555555555555555555555555555555551111111111111111111111111111111111111111111111111111111111111111";
+const SERVER_HELLO_4: &str = "6772616e61727900000400022222222222222222222222222222222222222222222222222222222222222222e8477cf2e684e4e6ccb6889df85079f2fb6bd40c6bfccabe5c3d9767bc44ca36";
+const CLIENT_PROOF_4: &str = "1bab18c2a108d666fa5c1d98df24f67ac2c43e502bf972637b212542e7cf63b0";
+const ACCEPTED_4: &str = "00c4730f1768373fe0f661eb12899bb20ea4ef72424bd9098b278bd6c0aaad3f7a";
+
 /// What ends of these versions say to each other, and the version they use.
-const GOLDEN: [(VersionRange, [&str; 4], u16); 2] = [
+const GOLDEN: [(VersionRange, [&str; 4], u16); 3] = [
     (VERSION_2, [CLIENT_HELLO, SERVER_HELLO, CLIENT_PROOF, ACCEPTED], 2),
-    (PROTOCOL_VERSIONS, [CLIENT_HELLO_3, SERVER_HELLO_3, CLIENT_PROOF_3, ACCEPTED_3], 3),
+    (VERSION_3, [CLIENT_HELLO_3, SERVER_HELLO_3, CLIENT_PROOF_3, ACCEPTED_3], 3),
+    (PROTOCOL_VERSIONS, [CLIENT_HELLO_4, SERVER_HELLO_4, CLIENT_PROOF_4, ACCEPTED_4], 4),
 ];
 
 fn known() -> Credentials {

@@ -81,14 +81,14 @@ async fn a_server_that_never_shakes_hands_fails_in_time() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_of_another_version_is_named_as_such() {
     let client = against(quick(), |mut stream| async move {
-        let _ = stream.write_all(b"granary\0\x00\x04\x01\x00").await;
+        let _ = stream.write_all(b"granary\0\x00\x05\x01\x00").await;
         hang().await;
     })
     .await;
     for error in ask_all(&client).await {
         assert_eq!(
             error,
-            LinkError::Auth(AuthError::Version { ours: PROTOCOL_VERSIONS, theirs: VersionRange { min: 4, max: 4 } })
+            LinkError::Auth(AuthError::Version { ours: PROTOCOL_VERSIONS, theirs: VersionRange { min: 5, max: 5 } })
         );
     }
 }
@@ -122,6 +122,7 @@ async fn a_node_of_the_release_before_is_not_sent_what_it_cannot_read() {
     for (request, readable) in [
         (ControlRequest::Status, true),
         (ControlRequest::Reach(vec![DiskId(1)]), false),
+        (ControlRequest::ListDamaged { after: None, limit: 1 }, false),
         (ControlRequest::OfferMap(Box::new(map(false))), true),
         (ControlRequest::OfferMap(Box::new(map(true))), false),
         (ControlRequest::OfferMapDiff(Box::new(to_away)), false),
@@ -131,7 +132,8 @@ async fn a_node_of_the_release_before_is_not_sent_what_it_cannot_read() {
         if readable {
             assert_eq!((answer, heard.recv().await), (Ok(ControlResponse::Done), Some(request)));
         } else {
-            let (ours, theirs) = (VersionRange { min: 3, max: 3 }, VersionRange { min: 2, max: 2 });
+            let needs = VersionRange { min: request.since(), ..PROTOCOL_VERSIONS };
+            let (ours, theirs) = (needs, VersionRange { min: 2, max: 2 });
             assert_eq!(answer, Err(LinkError::Auth(AuthError::Version { ours, theirs })), "{request:?}");
         }
     }

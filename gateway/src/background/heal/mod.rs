@@ -2,6 +2,7 @@
 //!
 //! Reading order:
 //! - this file: settings, status, the tasks and how they stop;
+//! - [`scrub`]: what the disks found damaged by themselves, into the same queues;
 //! - [`look`]: what is missing? Reports of readers, and walks over the groups of a disk that is new or was away, into
 //!   the durable repair queues of the shards;
 //! - [`judge`]: pure; which disks are dead, and which of them go out of service; [`away`]: looks, asks others, and has
@@ -37,6 +38,7 @@ pub mod plan;
 mod rebuild;
 mod remnants;
 mod rest;
+mod scrub;
 mod slots;
 mod sweep;
 
@@ -190,6 +192,8 @@ pub struct HealStatus {
     pub disks_beyond_orphan_limit: Vec<DiskId>,
     /// Sweeps that came to their end since the start.
     pub sweeps_done: u64,
+    /// Chunks that disks found damaged by themselves and that were not repaired yet, at the last look.
+    pub scrub_findings: u64,
     /// Disks in service that do not answer, and have not been well since.
     pub dead_disks: Vec<DeadDisk>,
     /// After so many seconds they go out, if they may.
@@ -296,6 +300,7 @@ impl Healer {
                 inner.repair_loop(&held),
                 inner.walk_loop(&held),
                 inner.sweep_loop(&held),
+                inner.scrub_loop(&held),
                 inner.away_loop(&returned, &held),
                 inner.return_loop(&returned, &held)
             );

@@ -8,9 +8,14 @@
 //! | `s` segment (4) | what is known of the segment: identity, watermark, state, live records |
 //! | `q` chunk id (25) | since when the chunk is in quarantine |
 //! | `m` | whose index this is, next sequence and segment number, totals |
+//! | `d`, `x` | what the scrub found, and how far it has come: see `index/scrubbed.rs` |
 //!
 //! Every batch carries the watermarks, counts and totals that follow from it. The engine may lose batches until a
 //! flush, but only the newest ones: whatever survives is the state after some batch.
+
+mod scrubbed;
+
+pub use scrubbed::{Finding, Pass, Place, ScrubState};
 
 use super::format::{record_bytes, SegmentUuid};
 use granary_placement::id::{DiskUuid, HashSlot};
