@@ -23,7 +23,10 @@ pub async fn run(store: Store, settings: ScrubSettings, stop: CancellationToken)
     }
     let shared = store.shared().clone();
     let opened = blocking(move || Scrub::open(shared, settings.interval, now_ms())).await;
-    let Ok(mut scrub) = opened else { return };
+    let mut scrub = match opened {
+        Ok(scrub) => scrub,
+        Err(error) => return tracing::error!(%error, "the scrub cannot begin"),
+    };
     let (mut pace, clock) = (Pace::default(), Instant::now());
     loop {
         clients_first(&store, &stop).await;
@@ -41,7 +44,7 @@ pub async fn run(store: Store, settings: ScrubSettings, stop: CancellationToken)
         };
         let wait = match step {
             Step::Rest(wait) => wait.min(LONGEST_REST),
-            Step::Read { bytes } => {
+            Step::Read { bytes } | Step::Looked { bytes } => {
                 let (left_bytes, age) = scrub.left(now_ms());
                 pace.after(bytes, settings.bytes_per_s(left_bytes, age), clock.elapsed())
             }

@@ -104,7 +104,7 @@ fn verdict_on_version_2(node: &Running, me: DiskUuid) -> u8 {
     stream.write_all(&hello).unwrap();
     let mut prefix = [0; 12];
     stream.read_exact(&mut prefix).unwrap();
-    assert_eq!(&prefix[..10], b"granary\0\x00\x03");
+    assert_eq!(&prefix[..10], b"granary\0\x00\x04");
     prefix[10]
 }
 

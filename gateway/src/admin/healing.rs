@@ -21,6 +21,12 @@ pub fn lines(status: &Status) -> Vec<String> {
             ),
         });
     }
+    if heal.scrub_findings > 0 {
+        lines.push(format!(
+            "{} chunks that disks found damaged by themselves are not repaired yet",
+            heal.scrub_findings
+        ));
+    }
     // What is published of the healing may be a little older than the map.
     for dead in heal.dead_disks.iter().filter(|dead| state(dead.disk) != Some(DiskState::Away)) {
         let (disk, s, after) = (dead.disk, dead.dead_s, heal.out_after_s);

@@ -1,7 +1,7 @@
 //! Which keys cannot be read now, and what a pause of the cluster holds back.
 
-use crate::cluster::{seed, Cluster, UNIT};
-use crate::heal::{chunk, counter, fill, heal_by, now_ms, settings, small};
+use crate::cluster::{body, payload, seed, Cluster, UNIT};
+use crate::heal::{chunk, counter, fill, heal_by, key_in, now_ms, settings, small};
 use crate::meta::Meta;
 use crate::moves::give_slot_to;
 use crate::node::Damage;
@@ -71,6 +71,34 @@ async fn a_key_is_lost_once_however_many_of_its_extents_are_and_disks_that_retur
     cluster.revive(1).await;
     cluster.until("two are back", || cluster.store.disks().writable(DiskId(2))).await;
     assert!(lost(&healer, false).await.is_empty());
+}
+
+/// The upload's extent comes first, and is lost as well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_of_the_same_key_hides_no_lost_object() {
+    let mut draw = seed("an_upload_of_the_same_key_hides_no_lost_object");
+    let cluster = Cluster::start(4, 2, small()).await;
+    let meta = Meta::of(&cluster);
+    let (shard, len) = (ShardId(1), UNIT * 4);
+    let (key, slot) = key_in(&cluster, shard, len);
+    let mut staged = Vec::new();
+    for _ in 0..2 {
+        let payload = payload(len, &mut draw);
+        staged.push(cluster.store.stage(None, slot, len, body(&payload, &mut draw)).await.unwrap());
+    }
+    staged.sort_by_key(|staged| staged.data.extents().iter().map(|extent| (extent.group, extent.extent)).min());
+    let (object, part) = (staged.pop().unwrap(), staged.pop().unwrap());
+    meta.commit(shard, &key, &object.data, &object.placement());
+    meta.part(shard, &key, &part.data, &part.placement());
+    object.committed();
+    part.committed();
+    let (healer, _stop) = heal_by(&cluster, meta.shards.clone(), paused());
+    assert!(lost(&healer, false).await.is_empty());
+    for disk in 0..3 {
+        cluster.kill(disk).await;
+    }
+    let keys: Vec<String> = lost(&healer, false).await.into_iter().map(|lost| lost.key).collect();
+    assert_eq!(keys, [key]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,8 +6,8 @@
 //! - [`peers`]: the metadata shards, in memory; [`meta`]: what tests do in them behind the gateways' backs;
 //! - [`heal`]: what repair and garbage collection promise; [`healers`]: several healers at once; [`takeover`]: gateways
 //!   that are paused and killed while they heal; [`moves`]: slots that get another disk; [`census`]: the count;
-//!   [`lost`]: keys that cannot be read; [`sweep`]: what becomes of chunks that nobody owns; [`away`]: disks that go out
-//!   of service and come back; [`scrub`]: what disks find damaged by themselves.
+//!   [`lost`]: keys that cannot be read; [`sweep`]: what becomes of chunks that nobody owns; [`away`]: disks that go
+//!   out of service and come back; [`scrub`]: what disks find damaged by themselves.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 

@@ -8,8 +8,8 @@ use granary_gateway::shards::Shards;
 use granary_meta::codec::encode;
 use granary_meta::keys::Keys;
 use granary_meta::record::{
-    AccountId, BucketId, ExtentRecord, ExtentRef, LeaseRecord, ObjectData, ObjectMeta, ObjectRecord, RepairSlotRecord,
-    VersionSeq,
+    AccountId, BucketId, ExtentRecord, ExtentRef, LeaseRecord, ObjectData, ObjectMeta, ObjectRecord, PartRecord,
+    RepairSlotRecord, UploadId, UploadRecord, VersionSeq,
 };
 use granary_meta::{Answer, ChunkRef, Command, Conditions, Query, Reply, VersionPick};
 use granary_placement::id::{ExtentId, PlacementGroupId, ShardId};
@@ -90,6 +90,26 @@ impl Meta {
             rule_epoch: 0,
         };
         self.peers.command(shard, put)
+    }
+
+    /// As a part of an upload of that key that is begun with it, and stays open.
+    pub fn part(&self, shard: ShardId, key: &str, data: &ObjectData, placement: &Placement) {
+        let (bucket, key, upload) = (BUCKET, key.to_owned(), UploadId([7; 16]));
+        let record =
+            UploadRecord { initiated_ms: 1, meta: ObjectMeta::default(), checksum: None, owner: AccountId::ROOT };
+        let create = Command::CreateUpload { bucket, key: key.clone(), upload, record, rule_epoch: 0 };
+        assert_eq!(self.peers.command(shard, create), Reply::Done);
+        let part = PartRecord {
+            number: 1,
+            size_bytes: data.extents().iter().map(|extent| extent.len_bytes).sum(),
+            etag: String::new(),
+            modified_ms: 1,
+            checksum: None,
+            data: data.clone(),
+        };
+        let (missing, map_epoch) = (placement.missing.clone(), placement.map_epoch);
+        let put = Command::PutPart { bucket, key, upload, part, missing, map_epoch, rule_epoch: 0 };
+        assert_eq!(self.peers.command(shard, put), Reply::Done);
     }
 
     /// As the DELETE of the object that an extent is of.

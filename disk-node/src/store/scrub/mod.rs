@@ -34,8 +34,8 @@ const PLACES: usize = 256 * 1024;
 const PAGE: usize = 1000;
 /// The cursor is made durable this often: so much is read twice after a crash.
 const SAVE_EVERY: Duration = Duration::from_secs(60);
-/// With a full list the scrub waits this long before it looks again.
-const FULL_WAIT: Duration = Duration::from_secs(60);
+/// About what an entry of the index takes, in bytes.
+const ENTRY_BYTES: u64 = 64;
 
 /// What a step came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +43,11 @@ pub enum Step {
     /// There was a read of so many bytes.
     Read {
         /// Headers and payload, in bytes.
+        bytes: u64,
+    },
+    /// Some of the index was read, to know what comes next.
+    Looked {
+        /// About so much, in bytes.
         bytes: u64,
     },
     /// There is nothing to do for so long.
@@ -59,6 +64,27 @@ struct Reading {
     again: bool,
 }
 
+/// What comes next in a pass.
+enum Next {
+    /// A record, or one that is gone.
+    Record,
+    /// Maybe a record: some of the index was read for it, about so many bytes.
+    Looked { bytes: u64 },
+    /// Nothing.
+    End,
+}
+
+/// A walk through the index for the records that come next.
+#[derive(Default)]
+struct Walk {
+    /// Where it is.
+    after: Option<ChunkId>,
+    /// The first ones so far.
+    nearest: BinaryHeap<(Place, ChunkId)>,
+    /// There are others behind these.
+    more: bool,
+}
+
 /// The scrub of one store.
 pub struct Scrub {
     shared: Arc<Shared>,
@@ -68,9 +94,11 @@ pub struct Scrub {
     places: VecDeque<(Place, ChunkId)>,
     /// Behind these there are others.
     more: bool,
+    walk: Option<Walk>,
     reading: Option<Reading>,
     saved_ms: u64,
     buffer: Vec<u8>,
+    told_full: bool,
 }
 
 impl Scrub {
@@ -91,9 +119,11 @@ impl Scrub {
             state,
             places: VecDeque::new(),
             more: true,
+            walk: None,
             reading: None,
             saved_ms: now_ms,
             buffer: Vec::new(),
+            told_full: false,
         };
         scrub.publish();
         Ok(scrub)
@@ -128,17 +158,14 @@ impl Scrub {
             }
             self.begin(now_ms)?;
         }
-        if self.shared.findings_count() >= MAX_FINDINGS && self.shared.count_findings()? >= MAX_FINDINGS {
-            tracing::error!(
-                chunks = MAX_FINDINGS,
-                "so many chunks of this disk are damaged and not repaired that the scrub waits: replace the disk"
-            );
-            return Ok(Step::Rest(FULL_WAIT));
-        }
         while self.reading.is_none() {
-            if !self.next()? {
-                self.end(now_ms)?;
-                return Ok(Step::Rest(Duration::ZERO));
+            match self.next()? {
+                Next::Record => {}
+                Next::Looked { bytes } => return Ok(Step::Looked { bytes }),
+                Next::End => {
+                    self.end(now_ms)?;
+                    return Ok(Step::Rest(Duration::ZERO));
+                }
             }
         }
         let bytes = self.read()?;
@@ -164,7 +191,7 @@ impl Scrub {
             ..Pass::default()
         };
         self.state = ScrubState { current: Some(pass), cursor: Place::default(), ..self.state };
-        (self.places, self.more) = (VecDeque::new(), true);
+        (self.places, self.more, self.walk) = (VecDeque::new(), true, None);
         self.shared.count_findings()?;
         tracing::info!(pass = pass.number, bytes = self.bytes_of_disk(), "a scrub begins");
         self.save(now_ms)
@@ -194,14 +221,10 @@ impl Scrub {
         saved.map_err(|error| self.shared.fail_index(&error))
     }
 
-    /// Takes up the next record, if it still is one. False when there is none left.
-    fn next(&mut self) -> Result<bool, StoreError> {
+    /// Takes up the next record, if it still is one, or looks at a page of the index for those that come next.
+    fn next(&mut self) -> Result<Next, StoreError> {
         let Some((place, id)) = self.places.pop_front() else {
-            if !self.more {
-                return Ok(false);
-            }
-            self.look_for_places()?;
-            return Ok(!self.places.is_empty() || self.more);
+            return if self.more { self.look_for_places() } else { Ok(Next::End) };
         };
         let now = self.shared.index.chunk(&id).map_err(|error| self.shared.fail_index(&error))?;
         match now.filter(|at| (Place { segment: at.segment, offset: at.offset }) == place) {
@@ -209,37 +232,34 @@ impl Scrub {
             // Deleted or replaced since.
             None => self.state.cursor = place,
         }
-        Ok(true)
+        Ok(Next::Record)
     }
 
-    /// Goes through the index for the records that come next.
-    fn look_for_places(&mut self) -> Result<(), StoreError> {
+    /// Looks at one page of the index for the records that come next. They are known when it is the last one.
+    fn look_for_places(&mut self) -> Result<Next, StoreError> {
         let until = self.state.current.map_or(0, |pass| pass.until_sequence);
-        let mut nearest: BinaryHeap<(Place, ChunkId)> = BinaryHeap::new();
-        let mut after = None;
-        self.more = false;
-        loop {
-            let page =
-                self.shared.index.chunks(after.as_ref(), PAGE).map_err(|error| self.shared.fail_index(&error))?;
-            after = page.last().map(|(id, _)| *id);
-            let whole = page.len() == PAGE;
-            for (id, at) in page {
-                let place = Place { segment: at.segment, offset: at.offset };
-                if place <= self.state.cursor || at.sequence >= until {
-                    continue;
-                }
-                nearest.push((place, id));
-                if nearest.len() > PLACES {
-                    nearest.pop();
-                    self.more = true;
-                }
+        let mut walk = self.walk.take().unwrap_or_default();
+        let page =
+            self.shared.index.chunks(walk.after.as_ref(), PAGE).map_err(|error| self.shared.fail_index(&error))?;
+        let (looked, bytes) = (page.len(), page.len() as u64 * ENTRY_BYTES);
+        walk.after = page.last().map(|(id, _)| *id);
+        for (id, at) in page {
+            let place = Place { segment: at.segment, offset: at.offset };
+            if place <= self.state.cursor || at.sequence >= until {
+                continue;
             }
-            if !whole {
-                break;
+            walk.nearest.push((place, id));
+            if walk.nearest.len() > PLACES {
+                walk.nearest.pop();
+                walk.more = true;
             }
         }
-        self.places = nearest.into_sorted_vec().into();
-        Ok(())
+        if looked == PAGE {
+            self.walk = Some(walk);
+        } else {
+            (self.more, self.places) = (walk.more, walk.nearest.into_sorted_vec().into());
+        }
+        Ok(Next::Looked { bytes })
     }
 
     /// One read of the record at hand. Gives its length in bytes.
@@ -260,6 +280,8 @@ impl Scrub {
                 }
             }
             (false, false) => self.reading = Some(reading),
+            // The list is full: it is counted, and the next pass finds it again.
+            (false, true) if self.is_list_full()? => self.count(&reading, true),
             (false, true) => {
                 if self.shared.add_finding(&reading.id, &reading.at)? {
                     let Location { segment, offset, .. } = reading.at;
@@ -276,6 +298,20 @@ impl Scrub {
             pass.bytes += if again { 0 } else { bytes };
         }
         Ok(bytes)
+    }
+
+    fn is_list_full(&mut self) -> Result<bool, StoreError> {
+        if self.shared.findings_count() < MAX_FINDINGS || self.shared.count_findings()? < MAX_FINDINGS {
+            return Ok(false);
+        }
+        if !self.told_full {
+            tracing::error!(
+                listed = MAX_FINDINGS,
+                "so many chunks of this disk are damaged and not repaired that no more are listed: replace the disk"
+            );
+        }
+        self.told_full = true;
+        Ok(true)
     }
 
     fn count(&mut self, reading: &Reading, damaged: bool) {

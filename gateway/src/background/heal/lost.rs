@@ -250,15 +250,15 @@ impl Look<'_> {
             records.into_iter().filter(|record| only.is_none_or(|only| only == record.bucket)).collect();
         let extents: Vec<ExtentRef> = records.iter().map(|record| record.extent.clone()).collect();
         let losses = self.judge(shard, &extents).await?;
-        let mut told = HashSet::new();
         page.extents += records.len() as u64;
-        let lost: Vec<(ExtentRecord, Loss)> = (records.into_iter().zip(losses))
-            .filter_map(|(record, loss)| Some((record, loss?)))
-            // The first of a key tells it.
-            .filter(|(record, _)| told.insert((record.bucket, record.key.clone())))
-            .collect();
-        let mut found =
-            stream::iter(lost).map(|(record, loss)| self.object(shard, record, loss)).buffered(OBJECTS_AT_ONCE);
+        // In the order of their places, by key.
+        let mut lost: BTreeMap<(BucketId, String), Vec<(ExtentRef, Loss)>> = BTreeMap::new();
+        for (record, loss) in records.into_iter().zip(losses) {
+            if let Some(loss) = loss {
+                lost.entry((record.bucket, record.key)).or_default().push((record.extent, loss));
+            }
+        }
+        let mut found = stream::iter(lost).map(|(key, lost)| self.object(shard, key, lost)).buffered(OBJECTS_AT_ONCE);
         let mut keys = Vec::new();
         while let Some(key) = found.next().await {
             keys.extend(key?);
@@ -267,10 +267,14 @@ impl Look<'_> {
         Ok(last)
     }
 
-    /// The key of a lost extent. None: the extent is not of the newest version of an object but of an upload, say, or
-    /// the key is told where an earlier extent of it is met.
-    async fn object(&self, shard: ShardId, record: ExtentRecord, loss: Loss) -> Result<Option<LostKey>, ShardError> {
-        let (bucket, key) = (record.bucket, record.key.clone());
+    /// The key of lost extents, in the order of their places. None: none of them is of the newest version of an object
+    /// but of an upload, say, or the key is told where an earlier extent of it is met.
+    async fn object(
+        &self,
+        shard: ShardId,
+        (bucket, key): (BucketId, String),
+        lost: Vec<(ExtentRef, Loss)>,
+    ) -> Result<Option<LostKey>, ShardError> {
         let query = Query::GetObject { bucket, key: key.clone(), version: VersionPick::Current };
         let object = match self.sources.meta.query(shard, query).await? {
             Answer::Object(object) => object,
@@ -279,30 +283,32 @@ impl Look<'_> {
         };
         let mut extents = object.data.extents().to_vec();
         extents.sort_by_key(place);
-        let (mut whole, mut lost, mut is_its) = (loss, 0, false);
+        let is_its = |found: &ExtentRef| extents.iter().any(|extent| place(extent) == place(found));
+        let Some((first, loss)) = lost.into_iter().find(|(extent, _)| is_its(extent)) else { return Ok(None) };
+        let (mut whole, mut extents_lost, mut is_still) = (loss, 0, false);
         for part in extents.chunks(EXTENTS_OF_OBJECT) {
             let losses = match part {
-                [one] if extents.len() == 1 && place(one) == place(&record.extent) => vec![Some(whole.clone())],
+                [one] if extents.len() == 1 && place(one) == place(&first) => vec![Some(whole.clone())],
                 part => self.judge(shard, part).await?,
             };
             for (extent, loss) in part.iter().zip(losses) {
                 let Some(loss) = loss else { continue };
-                if place(extent) < place(&record.extent) {
+                if place(extent) < place(&first) {
                     return Ok(None);
                 }
-                lost += 1;
-                is_its |= place(extent) == place(&record.extent);
+                extents_lost += 1;
+                is_still |= place(extent) == place(&first);
                 whole.back_with.retain(|disk| loss.back_with.contains(disk));
                 whole.back_with_all &= loss.back_with_all;
             }
         }
-        Ok(is_its.then(|| LostKey {
+        Ok(is_still.then(|| LostKey {
             bucket: None,
             bucket_id: bucket.0,
             key,
             size_bytes: object.size_bytes,
             extents: extents.len() as u64,
-            extents_lost: lost,
+            extents_lost,
             back_with: whole.back_with.into_iter().collect(),
             back_with_all: whole.back_with_all,
         }))

@@ -13,20 +13,22 @@ use tokio::time::Instant;
 
 /// The longest pause.
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// What the clocks of two gateways may differ by: one of them said when the pause ends.
+const CLOCKS: Duration = Duration::from_secs(600);
 
 /// How long a pause until `until_ms` still lasts at `now_ms`, both Unix milliseconds. None: it is over, or it would
 /// last longer than any pause may, so that it is a mistake or one of the clocks is wrong.
 pub fn paused_for(until_ms: u64, now_ms: u64) -> Option<Duration> {
     let left = Duration::from_millis(until_ms.saturating_sub(now_ms));
-    (!left.is_zero() && left <= LONGEST_PAUSE).then_some(left)
+    (!left.is_zero() && left <= LONGEST_PAUSE + CLOCKS).then_some(left)
 }
 
 /// The pace of all rebuilds of this gateway.
 #[derive(Debug)]
 pub struct Pace {
     settings: watch::Receiver<HealSettings>,
-    /// When the bytes handed out so far are paid for.
-    paid_at: Mutex<Option<Instant>>,
+    /// When the bytes handed out so far are paid for, at which ceiling.
+    paid_at: Mutex<Option<(u64, Instant)>>,
     /// A pause of this process alone.
     paused_until: Mutex<Option<Instant>>,
 }
@@ -60,21 +62,37 @@ impl Pace {
         paused_for(until_ms, now_ms()).map(|_| until_ms)
     }
 
-    /// Waits until so many bytes may be moved.
+    /// Waits until so many bytes may be moved. When the ceiling changes, what was to be paid for by the one before is
+    /// forgotten, also by those that wait.
     pub async fn take(&self, bytes: u64) {
-        let rate = self.bytes_per_s();
-        if rate == 0 {
-            return;
+        let mut settings = self.settings.clone();
+        loop {
+            let rate = settings.borrow_and_update().bytes_per_s;
+            if rate == 0 {
+                return;
+            }
+            let cost = Duration::try_from_secs_f64(bytes as f64 / rate as f64).unwrap_or(LONGEST_PAUSE);
+            let start = {
+                let now = Instant::now();
+                let mut paid_at = self.paid_at.lock().unwrap_or_else(PoisonError::into_inner);
+                let start = paid_at.filter(|(at_rate, _)| *at_rate == rate).map_or(now, |(_, at)| at.max(now));
+                *paid_at = start.checked_add(cost).map(|at| (rate, at));
+                start
+            };
+            let due = tokio::time::sleep_until(start);
+            tokio::pin!(due);
+            loop {
+                let changed = tokio::select! {
+                    () = &mut due => return,
+                    changed = settings.changed() => changed,
+                };
+                match changed {
+                    Ok(()) if settings.borrow_and_update().bytes_per_s != rate => break,
+                    Ok(()) => {}
+                    Err(_) => return due.await,
+                }
+            }
         }
-        let cost = Duration::from_secs_f64(bytes as f64 / rate as f64);
-        let start = {
-            let now = Instant::now();
-            let mut paid_at = self.paid_at.lock().unwrap_or_else(PoisonError::into_inner);
-            let start = paid_at.map_or(now, |at| at.max(now));
-            *paid_at = Some(start + cost);
-            start
-        };
-        tokio::time::sleep_until(start).await;
     }
 }
 
@@ -101,6 +119,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_ceiling_that_was_far_too_low_holds_up_nothing_once_it_is_raised() {
+        let (pace, settings) = pace(HealSettings { bytes_per_s: 1, ..HealSettings::default() });
+        pace.take(1_000_000).await;
+        let raise = async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            settings.send_modify(|settings| settings.interval *= 2);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            settings.send_modify(|settings| settings.bytes_per_s = 1_000_000_000);
+        };
+        let both = async { tokio::join!(pace.take(1_000_000), raise) };
+        // By the old ceiling it would take days.
+        assert!(tokio::time::timeout(Duration::from_secs(60), both).await.is_ok());
+        assert!(tokio::time::timeout(Duration::from_secs(60), pace.take(1)).await.is_ok());
+    }
+
+    #[tokio::test]
     async fn a_pause_ends_by_itself() {
         let (pace, _settings) = pace(HealSettings::default());
         pace.pause(Duration::from_millis(30));
@@ -118,7 +152,8 @@ mod tests {
             (now, None),
             (now + 1, Some(1)),
             (now + longest, Some(longest)),
-            (now + longest + 1, None),
+            (now + longest + 600_000, Some(longest + 600_000)),
+            (now + longest + 600_001, None),
             (u64::MAX, None),
         ] {
             assert_eq!(paused_for(until, now), left.map(Duration::from_millis), "until {until}");

@@ -12,14 +12,13 @@ use super::{lock, Inner};
 use crate::background::leases::Held;
 use crate::disks::DiskHealth;
 use crate::object::add;
-use crate::shards::ShardError;
 use granary_meta::ChunkRef;
 use granary_placement::id::{DiskId, ShardId};
 use granary_placement::map::ClusterMap;
 use granary_wire::chunk::{ChunkId, ChunkInfo};
 use granary_wire::control::{ControlRequest, ControlResponse};
 use granary_wire::error::{AuthError, LinkError};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 /// The disks are asked once in so many times `heal.interval`, but at least once a minute.
@@ -29,6 +28,8 @@ const LONGEST: Duration = Duration::from_secs(60);
 const TELL_AGAIN: u32 = 60;
 /// Chunks per page of a list. A list is short; see the disk node's bound.
 const PAGE: u32 = 500;
+/// No list is longer.
+const MOST: u64 = 20_000;
 
 /// The chunks on the lists of the disks that the shards were told of, and when.
 type Told = HashMap<(DiskId, ChunkId), Instant>;
@@ -40,7 +41,7 @@ impl Inner {
         loop {
             let pause = (self.settings().interval * INTERVALS).min(LONGEST);
             tokio::time::sleep(pause).await;
-            let (mut listed, mut still) = (0, Told::new());
+            let (mut listed, mut still, mut silent) = (0, Told::new(), BTreeSet::new());
             for disk in self.store.disks().view() {
                 if held.is_lost() {
                     return;
@@ -51,7 +52,7 @@ impl Inner {
                     still.extend(known);
                     continue;
                 }
-                match self.take_findings(disk.id, &told, pause * TELL_AGAIN).await {
+                match self.take_findings(disk.id, &told, pause * TELL_AGAIN, &mut silent).await {
                     Ok((count, those)) => {
                         listed += count;
                         still.extend(those);
@@ -68,8 +69,15 @@ impl Inner {
     }
 
     /// Reads the list of one disk, and tells the shards of what they were not told lately. How many chunks are on it,
-    /// and when each of them was told.
-    async fn take_findings(&self, disk: DiskId, told: &Told, again: Duration) -> Result<(u64, Told), FindingsError> {
+    /// and when each of them was told. A shard that does not answer becomes `silent`, holds up no other, and is told at
+    /// the next look.
+    async fn take_findings(
+        &self,
+        disk: DiskId,
+        told: &Told,
+        again: Duration,
+        silent: &mut BTreeSet<ShardId>,
+    ) -> Result<(u64, Told), FindingsError> {
         let Some(client) = self.store.disks().client(disk) else { return Ok((0, Told::new())) };
         let Some(map) = self.store.disks().map() else { return Ok((0, Told::new())) };
         let (mut after, mut listed, mut those) = (None, 0, Told::new());
@@ -83,6 +91,10 @@ impl Inner {
                 Err(error) => return Err(error.into()),
             };
             listed += u64::try_from(chunks.len()).unwrap_or(0);
+            let goes_on = chunks.first().is_none_or(|first| Some(first.id) > after);
+            if listed > MOST || !goes_on {
+                return Err(FindingsError::Answer("a list without end".to_owned()));
+            }
             after = chunks.last().map(|chunk| chunk.id);
             let now = Instant::now();
             let was_told = |id: &ChunkId| told.get(&(disk, *id)).filter(|at| now.duration_since(**at) < again);
@@ -93,11 +105,21 @@ impl Inner {
                 tracing::warn!(%disk, chunks = news.len(), "a disk found chunks damaged: they are queued for repair");
             }
             for (shard, chunks) in by_shard(&map, &news) {
-                add(&self.counters().chunks_found_damaged, u64::try_from(chunks.len()).unwrap_or(0));
-                self.report(shard, chunks).await?;
+                let count = u64::try_from(chunks.len()).unwrap_or(0);
+                if silent.contains(&shard) {
+                    continue;
+                }
+                if let Err(error) = self.report(shard, chunks).await {
+                    tracing::warn!(%shard, %error, count, "chunks that a disk found damaged could not be queued yet");
+                    silent.insert(shard);
+                    continue;
+                }
+                add(&self.counters().chunks_found_damaged, count);
                 self.poke.notify_one();
             }
-            those.extend(news.iter().map(|chunk| ((disk, chunk.id), now)));
+            let is_told =
+                |chunk: &&ChunkInfo| map.shard_of_slot(chunk.spec.owner).is_none_or(|shard| !silent.contains(&shard));
+            those.extend(news.iter().filter(is_told).map(|chunk| ((disk, chunk.id), now)));
             if !more || after.is_none() {
                 return Ok((listed, those));
             }
@@ -112,8 +134,6 @@ enum FindingsError {
     Link(#[from] LinkError),
     #[error("an odd answer: {0}")]
     Answer(String),
-    #[error("{0}")]
-    Shard(#[from] ShardError),
 }
 
 /// By the shard that owns the extent, if the map knows one.
