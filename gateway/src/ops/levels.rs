@@ -124,13 +124,16 @@ pub async fn raise(shards: &Shards, plan: &Plan) -> Result<Vec<ShardId>, NotRais
     for (shard, from) in &plan.raise {
         for level in *from + 1..=plan.level {
             let done = shards.command(*shard, Command::SetFeatureLevel { level }).await;
-            tracing::info!(shard = shard.0, level, result = ?done, "a feature level is raised");
+            tracing::debug!(shard = shard.0, level, result = ?done, "a feature level is raised");
             let reply = done.and_then(|reply| match reply {
                 Reply::Done => Ok(()),
                 other => Err(odd_reply(*shard, &other)),
             });
             reply.map_err(|source| NotRaised { shard: *shard, level, source })?;
         }
+    }
+    if !plan.raise.is_empty() {
+        tracing::info!(shards = plan.raise.len(), level = plan.level, "the feature level was raised");
     }
     Ok(plan.raise.iter().map(|(shard, _)| *shard).collect())
 }
