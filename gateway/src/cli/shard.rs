@@ -94,7 +94,7 @@ fn write_shards(out: &mut dyn Write, shards: &[Shard<'_>]) -> io::Result<()> {
     for shard in shards {
         let replica = |replica: &Replica<'_>| {
             let behind = match replica.lag {
-                Some(lag) if lag > 0 => format!(" -{lag}"),
+                Some(lag) if lag > 0 && replica.state != Some("leader") => format!(" -{lag}"),
                 _ => String::new(),
             };
             format!("{}:{}{behind}", replica.disk, replica.state.unwrap_or("no answer"))
