@@ -132,7 +132,9 @@ impl MetaHost {
     /// Lets a failed or broken replica go that is no member of its shard any more, as [`MetaHost::let_go`] does with
     /// one that runs: its data stays, and it begins from there should the map name this disk again. True when it did.
     pub(super) async fn let_failed_go(&self, shard: ShardId) -> bool {
-        let Some(id) = lock(&self.inner.replicas).get(&shard).and_then(ReplicaState::id) else { return false };
+        let look = |replica: &ReplicaState| replica.id().map(|id| (id, matches!(replica, ReplicaState::Broken { .. })));
+        let Some(found) = lock(&self.inner.replicas).get(&shard).and_then(look) else { return false };
+        let (id, _) = found;
         let Some(map) = self.newest_map() else { return false };
         // While its leader counts on it, it is opened: its vote may be the one that is needed to change the members.
         if self.named_by(&map, shard) || !reconcile::is_no_member(self, &map, shard, id).await {
@@ -140,7 +142,7 @@ impl MetaHost {
         }
         match lock(&self.inner.replicas).get_mut(&shard) {
             // Another one may have been opened in its place while the leader was asked.
-            Some(replica) if replica.id() == Some(id) => *replica = ReplicaState::Removed,
+            Some(replica) if look(replica) == Some(found) => *replica = ReplicaState::Removed,
             _ => return false,
         }
         tracing::info!(%shard, "a failed or broken metadata replica is no member any more; it stays stopped, its data stays");

@@ -152,8 +152,11 @@ async fn give_way(host: &MetaHost) {
         let status = batcher.replica.status();
         let ahead_ms = host.clock_off(&status);
         off = ahead_ms.or(off);
-        let has_no_room = is_low && host.inner.room.has_another_room(&status.voters, Instant::now());
-        if (ahead_ms.is_some() || displaced || has_no_room) && status.leader == Some(host.inner.config.disk) {
+        if is_low && status.leader == Some(host.inner.config.disk) {
+            let now = Instant::now();
+            batcher.replica.hand_over_to(|disk| host.inner.room.has_another_room(&[disk], now)).await;
+        }
+        if (ahead_ms.is_some() || displaced) && status.leader == Some(host.inner.config.disk) {
             batcher.replica.hand_over().await;
         }
     }

@@ -1,6 +1,6 @@
 //! Watches the room on the disk, and gives back what was deleted when there is little.
 
-use super::MetaHost;
+use super::{MetaHost, STOP_WAIT};
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
@@ -9,6 +9,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const LOOK_NEAR: Duration = Duration::from_millis(50);
 /// Between two merges of old data on a full disk.
 const MERGE_EVERY: Duration = Duration::from_secs(10);
+/// Between two attempts.
+const TRY_EVERY: Duration = Duration::from_secs(1);
 /// How long others on the same file system are given their turn; who holds it longer is stuck, or a stranger.
 const PATIENCE: Duration = Duration::from_secs(600);
 
@@ -18,6 +20,7 @@ pub(super) async fn run(host: MetaHost, mut by_itself: bool) {
     let mut merging: Option<JoinHandle<Merged>> = None;
     let mut last = Instant::now().checked_sub(MERGE_EVERY);
     let mut refused: Option<Instant> = None;
+    let mut tried: Option<Instant> = None;
     loop {
         match room.look() {
             Some(true) => {
@@ -42,7 +45,9 @@ pub(super) async fn run(host: MetaHost, mut by_itself: bool) {
         let is_due = last.is_none_or(|last| last.elapsed() >= MERGE_EVERY);
         // When a database merges by itself, it does not look whether there is room. Before it does so again, what has
         // come together meanwhile is merged in turn.
-        if merging.is_none() && (room.is_full() && is_due || by_itself == room.is_full()) {
+        let may_try = merging.is_none() && tried.is_none_or(|tried| tried.elapsed() >= TRY_EVERY);
+        if may_try && (room.is_full() && is_due || by_itself == room.is_full()) {
+            tried = Some(Instant::now());
             let impatient = refused.is_some_and(|since| since.elapsed() >= PATIENCE);
             if impatient {
                 tracing::warn!(
@@ -53,12 +58,20 @@ pub(super) async fn run(host: MetaHost, mut by_itself: bool) {
             merging = Some(tokio::task::spawn_blocking(move || merge(&host, by_itself, impatient)));
         }
         tokio::select! {
-            () = stop.cancelled() => {
-                host.inner.state.end_merging();
-                host.inner.log.end_merging();
-                return;
-            }
+            () = stop.cancelled() => break,
             () = tokio::time::sleep(if room.is_near() || merging.is_some() { LOOK_NEAR } else { LOOK }) => {}
+        }
+    }
+    // Only a merge that is under way is ended: without one the state is flushed at the stop.
+    if let Some(merging) = merging {
+        let inner = host.inner.clone();
+        let ended = tokio::task::spawn_blocking(move || {
+            inner.state.end_merging();
+            inner.log.end_merging();
+        });
+        let both = async { (ended.await, merging.await) };
+        if tokio::time::timeout(STOP_WAIT, both).await.is_err() {
+            tracing::warn!("a merge of old metadata does not end");
         }
     }
 }
@@ -88,11 +101,11 @@ fn merge(host: &MetaHost, by_itself: bool, impatient: bool) -> Merged {
     if turn.is_none() && !impatient {
         return Merged { by_itself: by_itself && !is_full, had_turn: false };
     }
-    // The log first: it was purged, so little of it is written anew.
-    if inner.room.may_merge(inner.step_bytes) {
+    // A step, or all there is. The log first: it was purged, so little of it is written anew.
+    if inner.room.may_merge(inner.step_bytes.min(inner.log.file_bytes())) {
         inner.log.merge();
     }
-    if inner.room.may_merge(inner.step_bytes) {
+    if !inner.stop.is_cancelled() && inner.room.may_merge(inner.step_bytes.min(inner.state.file_bytes())) {
         inner.state.merge();
     }
     if !is_full {

@@ -48,7 +48,12 @@ pub(super) async fn run(host: MetaHost) {
             }
         });
         // Failed ones are asked about before each attempt to open them; broken ones are not opened again.
-        let broken = if round.is_multiple_of(ASK_EVERY_ROUNDS) { host.broken() } else { Vec::new() };
+        // One at a time: whoever does not answer holds up the rest.
+        let mut broken = if round.is_multiple_of(ASK_EVERY_ROUNDS) { host.broken() } else { Vec::new() };
+        if !broken.is_empty() {
+            let turn = usize::try_from(round / ASK_EVERY_ROUNDS).unwrap_or(0) % broken.len();
+            broken = vec![broken.swap_remove(turn)];
+        }
         let ask = async {
             for shard in broken {
                 host.let_failed_go(shard).await;

@@ -257,7 +257,7 @@ impl Replica {
             let entries = metrics.last_log_index.unwrap_or(0).saturating_sub(purged);
             entries > limit || self.log.excess(self.timing.log_bytes.saturating_mul(2)).1.is_some()
         });
-        if let Some(to) = self.successor().filter(|_| self.has_led_for_a_turn() && is_long == Ok(true)) {
+        if let Some(to) = self.successor(|_| true).filter(|_| self.has_led_for_a_turn() && is_long == Ok(true)) {
             tracing::info!(shard = %self.shard, %to, "handing leadership over: the log is long because a voter lags");
             self.transfer(to).await;
         }
@@ -287,24 +287,32 @@ impl Replica {
     /// As leader, hands leadership over to a voter that has nearly all of the log, if there is one.
     pub async fn hand_over(&self) {
         self.wake("it is handed over");
-        if let Some(to) = self.successor() {
+        if let Some(to) = self.successor(|_| true) {
+            self.transfer(to).await;
+        }
+    }
+
+    /// As [`Replica::hand_over`], to a voter on a disk that may lead; without one this one leads on.
+    pub async fn hand_over_to(&self, may_lead: impl Fn(DiskId) -> bool) {
+        if let Some(to) = self.successor(may_lead) {
+            self.wake("it is handed over");
             self.transfer(to).await;
         }
     }
 
     /// A voter that has nearly all of this leader's log: the next after this one in the order of ids. So where several
     /// disks must not lead, they pass the shard on until it comes to one that may, and never to and fro.
-    fn successor(&self) -> Option<ReplicaId> {
-        self.metrics(|metrics| self.successor_by(metrics)).ok().flatten()
+    fn successor(&self, may_lead: impl Fn(DiskId) -> bool) -> Option<ReplicaId> {
+        self.metrics(|metrics| self.successor_by(metrics, may_lead)).ok().flatten()
     }
 
-    fn successor_by(&self, metrics: &RaftMetrics<TypeConfig>) -> Option<ReplicaId> {
+    fn successor_by(&self, metrics: &RaftMetrics<TypeConfig>, may_lead: impl Fn(DiskId) -> bool) -> Option<ReplicaId> {
         if !metrics.state.is_leader() {
             return None;
         }
         let last = metrics.last_log_index.unwrap_or(0);
         let matched = matched(metrics);
-        let voters = metrics.membership_config.voter_ids().filter(|id| *id != self.me);
+        let voters = metrics.membership_config.voter_ids().filter(|id| *id != self.me && may_lead(id.disk));
         let has_most = |has: &u64| *has > 0 && has + self.timing.keep_entries > last;
         voters.filter(|id| matched.get(id).is_some_and(has_most)).min_by_key(|id| (*id < self.me, *id))
     }

@@ -58,7 +58,8 @@ pub struct Buffers {
 
 impl Buffers {
     /// As much as is useful, within this node's share of the reserve: a quarter of it for what is in memory (two
-    /// buffers of each at most; the write-ahead log has it as well), half of it for a merge. 0: no reserve, no bound.
+    /// buffers of each at most; the write-ahead log has it as well), a quarter for a step of a merge. 0: no reserve, no
+    /// bound.
     pub fn within(reserve_bytes: u64) -> Buffers {
         let share = |most: u64, part: u64| match reserve_bytes {
             0 => most,
@@ -69,8 +70,8 @@ impl Buffers {
             log_bytes: share(LOG_BUFFER_BYTES as u64, 16) as usize,
             log_wal_bytes: share(LOG_WAL_BYTES, 8),
             file_bytes: share(FILE_BYTES, 16),
-            level_bytes: share(LEVEL_BYTES, 4),
-            step_bytes: share(STEP_BYTES, 2),
+            level_bytes: share(LEVEL_BYTES, 8),
+            step_bytes: share(STEP_BYTES, 4),
         }
     }
 
@@ -164,6 +165,17 @@ fn set_merging(db: &DB, by_itself: bool) {
     let off = if by_itself { "false" } else { "true" };
     if let Err(error) = db.set_options(&[("disable_auto_compactions", off)]) {
         tracing::warn!(%error, by_itself, "whether metadata are merged by themselves cannot be changed");
+    }
+}
+
+/// Bytes of the files of merged and flushed data.
+fn file_bytes(db: &DB) -> u64 {
+    match db.live_files() {
+        Ok(files) => files.iter().map(|file| file.size as u64).sum(),
+        Err(error) => {
+            tracing::warn!(%error, "files of the metadata cannot be listed");
+            u64::MAX
+        }
     }
 }
 
@@ -391,6 +403,11 @@ impl StateDb {
         self.db.compact_range(None::<&[u8]>, None::<&[u8]>);
     }
 
+    /// Bytes of its files.
+    pub fn file_bytes(&self) -> u64 {
+        file_bytes(&self.db)
+    }
+
     /// Lets it merge old data by itself, or only by [`StateDb::merge`].
     pub fn set_merging(&self, by_itself: bool) {
         set_merging(&self.db, by_itself);
@@ -501,6 +518,11 @@ impl LogDb {
     /// Merges old data, so that what was deleted gives its space back. Blocks; needs room for a step.
     pub fn merge(&self) {
         self.db.compact_range(None::<&[u8]>, None::<&[u8]>);
+    }
+
+    /// Bytes of its files.
+    pub fn file_bytes(&self) -> u64 {
+        file_bytes(&self.db)
     }
 
     /// Lets it merge old data by itself, or only by [`LogDb::merge`].
