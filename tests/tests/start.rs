@@ -135,7 +135,7 @@ fn a_full_disk_and_a_read_only_one_are_told_and_nothing_is_written() {
     let (output, there) = on_a_file_system("100m", "true", &[]);
     refused(&output, &["has 100 MiB free", "a new cluster of 8 disks needs at least 256 MiB"]);
     assert_eq!(there, "");
-    let (output, there) = on_a_file_system("1g", "mount -o remount,ro \"$0\"", &[]);
+    let (output, there) = on_a_file_system("1g", "mount -o remount,bind,ro \"$0\"", &[]);
     refused(&output, &["is on a file system that is mounted read-only"]);
     assert_eq!(there, "");
 }
