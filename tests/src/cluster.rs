@@ -500,3 +500,15 @@ fn dechunk(mut body: &str) -> String {
 pub fn remove_dir(dir: &Path) {
     std::fs::remove_dir_all(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
 }
+
+/// Looks again and again until there is something, or the test fails.
+pub fn eventually<T>(what: &str, patience: Duration, mut look: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(started.elapsed() < patience, "{what}: not within {patience:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}

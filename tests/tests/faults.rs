@@ -372,6 +372,16 @@ fn flip_bytes(disk: &DiskProcess, random: &mut Random) -> u64 {
     flips
 }
 
+/// Puts forty objects into a new bucket, named and filled by the numbers.
+async fn put_forty(client: &Client, random: &mut Random) -> Vec<u64> {
+    let numbers: Vec<u64> = (0..40).map(|_| random.number() >> 1).collect();
+    assert_eq!(client.make_bucket(BUCKET).await.unwrap().status, StatusCode::OK);
+    for number in &numbers {
+        assert_eq!(client.put(BUCKET, &format!("k{number}"), body(*number)).await.unwrap().status, StatusCode::OK);
+    }
+    numbers
+}
+
 /// What rots on a disk while nobody reads it is found by the disk itself and repaired.
 #[test]
 fn flipped_bytes_that_nobody_reads_are_found_and_repaired_without_a_hand() {
@@ -381,13 +391,7 @@ fn flipped_bytes_that_nobody_reads_are_found_and_repaired_without_a_hand() {
     let cluster = Cluster::start(Options { extra, ..Options::default() });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let client = cluster.client();
-    let numbers: Vec<u64> = (0..40).map(|_| random.number() >> 1).collect();
-    runtime.block_on(async {
-        assert_eq!(client.make_bucket(BUCKET).await.unwrap().status, StatusCode::OK);
-        for number in &numbers {
-            assert_eq!(client.put(BUCKET, &format!("k{number}"), body(*number)).await.unwrap().status, StatusCode::OK);
-        }
-    });
+    let numbers = runtime.block_on(put_forty(&client, &mut random));
     cluster.wait_full_redundancy(Duration::from_secs(60));
     let counter = |name: &str| -> u64 {
         let metrics = cluster.metrics();
@@ -429,13 +433,7 @@ fn flipped_bytes_on_two_disks_are_never_served_and_are_repaired() {
     let cluster = Cluster::start(Options::default());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let client = cluster.client();
-    let numbers: Vec<u64> = (0..40).map(|_| random.number() >> 1).collect();
-    runtime.block_on(async {
-        assert_eq!(client.make_bucket(BUCKET).await.unwrap().status, StatusCode::OK);
-        for number in &numbers {
-            assert_eq!(client.put(BUCKET, &format!("k{number}"), body(*number)).await.unwrap().status, StatusCode::OK);
-        }
-    });
+    let numbers = runtime.block_on(put_forty(&client, &mut random));
     // A chunk that a busy disk did not take in time would be a third loss beside the two disks.
     cluster.wait_full_redundancy(Duration::from_secs(60));
     // Every 64 KiB of every segment of two disks gets a flipped byte, behind the daemons' backs.

@@ -4,12 +4,12 @@
 
 use bytes::Bytes;
 use granary_s3_client::Client;
-use granary_tests::cluster::{bin, metric, Cluster, DiskProcess, Options};
+use granary_tests::cluster::{self, bin, metric, Cluster, DiskProcess, Options};
 use granary_tests::seed::Random;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::runtime::Runtime;
 
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -133,15 +133,8 @@ impl Scene {
     }
 }
 
-fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let started = Instant::now();
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(started.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+fn eventually<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    cluster::eventually(what, PATIENCE, look)
 }
 
 /// The keys of an answer of `granary lost`, each once.

@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 use granary_s3_client::Client;
-use granary_tests::cluster::{bin, free_ports, http, metric, scratch, signal};
+use granary_tests::cluster::{self, bin, free_ports, http, metric, scratch, signal};
 use granary_tests::seed::Random;
 use rustix::process::Signal;
 use serde_json::{json, Value};
@@ -210,15 +210,8 @@ fn random<const N: usize>() -> [u8; N] {
     bytes
 }
 
-fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let started = Instant::now();
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(started.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+fn eventually<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    cluster::eventually(what, PATIENCE, look)
 }
 
 #[test]
